@@ -1,0 +1,233 @@
+"""What a checkpoint's `config.json` says: architecture, sizes, prompt layout.
+
+Only numbers differ between the tiny embedded model and the published 7B. Knows nothing of tensors.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from model.errors import InputError, did_you_mean
+
+VQ_FACTOR = 16
+"""Pixels a side of one image token (the VQ model halves the picture four times)."""
+
+TASKS = ("generate", "edit", "understand")
+
+SIZES_512 = {
+    "0.5": (352, 704),
+    "0.52": (352, 672),
+    "0.57": (384, 672),
+    "0.6": (384, 640),
+    "0.68": (416, 608),
+    "0.72": (416, 576),
+    "0.78": (448, 576),
+    "0.82": (448, 544),
+    "0.88": (480, 544),
+    "0.94": (480, 512),
+    "1.0": (512, 512),
+    "1.13": (544, 480),
+    "1.21": (544, 448),
+    "1.29": (576, 448),
+    "1.38": (576, 416),
+    "1.46": (608, 416),
+    "1.67": (640, 384),
+    "1.75": (672, 384),
+    "2.0": (704, 352),
+}
+"""Height/width ratio -> (height, width) in pixels: the 19 output sizes of the published 7B."""
+
+
+class Size(NamedTuple):
+    """Height and width of a picture, in pixels."""
+
+    height: int
+    width: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        return self.height // VQ_FACTOR, self.width // VQ_FACTOR
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height} (width x height)"
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The text decoder: Qwen2.5-VL's language model (arXiv 2502.13923, table 1)."""
+
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower, under the names of transformers' `Qwen2_5_VLVisionConfig`."""
+
+    depth: int = 32
+    hidden_size: int = 1280
+    hidden_act: str = "silu"
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 14
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    tokens_per_second: int = 2
+    window_size: int = 112
+    out_hidden_size: int = 3584
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """The image tokenizer: LlamaGen's VQ-16 (arXiv 2406.06525)."""
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    residual_blocks: int = 2
+    norm_groups: int = 32
+    z_channels: int = 256
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that `config.json` holds.
+
+    layout: `eval` or `train`, where size indicators and assistant header stand in a prompt.
+    indicators: `added` (a token each) or `text` (spelt out in ordinary tokens).
+    line_break: whether rows of an image are separated by `<|end_of_line|>` and prompts carry
+        indicators; square checkpoints of the early stages have neither.
+    tasks: what the checkpoint can do; those of stages 1 to 3 lack `edit`.
+    sizes: ratio key -> (height, width) in pixels.
+    edit_pixels, understand_pixels: least and most pixels of the picture that the vision tower sees.
+    trained_tokens: task -> longest row seen in training, in tokens.
+    token_ids: id of every control token, by its text.
+    """
+
+    decoder: DecoderConfig = DecoderConfig()
+    vision: VisionConfig = VisionConfig()
+    vq: VQConfig = VQConfig()
+    name: str = "wallaroo"
+    layout: str = "eval"
+    indicators: str = "added"
+    line_break: bool = True
+    tasks: tuple[str, ...] = TASKS
+    sizes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=lambda: dict(SIZES_512))
+    edit_pixels: tuple[int, int] = (12544, 188160)
+    understand_pixels: tuple[int, int] = (12544, 188160)
+    trained_tokens: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"generate": 1632, "edit": 2624, "understand": 1504}
+    )
+    token_ids: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        decoder = self.decoder
+        for name, value, allowed in (
+            ("layout", self.layout, ("eval", "train")),
+            ("indicators", self.indicators, ("added", "text")),
+        ):
+            if value not in allowed:
+                raise InputError(f"config.json: {name} is '{value}', but must be one of {', '.join(allowed)}.")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise InputError(f"config.json: tasks names '{task}', but only {', '.join(TASKS)} exist.")
+        if decoder.hidden_size % decoder.num_attention_heads:
+            raise InputError(
+                f"config.json: hidden_size {decoder.hidden_size} is not a multiple of "
+                f"num_attention_heads {decoder.num_attention_heads}."
+            )
+        if decoder.num_attention_heads % decoder.num_key_value_heads:
+            raise InputError(
+                f"config.json: num_attention_heads {decoder.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {decoder.num_key_value_heads}."
+            )
+        if 2 * sum(decoder.mrope_section) != decoder.head_dim:
+            raise InputError(
+                f"config.json: mrope_section {list(decoder.mrope_section)} must sum to half of the "
+                f"head dimension {decoder.head_dim}."
+            )
+        if self.vision.out_hidden_size != decoder.hidden_size:
+            raise InputError(
+                f"config.json: vision out_hidden_size {self.vision.out_hidden_size} must equal "
+                f"hidden_size {decoder.hidden_size}."
+            )
+        if not self.sizes:
+            raise InputError("config.json: sizes is empty, but at least one size is needed.")
+        for key, (height, width) in self.sizes.items():
+            if height % VQ_FACTOR or width % VQ_FACTOR or height <= 0 or width <= 0:
+                raise InputError(
+                    f"config.json: size {height}x{width} of ratio {key} must have sides that are "
+                    f"positive multiples of {VQ_FACTOR}."
+                )
+
+    def size_list(self) -> list[Size]:
+        """The sizes of the table, in its order."""
+        return [Size(*size) for size in self.sizes.values()]
+
+    def bucket(self, height: int, width: int) -> Size:
+        """The size whose ratio key is nearest to height/width; the first one on a tie."""
+        ratio = height / width
+        key = min(self.sizes, key=lambda key: abs(float(key) - ratio))
+        return Size(*self.sizes[key])
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Raises InputError for an unknown key, with the nearest known one."""
+        return _build(cls, values, "config.json")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ModelConfig":
+        """Raises InputError if the file is absent, no JSON object, or holds an unknown key."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} cannot be read ({error}); a checkpoint needs it.") from None
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not valid JSON ({error}).") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path} must hold a JSON object, not a {type(values).__name__}.")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in `config.json`."""
+        return dataclasses.asdict(self)
+
+
+_NESTED = {"decoder": DecoderConfig, "vision": VisionConfig, "vq": VQConfig}
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise InputError(f"{where}: unknown key '{name}'{did_you_mean(name, fields) or '.'}")
+        if name in _NESTED and cls is ModelConfig:
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: {name} must be an object, not {value!r}.")
+            value = _build(_NESTED[name], value, f"{where}: {name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif name == "sizes":
+            value = {key: (int(size[0]), int(size[1])) for key, size in value.items()}
+        made[name] = value
+    return cls(**made)

@@ -1,0 +1,120 @@
+"""The text decoder: Qwen2.5-VL's language model with fused projections (arXiv 2502.13923).
+
+One forward serves training, prefill and decode: how queries find their keys is the caller's
+(`Attend`). Knows nothing of caches, slots or sampling.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import DecoderConfig
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q, k, v) -> output: q `(tokens, heads, head_dim)`, k and v `(tokens, kv_heads, head_dim)`,
+output `(tokens, heads * head_dim)`."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; query, key and value projections are one matrix, in that order."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim
+        self.qkv_proj = nn.Linear(config.hidden_size, (heads + 2 * kv_heads) * dim)
+        self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        turned = self.heads + self.kv_heads
+        qk = rotate(qkv[:, :turned], cos, sin)
+        out = attend(layer, qk[:, : self.heads], qk[:, self.heads :], qkv[:, turned:])
+        return self.o_proj(out)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020); gate and up projections are one matrix, in that order."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind its norm and added to what came in."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layer, cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and final norm."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Hidden states after the final norm, `(tokens, H)`, for input embeddings `(tokens, H)`.
+
+        cos, sin: `(tokens, 1, head_dim / 2)`, see `rope`.
+        """
+        for index, layer in enumerate(self.layers):
+            x = layer(x, index, cos, sin, attend)
+        return self.norm(x)
+
+
+def rope_frequencies(config: DecoderConfig, device: torch.device | str | None = None) -> Tensor:
+    """Angle a position of every rotary pair, float32 `(head_dim / 2,)` (Su et al. 2021)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    return 1.0 / config.rope_theta**exponent
+
+
+def rope(
+    positions: Tensor, frequencies: Tensor, sections: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `(tokens, 1, head_dim / 2)` for MRoPE positions `(3, tokens)`.
+
+    The pairs are dealt to the three axes (time, height, width) in `sections`, in order.
+    """
+    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
+    parts = angles.split(list(sections), dim=-1)
+    angle = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1).unsqueeze(1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (i, i + head_dim / 2) of x `(tokens, heads, head_dim)` by their angles."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,601 @@
+"""The batching engine: rows in, pictures or texts out, as many at once as there are slots.
+
+A row's numbers depend on nothing but the row: decode runs in groups of a constant number of
+sequences, prefill in chunks of a constant length, VQ decode in slices of a constant number of
+pictures, and the draws of a row are fixed by its seed and the token's position. So a row comes out the
+same alone or in any company, in any slot and any order. Knows nothing of Ray, files or manifests; one
+thread at a time may use an engine.
+"""
+
+import hashlib
+import itertools
+from collections import Counter, OrderedDict, deque
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.attention import BACKENDS, default_backend
+from model.config import VQ_FACTOR, Size
+from model.decoder import rope, rope_frequencies
+from model.errors import RowError
+from model.images import patchify
+from model.kv_cache import KVCache, Prefix
+from model.prompts import Prompt
+from model.sampling import Sampling, draws, sample
+from model.vision import encode_image
+from model.vq import to_uint8
+from model.wallaroo import Wallaroo
+
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+END_OF_LINE = "<|end_of_line|>"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to serve.
+
+    key: given back with the result; prompt: the conditional branch; null: the null branch, needed if
+    `sampling.guided`; size: of the picture in pixels, None for text; semantic `(h, w, 3)` and pixels
+    `(H, W, 3)`: the uint8 source as the vision tower and the VQ encoder take it (see model/images.py);
+    max_new_tokens: bound on a text's length; forced: tokens to take instead of the drawn ones, int32
+    `(n,)`, -1 where drawn, for scoring a given picture or text.
+    """
+
+    key: Hashable
+    prompt: Prompt
+    null: Prompt | None
+    size: Size | None
+    seed: int
+    sampling: Sampling
+    semantic: np.ndarray | None = None
+    pixels: np.ndarray | None = None
+    max_new_tokens: int = 256
+    forced: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a row.
+
+    tokens: int32 `(n,)`, codebook indices in raster order or text token ids without the stop token;
+    pixels: uint8 `(H, W, 3)`, None for text; finish_reason: `length` or `stop`; prompt_tokens: of the
+    conditional branch; error: empty if all is well, else why the row could not be served; logits:
+    float32 `(n, vocabulary)` before temperature, only from an engine that traces.
+    """
+
+    key: Hashable
+    tokens: np.ndarray
+    pixels: np.ndarray | None = None
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    error: str = ""
+    logits: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What shapes an engine's work. All but `slots`, `prefix_sharing`, `prefix_tokens` and `trace` may
+    change a row by rounding.
+
+    slots: rows that decode at once (rounded up to whole groups); group_rows: guided rows a group, which
+    is twice as many sequences; prefill_chunk: tokens; vq_slice: pictures a VQ decode; prefix_sharing:
+    whether rows of one prompt share its prefill; prefix_tokens: prompt tokens kept for sharing once no
+    row waits for them; attention: `block`, `sdpa` or `flash`, by default what suits the device; decode_vq: whether pictures are wanted and not
+    their tokens alone; trace: keep each row's logits.
+    """
+
+    slots: int = 32
+    group_rows: int = 16
+    prefill_chunk: int = 32
+    vq_slice: int = 1
+    prefix_sharing: bool = True
+    prefix_tokens: int = 16384
+    attention: str | None = None
+    decode_vq: bool = True
+    trace: bool = False
+
+    def shapes(self, device: torch.device, dtype: torch.dtype) -> dict[str, int | str]:
+        """The options that may change a row by rounding, as they apply on a device."""
+        return {
+            "group_rows": self.group_rows,
+            "prefill_chunk": self.prefill_chunk,
+            "vq_slice": self.vq_slice,
+            "attention": self.attention or default_backend(device, dtype),
+        }
+
+
+@dataclass
+class _Row:
+    """A request on its way: `steps` are all forwards from its first draw to its last token."""
+
+    request: Request
+    prefixes: list["_PendingPrefix"]
+    steps: int
+    length: int
+    slot: int = -1
+    step: int = 0
+
+
+@dataclass
+class _PendingPrefix:
+    """A prompt on its way through the decoder, or through it (`prefix` is set)."""
+
+    key: Hashable
+    prompt: Prompt
+    semantic: np.ndarray | None
+    pixels: np.ndarray | None
+    waiting: int = 0
+    done: int = 0
+    embeddings: Tensor | None = None
+    prefix: Prefix | None = None
+
+
+@dataclass
+class _Picture:
+    row: _Row
+    tokens: np.ndarray
+    logits: np.ndarray | None
+
+
+class Engine:
+    """Serves rows of one task with one model on one device.
+
+    `submit` rows, then call `step` until `pending` is 0; each row is given back exactly once.
+    `counts` says what was done: steps, forwards, slot_steps (slots times steps), row_steps (of them in
+    use), prefill_chunks, prefill_tokens, prefixes_shared, pictures.
+    """
+
+    def __init__(self, model: Wallaroo, task: str, options: EngineOptions | None = None):
+        self.options = options or EngineOptions()
+        if task not in model.tasks:
+            raise ValueError(f"the model was loaded for {model.tasks}, not for '{task}'")
+        self.model = model.eval()
+        self.task = task
+        self.attention = BACKENDS[self.options.attention or default_backend(model.device, model.dtype)]()
+        self.counts: Counter[str] = Counter()
+        self.frequencies = rope_frequencies(model.config.decoder, model.device)
+        ids = model.config.token_ids
+        embed = model.language_model.embed_tokens
+        with torch.inference_mode():
+            if task == "understand":
+                assert model.lm_head is not None
+                self.table = embed.weight
+                self.line_end = None
+                self.stops = [ids[name] for name in STOP_TOKENS if name in ids]
+            else:
+                self.table = model.token_table(task)
+                self.line_end = embed(torch.tensor(ids[END_OF_LINE], device=model.device))
+                self.stops = []
+            self.scratch = KVCache(model.config.decoder, 1, 0, model.device, model.dtype)
+        self.groups: list[_Group] = []
+        self.waiting: deque[_Row] = deque()
+        self.prefixes: OrderedDict[Hashable, _PendingPrefix] = OrderedDict()
+        self.unfinished: _PendingPrefix | None = None
+        self.pictures: dict[Size, list[_Picture]] = {}
+        self.refused: list[Result] = []
+        self.pending = 0
+        self._private = 0
+
+    @property
+    def slots(self) -> int:
+        """Guided rows that can decode at once."""
+        return -(-self.options.slots // self.options.group_rows) * self.options.group_rows
+
+    def submit(self, request: Request) -> None:
+        """Queues a row. One that cannot be served comes back from `step` with its error."""
+        self.pending += 1
+        try:
+            self.waiting.append(self._row(request))
+        except RowError as error:
+            self.refused.append(Result(request.key, np.zeros(0, np.int32), error=str(error)))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
+        """Serves all of `requests`, yielding results as they finish, in no fixed order."""
+        for request in requests:
+            self.submit(request)
+        while self.pending:
+            yield from self.step()
+
+    @torch.inference_mode()
+    def step(self) -> list[Result]:
+        """One round: fill free slots, prefill a chunk, decode a token in every slot.
+
+        Returns the rows that are finished.
+        """
+        results, self.refused = self.refused, []
+        self._fill()
+        decoding = [group for group in self.groups if group.active]
+        for group in decoding:
+            for row, tokens, logits in group.step():
+                if self.task == "understand":
+                    results.append(self._text(row, tokens, logits))
+                else:
+                    size = row.request.size
+                    assert size is not None
+                    self.pictures.setdefault(size, []).append(_Picture(row, tokens, logits))
+        if decoding:
+            self.counts["steps"] += 1
+            self.counts["row_steps"] += sum(group.active_before for group in decoding)
+            self.counts["slot_steps"] += max(self.slots, sum(group.rows for group in self.groups))
+        results += self._decode_pictures(flush=not (decoding or self.waiting))
+        self.pending -= len(results)
+        return results
+
+    # -- rows and their prompts ---------------------------------------------------------------------
+
+    def _row(self, request: Request) -> _Row:
+        request.sampling.validate()
+        if request.sampling.guided and request.null is None:
+            raise RowError("sampling", f"cfg is {request.sampling.cfg}, which needs a null prompt.")
+        branches = [(request.prompt, request.semantic, request.pixels)]
+        if request.sampling.guided:
+            assert request.null is not None
+            # The null branch of an edit sees a black image of the source's size.
+            black = [None if image is None else np.zeros_like(image) for image in (request.semantic, request.pixels)]
+            branches.append((request.null, *black))
+        prefixes = [self._prefix(*branch) for branch in branches]
+        if request.size is None:
+            steps = request.max_new_tokens
+        else:
+            height, width = request.size.grid
+            steps = height * width + (height - 1 if self.model.config.line_break else 0)
+        length = max(len(prompt.ids) for prompt, _, _ in branches) + steps
+        return _Row(request, prefixes, steps, length)
+
+    def _prefix(self, prompt: Prompt, semantic: np.ndarray | None, pixels: np.ndarray | None) -> _PendingPrefix:
+        key: Hashable
+        if self.options.prefix_sharing:
+            digest = hashlib.sha256(prompt.ids.tobytes())
+            for image in (semantic, pixels):
+                digest.update(b"" if image is None else str(image.shape).encode() + image.tobytes())
+            key = digest.digest()
+        else:
+            self._private += 1
+            key = self._private
+        known = self.prefixes.get(key)
+        if known is None:
+            known = self.prefixes[key] = _PendingPrefix(key, prompt, semantic, pixels)
+        else:
+            self.prefixes.move_to_end(key)
+            self.counts["prefixes_shared"] += 1
+        known.waiting += 1
+        return known
+
+    def _fill(self) -> None:
+        """Fills every free slot, first come first served; if none is free, prefills one chunk ahead.
+
+        A free slot is worth more than a step of the others: the total work is the same, and a fuller
+        group makes better use of the weights it reads.
+        """
+        ahead = True
+        while self.waiting:
+            row = self.waiting[0]
+            group = self._group_with_room(row)
+            if group is None:
+                break
+            ahead = False
+            for pending in row.prefixes:
+                while not pending.prefix:
+                    self._prefill_chunk(pending)
+            self.waiting.popleft()
+            group.admit(row)
+            for pending in row.prefixes:
+                pending.waiting -= 1
+            row.prefixes.clear()
+            self._evict()
+        if ahead:
+            for row in itertools.islice(self.waiting, self.slots):
+                for pending in row.prefixes:
+                    if not pending.prefix:
+                        return self._prefill_chunk(pending)
+
+    def _group_with_room(self, row: _Row) -> "_Group | None":
+        """A free slot in a group of the row's kind; the kind may change only while a group is empty,
+        since it decides the shape of the head's matrix product."""
+        guided = row.request.sampling.guided
+        for group in self.groups:
+            if group.guided == guided and group.active < group.rows:
+                return group
+        for index, group in enumerate(self.groups):
+            if not group.active:
+                self.groups[index] = _Group(self, guided)
+                return self.groups[index]
+        if len(self.groups) < self.slots // self.options.group_rows:
+            self.groups.append(_Group(self, guided))
+            return self.groups[-1]
+        return None
+
+    def _evict(self) -> None:
+        """Forgets the least recently used prompts that no row waits for, down to `prefix_tokens`."""
+        idle = [pending for pending in self.prefixes.values() if not pending.waiting and pending.prefix]
+        kept = sum(len(pending.prompt.ids) for pending in idle)
+        for pending in idle:
+            if kept <= self.options.prefix_tokens and self.options.prefix_sharing:
+                return
+            kept -= len(pending.prompt.ids)
+            del self.prefixes[pending.key]
+
+    def _prefill_chunk(self, pending: _PendingPrefix) -> None:
+        """The next chunk of one prompt, padded to its constant length; the last one makes the prefix."""
+        chunk = self.options.prefill_chunk
+        model, prompt, cache = self.model, pending.prompt, self.scratch
+        if self.unfinished not in (None, pending):
+            self.unfinished.done = 0  # type: ignore[union-attr]
+        self.unfinished = pending
+        if pending.embeddings is None:
+            pending.embeddings = self._embed(pending)
+        start, length = pending.done, len(prompt.ids)
+        cache.grow(start + chunk)
+        x = pending.embeddings[start : start + chunk]
+        positions = torch.from_numpy(prompt.positions[:, start : start + chunk]).to(model.device)
+        real = x.shape[0]
+        if real < chunk:
+            x = torch.cat((x, x.new_zeros(chunk - real, x.shape[1])))
+            positions = torch.cat((positions, positions.new_zeros(3, chunk - real)), dim=1)
+        cos, sin = rope(positions, self.frequencies, model.config.decoder.mrope_section, x.dtype)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = cache.keys[layer][0], cache.values[layer][0]
+            keys[:, start : start + chunk] = k.transpose(0, 1)
+            values[:, start : start + chunk] = v.transpose(0, 1)
+            return self.attention.prefill(q, keys, values, start)
+
+        hidden = model.language_model(x, cos, sin, attend)
+        self.counts["prefill_chunks"] += 1
+        self.counts["prefill_tokens"] += real
+        pending.done += real
+        if pending.done == length:
+            pending.prefix = Prefix(
+                torch.stack([keys[0, :, :length] for keys in cache.keys]),
+                torch.stack([values[0, :, :length] for values in cache.values]),
+                hidden[real - 1].clone(),
+                length,
+                prompt.next_position,
+            )
+            pending.embeddings = pending.semantic = pending.pixels = None
+            self.unfinished = None
+
+    def _embed(self, pending: _PendingPrefix) -> Tensor:
+        """Decoder inputs `(L, H)` of a prompt, with the source's features in their places."""
+        model, prompt = self.model, pending.prompt
+        x = model.language_model.embed_tokens(torch.from_numpy(prompt.ids).long().to(model.device)).clone()
+        if prompt.semantic is not None:
+            assert model.visual is not None and pending.semantic is not None
+            patches, grid = patchify(pending.semantic)
+            patches = torch.from_numpy(patches).to(model.device, model.dtype)
+            x[slice(*prompt.semantic)] = encode_image(model.visual, patches, grid)
+        if prompt.pixel is not None:
+            assert model.vq is not None and model.pixel_adapter is not None and pending.pixels is not None
+            picture = torch.from_numpy(pending.pixels).to(model.device).permute(2, 0, 1)[None]
+            latents = model.vq.encode(picture.float() / 255 * 2 - 1)[0].flatten(1).T
+            where = torch.from_numpy(prompt.pixel).long().to(model.device)
+            x[where] = model.pixel_adapter(latents.to(model.dtype))
+        return x
+
+    # -- results ------------------------------------------------------------------------------------
+
+    def _text(self, row: _Row, tokens: np.ndarray, logits: np.ndarray | None) -> Result:
+        stops = np.flatnonzero(np.isin(tokens, self.stops))
+        end = int(stops[0]) if len(stops) else len(tokens)
+        return Result(
+            row.request.key,
+            tokens[:end].astype(np.int32),
+            finish_reason="stop" if len(stops) else "length",
+            prompt_tokens=len(row.request.prompt.ids),
+            logits=logits,
+        )
+
+    def _decode_pictures(self, flush: bool) -> list[Result]:
+        """Pictures whose slice is full, or all of them; a slice is padded with its first picture."""
+        results = []
+        width = self.options.vq_slice
+        for size, ready in self.pictures.items():
+            while len(ready) >= width or (flush and ready):
+                taken = ready[:width]
+                del ready[:width]
+                pixels: list[np.ndarray] | None = None
+                if self.options.decode_vq:
+                    assert self.model.vq is not None
+                    grids = [picture.tokens.reshape(size.grid) for picture in taken]
+                    grids += grids[:1] * (width - len(grids))
+                    tokens = torch.from_numpy(np.stack(grids)).long().to(self.model.device)
+                    decoded = to_uint8(self.model.vq.decode(tokens)).permute(0, 2, 3, 1).cpu().numpy()
+                    pixels = [decoded[index].copy() for index in range(len(taken))]
+                    self.counts["vq_slices"] += 1
+                for index, picture in enumerate(taken):
+                    request = picture.row.request
+                    results.append(
+                        Result(
+                            request.key,
+                            picture.tokens,
+                            pixels[index] if pixels else None,
+                            "length",
+                            len(request.prompt.ids),
+                            logits=picture.logits,
+                        )
+                    )
+                self.counts["pictures"] += len(taken)
+        return results
+
+
+class _Group:
+    """A constant number of sequences that decode together.
+
+    Guided: `group_rows` rows, conditional sequences first, then their null sequences. Unguided: twice
+    as many rows, a sequence each.
+    """
+
+    STOP_CHECK = 4
+    """Steps between two looks at the stop flags of texts, each of which waits for the device."""
+
+    def __init__(self, engine: Engine, guided: bool):
+        model, options = engine.model, engine.options
+        self.engine, self.guided = engine, guided
+        sequences = 2 * options.group_rows
+        self.rows = options.group_rows if guided else sequences
+        device = model.device
+        self.cache = KVCache(model.config.decoder, sequences, 0, device, model.dtype)
+        self.hidden = torch.zeros(sequences, model.config.decoder.hidden_size, device=device, dtype=model.dtype)
+        # An empty slot goes on computing over one finite key; its length and position stand still.
+        self.length = torch.zeros(sequences, dtype=torch.int64, device=device)
+        self.position = torch.zeros(sequences, dtype=torch.int64, device=device)
+        self.advance = torch.zeros(sequences, dtype=torch.int64, device=device)
+        self.sequence = torch.arange(sequences, device=device)
+        self.taken = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self.line = torch.ones(self.rows, dtype=torch.int64, device=device)
+        self.uniform = torch.zeros(self.rows, 0, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(self.rows, 0, dtype=torch.int64, device=device)
+        self.forced = torch.zeros(self.rows, 0, dtype=torch.int64, device=device)
+        self.cfg = torch.ones(self.rows, 1, device=device, dtype=torch.float32)
+        self.temperature = torch.ones(self.rows, device=device)
+        self.top_k = torch.ones(self.rows, dtype=torch.int64, device=device)
+        self.top_p = torch.ones(self.rows, device=device)
+        self.members: list[_Row | None] = [None] * self.rows
+        self.traces: dict[int, list[Tensor]] = {}
+        self.since_check = 0
+        self.active_before = 0
+
+    @property
+    def active(self) -> int:
+        """Slots in use."""
+        return sum(row is not None for row in self.members)
+
+    def admit(self, row: _Row) -> None:
+        """Puts a row whose prompts are ready into a free slot."""
+        request, sampling = row.request, row.request.sampling
+        slot = row.slot = self.members.index(None)
+        self.members[slot] = row
+        self.cache.grow(row.length)
+        if self.tokens.shape[1] < row.steps:
+            missing = row.steps - self.tokens.shape[1]
+            self.uniform, self.tokens, self.forced = (
+                torch.cat((tensor, tensor.new_zeros(self.rows, missing)), dim=1)
+                for tensor in (self.uniform, self.tokens, self.forced)
+            )
+        for pending, sequence in zip(row.prefixes, (slot, slot + self.rows), strict=False):
+            prefix = pending.prefix
+            assert prefix is not None
+            prefix.copy_to(self.cache, sequence)
+            self.hidden[sequence] = prefix.hidden
+            self.length[sequence] = prefix.length
+            self.position[sequence] = prefix.next_position
+            self.advance[sequence] = 1
+        self.taken[slot] = 0
+        self.uniform[slot, : row.steps] = torch.from_numpy(draws(request.seed, row.steps)).to(self.uniform.device)
+        if self.engine.options.trace:
+            self.forced[slot] = -1
+            if request.forced is not None:
+                where = self._token_steps(row)
+                self.forced[slot, torch.from_numpy(where[: len(request.forced)])] = torch.from_numpy(
+                    request.forced.astype(np.int64)
+                )
+            self.traces[slot] = []
+        self.line[slot] = self._line(row)
+        self.cfg[slot], self.temperature[slot] = sampling.cfg, sampling.temperature
+        self.top_k[slot], self.top_p[slot] = sampling.top_k, sampling.top_p
+
+    def step(self) -> list[tuple[_Row, np.ndarray, np.ndarray | None]]:
+        """Draws a token in every slot and takes it through the decoder; returns the finished rows with
+        their tokens (and logits, if traced)."""
+        engine, model = self.engine, self.engine.model
+        longest = 0
+        self.active_before = 0
+        for row in self.members:
+            if row is not None:
+                longest = max(longest, row.length - row.steps + row.step + 1)
+                row.step += 1
+                self.active_before += 1
+        token = self._draw()
+        x = engine.table[token]
+        if engine.line_end is not None:
+            # The last token of a line is fed like any other; then a line end is fed, not drawn.
+            x = torch.where((self.taken % self.line == self.line - 1).unsqueeze(-1), engine.line_end, x)
+        if self.guided:
+            x = torch.cat((x, x))
+        self.taken += self.advance[: self.rows]
+        positions = self.position.expand(3, -1)
+        cos, sin = rope(positions, engine.frequencies, model.config.decoder.mrope_section, x.dtype)
+        lengths = self.length + 1
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.cache.keys[layer], self.cache.values[layer]
+            keys[self.sequence, :, self.length] = k
+            values[self.sequence, :, self.length] = v
+            return engine.attention.decode(q, keys, values, lengths, longest)
+
+        self.hidden = model.language_model(x, cos, sin, attend)
+        self.length += self.advance
+        self.position += self.advance
+        engine.counts["forwards"] += 1
+        return self._finished()
+
+    def _draw(self) -> Tensor:
+        """The next token of every slot, int64 `(rows,)`, kept in `tokens`."""
+        engine, model = self.engine, self.engine.model
+        if engine.task == "understand":
+            assert model.lm_head is not None
+            logits = model.lm_head(self.hidden).float()
+        else:
+            _, head = model.image_parts(engine.task)
+            hidden = head[1](head[0](self.hidden))
+            if self.guided:
+                # Guidance before the last matrix, which is linear: half of its rows are saved.
+                conditional, null = hidden.float().split(self.rows)
+                hidden = (null + self.cfg * (conditional - null)).to(hidden.dtype)
+            logits = head[2](hidden).float()
+        step = self.taken.unsqueeze(1)
+        uniform = self.uniform.gather(1, step).squeeze(1)
+        token = sample(logits, self.temperature, self.top_k, self.top_p, uniform)
+        if engine.options.trace:
+            forced = self.forced.gather(1, step).squeeze(1)
+            token = torch.where(forced >= 0, forced, token)
+            for slot, trace in self.traces.items():
+                trace.append(logits[slot].clone())
+        self.tokens.scatter_(1, step, token.unsqueeze(1))
+        return token
+
+    def _finished(self) -> list[tuple[_Row, np.ndarray, np.ndarray | None]]:
+        ended = [row for row in self.members if row is not None and row.step == row.steps]
+        self.since_check += 1
+        if self.engine.stops and self.since_check >= self.STOP_CHECK:
+            self.since_check = 0
+            stops = torch.tensor(self.engine.stops, device=self.tokens.device)
+            stopped = torch.isin(self.tokens, stops)
+            drawn = torch.arange(self.tokens.shape[1], device=stopped.device) < self.taken.unsqueeze(1)
+            for slot in torch.nonzero((stopped & drawn).any(1)).flatten().tolist():
+                row = self.members[slot]
+                if row is not None and row not in ended:
+                    ended.append(row)
+        results = []
+        for row in ended:
+            where = self._token_steps(row)
+            tokens = self.tokens[row.slot].cpu().numpy()[where].astype(np.int32)
+            logits = None
+            if self.engine.options.trace:
+                trace = torch.stack(self.traces.pop(row.slot))
+                logits = trace.cpu().numpy()[where]
+            self._release(row)
+            results.append((row, tokens, logits))
+        return results
+
+    def _release(self, row: _Row) -> None:
+        self.members[row.slot] = None
+        for sequence in (row.slot, row.slot + self.rows)[: 2 if self.guided else 1]:
+            self.length[sequence] = self.position[sequence] = self.advance[sequence] = 0
+        self.taken[row.slot] = 0
+
+    def _line(self, row: _Row) -> int:
+        """Steps a line of the picture takes, its line end included; past all steps if there is none."""
+        size = row.request.size
+        if size is None or not self.engine.model.config.line_break:
+            return row.steps + 1
+        return size.width // VQ_FACTOR + 1
+
+    def _token_steps(self, row: _Row) -> np.ndarray:
+        """The steps of a row at which a token that counts was drawn: those so far, line ends left out."""
+        steps = np.arange(row.step or row.steps)
+        line = self._line(row)
+        return steps[steps % line != line - 1]

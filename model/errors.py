@@ -1,0 +1,32 @@
+"""The errors a user may cause, and the words that help them out.
+
+Knows nothing of where an error is shown: a command prints it and ends, a pipeline turns it into an
+error row.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something that was given breaks a rule; the message is one sentence: name, value, rule, remedy."""
+
+
+class RowError(InputError):
+    """One row cannot be served, whatever becomes of its neighbours.
+
+    `kind` is a short stable word such as `size` or `prompt`, by which reports count errors.
+    """
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):
+        return type(self), (self.kind, str(self))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'seed'?` for the nearest of `known`, or the empty string if none is near."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""

@@ -1,0 +1,108 @@
+"""From logits to one token a row: temperature, top-k, top-p and a draw fixed by seed and position.
+
+Knows nothing of where logits come from or which row is whose.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.errors import RowError
+
+MIN_TEMPERATURE = 1e-5
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row's tokens are drawn.
+
+    cfg: scale of classifier-free guidance; at most 1 means that no null branch is run.
+    temperature: divides the logits; 0 is as good as greedy.
+    top_k: tokens kept before top-p, ties with the last one stay; 0 keeps all; 1 is greedy.
+    top_p: probability mass kept; 1 keeps all.
+    """
+
+    cfg: float = 3.0
+    temperature: float = 1.0
+    top_k: int = 1000
+    top_p: float = 1.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether a null branch runs beside the conditional one."""
+        return self.cfg > 1
+
+    def validate(self) -> "Sampling":
+        """Itself; raises RowError (kind `sampling`) with the first rule that a value breaks."""
+        for name, value, holds, rule in (
+            ("cfg", self.cfg, math.isfinite(self.cfg) and self.cfg >= 0, "a finite number of at least 0"),
+            (
+                "temperature",
+                self.temperature,
+                math.isfinite(self.temperature) and self.temperature >= 0,
+                "a finite number of at least 0",
+            ),
+            (
+                "top_k",
+                self.top_k,
+                self.top_k == int(self.top_k) and self.top_k >= 0 if math.isfinite(self.top_k) else False,
+                "a whole number of at least 0 (0 keeps all tokens)",
+            ),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps all tokens)"),
+        ):
+            if not holds:
+                raise RowError("sampling", f"{name} is {value}, but must be {rule}.")
+        return self
+
+
+def draws(seed: int, count: int) -> np.ndarray:
+    """The uniform numbers of one row, float64 `(count,)` in [0, 1): number i belongs to position i.
+
+    Philox is counter-based (Salmon et al. 2011), so a row's numbers depend on its seed alone and a
+    longer row begins with the numbers of a shorter one.
+    """
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+
+
+def kept_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Logits `(rows, vocabulary)` float32 after temperature, with all but the kept ones at -inf.
+
+    temperature, top_k, top_p: `(rows,)`. Top-k keeps every tie with the k-th largest; top-p keeps the
+    shortest prefix, in descending order of what is left, whose probabilities sum to more than p.
+    """
+    vocabulary = logits.shape[-1]
+    logits = logits / temperature.clamp(min=MIN_TEMPERATURE).unsqueeze(-1)
+    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    last = torch.where(top_k > 0, top_k.clamp(max=vocabulary), vocabulary) - 1
+    threshold = ordered.gather(-1, last.unsqueeze(-1))
+    logits = logits.masked_fill(logits < threshold, -math.inf)
+    before = ordered.masked_fill(ordered < threshold, -math.inf).softmax(-1).cumsum(-1).roll(1, -1)
+    before[:, 0] = 0
+    # Rounding may carry the sum past 1, so 1 must switch the filter off and not only be compared.
+    dropped = (before > top_p.unsqueeze(-1)) & (top_p < 1).unsqueeze(-1)
+    return logits.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -math.inf)
+
+
+def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Probabilities `(rows, vocabulary)` float32 from which one token a row is drawn."""
+    return kept_logits(logits, temperature, top_k, top_p).softmax(-1)
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row, int64 `(rows,)`, by inverting the distribution at `uniform` float64 `(rows,)`.
+
+    Greedy rows (`top_k` 1) take the largest logit, the lowest index on a tie. Nothing is read back to
+    the host, and a row's token does not depend on the other rows.
+    """
+    kept = kept_logits(logits, temperature, top_k, top_p)
+    weight = (kept - kept.amax(-1, keepdim=True)).to(torch.float64).exp()
+    cumulative = weight.cumsum(-1)
+    total = cumulative[:, -1]
+    # A product that rounds up to the total would point past the last kept token.
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
+    return torch.where(top_k == 1, logits.argmax(-1), drawn)
