@@ -5,73 +5,87 @@ Knows nothing of slots, prompts or layers.
 
 import importlib.util
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KEY_BLOCK = 128
+KEY_BLOCK = 64
 """Keys that `BlockAttention` takes at a time."""
 
 
-class AttentionBackend(Protocol):
-    """Attention of new tokens over the keys and values that a cache holds, theirs included.
+@dataclass(frozen=True)
+class Visible:
+    """Which keys each query of a forward may see; made once and used by every layer.
 
-    keys, values: `(rows, kv_heads, capacity, head_dim)`. A row's result must not depend on the other
-    rows, on `capacity` or on `longest`.
+    A forward takes n runs of t consecutive tokens: all rows of a group with t = 1 in decode, pieces of
+    prompts in prefill.
+
+    rows: int64 `(n,)`, the cache row of each run, or None where run i is row i; limits: int64 `(n, t)`,
+    a query sees the keys below its limit; stops: the last limit of each run where the host knows it
+    (prefill), else None; longest: a bound on all limits that the host knows.
     """
 
-    def decode(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        """One new token a row: q `(rows, heads, head_dim)` -> `(rows, heads * head_dim)`.
+    rows: Tensor | None
+    limits: Tensor
+    stops: list[int] | None
+    longest: int
 
-        lengths: int64 `(rows,)`, keys of each row; longest: a bound on them that the host knows.
-        """
+    @classmethod
+    def decode(cls, lengths: Tensor, longest: int) -> "Visible":
+        """One new token a row, whose cache holds `lengths` keys, int64 `(rows,)`, that token's included."""
+        return cls(None, lengths.unsqueeze(1), None, longest)
 
-    def prefill(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-        """A chunk of one row's tokens, the first at `start`: q `(tokens, heads, head_dim)` ->
-        `(tokens, heads * head_dim)`; keys, values `(kv_heads, capacity, head_dim)`; causal."""
+    @classmethod
+    def prefill(cls, rows: list[int], starts: list[int], tokens: int, device: torch.device) -> "Visible":
+        """Runs of `tokens` tokens that begin at position `starts` of the cache rows `rows`; causal."""
+        limits = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(1, tokens + 1, device=device)
+        stops = [start + tokens for start in starts]
+        return cls(torch.tensor(rows, device=device), limits, stops, max(stops))
+
+
+class Attention(Protocol):
+    """Attention of one forward: q `(n, t, heads, head_dim)` over the keys and values of a cache layer
+    `(rows, kv_heads, capacity, head_dim)`, those of the queries' own tokens included ->
+    `(n, t, heads * head_dim)`. A run's result does not depend on the other runs or on the capacity."""
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
 
 
 class BlockAttention:
-    """Softmax over fixed blocks of keys with running maxima (Milakov and Gimelshein 2018).
+    """Softmax over fixed blocks of keys with one maximum (Milakov and Gimelshein 2018).
 
     Every operator has one shape, whatever the lengths: a longer row in the batch only adds blocks, and
     a block past a row's end adds exact zeros to it. On CPUs this is faster than the fused kernel,
     because the queries of a key head share one matrix product.
     """
 
-    def decode(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        rows, heads, dim = q.shape
+    def __init__(self, visible: Visible, kv_heads: int, dtype: torch.dtype):
+        self.rows = visible.rows
+        limits = visible.limits
+        index = torch.arange(KEY_BLOCK, device=limits.device)
+        self.masks = []
+        for first in range(0, visible.longest, KEY_BLOCK):
+            hidden = index + first >= limits.unsqueeze(-1)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=limits.device).masked_fill_(hidden, -math.inf)
+            self.masks.append(mask.repeat_interleave(kv_heads, dim=0))
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        runs, tokens, heads, dim = q.shape
         kv_heads = keys.shape[1]
-        limit = lengths.repeat_interleave(kv_heads).view(-1, 1, 1)
-        out = self._attend(
-            q.reshape(rows * kv_heads, heads // kv_heads, dim),
-            keys.flatten(0, 1),
-            values.flatten(0, 1),
-            limit,
-            longest,
-        )
-        return out.view(rows, heads * dim)
-
-    def prefill(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-        tokens, heads, dim = q.shape
-        kv_heads = keys.shape[0]
-        grouped = q.view(tokens, kv_heads, heads // kv_heads, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
-        limit = torch.arange(start + 1, start + tokens + 1, device=q.device)
-        limit = limit.repeat_interleave(heads // kv_heads).view(1, -1, 1)
-        out = self._attend(grouped, keys, values, limit, start + tokens)
-        return out.view(kv_heads, tokens, -1, dim).transpose(0, 1).reshape(tokens, heads * dim)
-
-    @staticmethod
-    def _attend(q: Tensor, keys: Tensor, values: Tensor, limit: Tensor, longest: int) -> Tensor:
-        """q `(n, m, d)` over keys and values `(n, capacity, d)`; key j counts where j < limit."""
-        scale = q.shape[-1] ** -0.5
+        per_key = heads // kv_heads
+        # Queries of one key head stand together: (runs * kv_heads, queries a key head * tokens, dim).
+        q = (q * dim**-0.5).view(runs, tokens, kv_heads, per_key, dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(runs * kv_heads, per_key * tokens, dim)
+        shape = (runs * kv_heads, per_key, tokens, KEY_BLOCK)
         scores = []
-        for first in range(0, longest, KEY_BLOCK):
-            score = torch.bmm(q, keys[:, first : first + KEY_BLOCK].transpose(1, 2)).mul_(scale)
-            index = torch.arange(first, first + KEY_BLOCK, device=q.device)
-            scores.append(score.float().masked_fill_(index >= limit, -math.inf))
+        for number, mask in enumerate(self.masks):
+            if tokens > 1:
+                mask = mask.unsqueeze(1).expand(shape).flatten(1, 2)
+            scores.append(torch.baddbmm(mask, q, self._block(keys, number).transpose(1, 2)).float())
         top = scores[0].amax(-1, keepdim=True)
         for score in scores[1:]:
             top = torch.maximum(top, score.amax(-1, keepdim=True))
@@ -79,74 +93,95 @@ class BlockAttention:
         for number, score in enumerate(scores):
             weight = score.sub_(top).exp_()
             mass = weight.sum(-1, keepdim=True)
-            block = values[:, number * KEY_BLOCK : (number + 1) * KEY_BLOCK]
-            part = torch.bmm(weight.to(block.dtype), block)
+            part = torch.bmm(weight.to(values.dtype), self._block(values, number))
             total = mass if total is None else total.add_(mass)
             out = part if out is None else out.add_(part)
         assert out is not None and total is not None, "attention needs at least one key"
-        return out / total.to(out.dtype)
+        out = (out / total.to(out.dtype)).view(runs, kv_heads, per_key, tokens, dim)
+        return out.permute(0, 3, 1, 2, 4).reshape(runs, tokens, heads * dim)
+
+    def _block(self, cached: Tensor, number: int) -> Tensor:
+        """Keys or values of one block for every run, `(runs * kv_heads, KEY_BLOCK, head_dim)`."""
+        block = cached[:, :, number * KEY_BLOCK : (number + 1) * KEY_BLOCK]
+        if self.rows is not None:
+            block = block.index_select(0, self.rows)
+            return block.flatten(0, 1)
+        # A view: rows and heads are one axis of the cache's memory.
+        return cached.flatten(0, 1)[:, number * KEY_BLOCK : (number + 1) * KEY_BLOCK]
 
 
 class SdpaAttention:
-    """torch's scaled_dot_product_attention over the whole capacity, the queries of a key head as one."""
+    """torch's scaled_dot_product_attention over the whole capacity."""
 
-    def decode(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        rows, heads, dim = q.shape
-        kv_heads = keys.shape[1]
-        seen = torch.arange(keys.shape[2], device=q.device) < lengths.view(-1, 1, 1, 1)
-        out = F.scaled_dot_product_attention(
-            q.view(rows, kv_heads, heads // kv_heads, dim), keys, values, attn_mask=seen
-        )
-        return out.reshape(rows, heads * dim)
+    def __init__(self, visible: Visible, kv_heads: int, dtype: torch.dtype):
+        self.rows, self.limits = visible.rows, visible.limits
 
-    def prefill(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-        tokens, heads, dim = q.shape
-        limit = torch.arange(start + 1, start + tokens + 1, device=q.device).unsqueeze(-1)
-        seen = torch.arange(keys.shape[1], device=q.device) < limit
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if self.rows is not None:
+            keys, values = keys[self.rows], values[self.rows]
+        index = torch.arange(keys.shape[2], device=q.device)
+        runs, tokens, heads, dim = q.shape
+        if tokens == 1:
+            # The queries of a key head as one sequence: keys are not repeated, and no key head idles.
+            kv_heads = keys.shape[1]
+            grouped = q.view(runs, kv_heads, heads // kv_heads, dim)
+            seen = index < self.limits.view(runs, 1, 1, 1)
+            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen).reshape(runs, 1, heads * dim)
+        seen = (index < self.limits.unsqueeze(-1)).unsqueeze(1)
         out = F.scaled_dot_product_attention(
-            q.transpose(0, 1).unsqueeze(0), keys[None], values[None], attn_mask=seen, enable_gqa=True
+            q.transpose(1, 2), keys, values, attn_mask=seen, enable_gqa=heads != keys.shape[1]
         )
-        return out.squeeze(0).transpose(0, 1).reshape(tokens, heads * dim)
+        return out.transpose(1, 2).flatten(2)
 
 
 class FlashAttention:
     """flash-attn's kernels (Dao 2023), for half precision on CUDA; raises ImportError without the library."""
 
-    def __init__(self) -> None:
+    def __init__(self, visible: Visible, kv_heads: int, dtype: torch.dtype):
         from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
         self._varlen, self._with_kvcache = flash_attn_varlen_func, flash_attn_with_kvcache
+        self.rows, self.stops = visible.rows, visible.stops
+        device, (runs, tokens) = visible.limits.device, visible.limits.shape
+        if self.stops is None:
+            self.lengths = visible.limits[:, 0].to(torch.int32)
+        else:
+            ends = torch.tensor([0, *self.stops], dtype=torch.int32, device=device)
+            self.key_ends = ends.cumsum(0, dtype=torch.int32)
+            self.query_ends = torch.arange(0, runs * tokens + 1, tokens, dtype=torch.int32, device=device)
 
-    def decode(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        # One split of the keys, since the library's own choice depends on how many rows there are.
-        out = self._with_kvcache(
-            q.unsqueeze(1),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            cache_seqlens=lengths.to(torch.int32),
-            causal=True,
-            num_splits=1,
-        )
-        return out.flatten(1)
-
-    def prefill(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-        tokens = q.shape[0]
-        stop = start + tokens
-        # Causal masks there are aligned to the last key, which is what a chunk needs.
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        runs, tokens = q.shape[:2]
+        if self.stops is None:
+            # One split of the keys, since the library's own choice depends on how many rows there are.
+            out = self._with_kvcache(
+                q,
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                cache_seqlens=self.lengths,
+                causal=True,
+                num_splits=1,
+            )
+            return out.flatten(2)
+        assert self.rows is not None
+        packed = [
+            torch.cat([cached[row, :, :stop].transpose(0, 1) for row, stop in zip(self.rows, self.stops, strict=True)])
+            for cached in (keys, values)
+        ]
+        # Causal masks there are aligned to the last key, which is what a piece of a prompt needs.
         out = self._varlen(
-            q.contiguous(),
-            keys[:, :stop].transpose(0, 1).contiguous(),
-            values[:, :stop].transpose(0, 1).contiguous(),
-            torch.tensor([0, tokens], dtype=torch.int32, device=q.device),
-            torch.tensor([0, stop], dtype=torch.int32, device=q.device),
+            q.flatten(0, 1),
+            *packed,
+            self.query_ends,
+            self.key_ends,
             tokens,
-            stop,
+            max(self.stops),
             causal=True,
         )
-        return out.flatten(1)
+        return out.view(runs, tokens, -1)
 
 
-BACKENDS: dict[str, type[AttentionBackend]] = {
+BACKENDS: dict[str, Callable[[Visible, int, torch.dtype], Attention]] = {
     "block": BlockAttention,
     "sdpa": SdpaAttention,
     "flash": FlashAttention,

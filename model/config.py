@@ -5,6 +5,8 @@ Only numbers differ between the tiny embedded model and the published 7B. Knows 
 
 import dataclasses
 import json
+import math
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +114,7 @@ class ModelConfig:
 
     layout: `eval` or `train`, where size indicators and assistant header stand in a prompt.
     indicators: `added` (a token each) or `text` (spelt out in ordinary tokens).
-    line_break: whether rows of an image are separated by `<|end_of_line|>` and prompts carry
+    line_break: whether rows of an image are separated by `<|end_of_line>|` and prompts carry
         indicators; square checkpoints of the early stages have neither.
     tasks: what the checkpoint can do; those of stages 1 to 3 lack `edit`.
     sizes: ratio key -> (height, width) in pixels.
@@ -144,10 +146,14 @@ class ModelConfig:
             ("indicators", self.indicators, ("added", "text")),
         ):
             if value not in allowed:
-                raise InputError(f"config.json: {name} is '{value}', but must be one of {', '.join(allowed)}.")
+                raise InputError(
+                    f"config.json: {name} is '{value}', but must be one of {', '.join(allowed)}."
+                )
         for task in self.tasks:
             if task not in TASKS:
                 raise InputError(f"config.json: tasks names '{task}', but only {', '.join(TASKS)} exist.")
+        for part in (decoder, self.vision, self.vq):
+            _check_numbers(part)
         if decoder.hidden_size % decoder.num_attention_heads:
             raise InputError(
                 f"config.json: hidden_size {decoder.hidden_size} is not a multiple of "
@@ -168,9 +174,43 @@ class ModelConfig:
                 f"config.json: vision out_hidden_size {self.vision.out_hidden_size} must equal "
                 f"hidden_size {decoder.hidden_size}."
             )
+        _check_vision(self.vision)
+        if len(self.vq.channel_multipliers) != 1 + int(math.log2(VQ_FACTOR)):
+            raise InputError(
+                f"config.json: channel_multipliers {list(self.vq.channel_multipliers)} must be "
+                f"{1 + int(math.log2(VQ_FACTOR))} numbers, for a token is {VQ_FACTOR} pixels a side."
+            )
+        for multiplier in self.vq.channel_multipliers:
+            if multiplier < 1 or self.vq.channels * multiplier % self.vq.norm_groups:
+                raise InputError(
+                    f"config.json: channels {self.vq.channels} times channel multiplier {multiplier} must be "
+                    f"a positive multiple of norm_groups {self.vq.norm_groups}."
+                )
+        for name, (least, most) in (
+            ("edit_pixels", self.edit_pixels),
+            ("understand_pixels", self.understand_pixels),
+        ):
+            if not 1 <= least <= most:
+                raise InputError(
+                    f"config.json: {name} is {least} to {most}, but must be two rising positive numbers."
+                )
+        for token, index in self.token_ids.items():
+            if index >= decoder.vocab_size:
+                raise InputError(
+                    f"config.json: token id {index} of '{token}' must be below vocab_size "
+                    f"{decoder.vocab_size}."
+                )
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise InputError(
+                f"config.json: tasks is {list(self.tasks)}, but must name each task once, and at least one."
+            )
         if not self.sizes:
             raise InputError("config.json: sizes is empty, but at least one size is needed.")
         for key, (height, width) in self.sizes.items():
+            if not _is_ratio(key):
+                raise InputError(
+                    f"config.json: sizes has the key '{key}', but keys are ratios of height to width."
+                )
             if height % VQ_FACTOR or width % VQ_FACTOR or height <= 0 or width <= 0:
                 raise InputError(
                     f"config.json: size {height}x{width} of ratio {key} must have sides that are "
@@ -186,6 +226,17 @@ class ModelConfig:
         ratio = height / width
         key = min(self.sizes, key=lambda key: abs(float(key) - ratio))
         return Size(*self.sizes[key])
+
+    def require_task(self, task: str) -> None:
+        """Raises InputError if the checkpoint cannot do a task, and says why."""
+        if task not in TASKS:
+            raise InputError(f"There is no task '{task}'; the tasks are {', '.join(TASKS)}.")
+        if task not in self.tasks:
+            why = " (those of training stages 1 to 3 have no parts for editing)" if task == "edit" else ""
+            raise InputError(
+                f"The checkpoint '{self.name}' cannot {task}{why}: its tasks are {', '.join(self.tasks)}; "
+                f"use a checkpoint that was trained for it."
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -214,20 +265,95 @@ class ModelConfig:
 
 _NESTED = {"decoder": DecoderConfig, "vision": VisionConfig, "vq": VQConfig}
 
+_LARGEST = 2**24
+"""No number of a configuration comes near; beyond it only a broken or hostile file goes."""
+
+_DEEPEST = 1024
+"""Layers or blocks, likewise."""
+
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
     made: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in fields:
-            raise InputError(f"{where}: unknown key '{name}'{did_you_mean(name, fields) or '.'}")
+        if name not in hints:
+            raise InputError(f"{where}: unknown key '{name}'{did_you_mean(name, hints) or '.'}")
         if name in _NESTED and cls is ModelConfig:
             if not isinstance(value, dict):
-                raise InputError(f"{where}: {name} must be an object, not {value!r}.")
-            value = _build(_NESTED[name], value, f"{where}: {name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif name == "sizes":
-            value = {key: (int(size[0]), int(size[1])) for key, size in value.items()}
-        made[name] = value
+                raise InputError(f"{where}: {name} must be an object, not {value!r:.100}.")
+            made[name] = _build(_NESTED[name], value, f"{where}: {name}")
+        else:
+            made[name] = _convert(value, hints[name], f"{where}: {name}")
     return cls(**made)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """A JSON value as the type that the field is declared with; InputError if it is another."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, list):
+        if inner[-1] is Ellipsis:
+            return tuple(_convert(item, inner[0], where) for item in value)
+        if len(value) == len(inner):
+            return tuple(_convert(item, kind, where) for item, kind in zip(value, inner, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {key: _convert(item, inner[1], f"{where}: {key}") for key, item in value.items()}
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST:
+        return value
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value) and value > 0:
+            return float(value)
+    elif hint in (str, bool) and isinstance(value, hint):
+        return value
+    raise InputError(f"{where} is {value!r:.100}, but must be {_in_words(hint)}.")
+
+
+def _in_words(hint: Any) -> str:
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {'' if inner[-1] is Ellipsis else f'{len(inner)} times '}{_in_words(inner[0])}"
+    if typing.get_origin(hint) is dict:
+        return f"an object whose values are each {_in_words(inner[1])}"
+    return {
+        int: f"a whole number from 0 to {_LARGEST}",
+        float: "a positive number",
+        str: "a text",
+        bool: "true or false",
+    }[hint]
+
+
+def _check_numbers(part: DecoderConfig | VisionConfig | VQConfig) -> None:
+    for name, value in dataclasses.asdict(part).items():
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"config.json: {name} is {value}, but must be at least 1.")
+        if name in ("num_hidden_layers", "depth", "residual_blocks") and value > _DEEPEST:
+            raise InputError(f"config.json: {name} is {value}, but must be at most {_DEEPEST}.")
+
+
+def _check_vision(vision: VisionConfig) -> None:
+    published = VisionConfig()
+    for name in ("in_channels", "patch_size", "spatial_merge_size", "temporal_patch_size", "hidden_act"):
+        value, only = getattr(vision, name), getattr(published, name)
+        if value != only:
+            raise InputError(
+                f"config.json: vision {name} is {value}, but pictures are prepared for {only} only."
+            )
+    if vision.hidden_size % (4 * vision.num_heads):
+        raise InputError(
+            f"config.json: vision hidden_size {vision.hidden_size} must be a multiple of four times "
+            f"num_heads {vision.num_heads}."
+        )
+    for block in vision.fullatt_block_indexes:
+        if block >= vision.depth:
+            raise InputError(
+                f"config.json: fullatt_block_indexes names block {block}, but depth is {vision.depth}."
+            )
+    token = vision.patch_size * vision.spatial_merge_size
+    if vision.window_size < token:
+        raise InputError(f"config.json: window_size {vision.window_size} must be at least {token} pixels.")
+
+
+def _is_ratio(key: str) -> bool:
+    try:
+        return 0 < float(key) < math.inf
+    except ValueError:
+        return False

@@ -1,7 +1,7 @@
 """The batching engine: rows in, pictures or texts out, as many at once as there are slots.
 
 A row's numbers depend on nothing but the row: decode runs in groups of a constant number of
-sequences, prefill in chunks of a constant length, VQ decode in slices of a constant number of
+sequences, prefill in pieces of a constant length, VQ decode in slices of a constant number of
 pictures, and the draws of a row are fixed by its seed and the token's position. So a row comes out the
 same alone or in any company, in any slot and any order. Knows nothing of Ray, files or manifests; one
 thread at a time may use an engine.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import BACKENDS, default_backend
+from model.attention import BACKENDS, Visible, default_backend
 from model.config import VQ_FACTOR, Size
 from model.decoder import rope, rope_frequencies
 from model.errors import RowError
@@ -26,11 +26,11 @@ from model.kv_cache import KVCache, Prefix
 from model.prompts import Prompt
 from model.sampling import Sampling, draws, sample
 from model.vision import encode_image
-from model.vq import to_uint8
+from model.vq import to_float, to_uint8
 from model.wallaroo import Wallaroo
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-END_OF_LINE = "<|end_of_line|>"
+END_OF_LINE = "<|end_of_line>|"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class EngineOptions:
     change a row by rounding.
 
     slots: rows that decode at once (rounded up to whole groups); group_rows: guided rows a group, which
-    is twice as many sequences; prefill_chunk: tokens; vq_slice: pictures a VQ decode; prefix_sharing:
+    is twice as many sequences; prefill_piece: tokens of one prompt that stay together; prefill_pieces:
+    of one or several prompts, that go through the decoder at once; vq_slice: pictures a VQ decode; prefix_sharing:
     whether rows of one prompt share its prefill; prefix_tokens: prompt tokens kept for sharing once no
     row waits for them; attention: `block`, `sdpa` or `flash`, by default what suits the device; decode_vq: whether pictures are wanted and not
     their tokens alone; trace: keep each row's logits.
@@ -89,7 +90,8 @@ class EngineOptions:
 
     slots: int = 32
     group_rows: int = 16
-    prefill_chunk: int = 32
+    prefill_piece: int = 8
+    prefill_pieces: int = 8
     vq_slice: int = 1
     prefix_sharing: bool = True
     prefix_tokens: int = 16384
@@ -101,13 +103,14 @@ class EngineOptions:
         """The options that may change a row by rounding, as they apply on a device."""
         return {
             "group_rows": self.group_rows,
-            "prefill_chunk": self.prefill_chunk,
+            "prefill_piece": self.prefill_piece,
+            "prefill_pieces": self.prefill_pieces,
             "vq_slice": self.vq_slice,
             "attention": self.attention or default_backend(device, dtype),
         }
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A request on its way: `steps` are all forwards from its first draw to its last token."""
 
@@ -119,7 +122,7 @@ class _Row:
     step: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _PendingPrefix:
     """A prompt on its way through the decoder, or through it (`prefix` is set)."""
 
@@ -129,11 +132,12 @@ class _PendingPrefix:
     pixels: np.ndarray | None
     waiting: int = 0
     done: int = 0
-    embeddings: Tensor | None = None
+    scratch: int = -1
+    features: list[tuple[np.ndarray, Tensor]] | None = None
     prefix: Prefix | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Picture:
     row: _Row
     tokens: np.ndarray
@@ -145,7 +149,7 @@ class Engine:
 
     `submit` rows, then call `step` until `pending` is 0; each row is given back exactly once.
     `counts` says what was done: steps, forwards, slot_steps (slots times steps), row_steps (of them in
-    use), prefill_chunks, prefill_tokens, prefixes_shared, pictures.
+    use), prefill_forwards, prefill_tokens, prefixes_shared, vq_slices, pictures.
     """
 
     def __init__(self, model: Wallaroo, task: str, options: EngineOptions | None = None):
@@ -154,7 +158,7 @@ class Engine:
             raise ValueError(f"the model was loaded for {model.tasks}, not for '{task}'")
         self.model = model.eval()
         self.task = task
-        self.attention = BACKENDS[self.options.attention or default_backend(model.device, model.dtype)]()
+        self.attention = BACKENDS[self.options.attention or default_backend(model.device, model.dtype)]
         self.counts: Counter[str] = Counter()
         self.frequencies = rope_frequencies(model.config.decoder, model.device)
         ids = model.config.token_ids
@@ -169,11 +173,13 @@ class Engine:
                 self.table = model.token_table(task)
                 self.line_end = embed(torch.tensor(ids[END_OF_LINE], device=model.device))
                 self.stops = []
-            self.scratch = KVCache(model.config.decoder, 1, 0, model.device, model.dtype)
+            pieces = self.options.prefill_pieces
+            # The last row takes the pads of unused pieces.
+            self.scratch = KVCache(model.config.decoder, pieces + 1, 0, model.device, model.dtype)
+            self.scratch_free = list(range(pieces))
         self.groups: list[_Group] = []
         self.waiting: deque[_Row] = deque()
         self.prefixes: OrderedDict[Hashable, _PendingPrefix] = OrderedDict()
-        self.unfinished: _PendingPrefix | None = None
         self.pictures: dict[Size, list[_Picture]] = {}
         self.refused: list[Result] = []
         self.pending = 0
@@ -265,32 +271,24 @@ class Engine:
         return known
 
     def _fill(self) -> None:
-        """Fills every free slot, first come first served; if none is free, prefills one chunk ahead.
+        """Fills every free slot, first come first served; if none is free, prefills ahead.
 
         A free slot is worth more than a step of the others: the total work is the same, and a fuller
         group makes better use of the weights it reads.
         """
-        ahead = True
         while self.waiting:
             row = self.waiting[0]
             group = self._group_with_room(row)
             if group is None:
-                break
-            ahead = False
-            for pending in row.prefixes:
-                while not pending.prefix:
-                    self._prefill_chunk(pending)
+                return self._prefill(only_full=True)
+            while not all(pending.prefix for pending in row.prefixes):
+                self._prefill(only_full=False)
             self.waiting.popleft()
             group.admit(row)
             for pending in row.prefixes:
                 pending.waiting -= 1
             row.prefixes.clear()
             self._evict()
-        if ahead:
-            for row in itertools.islice(self.waiting, self.slots):
-                for pending in row.prefixes:
-                    if not pending.prefix:
-                        return self._prefill_chunk(pending)
 
     def _group_with_room(self, row: _Row) -> "_Group | None":
         """A free slot in a group of the row's kind; the kind may change only while a group is empty,
@@ -318,62 +316,86 @@ class Engine:
             kept -= len(pending.prompt.ids)
             del self.prefixes[pending.key]
 
-    def _prefill_chunk(self, pending: _PendingPrefix) -> None:
-        """The next chunk of one prompt, padded to its constant length; the last one makes the prefix."""
-        chunk = self.options.prefill_chunk
-        model, prompt, cache = self.model, pending.prompt, self.scratch
-        if self.unfinished not in (None, pending):
-            self.unfinished.done = 0  # type: ignore[union-attr]
-        self.unfinished = pending
-        if pending.embeddings is None:
-            pending.embeddings = self._embed(pending)
-        start, length = pending.done, len(prompt.ids)
-        cache.grow(start + chunk)
-        x = pending.embeddings[start : start + chunk]
-        positions = torch.from_numpy(prompt.positions[:, start : start + chunk]).to(model.device)
-        real = x.shape[0]
-        if real < chunk:
-            x = torch.cat((x, x.new_zeros(chunk - real, x.shape[1])))
-            positions = torch.cat((positions, positions.new_zeros(3, chunk - real)), dim=1)
-        cos, sin = rope(positions, self.frequencies, model.config.decoder.mrope_section, x.dtype)
+    def _prefill(self, only_full: bool) -> None:
+        """Takes the next pieces of the next rows' prompts through the decoder in one forward.
+
+        With `only_full` nothing is done unless every piece of the forward would be in use.
+        """
+        width, count = self.options.prefill_piece, self.options.prefill_pieces
+        pieces: list[tuple[_PendingPrefix, int]] = []
+        seen: set[Hashable] = set()
+        for row in itertools.islice(self.waiting, self.options.group_rows):
+            for pending in row.prefixes:
+                if len(pieces) < count and not pending.prefix and pending.key not in seen:
+                    seen.add(pending.key)
+                    starts = range(pending.done, len(pending.prompt.ids), width)
+                    pieces += [(pending, start) for start in starts[: count - len(pieces)]]
+        if not pieces or (only_full and len(pieces) < count):
+            return
+        hidden = self._prefill_pieces(pieces)
+        for index, (pending, start) in enumerate(pieces):
+            length = len(pending.prompt.ids)
+            pending.done = min(start + width, length)
+            if pending.done == length:
+                last = hidden[index * width + length - 1 - start].clone()
+                pending.prefix = self.scratch.prefix(pending.scratch, length, last, pending.prompt.next_position)
+                self.scratch_free.append(pending.scratch)
+                pending.features = pending.semantic = pending.pixels = None
+
+    def _prefill_pieces(self, pieces: list[tuple[_PendingPrefix, int]]) -> Tensor:
+        """Hidden states `(prefill_pieces * prefill_piece, H)` of pieces given by prompt and first token."""
+        model, cache = self.model, self.scratch
+        width, count = self.options.prefill_piece, self.options.prefill_pieces
+        ids, positions = np.zeros((count, width), np.int64), np.zeros((3, count, width), np.int64)
+        rows, starts = [count] * count, [0] * count
+        for index, (pending, start) in enumerate(pieces):
+            if pending.scratch < 0:
+                pending.scratch = self.scratch_free.pop()
+                pending.features = self._features(pending)
+            piece = pending.prompt.ids[start : start + width]
+            ids[index, : len(piece)] = piece
+            positions[:, index, : len(piece)] = pending.prompt.positions[:, start : start + width]
+            rows[index], starts[index] = pending.scratch, start
+            self.counts["prefill_tokens"] += len(piece)
+        self.counts["prefill_forwards"] += 1
+        cache.grow(max(starts) + width)
+        x = model.language_model.embed_tokens(torch.from_numpy(ids.reshape(-1)).to(model.device))
+        for index, (pending, start) in enumerate(pieces):
+            for where, feature in pending.features or ():
+                first, last = np.searchsorted(where, (start, start + width))
+                into = torch.from_numpy(where[first:last] - start + index * width).to(model.device)
+                x[into] = feature[first:last]
+        turns = torch.from_numpy(positions.reshape(3, -1)).to(model.device)
+        cos, sin = rope(turns, self.frequencies, model.config.decoder.mrope_section, x.dtype)
+        visible = Visible.prefill(rows, starts, width, model.device)
+        attention = self.attention(visible, model.config.decoder.num_key_value_heads, x.dtype)
+        assert visible.rows is not None
+        row, place = visible.rows.repeat_interleave(width), (visible.limits - 1).reshape(-1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = cache.keys[layer][0], cache.values[layer][0]
-            keys[:, start : start + chunk] = k.transpose(0, 1)
-            values[:, start : start + chunk] = v.transpose(0, 1)
-            return self.attention.prefill(q, keys, values, start)
+            keys, values = cache.keys[layer], cache.values[layer]
+            keys[row, :, place] = k
+            values[row, :, place] = v
+            return attention(q.view(count, width, *q.shape[1:]), keys, values).flatten(0, 1)
 
-        hidden = model.language_model(x, cos, sin, attend)
-        self.counts["prefill_chunks"] += 1
-        self.counts["prefill_tokens"] += real
-        pending.done += real
-        if pending.done == length:
-            pending.prefix = Prefix(
-                torch.stack([keys[0, :, :length] for keys in cache.keys]),
-                torch.stack([values[0, :, :length] for values in cache.values]),
-                hidden[real - 1].clone(),
-                length,
-                prompt.next_position,
-            )
-            pending.embeddings = pending.semantic = pending.pixels = None
-            self.unfinished = None
+        return model.language_model(x, cos, sin, attend)
 
-    def _embed(self, pending: _PendingPrefix) -> Tensor:
-        """Decoder inputs `(L, H)` of a prompt, with the source's features in their places."""
+    def _features(self, pending: _PendingPrefix) -> list[tuple[np.ndarray, Tensor]]:
+        """What the source of a prompt puts in place of embeddings: ascending places `(n,)` among the
+        prompt's tokens, and decoder inputs `(n, H)`."""
         model, prompt = self.model, pending.prompt
-        x = model.language_model.embed_tokens(torch.from_numpy(prompt.ids).long().to(model.device)).clone()
+        features = []
         if prompt.semantic is not None:
             assert model.visual is not None and pending.semantic is not None
             patches, grid = patchify(pending.semantic)
-            patches = torch.from_numpy(patches).to(model.device, model.dtype)
-            x[slice(*prompt.semantic)] = encode_image(model.visual, patches, grid)
+            seen = encode_image(model.visual, torch.from_numpy(patches).to(model.device, model.dtype), grid)
+            features.append((np.arange(*prompt.semantic), seen))
         if prompt.pixel is not None:
             assert model.vq is not None and model.pixel_adapter is not None and pending.pixels is not None
-            picture = torch.from_numpy(pending.pixels).to(model.device).permute(2, 0, 1)[None]
-            latents = model.vq.encode(picture.float() / 255 * 2 - 1)[0].flatten(1).T
-            where = torch.from_numpy(prompt.pixel).long().to(model.device)
-            x[where] = model.pixel_adapter(latents.to(model.dtype))
-        return x
+            picture = torch.from_numpy(pending.pixels).to(model.device)[None]
+            latents = model.vq.encode(to_float(picture))[0].flatten(1).T
+            features.append((prompt.pixel, model.pixel_adapter(latents.to(model.dtype))))
+        return features
 
     # -- results ------------------------------------------------------------------------------------
 
@@ -402,8 +424,8 @@ class Engine:
                     grids = [picture.tokens.reshape(size.grid) for picture in taken]
                     grids += grids[:1] * (width - len(grids))
                     tokens = torch.from_numpy(np.stack(grids)).long().to(self.model.device)
-                    decoded = to_uint8(self.model.vq.decode(tokens)).permute(0, 2, 3, 1).cpu().numpy()
-                    pixels = [decoded[index].copy() for index in range(len(taken))]
+                    decoded = to_uint8(self.model.vq.decode(tokens)).cpu().numpy()
+                    pixels = [np.ascontiguousarray(decoded[index]) for index in range(len(taken))]
                     self.counts["vq_slices"] += 1
                 for index, picture in enumerate(taken):
                     request = picture.row.request
@@ -518,13 +540,14 @@ class _Group:
         self.taken += self.advance[: self.rows]
         positions = self.position.expand(3, -1)
         cos, sin = rope(positions, engine.frequencies, model.config.decoder.mrope_section, x.dtype)
-        lengths = self.length + 1
+        visible = Visible.decode(self.length + 1, longest)
+        attention = engine.attention(visible, model.config.decoder.num_key_value_heads, x.dtype)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache.keys[layer], self.cache.values[layer]
             keys[self.sequence, :, self.length] = k
             values[self.sequence, :, self.length] = v
-            return engine.attention.decode(q, keys, values, lengths, longest)
+            return attention(q.unsqueeze(1), keys, values).squeeze(1)
 
         self.hidden = model.language_model(x, cos, sin, attend)
         self.length += self.advance

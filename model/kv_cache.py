@@ -12,6 +12,27 @@ from model.attention import KEY_BLOCK
 from model.config import DecoderConfig
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """A prompt that has been through the decoder, ready to be copied into any slot.
+
+    keys, values: `(layers, kv_heads, length, head_dim)`; hidden: `(H,)`, the last token's output after
+    the final norm, from which the first generated token is drawn.
+    """
+
+    keys: Tensor
+    values: Tensor
+    hidden: Tensor
+    length: int
+    next_position: int
+
+    def copy_to(self, cache: "KVCache", row: int) -> None:
+        """Writes keys and values to the start of a row, which must have room for them."""
+        for layer in range(self.keys.shape[0]):
+            cache.keys[layer][row, :, : self.length] = self.keys[layer]
+            cache.values[layer][row, :, : self.length] = self.values[layer]
+
+
 class KVCache:
     """Keys and values of `rows` sequences, a pair of tensors `(rows, kv_heads, capacity, head_dim)` a
     layer. The capacity is counted in tokens and grows in whole key blocks; growing keeps what is there.
@@ -40,28 +61,7 @@ class KVCache:
                 tensors[layer] = new
         self.capacity = capacity
 
-
-@dataclass(frozen=True)
-class Prefix:
-    """A prompt that has been through the decoder, ready to be copied into any slot.
-
-    keys, values: `(layers, kv_heads, length, head_dim)`; hidden: `(H,)`, the last token's output after
-    the final norm, from which the first generated token is drawn.
-    """
-
-    keys: Tensor
-    values: Tensor
-    hidden: Tensor
-    length: int
-    next_position: int
-
-    @property
-    def bytes(self) -> int:
-        """Memory of keys and values."""
-        return 2 * self.keys.numel() * self.keys.element_size()
-
-    def copy_to(self, cache: KVCache, row: int) -> None:
-        """Writes keys and values to the start of a row, which must have room for them."""
-        for layer in range(self.keys.shape[0]):
-            cache.keys[layer][row, :, : self.length] = self.keys[layer]
-            cache.values[layer][row, :, : self.length] = self.values[layer]
+    def prefix(self, row: int, length: int, hidden: Tensor, next_position: int) -> Prefix:
+        """A copy of the first `length` tokens of a row, with the last one's hidden state `(H,)`."""
+        keys, values = (torch.stack([x[row, :, :length] for x in both]) for both in (self.keys, self.values))
+        return Prefix(keys, values, hidden, length, next_position)

@@ -9,9 +9,17 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import BlockAttention, FlashAttention, SdpaAttention, causal_attention, default_backend
+from model.attention import (
+    BlockAttention,
+    FlashAttention,
+    SdpaAttention,
+    Visible,
+    causal_attention,
+    default_backend,
+)
 
 REAL = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
@@ -61,62 +69,79 @@ class FlashDouble(types.ModuleType):
 
 
 @pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> FlashAttention:
-    if not REAL:
-        monkeypatch.setitem(sys.modules, "flash_attn", FlashDouble())
-    return FlashAttention()
+def flash(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType | None:
+    if REAL:
+        return None
+    double = FlashDouble()
+    monkeypatch.setitem(sys.modules, "flash_attn", double)
+    return double
 
 
 ROWS, HEADS, KV_HEADS, DIM, CAPACITY = 5, 8, 2, 32, 384
+TOLERANCE = {"atol": 2e-2 if REAL else 2e-6, "rtol": 0}
 
 
-def cache_and_queries(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
+def cache_and_queries(runs: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(runs + tokens)
     keys, values = (torch.randn(ROWS, KV_HEADS, CAPACITY, DIM, generator=generator) for _ in range(2))
-    queries = torch.randn(tokens, HEADS, DIM, generator=generator)
+    queries = torch.randn(runs, tokens, HEADS, DIM, generator=generator)
     if REAL:
         return tuple(x.to("cuda", torch.bfloat16) for x in (queries, keys, values))
     return queries, keys, values
 
 
-TOLERANCE = {"atol": 2e-2 if REAL else 2e-6, "rtol": 0}
+def attend(backend: type, visible: Visible, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return backend(visible, KV_HEADS, q.dtype)(q, keys, values)
 
 
-@pytest.mark.parametrize("lengths", [[1, 2, 3, 4, 5], [128, 129, 300, 1, 384], [256] * 5])
-def test_decode_agrees_with_the_other_backends(flash: FlashAttention, lengths: list[int]) -> None:
-    q, keys, values = cache_and_queries(ROWS)
-    length = torch.tensor(lengths, device=q.device)
-    results = [b.decode(q, keys, values, length, max(lengths)) for b in (flash, BlockAttention(), SdpaAttention())]
-    for other in results[1:]:
-        torch.testing.assert_close(results[0], other, **TOLERANCE)
+@pytest.mark.parametrize("lengths", [[1, 2, 3, 4, 5], [128, 129, 300, 1, 384], [256] * 5], ids=str)
+def test_decode_agrees_with_the_other_backends(flash: FlashDouble | None, lengths: list[int]) -> None:
+    q, keys, values = cache_and_queries(ROWS, 1)
+    visible = Visible.decode(torch.tensor(lengths, device=q.device), max(lengths))
+    ours = attend(FlashAttention, visible, q, keys, values)
+    assert ours.shape == (ROWS, 1, HEADS * DIM)
+    for backend in (BlockAttention, SdpaAttention):
+        torch.testing.assert_close(ours, attend(backend, visible, q, keys, values), **TOLERANCE)
+    assert flash is None or flash.calls == ["kvcache"]
 
 
-@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 32), (32, 32), (96, 64), (200, 7)])
-def test_prefill_agrees_with_the_other_backends(flash: FlashAttention, start: int, tokens: int) -> None:
-    q, keys, values = cache_and_queries(tokens)
-    results = [b.prefill(q, keys[0], values[0], start) for b in (flash, BlockAttention(), SdpaAttention())]
-    for other in results[1:]:
-        torch.testing.assert_close(results[0], other, **TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "starts", "tokens"),
+    [([0], [0], 1), ([3], [0], 32), ([1, 1, 4], [32, 40, 0], 8), ([2, 0], [200, 96], 64)],
+    ids=str,
+)
+def test_prefill_agrees_with_the_other_backends(
+    flash: FlashDouble | None, rows: list[int], starts: list[int], tokens: int
+) -> None:
+    q, keys, values = cache_and_queries(len(rows), tokens)
+    visible = Visible.prefill(rows, starts, tokens, q.device)
+    ours = attend(FlashAttention, visible, q, keys, values)
+    assert ours.shape == (len(rows), tokens, HEADS * DIM)
+    for backend in (BlockAttention, SdpaAttention):
+        torch.testing.assert_close(ours, attend(backend, visible, q, keys, values), **TOLERANCE)
+    assert flash is None or flash.calls == ["varlen"]
 
 
-def test_prefill_in_chunks_is_causal_attention_over_the_whole() -> None:
+def test_prefill_in_pieces_is_causal_attention_over_the_whole() -> None:
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(96, HEADS, DIM, generator=generator)
     k, v = (torch.randn(96, KV_HEADS, DIM, generator=generator) for _ in range(2))
-    whole = causal_attention(q[None], k[None], v[None])[0]
-    keys, values = (torch.nn.functional.pad(x.transpose(0, 1), (0, 0, 0, CAPACITY - 96)) for x in (k, v))
-    chunks = [BlockAttention().prefill(q[i : i + 32], keys, values, i) for i in range(0, 96, 32)]
-    torch.testing.assert_close(torch.cat(chunks), whole, atol=2e-6, rtol=0)
+    whole = causal_attention(q[None], k[None], v[None])
+    keys, values = (F.pad(x.transpose(0, 1), (0, 0, 0, CAPACITY - 96))[None] for x in (k, v))
+    visible = Visible.prefill([0] * 12, list(range(0, 96, 8)), 8, q.device)
+    pieces = attend(BlockAttention, visible, q.view(12, 8, HEADS, DIM), keys, values)
+    torch.testing.assert_close(pieces.reshape(1, 96, -1), whole, atol=2e-6, rtol=0)
 
 
 def test_a_row_does_not_depend_on_capacity_or_on_longer_rows() -> None:
-    q, keys, values = (x.cpu().float() for x in cache_and_queries(ROWS))
-    alone = BlockAttention().decode(q, keys[:, :, :128], values[:, :, :128], torch.full((ROWS,), 50), 50)
-    mixed = BlockAttention().decode(q, keys, values, torch.tensor([50, 384, 50, 129, 50]), 384)
-    assert torch.equal(alone[[0, 2, 4]], mixed[[0, 2, 4]])
+    q, keys, values = (x.cpu().float() for x in cache_and_queries(ROWS, 1))
+    short, mixed = torch.full((ROWS,), 50), torch.tensor([50, 384, 50, 129, 50])
+    alone = attend(BlockAttention, Visible.decode(short, 50), q, keys[:, :, :64], values[:, :, :64])
+    among = attend(BlockAttention, Visible.decode(mixed, 384), q, keys, values)
+    assert torch.equal(alone[[0, 2, 4]], among[[0, 2, 4]])
 
 
-def test_backend_by_device_and_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_by_device_and_library() -> None:
     assert default_backend(torch.device("cpu"), torch.float32) == "block"
     half = default_backend(torch.device("cuda"), torch.bfloat16)
     assert half == ("flash" if importlib.util.find_spec("flash_attn") else "sdpa")

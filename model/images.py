@@ -1,0 +1,89 @@
+"""Source pictures made ready for the two pathways in: the vision tower (semantic) and the VQ encoder (pixels).
+
+Everything here works on RGB pictures that are already upright and opaque, in numpy and Pillow. Knows
+nothing of torch, nor of where a picture came from.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from model.config import Size
+from model.errors import RowError
+
+PATCH = 14
+MERGE = 2
+FRAMES = 2
+"""The vision tower is a video model: a still picture enters as this many equal frames."""
+FACTOR = PATCH * MERGE
+MAX_SIDE_RATIO = 200
+
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def smart_resize(
+    height: int, width: int, min_pixels: int, max_pixels: int, factor: int = FACTOR
+) -> tuple[int, int]:
+    """Height and width, in pixels, at which the vision tower sees a picture.
+
+    Both are multiples of `factor`, about in the picture's ratio, and their product lies between the two
+    limits. Raises RowError("image") if one side is more than 200 times the other.
+    """
+    if max(height, width) > MAX_SIDE_RATIO * min(height, width):
+        raise RowError(
+            "image",
+            f"The picture is {width}x{height} pixels, but one side may be at most {MAX_SIDE_RATIO} times "
+            "the other; crop it.",
+        )
+    rows, columns = (max(factor, round(side / factor) * factor) for side in (height, width))
+    if rows * columns > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        # The lower bound acts only for limits far below the published ones, where a side would vanish.
+        rows, columns = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+    elif rows * columns < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * scale / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def semantic_image(image: Image.Image, min_pixels: int, max_pixels: int) -> np.ndarray:
+    """The RGB picture as the vision tower sees it: uint8 [h, w, 3], both sides multiples of 28.
+
+    Raises RowError("image") as `smart_resize` does.
+    """
+    height, width = smart_resize(image.height, image.width, min_pixels, max_pixels)
+    return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def cover_size(height: int, width: int, size: Size) -> tuple[int, int]:
+    """Height and width, in pixels, of a picture scaled so that it just covers `size`."""
+    if size.height / height > size.width / width:
+        return size.height, int(width * size.height / height)
+    return int(height * size.width / width), size.width
+
+
+def pixel_image(image: Image.Image, size: Size) -> np.ndarray:
+    """The RGB picture scaled to cover `size` and cropped about its centre: uint8 [H, W, 3]."""
+    height, width = cover_size(image.height, image.width, size)
+    # Python's round: an odd excess of 1, 5, 9 ... pixels gives the smaller offset, 3, 7 ... the larger.
+    top, left = round((height - size.height) / 2), round((width - size.width) / 2)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(resized.crop((left, top, left + size.width, top + size.height)))
+
+
+def patchify(image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """A uint8 picture [h, w, 3] -> normalised patches float32 [n, 1176] and their grid (h/14, w/14).
+
+    Four patches that will become one token stand together. A patch holds its numbers as
+    (channel, frame, row, column).
+    """
+    height, width, channels = image.shape
+    rows, columns = height // PATCH, width // PATCH
+    values = (image.astype(np.float32) / np.float32(255) - _MEAN) / _STD
+    blocks = values.reshape(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, channels)
+    # -> block row, block column, row and column in the block, channel, row and column in the patch
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
+    frames = np.broadcast_to(blocks, (*blocks.shape[:5], FRAMES, PATCH, PATCH))
+    return frames.reshape(rows * columns, channels * FRAMES * PATCH * PATCH), (rows, columns)

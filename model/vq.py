@@ -1,0 +1,223 @@
+"""The image tokenizer, LlamaGen's VQ-16 (arXiv 2406.06525), for inference: pixels to latents and tokens to pixels.
+
+One token stands for 16 x 16 pixels. Knows nothing of the decoder that chooses the tokens.
+
+The arithmetic is kept in plain steps, in the plain memory layout: with the same torch kernels it gives the
+pixels of the published model bit for bit, which fused activations and attention do not. In the layout
+`channels_last` convolutions are a fifth faster on a CPU, but its group norm loses a digit on large pictures,
+enough to move one uint8 value in 600 by a level.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import VQConfig
+
+NORM_EPS = 1e-6
+PIXEL_CHANNELS = 3
+
+
+def _norm(groups: int, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+
+
+def _norm_swish(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    # The norm's result is fresh memory, so that the product may be made in place.
+    normed = norm(x)
+    return normed.mul_(torch.sigmoid(normed))
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, groups: int):
+        super().__init__()
+        self.norm1 = _norm(groups, inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = _norm(groups, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.conv1(_norm_swish(self.norm1, x))
+        inner = self.conv2(_norm_swish(self.norm2, inner))
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + inner
+
+
+class _Attention(nn.Module):
+    """Every position of the map attends to every other, with one head."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = _norm(groups, channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        query, key, value = (conv(normed).flatten(2) for conv in (self.q, self.k, self.v))
+        scores = query.transpose(1, 2) @ key * query.shape[1] ** -0.5
+        mixed = value @ scores.softmax(-1).transpose(1, 2)
+        return x + self.proj_out(mixed.view(x.shape))
+
+
+class _Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class _Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class _Level(nn.Module):
+    """Residual blocks, each followed by attention on the lowest level, then a change of size, if any."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, attention: bool):
+        super().__init__()
+        widths = [inputs] + [outputs] * (blocks - 1)
+        self.res = nn.ModuleList(_Residual(width, outputs, groups) for width in widths)
+        self.attn = nn.ModuleList(_Attention(outputs, groups) for _ in widths if attention)
+        self.downsample: nn.Module | None = None
+        self.upsample: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[index](x)
+        for resample in (self.downsample, self.upsample):
+            if resample is not None:
+                x = resample(x)
+        return x
+
+
+def _middle(channels: int, groups: int) -> nn.ModuleList:
+    blocks = (
+        _Residual(channels, channels, groups),
+        _Attention(channels, groups),
+        _Residual(channels, channels, groups),
+    )
+    return nn.ModuleList(blocks)
+
+
+class _Coder(nn.Module):
+    """What encoder and decoder share; they differ in the order of their levels and of the middle."""
+
+    conv_in: nn.Conv2d
+    conv_blocks: nn.ModuleList
+    mid: nn.ModuleList
+    norm_out: nn.GroupNorm
+    conv_out: nn.Conv2d
+
+    def run(self, x: Tensor, blocks: list[nn.Module]) -> Tensor:
+        x = self.conv_in(x)
+        for block in blocks:
+            x = block(x)
+        return self.conv_out(_norm_swish(self.norm_out, x))
+
+
+class _Encoder(_Coder):
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        groups, widths = config.norm_groups, [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(PIXEL_CHANNELS, config.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        width = config.channels
+        for index, outputs in enumerate(widths):
+            lowest = index == len(widths) - 1
+            level = _Level(width, outputs, config.residual_blocks, groups, attention=lowest)
+            if not lowest:
+                level.downsample = _Downsample(outputs)
+            self.conv_blocks.append(level)
+            width = outputs
+        self.mid = _middle(width, groups)
+        self.norm_out = _norm(groups, width)
+        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, [*self.conv_blocks, *self.mid])
+
+
+class _Decoder(_Coder):
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        groups, widths = config.norm_groups, [config.channels * m for m in config.channel_multipliers]
+        width = widths[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
+        self.mid = _middle(width, groups)
+        self.conv_blocks = nn.ModuleList()
+        for index, outputs in enumerate(reversed(widths)):
+            level = _Level(width, outputs, config.residual_blocks + 1, groups, attention=index == 0)
+            if index < len(widths) - 1:
+                level.upsample = _Upsample(outputs)
+            self.conv_blocks.append(level)
+            width = outputs
+        self.norm_out = _norm(groups, width)
+        self.conv_out = nn.Conv2d(width, PIXEL_CHANNELS, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, [*self.mid, *self.conv_blocks])
+
+
+class _Quantizer(nn.Module):
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
+
+
+class VQModel(nn.Module):
+    """Parameter names are those of the published file, less the buffer `quantize.codebook_used`.
+
+    A picture's numbers do not depend on the other pictures of a batch, but their last bits do depend on
+    how many there are: who needs equal bytes calls with one batch size.
+    """
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.encoder = _Encoder(config)
+        self.decoder = _Decoder(config)
+        self.quantize = _Quantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+
+    def codebook(self) -> Tensor:
+        """The entries, each of length 1: [C, 8]."""
+        return F.normalize(self.quantize.embedding.weight, dim=-1)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] with values from -1 to 1 -> latents of length 1, not quantised: [B, 8, h, w]."""
+        return F.normalize(self.quant_conv(self.encoder(pixels.contiguous())), dim=1)
+
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Latents of length 1 [B, 8, h, w] -> the nearest entry of each, the lowest on a tie: int64 [B, h, w]."""
+        points, entries = latents.movedim(1, -1), self.codebook()
+        distances = (
+            points.square().sum(-1, keepdim=True) + entries.square().sum(-1) - 2 * points @ entries.T
+        )
+        return distances.argmin(-1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, h, w] -> pictures [B, 3, 16 h, 16 w], nominally from -1 to 1, not clamped."""
+        entries = F.embedding(tokens, self.codebook()).movedim(-1, 1).contiguous()
+        return self.decoder(self.post_quant_conv(entries))
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """Pictures [..., 3, H, W] nominally from -1 to 1 -> uint8 [..., H, W, 3], cut off and truncated."""
+    return (127.5 * pictures + 128).clamp(0, 255).to(torch.uint8).movedim(-3, -1)
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """uint8 pictures [..., H, W, 3] -> float32 [..., 3, H, W] from -1 to 1, as `VQModel.encode` takes them."""
+    return ((pictures.to(torch.float32) / 255 - 0.5) / 0.5).movedim(-1, -3)

@@ -1,0 +1,262 @@
+"""The engine's promises: a row is the same in any company, every row comes back once, shapes never change."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from model.engine import Engine, EngineOptions, Request, Result
+from model.prompts import Prompt
+from model.sampling import Sampling
+from model.wallaroo import Wallaroo
+
+VOCABULARY = 300
+CONFIG = ModelConfig(
+    decoder=DecoderConfig(VOCABULARY, 64, 128, 2, 4, 2, 1e-6, 1e4, (2, 3, 3)),
+    vision=VisionConfig(
+        depth=1,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=64,
+        fullatt_block_indexes=(0,),
+    ),
+    vq=VQConfig(channels=8, norm_groups=4, z_channels=16, codebook_size=128),
+    sizes={"0.5": (32, 64), "1.0": (48, 48), "1.33": (64, 48), "2.0": (64, 32)},
+    token_ids={"<|end_of_line>|": 280, "<|im_end|>": 281, "<|endoftext|>": 282},
+    tasks=("generate", "understand"),
+)
+
+
+def random_model(config: ModelConfig, task: str) -> Wallaroo:
+    """Weights large enough that drawn tokens depend on everything before them."""
+    generator = torch.Generator().manual_seed(1)
+    model = Wallaroo(config, (task,))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            fan_in = parameter[0].numel()
+            parameter.data.normal_(0, 1.5 / fan_in**0.5, generator=generator)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model() -> Wallaroo:
+    torch.set_num_threads(1)
+    return random_model(CONFIG, "generate")
+
+
+def text_prompt(rng: np.random.Generator, length: int) -> Prompt:
+    ids = rng.integers(0, 270, length).astype(np.int32)
+    return Prompt(ids, np.tile(np.arange(length, dtype=np.int32), (3, 1)), length)
+
+
+def random_requests(count: int, seed: int = 0) -> list[Request]:
+    """Rows of all sizes, guided and not, with prompts of one to five chunks and shared null prompts."""
+    rng = np.random.default_rng(seed)
+    sizes = CONFIG.size_list()
+    nulls = {size: text_prompt(rng, 20) for size in sizes}
+    prompts = [text_prompt(rng, int(rng.integers(5, 150))) for _ in range(count // 2 + 1)]
+    requests = []
+    for key in range(count):
+        size = sizes[rng.integers(len(sizes))]
+        sampling = Sampling(
+            cfg=float(rng.choice([1.0, 2.0, 4.0])),
+            temperature=1.0,
+            top_k=int(rng.choice([0, 20, 1000])),
+            top_p=float(rng.choice([0.9, 1.0])),
+        )
+        prompt = prompts[rng.integers(len(prompts))]
+        requests.append(Request(key, prompt, nulls[size], size, int(rng.integers(2**62)), sampling))
+    return requests
+
+
+def serve(model: Wallaroo, requests: Iterable[Request], **options: object) -> dict[int, Result]:
+    engine = Engine(model, model.tasks[0], EngineOptions(**{"group_rows": 8, "slots": 16} | options))
+    results = list(engine.run(requests))
+    assert engine.pending == 0
+    by_key = {result.key: result for result in results}
+    assert len(by_key) == len(results), "a row came back twice"
+    return by_key
+
+
+def assert_same(ours: dict[int, Result], theirs: dict[int, Result]) -> None:
+    for key, result in ours.items():
+        assert np.array_equal(result.tokens, theirs[key].tokens), f"tokens of row {key} differ"
+        assert np.array_equal(result.pixels, theirs[key].pixels), f"pixels of row {key} differ"
+
+
+REQUESTS = random_requests(120)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Wallaroo) -> dict[int, Result]:
+    results = serve(model, REQUESTS)
+    assert set(results) == set(range(len(REQUESTS)))
+    assert len({result.tokens.tobytes() for result in results.values()}) == len(REQUESTS)
+    return results
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"slots": 8},
+        {"slots": 40},
+        {"prefix_sharing": False},
+        {"prefix_tokens": 0},
+    ],
+    ids=str,
+)
+def test_a_row_is_the_same_with_any_number_of_groups_and_any_sharing(
+    model: Wallaroo, expected: dict[int, Result], options: dict[str, object]
+) -> None:
+    assert_same(serve(model, REQUESTS, **options), expected)
+
+
+def test_a_row_is_the_same_in_any_order_and_slot(model: Wallaroo, expected: dict[int, Result]) -> None:
+    order = np.random.default_rng(3).permutation(len(REQUESTS))
+    assert_same(serve(model, [REQUESTS[index] for index in order]), expected)
+    assert_same(serve(model, REQUESTS[::-1], slots=8), expected)
+
+
+def test_a_row_is_the_same_alone(model: Wallaroo, expected: dict[int, Result]) -> None:
+    for request in REQUESTS[:10]:
+        assert_same(serve(model, [request]), expected)
+
+
+def test_a_row_is_the_same_when_rows_arrive_while_others_decode(
+    model: Wallaroo, expected: dict[int, Result]
+) -> None:
+    engine = Engine(model, "generate", EngineOptions(slots=8, group_rows=8))
+    waiting, results = list(REQUESTS[:50]), {}
+    while waiting or engine.pending:
+        for _ in range(min(len(waiting), 1 + len(results) % 3)):
+            engine.submit(waiting.pop())
+        results |= {result.key: result for result in engine.step()}
+    assert len(results) == 50
+    assert_same(results, expected)
+
+
+def test_a_picture_is_the_same_wherever_it_stands_in_a_vq_slice(model: Wallaroo) -> None:
+    few, many = serve(model, REQUESTS[:3], vq_slice=4), serve(model, REQUESTS[:20], vq_slice=4)
+    assert_same(few, many)
+
+
+class ShapeRecorder(TorchDispatchMode):
+    """Notes every operator with the shapes of all tensors it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, tuple[tuple[int, ...], ...]]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        flat = torch.utils._pytree.tree_leaves((args, kwargs or {}))
+        self.seen.add((str(func), tuple(tuple(x.shape) for x in flat if isinstance(x, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def test_shapes_stay_the_same_while_rows_come_and_go(model: Wallaroo) -> None:
+    """Every operator's shapes, in every order and company of the rows, are those of the first pass."""
+    engine = Engine(model, "generate", EngineOptions(slots=16, group_rows=8))
+    guided = [dataclasses.replace(r, sampling=Sampling(3.0, 1.0, 50, 1.0)) for r in REQUESTS[:60]]
+    list(engine.run(guided))  # buffers have grown to the longest row
+    with ShapeRecorder() as first:
+        list(engine.run(guided))
+    assert len(first.seen) > 50
+    with ShapeRecorder() as second:
+        waiting = guided[::-1]
+        while waiting or engine.pending:
+            for _ in range(min(len(waiting), 1 + len(waiting) % 4)):
+                engine.submit(waiting.pop(len(waiting) // 2))
+            engine.step()
+    assert second.seen - first.seen == set()
+    arithmetic = ("aten.mm", "aten.bmm", "aten.addmm", "aten.sort", "aten.convolution", "aten.native_group_norm")
+    ours, theirs = ({x for x in r.seen if x[0].startswith(arithmetic)} for r in (first, second))
+    assert ours == theirs
+
+
+def test_shared_prompts_are_prefilled_once(model: Wallaroo) -> None:
+    request = REQUESTS[0]
+    rows = [dataclasses.replace(request, key=key, seed=key, sampling=Sampling(2.0)) for key in range(8)]
+    engine = Engine(model, "generate", EngineOptions(slots=8, group_rows=8))
+    results = list(engine.run(rows))
+    assert engine.counts["prefill_tokens"] == len(request.prompt.ids) + len(rows[0].null.ids)
+    assert engine.counts["prefixes_shared"] == 14
+    assert len({result.tokens.tobytes() for result in results}) == 8
+
+
+def test_tokens_and_pixels_have_the_shape_of_the_size(model: Wallaroo, expected: dict[int, Result]) -> None:
+    for request in REQUESTS:
+        result = expected[request.key]
+        assert result.tokens.dtype == np.int32
+        assert result.tokens.shape == (request.size.height * request.size.width // 256,)
+        assert result.tokens.min() >= 0 and result.tokens.max() < CONFIG.vq.codebook_size
+        assert result.pixels.shape == (*request.size, 3)
+        assert result.pixels.dtype == np.uint8
+        assert (result.finish_reason, result.error) == ("length", "")
+        assert result.prompt_tokens == len(request.prompt.ids)
+
+
+def test_a_bad_row_comes_back_with_its_error_and_harms_no_other(
+    model: Wallaroo, expected: dict[int, Result]
+) -> None:
+    bad = dataclasses.replace(REQUESTS[0], key="bad", sampling=Sampling(cfg=float("nan")))
+    lonely = dataclasses.replace(REQUESTS[0], key="lonely", null=None, sampling=Sampling(cfg=2.0))
+    results = serve(model, [bad, *REQUESTS[:5], lonely])
+    assert "cfg is nan" in results.pop("bad").error
+    assert "null prompt" in results.pop("lonely").error
+    assert_same(results, expected)
+
+
+def test_forced_tokens_are_taken_and_scored(model: Wallaroo) -> None:
+    size = Size(32, 64)
+    forced = np.arange(8, dtype=np.int32)
+    request = dataclasses.replace(REQUESTS[0], size=size, forced=forced, sampling=Sampling(2.0))
+    result = serve(model, [request], trace=True)[request.key]
+    assert np.array_equal(result.tokens, forced)
+    assert result.logits.shape == (8, CONFIG.vq.codebook_size)
+    again = dataclasses.replace(request, forced=np.array([0, 1, 2, 3, -1, -1, -1, -1], np.int32))
+    partly = serve(model, [again], trace=True)[request.key]
+    assert np.array_equal(partly.logits[:5], result.logits[:5])
+    assert np.array_equal(partly.tokens[:4], forced[:4])
+
+
+def test_without_line_ends_there_is_a_step_a_token() -> None:
+    square = dataclasses.replace(CONFIG, line_break=False)
+    engine = Engine(random_model(square, "generate"), "generate", EngineOptions(slots=8, group_rows=8))
+    result = next(engine.run([dataclasses.replace(REQUESTS[0], size=Size(48, 48))]))
+    assert result.tokens.shape == (9,)
+    assert engine.counts["forwards"] == 9
+
+
+def test_with_line_ends_there_is_a_step_more_a_line(model: Wallaroo) -> None:
+    engine = Engine(model, "generate", EngineOptions(slots=8, group_rows=8))
+    next(engine.run([dataclasses.replace(REQUESTS[0], size=Size(48, 48))]))
+    assert engine.counts["forwards"] == 9 + 2
+
+
+def test_texts_end_at_a_stop_token_or_at_their_bound() -> None:
+    model = random_model(CONFIG, "understand")
+    rng = np.random.default_rng(5)
+    stop = CONFIG.token_ids["<|im_end|>"]
+    forced = np.full(20, 7, np.int32)
+    forced[6] = stop
+    greedy = Sampling(cfg=1.0, top_k=1)
+    rows = [
+        Request("stops", text_prompt(rng, 30), None, None, 0, greedy, max_new_tokens=20, forced=forced),
+        Request("goes on", text_prompt(rng, 50), None, None, 0, greedy, max_new_tokens=11),
+        Request("one", text_prompt(rng, 9), None, None, 0, greedy, max_new_tokens=1),
+    ]
+    engine = Engine(model, "understand", EngineOptions(slots=8, group_rows=8, trace=True))
+    results = {result.key: result for result in engine.run(rows)}
+    assert results["stops"].tokens.tolist() == [7] * 6
+    assert results["stops"].finish_reason == "stop"
+    longer = results["goes on"]
+    if longer.finish_reason == "length":
+        assert longer.tokens.shape == (11,)
+    assert len(results["one"].tokens) <= 1
+    # The row that stopped left its slot within the few steps between two looks at the flags.
+    assert engine.counts["row_steps"] <= 6 + 1 + engine.groups[0].STOP_CHECK + 11 + 1
