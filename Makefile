@@ -1,0 +1,77 @@
+# `make demo` and `make test` are all that a fresh clone needs; both install into .venv first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# More arguments for pip: --extra-index-url https://download.pytorch.org/whl/cpu spares a machine
+# without a GPU the CUDA libraries.
+PIP_ARGS ?=
+# The stamp says that what pyproject.toml and constraints.txt ask for is installed.
+STAMP := $(VENV)/.installed
+TESTED := unit conformance e2e faults
+
+.PHONY: install demo test test-fast check format conformance bench tiny clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo         generate the example pictures into out/demo"
+	@echo "make test         all tests; make test-fast: without those that start Ray"
+	@echo "make check        ruff, mypy and the dependency direction; make format: apply ruff's"
+	@echo "make conformance  against the published model's numbers (GOLDENS=DIR: another folder of them)"
+	@echo "make bench        benchmarks, minutes each"
+	@echo "make tiny         write the embedded checkpoint anew"
+	@echo "make clean        remove .venv, caches and out/demo"
+
+install: $(STAMP)
+
+# setuptools comes first, pinned like the rest, because an isolated build would fetch its newest.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed.")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt setuptools
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/wallaroo generate jobs/examples/prompts.jsonl out/demo
+
+# Each folder in a process of its own: a Ray of one never meets that of another.
+define run_tests
+	@took=; failed=0; \
+	for folder in $(1); do \
+	    ls tests/$$folder/test_*.py >/dev/null 2>&1 || continue; \
+	    start=$$(date +%s); \
+	    $(BIN)/python -m pytest -q --durations=5 tests/$$folder || failed=1; \
+	    took="$$took\n  tests/$$folder $$(( $$(date +%s) - start )) s"; \
+	done; \
+	printf "Took:$$took\n"; exit $$failed
+endef
+
+test: $(STAMP)
+	$(call run_tests,$(TESTED))
+
+test-fast: $(STAMP)
+	$(call run_tests,unit conformance)
+
+conformance: $(STAMP)
+	@GOLDENS="$(GOLDENS)" $(BIN)/python -m pytest -q tests/conformance
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+tiny: $(STAMP)
+	$(BIN)/python -m jobs.make_tiny
+
+clean:
+	rm -rf $(VENV) out/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

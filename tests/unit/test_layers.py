@@ -1,0 +1,89 @@
+"""The dependency direction at run time, and what `model/` says of itself."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODEL = Path(__file__).parents[2] / "model"
+
+ABSENT = """
+import importlib, pkgutil, sys
+
+class Without:
+    'A finder for which some packages are not installed.'
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in {"ray", "pyarrow", "boto3", "botocore", "s3fs", "fsspec", "duckdb"}:
+            return None
+        return self.finder.find_spec(name, *rest)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+try:
+    import pyarrow
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("pyarrow was not hidden")
+import model
+for module in pkgutil.walk_packages(model.__path__, "model."):
+    importlib.import_module(module.name)
+    print(module.name)
+"""
+
+
+def test_model_imports_without_ray_and_arrow():
+    done = subprocess.run([sys.executable, "-c", ABSENT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    modules = {f"model.{path.stem}" for path in MODEL.glob("*.py")} - {"model.__init__"}
+    assert set(done.stdout.split()) == modules
+
+
+def test_command_line_loads_nothing_heavy():
+    """What `wallaroo --help` waits for."""
+    script = "import sys, jobs.cli; print(*{'torch', 'ray', 'pyarrow', 'numpy', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def public_functions():
+    """Each public function and method of `model/`, with the docstrings that a reader finds for it: its
+    own, and for a method also that of its class and of the same method elsewhere in the module, since
+    backends fill in what a protocol beside them says."""
+    found = []
+    for path in sorted(MODEL.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                found.append(pytest.param(node, ast.get_docstring(node), id=f"{path.stem}.{node.name}"))
+        for holder in classes.values():
+            for node in holder.body if not holder.name.startswith("_") else ():
+                if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or node.decorator_list:
+                    continue
+                same = [
+                    one
+                    for kin in classes.values()
+                    for one in kin.body
+                    if getattr(one, "name", "") == node.name
+                ]
+                words = "\n".join(ast.get_docstring(one) or "" for one in [holder, *same])
+                found.append(pytest.param(node, words, id=f"{path.stem}.{holder.name}.{node.name}"))
+    return found
+
+
+@pytest.mark.parametrize("function, docstring", public_functions())
+def test_public_function_says_what_it_takes_and_gives(function, docstring):
+    assert docstring, "has no docstring"
+    arguments = [argument.annotation for argument in function.args.args + function.args.kwonlyargs]
+    texts = [ast.unparse(node) for node in [*arguments, function.returns] if node]
+    arrays = [text for text in texts if re.match(r"(np\.ndarray|Tensor)\b", text)]
+    if arrays:
+        shape = r"[\[(][\w.*+/ -]*,[\w.*+/, -]*[\])]"
+        assert re.search(shape, docstring), f"takes or gives {arrays}, but states no shape such as (rows, n)"
