@@ -24,7 +24,7 @@ from model.errors import RowError
 from model.images import patchify
 from model.kv_cache import KVCache, Prefix
 from model.prompts import Prompt
-from model.sampling import Sampling, draws, sample
+from model.sampling import Filters, Sampling, draws, sample
 from model.vision import encode_image
 from model.vq import to_float, to_uint8
 from model.wallaroo import Wallaroo
@@ -167,10 +167,12 @@ class Engine:
             if task == "understand":
                 assert model.lm_head is not None
                 self.table = embed.weight
+                self.vocabulary = model.lm_head.out_features
                 self.line_end = None
                 self.stops = [ids[name] for name in STOP_TOKENS if name in ids]
             else:
                 self.table = model.token_table(task)
+                self.vocabulary = len(self.table)
                 self.line_end = embed(torch.tensor(ids[END_OF_LINE], device=model.device))
                 self.stops = []
             pieces = self.options.prefill_pieces
@@ -475,6 +477,7 @@ class _Group:
         self.temperature = torch.ones(self.rows, device=device)
         self.top_k = torch.ones(self.rows, dtype=torch.int64, device=device)
         self.top_p = torch.ones(self.rows, device=device)
+        self.filters = Filters(0, False)
         self.members: list[_Row | None] = [None] * self.rows
         self.traces: dict[int, list[Tensor]] = {}
         self.since_check = 0
@@ -517,7 +520,10 @@ class _Group:
             self.traces[slot] = []
         self.line[slot] = self._line(row)
         self.cfg[slot], self.temperature[slot] = sampling.cfg, sampling.temperature
-        self.top_k[slot], self.top_p[slot] = sampling.top_k, sampling.top_p
+        # A bound beyond the vocabulary is none, and the tensor could not hold every whole number.
+        self.top_k[slot], self.top_p[slot] = min(sampling.top_k, 2**31), sampling.top_p
+        samplings = (member.request.sampling for member in self.members if member)
+        self.filters = Filters.of(samplings, self.engine.vocabulary)
 
     def step(self) -> list[tuple[_Row, np.ndarray, np.ndarray | None]]:
         """Draws a token in every slot and takes it through the decoder; returns the finished rows with
@@ -571,7 +577,7 @@ class _Group:
             logits = head[2](hidden).float()
         step = self.taken.unsqueeze(1)
         uniform = self.uniform.gather(1, step).squeeze(1)
-        token = sample(logits, self.temperature, self.top_k, self.top_p, uniform)
+        token = sample(logits, self.temperature, self.top_k, self.top_p, uniform, self.filters)
         if engine.options.trace:
             forced = self.forced.gather(1, step).squeeze(1)
             token = torch.where(forced >= 0, forced, token)

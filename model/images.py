@@ -1,7 +1,8 @@
-"""Source pictures made ready for the two pathways in: the vision tower (semantic) and the VQ encoder (pixels).
+"""Source pictures made ready for the two pathways in.
 
-Everything here works on RGB pictures that are already upright and opaque, in numpy and Pillow. Knows
-nothing of torch, nor of where a picture came from.
+The vision tower takes them as patches (semantic), the VQ encoder as pixels. Everything here works on RGB
+pictures that are already upright and opaque, in numpy and Pillow. Knows nothing of torch, nor of where a
+picture came from.
 """
 
 import math
@@ -19,8 +20,8 @@ FRAMES = 2
 FACTOR = PATCH * MERGE
 MAX_SIDE_RATIO = 200
 
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def smart_resize(
@@ -81,7 +82,7 @@ def patchify(image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """
     height, width, channels = image.shape
     rows, columns = height // PATCH, width // PATCH
-    values = (image.astype(np.float32) / np.float32(255) - _MEAN) / _STD
+    values = (image.astype(np.float32) / np.float32(255) - MEAN) / STD
     blocks = values.reshape(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, channels)
     # -> block row, block column, row and column in the block, channel, row and column in the patch
     blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]

@@ -4,6 +4,7 @@ Knows nothing of where logits come from or which row is whose.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,18 +69,50 @@ def draws(seed: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
-def kept_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Filters:
+    """What the host knows of a batch's filters, so that no work is done for those that nobody uses.
+
+    A row's token is the same under any Filters that hold for it: they choose how the kept tokens are
+    found, never which. most: a bound on the top_k of all rows that have one; 0 if none has.
+    nucleus: whether any row has a top_p below 1.
+    """
+
+    most: int
+    nucleus: bool
+
+    @classmethod
+    def of(cls, rows: Iterable[Sampling], vocabulary: int) -> "Filters":
+        """The narrowest that hold for `rows`; the bound is a power of two, so that few shapes occur."""
+        rows = list(rows)
+        ks = [row.top_k for row in rows if 0 < row.top_k < vocabulary]
+        most = min(1 << (max(ks) - 1).bit_length(), vocabulary) if ks else 0
+        return cls(most, any(row.top_p < 1 for row in rows))
+
+
+def kept_logits(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, filters: Filters | None = None
+) -> Tensor:
     """Logits `(rows, vocabulary)` float32 after temperature, with all but the kept ones at -inf.
 
     temperature, top_k, top_p: `(rows,)`. Top-k keeps every tie with the k-th largest; top-p keeps the
     shortest prefix, in descending order of what is left, whose probabilities sum to more than p.
     """
     vocabulary = logits.shape[-1]
+    filters = filters or Filters(vocabulary, True)
     logits = logits / temperature.clamp(min=MIN_TEMPERATURE).unsqueeze(-1)
-    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    last = torch.where(top_k > 0, top_k.clamp(max=vocabulary), vocabulary) - 1
-    threshold = ordered.gather(-1, last.unsqueeze(-1))
+    if filters.nucleus:
+        ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    elif filters.most:
+        ordered = torch.topk(logits, filters.most).values
+    else:
+        return logits
+    limited = (top_k > 0) & (top_k < vocabulary)
+    last = top_k.clamp(1, ordered.shape[-1]).unsqueeze(-1) - 1
+    threshold = ordered.gather(-1, last).masked_fill(~limited.unsqueeze(-1), -math.inf)
     logits = logits.masked_fill(logits < threshold, -math.inf)
+    if not filters.nucleus:
+        return logits
     before = ordered.masked_fill(ordered < threshold, -math.inf).softmax(-1).cumsum(-1).roll(1, -1)
     before[:, 0] = 0
     # Rounding may carry the sum past 1, so 1 must switch the filter off and not only be compared.
@@ -92,13 +125,20 @@ def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, t
     return kept_logits(logits, temperature, top_k, top_p).softmax(-1)
 
 
-def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    uniform: Tensor,
+    filters: Filters | None = None,
+) -> Tensor:
     """One token a row, int64 `(rows,)`, by inverting the distribution at `uniform` float64 `(rows,)`.
 
     Greedy rows (`top_k` 1) take the largest logit, the lowest index on a tie. Nothing is read back to
     the host, and a row's token does not depend on the other rows.
     """
-    kept = kept_logits(logits, temperature, top_k, top_p)
+    kept = kept_logits(logits, temperature, top_k, top_p, filters)
     weight = (kept - kept.amax(-1, keepdim=True)).to(torch.float64).exp()
     cumulative = weight.cumsum(-1)
     total = cumulative[:, -1]

@@ -1,6 +1,7 @@
-"""The image tokenizer, LlamaGen's VQ-16 (arXiv 2406.06525), for inference: pixels to latents and tokens to pixels.
+"""The image tokenizer, LlamaGen's VQ-16 (arXiv 2406.06525), for inference.
 
-One token stands for 16 x 16 pixels. Knows nothing of the decoder that chooses the tokens.
+Pixels become latents, tokens become pixels; one token stands for 16 x 16 pixels. Knows nothing of what
+chooses the tokens.
 
 The arithmetic is kept in plain steps, in the plain memory layout: with the same torch kernels it gives the
 pixels of the published model bit for bit, which fused activations and attention do not. In the layout
@@ -196,15 +197,13 @@ class VQModel(nn.Module):
         return F.normalize(self.quantize.embedding.weight, dim=-1)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] with values from -1 to 1 -> latents of length 1, not quantised: [B, 8, h, w]."""
+        """Pictures [B, 3, H, W] from -1 to 1 -> latents of length 1, not quantised: [B, 8, h, w]."""
         return F.normalize(self.quant_conv(self.encoder(pixels.contiguous())), dim=1)
 
     def quantise(self, latents: Tensor) -> Tensor:
-        """Latents of length 1 [B, 8, h, w] -> the nearest entry of each, the lowest on a tie: int64 [B, h, w]."""
+        """Latents of length 1 [B, 8, h, w] -> nearest entries, the lowest on a tie: int64 [B, h, w]."""
         points, entries = latents.movedim(1, -1), self.codebook()
-        distances = (
-            points.square().sum(-1, keepdim=True) + entries.square().sum(-1) - 2 * points @ entries.T
-        )
+        distances = points.square().sum(-1, keepdim=True) + entries.square().sum(-1) - 2 * points @ entries.T
         return distances.argmin(-1)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -219,5 +218,5 @@ def to_uint8(pictures: Tensor) -> Tensor:
 
 
 def to_float(pictures: Tensor) -> Tensor:
-    """uint8 pictures [..., H, W, 3] -> float32 [..., 3, H, W] from -1 to 1, as `VQModel.encode` takes them."""
+    """uint8 pictures [..., H, W, 3] -> float32 [..., 3, H, W] from -1 to 1, for `VQModel.encode`."""
     return ((pictures.to(torch.float32) / 255 - 0.5) / 0.5).movedim(-1, -3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.errors import RowError
-from model.sampling import Sampling, draws, filtered_probabilities, sample
+from model.sampling import Filters, Sampling, draws, filtered_probabilities, kept_logits, sample
 
 VOCABULARY = 24
 SETTINGS = [
@@ -136,3 +136,12 @@ def test_values_out_of_range_are_refused_by_name(name: str, value: float) -> Non
 
 def test_the_filters_may_be_switched_off() -> None:
     assert Sampling(cfg=0, temperature=0, top_k=0, top_p=1).validate().guided is False
+
+
+@pytest.mark.parametrize("top_ks", [[1, 7, 100], [0, 3, 64], [0, 0, 0], [512, 1000, 5]], ids=str)
+def test_the_shorter_ways_keep_the_same_tokens(top_ks: list[int]) -> None:
+    logits = torch.randn(3, 512, generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    settings = (torch.ones(3), torch.tensor(top_ks), torch.ones(3))
+    filters = Filters.of([Sampling(top_k=k) for k in top_ks], 512)
+    assert not filters.nucleus
+    assert torch.equal(kept_logits(logits, *settings, filters), kept_logits(logits, *settings))

@@ -1,0 +1,344 @@
+"""From the published files to a checkpoint folder, or to a stock Qwen2.5-VL folder.
+
+Weights are mapped, not read: they go to the new files tensor by tensor. Knows nothing of how the model
+computes.
+"""
+
+import dataclasses
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from model.checkpoint import (
+    DTYPES,
+    SHARD_BYTES,
+    Shape,
+    compare_shapes,
+    expected_shapes,
+    new_folder,
+    open_shard,
+    save,
+    write_safetensors,
+)
+from model.config import SIZES_512, TASKS, DecoderConfig, ModelConfig, VisionConfig, VQConfig
+from model.errors import InputError
+from model.images import FRAMES, MEAN, MERGE, PATCH, STD
+from model.tokenizer import Tokenizer, add_control_tokens, added_tokens, build
+
+if TYPE_CHECKING:
+    import torch
+
+_RENAMED = {
+    "wallaroo.visual.": "model.visual.",
+    "wallaroo.model.": "model.language_model.",
+    "wallaroo.lm_head.": "lm_head.",
+    "gen_image_head.": "gen_image_head.",
+    "edit_image_head.": "edit_image_head.",
+    "gen_input_adpater.": "gen_input_adapter.",  # spelt so in the published files
+    "edit_input_adpater.": "edit_input_adapter.",
+    "pixel_adapter.": "pixel_adapter.",
+}
+"""Beginning of a published name -> of our name on disk."""
+
+_EDIT_PARTS = ("edit_image_head.", "edit_input_adapter.", "pixel_adapter.")
+
+_IMAGE_PARTS = ("gen_image_head.", "gen_input_adapter.", *_EDIT_PARTS)
+"""What a stock Qwen2.5-VL has no place for."""
+
+_UNUSED = "quantize.codebook_used"
+"""Statistics of the image tokenizer's training."""
+
+_EARLY_PIXELS = (12544, 254016)
+"""Limits of the vision tower's pictures in training stages 2 and 3; the default is stage 4's."""
+
+_WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
+
+
+def rename(name: str) -> str | None:
+    """Name on disk of a tensor of the published Wallaroo file; None if it has no such tensor."""
+    for old, new in _RENAMED.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return None
+
+
+def rename_vq(name: str) -> str | None:
+    """Name on disk of a tensor of the published image tokenizer; None for the one that is not needed."""
+    return None if name == _UNUSED else "vq." + name
+
+
+def convert(
+    wallaroo: str | Path,
+    vq: str | Path | None,
+    backbone: str | Path,
+    output: str | Path,
+    *,
+    understanding_only: bool = False,
+    layout: str = "eval",
+    indicators: str = "added",
+    square: int | None = None,
+    dtype: "torch.dtype | None" = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the folder `output`, which must not exist yet or be empty.
+
+    wallaroo: the published `.ckpt`. vq: LlamaGen's `vq_ds16_t2i.pt`, needless with `understanding_only`.
+    backbone: a Qwen2.5-VL folder, for configuration, tokenizer and preprocessor.
+    understanding_only: write a stock Qwen2.5-VL folder with the keys, shapes and types of `backbone`.
+    layout, indicators: how the checkpoint wants its prompts, see `ModelConfig`.
+    square: side in pixels of the one size of checkpoints of stages 1 to 3.1, which separate no rows.
+    dtype: of the new files, by default as stored.
+
+    Raises InputError if a file is not what it should be; missing, unexpected and wrong-shaped tensors
+    are named.
+    """
+    published = _state_dict(wallaroo, "state_dict", "Wallaroo checkpoint")
+    tensors = _renamed(published, rename)
+    if understanding_only:
+        _write_stock(tensors, Path(backbone), output, str(wallaroo))
+        return
+    if vq is None:
+        raise InputError("A checkpoint for pictures needs the image tokenizer; give --vq vq_ds16_t2i.pt.")
+    tensors |= _renamed(_state_dict(vq, "model", "image tokenizer"), rename_vq)
+    decoder, vision = _architecture(Path(backbone))
+    sizes = dict(SIZES_512) if square is None else {"1.0": (square, square)}
+    text = _tokenizer_json(Path(backbone), added_tokens(sizes, indicators))
+    edits = any(name.startswith(_EDIT_PARTS) for name in tensors)
+    config = ModelConfig(
+        decoder=decoder,
+        vision=vision,
+        vq=_vq_config(tensors),
+        layout=layout,
+        indicators=indicators,
+        line_break=square is None,
+        tasks=TASKS if edits else ("generate", "understand"),
+        sizes=sizes,
+        understand_pixels=ModelConfig.understand_pixels if edits else _EARLY_PIXELS,
+        token_ids=Tokenizer(text).token_ids,
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    compare_shapes(shapes, expected_shapes(config), f"{wallaroo} with {vq}")
+    save(tensors, config, text, output, shard_bytes, dtype)
+
+
+def _state_dict(path: str | Path, key: str, what: str) -> "dict[str, torch.Tensor]":
+    """The mapped tensors below `key` of a file of torch.save."""
+    import torch
+
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise InputError(f"The {what} {path} cannot be read ({error.strerror}).") from None
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"The {what} {path} holds more than tensors, and running what a file says is not safe; "
+            "save its plain state dict."
+        ) from None
+    except Exception as error:  # torch raises RuntimeError, EOFError and more for what is no such file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"The {what} {path} is not a file of torch.save in its zip form ({reason:.200}); "
+            "save it again with a newer torch."
+        ) from None
+    found = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(found, Mapping):
+        raise InputError(f"The {what} {path} has no state dict at its key '{key}'; give the published file.")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(
+                f"The {what} {path} is not a plain state dict: '{str(name)[:100]}' is no tensor; "
+                "save its tensors alone."
+            )
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise InputError(
+                f"The {what} {path} holds no plain numbers for '{name}'; save it as a dense tensor."
+            )
+    return dict(found)
+
+
+def _renamed(
+    published: "Mapping[str, torch.Tensor]", new_name: Callable[[str], str | None]
+) -> "dict[str, torch.Tensor]":
+    """By our names; an unknown name stays, in quotes, so that it is none of ours."""
+    return {new_name(name) or repr(name): tensor for name, tensor in published.items() if name != _UNUSED}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error}); the backbone must be a folder of Qwen2.5-VL-7B-Instruct."
+        ) from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file} must hold a JSON object, not a {type(values).__name__}.")
+    return values
+
+
+def _architecture(backbone: Path) -> tuple[DecoderConfig, VisionConfig]:
+    """Decoder and vision tower of a backbone folder."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
+
+    file = backbone / "config.json"
+    values = _read_json(file)
+    if values.get("model_type") != "qwen2_5_vl":
+        raise InputError(
+            f"{file} is of a model of type {values.get('model_type')!r:.100}, but the backbone is "
+            "'qwen2_5_vl'; give the folder of Qwen2.5-VL-7B-Instruct."
+        )
+    try:
+        theirs: Any = Qwen2_5_VLConfig.from_dict(values)
+        text, vision = theirs.text_config, theirs.vision_config
+        fixed = {
+            "hidden_act": (text.hidden_act, "silu"),
+            "use_sliding_window": (bool(text.use_sliding_window), False),
+            "tie_word_embeddings": (theirs.tie_word_embeddings, False),
+        }
+        rope = text.rope_parameters
+        # From plain values, so that the types are checked as those of any configuration.
+        made = ModelConfig.from_dict(
+            {
+                "decoder": {
+                    **_fields(DecoderConfig, text),
+                    "rope_theta": rope["rope_theta"],
+                    "mrope_section": list(rope["mrope_section"]),
+                },
+                "vision": _fields(VisionConfig, vision),
+            }
+        )
+    except InputError as error:
+        raise InputError(f"{file} does not describe a backbone of Wallaroo: {error}") from None
+    except Exception as error:  # transformers' own validation raises many kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file} is not a configuration of Qwen2.5-VL ({reason:.200}).") from None
+    for name, (value, only) in fixed.items():
+        if value != only:
+            raise InputError(f"{file}: {name} is {value!r}, but Wallaroo's backbone has {only!r}.")
+    _check_preprocessor(_read_json(backbone / "preprocessor_config.json"), backbone)
+    return made.decoder, made.vision
+
+
+def _fields(cls: type, theirs: Any) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(cls) if hasattr(theirs, field.name)]
+    values = {name: getattr(theirs, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _check_preprocessor(values: dict[str, Any], backbone: Path) -> None:
+    """Raises InputError if pictures would have to be prepared in another way than ours."""
+    ours = {
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": FRAMES,
+        "image_mean": MEAN.tolist(),
+        "image_std": STD.tolist(),
+    }
+    for name, ours_is in ours.items():
+        value = values.get(name, ours_is)
+        same = value == ours_is
+        if isinstance(ours_is, list) and isinstance(value, list) and len(value) == len(ours_is):
+            same = all(
+                isinstance(a, int | float) and abs(a - b) < 1e-6 for a, b in zip(value, ours_is, strict=True)
+            )
+        if not same:
+            raise InputError(
+                f"{backbone / 'preprocessor_config.json'}: {name} is {value!r:.100}, but pictures are "
+                f"prepared with {ours_is}."
+            )
+
+
+def _vq_config(tensors: "Mapping[str, torch.Tensor]") -> VQConfig:
+    """The image tokenizer's numbers, as far as shapes tell them; the others are the published ones."""
+    values: dict[str, Any] = {}
+    for field, name, axis in (
+        ("channels", "vq.encoder.conv_in.weight", 0),
+        ("z_channels", "vq.quant_conv.weight", 1),
+        ("codebook_size", "vq.quantize.embedding.weight", 0),
+        ("codebook_dim", "vq.quantize.embedding.weight", 1),
+    ):
+        if name in tensors and tensors[name].dim() > axis:
+            values[field] = tensors[name].shape[axis]
+    return VQConfig(**values)
+
+
+def _tokenizer_json(backbone: Path, tokens: list[str]) -> str:
+    """Contents of our `tokenizer.json`: the backbone's tokenizer with the control tokens added."""
+    file = backbone / "tokenizer.json"
+    slow = (backbone / "vocab.json", backbone / "merges.txt")
+    try:
+        if file.exists():
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        elif all(part.exists() for part in slow):
+            vocabulary, merges = tokenizers.models.BPE.read_file(*map(str, slow))
+            tokenizer = build(vocabulary, merges)
+        else:
+            raise InputError(
+                f"The backbone {backbone} has neither tokenizer.json nor vocab.json with merges.txt; "
+                "give the whole folder of Qwen2.5-VL-7B-Instruct."
+            )
+    except InputError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InputError(f"The tokenizer of {backbone} cannot be read ({error}).") from None
+    add_control_tokens(tokenizer, tokens)
+    return tokenizer.to_str()
+
+
+def _write_stock(
+    tensors: "Mapping[str, torch.Tensor]", backbone: Path, output: str | Path, source: str
+) -> None:
+    """Copy a backbone folder with our weights in place of its own: same files, names, shapes, types."""
+    import torch
+
+    files = _stock_files(backbone)
+    expected = {_from_stock(name): shape for stored in files.values() for name, (shape, _) in stored.items()}
+    ours = {name: tensor for name, tensor in tensors.items() if not name.startswith(_IMAGE_PARTS)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    compare_shapes(shapes, expected, f"{source} beside the backbone {backbone}")
+    with new_folder(output) as folder:
+        for file in sorted(backbone.iterdir()):
+            if file.is_file() and file.suffix not in _WEIGHT_FILES:
+                shutil.copyfile(file, folder / file.name)
+        for file_name, stored in files.items():
+            kinds = {name: getattr(torch, DTYPES[code]) for name, (_, code) in stored.items()}
+            write_safetensors(folder / file_name, {name: ours[_from_stock(name)] for name in stored}, kinds)
+
+
+def _stock_files(backbone: Path) -> dict[str, dict[str, tuple[Shape, str]]]:
+    """File -> tensor -> (shape, type) of a backbone folder's weights, each tensor of its index there."""
+    found: dict[str, dict[str, tuple[Shape, str]]] = {}
+    for file in sorted(backbone.glob("*.safetensors")):
+        with open_shard(file) as shard:
+            pieces = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+            found[file.name] = {
+                name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in pieces.items()
+            }
+    index = backbone / "model.safetensors.index.json"
+    places = _read_json(index).get("weight_map") if index.exists() else None
+    if places is not None and places != {name: file for file, names in found.items() for name in names}:
+        raise InputError(
+            f"{index} does not name the tensors that are in {backbone}; fetch the whole folder again."
+        )
+    for file_name, stored in found.items():
+        for name, (_, code) in stored.items():
+            if code not in DTYPES:
+                raise InputError(
+                    f"{backbone / file_name} holds '{name}' as {code}; give the published folder."
+                )
+    if not found:
+        raise InputError(f"The backbone {backbone} has no safetensors files to take names and shapes from.")
+    return found
+
+
+def _from_stock(name: str) -> str:
+    """Our name of a tensor of a stock folder, in the published naming or that of newer transformers."""
+    if name.startswith("visual."):
+        return "model." + name
+    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
+        return "model.language_model." + name.removeprefix("model.")
+    return name

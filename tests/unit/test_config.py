@@ -1,0 +1,248 @@
+"""The run configuration: where a value comes from, what is refused and in which words."""
+
+import dataclasses
+import json
+import pickle
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jobs.config import SECTIONS, SETTINGS, resolve
+from model.errors import InputError
+from model.sampling import Sampling
+from workflows.run_config import RunConfig
+
+
+def made(flags=None, assignments=(), file=None, environment=None) -> RunConfig:
+    return resolve("generate", "m.jsonl", "out", flags or {}, assignments, file, environment or {})
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    def write(text: str | bytes) -> str:
+        path = tmp_path / "run.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def test_defaults_are_those_of_run_config():
+    assert made() == RunConfig(manifest="m.jsonl", output="out")
+
+
+def test_precedence(run_file):
+    file = run_file("[sampling]\ncfg = 2\ntop_k = 7\ntop_p = 0.5\n[run]\nseed = 3\n")
+    config = made({"sampling.cfg": "4"}, ["sampling.cfg=5", "sampling.top_k=8", "sampling.top_k=9"], file)
+    assert config.sampling == Sampling(cfg=4.0, temperature=1.0, top_k=9, top_p=0.5)
+    assert config.seed == 3
+
+
+def test_ray_address_comes_from_the_environment_last():
+    environment = {"RAY_ADDRESS": "127.0.0.1:6379"}
+    assert made(environment=environment).address == "127.0.0.1:6379"
+    assert made({"cluster.address": "other:1"}, environment=environment).address == "other:1"
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_every_setting_reaches_its_field_from_each_origin(setting, run_file):
+    text = {
+        "run.model": "folder",
+        "run.where": "prompt LIKE '%cat%'",
+        "run.max_error_rate": "0.5",
+        "prompt.language": "zh",
+        "prompt.template_en": 'a "{prompt}"',
+        "prompt.template_zh": "画 {prompt}",
+        "sampling.top_p": "0.5",
+        "image.format": "webp",
+        "cluster.replicas": "2:6",
+        "cluster.device": "cpu",
+        "cluster.address": "auto",
+        "image.width": "128",
+        "image.height": "128",
+    }.get(setting.name, "true" if not setting.metavar else "5")
+    number = re.fullmatch(r"[0-9.]+|true", text)
+    # These are valid only beside another one.
+    beside = {
+        "image.width": "image.height=64",
+        "image.height": "image.width=64",
+        "image.quality": "image.format=jpeg",
+    }
+    others = [beside[setting.name]] if setting.name in beside else []
+    section, key = setting.name.split(".")
+    file = run_file(f"[{section}]\n{key} = {text if number else json.dumps(text)}\n")
+    configs = [
+        made({setting.name: True if text == "true" else text}, others),
+        made({}, [*others, f"{setting.name}={text}"]),
+        made({}, others, file),
+    ]
+    assert configs[0] == configs[1] == configs[2]
+    value = configs[0]
+    for part in setting.target.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    default = made()
+    for part in setting.target.split("."):
+        default = default.get(part) if isinstance(default, dict) else getattr(default, part)
+    assert value != default
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_defaults_in_the_help_are_true(setting):
+    stated = re.search(r"default:? ([\d.]+)\)|(\w+) \(default\)", setting.help)
+    if stated is None:
+        return
+    value = RunConfig(manifest="", output="")
+    for part in setting.target.split("."):
+        value = getattr(value, part)
+    text = stated[1] or stated[2]
+    if setting.name == "image.quality":
+        assert value is None
+    elif setting.name == "cluster.replicas":
+        assert value == (int(text),) * 2
+    else:
+        assert type(value)(text) == value
+
+
+@pytest.mark.parametrize(
+    "assignment, message",
+    [
+        ("sampling.cfg=high", "--set sampling.cfg is 'high', but must be a number."),
+        ("sampling.top_k=1.5", "--set sampling.top_k is '1.5', but must be a whole number."),
+        ("image.save_tokens=yes", "--set image.save_tokens is 'yes', but must be true or false."),
+        ("cluster.replicas=1:x", "--set cluster.replicas is '1:x', but must be a whole number or MIN:MAX."),
+        ("run.model=", "--set run.model is '', but must be a text that is not empty."),
+        ("samplig.cfg=4", "--set: unknown section 'samplig'; did you mean 'sampling'?"),
+        (
+            "sampling.tempratur=1",
+            "--set: unknown key 'tempratur' in section sampling; did you mean 'temperature'?",
+        ),
+        ("sampling.seed=1", "--set: unknown key 'seed' in section sampling; did you mean 'run.seed'?"),
+        ("cfg=4", "--set cfg=4 must read section.key=value, such as sampling.cfg=4."),
+        ("sampling.cfg", "--set sampling.cfg must read section.key=value, such as sampling.cfg=4."),
+        ("sampling.cfg=nan", "cfg is nan, but must be a finite number of at least 0."),
+        ("sampling.cfg=-1", "cfg is -1.0, but must be a finite number of at least 0."),
+        ("sampling.temperature=-0.1", "temperature is -0.1, but must be a finite number of at least 0."),
+        ("sampling.top_k=-1", "top_k is -1, but must be a whole number of at least 0 (0 keeps all tokens)."),
+        ("sampling.top_p=0", "top_p is 0.0, but must be above 0 and at most 1 (1 keeps all tokens)."),
+        ("sampling.top_p=1.5", "top_p is 1.5, but must be above 0 and at most 1 (1 keeps all tokens)."),
+        ("image.width=64", "width is 64, but height is absent: give both, or neither."),
+        ("image.height=64", "height is 64, but width is absent: give both, or neither."),
+        (
+            "image.format=jpg",
+            "image_format is 'jpg', but must be one of png, webp, jpeg; did you mean 'jpeg'?",
+        ),
+        ("image.quality=90", "image_quality is 90, but png has none: choose webp or jpeg, or leave it out."),
+        ("run.samples=0", "samples is 0, but must be at least 1 and less than 2^31."),
+        ("run.seed=-1", "seed is -1, but must be from 0 to 2^63 - 1."),
+        ("run.max_error_rate=nan", "max_error_rate is nan, but must be from 0 to 1 (0.05 is 5 %)."),
+        ("cluster.replicas=4:1", "replicas is 4:1, but must be MIN:MAX with 1 <= MIN <= MAX, or one number."),
+        ("prompt.language=de", "language is 'de', but must be one of en, zh."),
+        (
+            "prompt.template_en=a picture",
+            "the template of 'en' lacks {prompt}: put it where the prompt shall stand.",
+        ),
+    ],
+)
+def test_refusals(assignment, message):
+    with pytest.raises(InputError) as refused:
+        made({}, [assignment])
+    assert str(refused.value) == message
+
+
+def test_filters_can_be_switched_off():
+    assert made({}, ["sampling.top_k=0", "sampling.top_p=1", "sampling.temperature=0"]).sampling == Sampling(
+        top_k=0, top_p=1.0, temperature=0.0
+    )
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "seed = 3",
+            "'seed' stands outside of a section; sections are run, prompt, sampling, image, cluster.",
+        ),
+        ("[sampling]\ncfg = true", "sampling.cfg in {path} is True, but must be a number."),
+        ("[run]\nseed = 1.0", "run.seed in {path} is 1.0, but must be a whole number."),
+        ("[run]\nmodel = 3", "run.model in {path} is 3, but must be a text that is not empty."),
+        ("[imge]", "unknown section 'imge'; did you mean 'image'?"),
+        ("[image]\nfromat = 'png'", "unknown key 'fromat' in section image; did you mean 'format'?"),
+        ("[run\n", "is not valid TOML: "),
+        (b"[run]\nmodel = '\xff'", "is not UTF-8, but a run file must be: save it as UTF-8."),
+    ],
+)
+def test_run_file_refusals(run_file, text, message):
+    path = run_file(text)
+    with pytest.raises(InputError) as refused:
+        made(file=path)
+    assert message.format(path=path) in str(refused.value)
+    assert path in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_no_run_file(tmp_path):
+    with pytest.raises(InputError, match=r"There is no run file .*absent\.toml\."):
+        made(file=str(tmp_path / "absent.toml"))
+
+
+def test_the_example_names_every_setting(run_file):
+    text = (Path(__file__).parents[2] / "jobs" / "examples" / "run.toml").read_text(encoding="utf-8")
+    assert made(file=run_file(text)) == made({"run.samples": "4"})
+    whole = re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE).replace('"png"', '"jpeg"')
+    named = {f"{section}.{key}" for section, table in tomllib.loads(whole).items() for key in table}
+    made(file=run_file(whole))
+    assert named | {"prompt.template_zh"} == {setting.name for setting in SETTINGS}
+
+
+def test_headings_cover_all_sections():
+    assert {setting.section for setting in SETTINGS} == set(SECTIONS)
+
+
+def test_digest_fields_are_plain_and_leave_out_where_it_runs():
+    here = made({}, ["sampling.cfg=4"])
+    there = made(
+        {},
+        [
+            "sampling.cfg=4",
+            "cluster.replicas=1:8",
+            "cluster.slots=3",
+            "cluster.threads=2",
+            "run.limit=5",
+            "run.where=true",
+            "cluster.device=cuda",
+            "run.strict=true",
+            "run.model=copy",
+            "run.max_error_rate=0",
+        ],
+    )
+    assert here.config_digest_fields("abc") == there.config_digest_fields("abc")
+    assert json.loads(json.dumps(here.config_digest_fields("abc"))) == here.config_digest_fields("abc")
+    assert here.config_digest_fields("abc") != here.config_digest_fields("abd")
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "run.samples=2",
+        "run.seed=1",
+        "sampling.cfg=1",
+        "sampling.top_p=0.9",
+        "image.format=webp",
+        "image.save_tokens=true",
+        "prompt.max_tokens=9",
+        "prompt.language=en",
+        "prompt.template_zh={prompt}",
+    ],
+)
+def test_digest_fields_name_what_changes_a_row(assignment):
+    assert made({}, [assignment]).config_digest_fields("") != made().config_digest_fields("")
+
+
+def test_a_configuration_crosses_processes_and_prints():
+    config = made({}, ["prompt.template_en=a {prompt}", "cluster.replicas=1:2"])
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert set(json.loads(json.dumps(config.to_dict()))) == {
+        one.name for one in dataclasses.fields(RunConfig)
+    }
