@@ -1,0 +1,126 @@
+"""The published cases as requests, and the two ways of ours to serve them.
+
+Of every case the conditional branch, the null branch and both together are served with the published
+tokens forced, for their logits; then greedily without and with guidance.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image
+
+from model.config import Size
+from model.engine import Engine, EngineOptions, Request, Result
+from model.images import pixel_image, semantic_image
+from model.prompts import Prompt
+from model.reference import Reference
+from model.sampling import Sampling
+from model.wallaroo import Wallaroo
+from tests.conformance.published import Family, metadata
+
+SERVERS = ("engine", "plain loop")
+
+PLAIN = Sampling(cfg=1.0, temperature=1.0, top_k=1, top_p=1.0)
+GUIDED = Sampling(cfg=3.0, temperature=1.0, top_k=1, top_p=1.0)
+
+
+def prompt_of(ids: np.ndarray, positions: np.ndarray) -> Prompt:
+    """A prompt of the tiny model: ids `(L,)` in its vocabulary, positions `(3, L + generated)`."""
+    length = len(ids)
+    tokens = metadata("tiny_model")["token_ids"]
+    following = positions[:, length:]
+    next_position = int(positions[0, length])
+    assert (following == next_position + np.arange(following.shape[1])).all(), "positions do not go on"
+    semantic = pixel = None
+    begin = np.flatnonzero(ids == tokens["<|vision_start|>"])
+    if len(begin):
+        semantic = (int(begin[0]) + 1, int(np.flatnonzero(ids == tokens["<|vision_end|>"])[0]))
+        places = np.flatnonzero(ids[: begin[0]] == tokens["<|image_pad|>"]).astype(np.int32)
+        pixel = places if len(places) else None
+    return Prompt(ids, positions[:, :length], next_position, semantic, pixel)
+
+
+def generate_requests(case: dict) -> list[Request]:
+    """All requests of a text-to-image case; their keys are (case, what)."""
+    arrays = Family("t2i", case["case"])
+    prompt, null = (prompt_of(arrays[f"{x}ids"], arrays[f"{x}pos"]) for x in ("", "null_"))
+    return _image_requests(case, arrays, prompt, null, None, None)
+
+
+def edit_requests(case: dict) -> list[Request]:
+    """All requests of an editing case; their keys are (case, what)."""
+    arrays = Family("i2i", case["case"])
+    prompt, null = (prompt_of(arrays[f"{x}ids"], arrays[f"{x}pos"]) for x in ("", "null_"))
+    source, limits = Image.fromarray(arrays["src"]), metadata("i2i_meta")["seg"]
+    semantic = semantic_image(source, limits["min_pixels"], limits["max_pixels"])
+    return _image_requests(
+        case, arrays, prompt, null, semantic, pixel_image(source, Size(case["H"], case["W"]))
+    )
+
+
+def _image_requests(
+    case: dict,
+    arrays: Family,
+    prompt: Prompt,
+    null: Prompt,
+    semantic: np.ndarray | None,
+    pixels: np.ndarray | None,
+) -> list[Request]:
+    black = [None if image is None else np.zeros_like(image) for image in (semantic, pixels)]
+    branches = {
+        "cond_logits": (prompt, None, PLAIN, semantic, pixels, True),
+        "null_logits_correct": (null, None, PLAIN, *black, True),
+        "cfg3_correct": (prompt, null, GUIDED, semantic, pixels, True),
+        "greedy_cfg1": (prompt, None, PLAIN, semantic, pixels, False),
+        "greedy_cfg3_correct": (prompt, null, GUIDED, semantic, pixels, False),
+    }
+    return [
+        Request(
+            (case["case"], what),
+            conditional,
+            nothing,
+            Size(case["H"], case["W"]),
+            seed=0,
+            sampling=sampling,
+            semantic=seen,
+            pixels=kept,
+            forced=arrays["tf_tokens"] if force else None,
+        )
+        for what, (conditional, nothing, sampling, seen, kept, force) in branches.items()
+    ]
+
+
+def understand_requests(case: dict, min_pixels: int, max_pixels: int) -> list[Request]:
+    """All requests of an understanding case; their keys are (case, what)."""
+    arrays = Family("mmu", case["case"])
+    semantic = semantic_image(Image.fromarray(arrays["src"]), min_pixels, max_pixels)
+    prompt = prompt_of(arrays["ids"], arrays["pos"])
+    return [
+        Request(
+            (case["case"], what),
+            prompt,
+            None,
+            None,
+            seed=0,
+            sampling=PLAIN,
+            semantic=semantic,
+            max_new_tokens=case["n_steps"],
+            forced=forced,
+        )
+        for what, forced in (("tf_logits", arrays["tf_tokens"]), ("greedy", None))
+    ]
+
+
+def serve(server: str, model: Wallaroo, task: str, requests: Iterable[Request]) -> dict[tuple, Result]:
+    """Key -> result with logits. The engine takes all requests at once, the plain loop one by one."""
+    if server == "engine":
+        options = EngineOptions(slots=16, group_rows=4, decode_vq=False, trace=True)
+        results = list(Engine(model, task, options).run(requests))
+    elif task == "understand":
+        plain = Reference(model)
+        results = [plain.text(request, trace=True) for request in requests]
+    else:
+        plain = Reference(model)
+        results = [plain.images(task, [request], trace=True, decode_vq=False)[0] for request in requests]
+    assert all(not result.error for result in results), [result.error for result in results]
+    return {result.key: result for result in results}

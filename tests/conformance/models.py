@@ -1,0 +1,103 @@
+"""Our model with the synthetic weights of the published numbers."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+from model.checkpoint import disk_tensors, empty_model
+from model.config import DecoderConfig, ModelConfig, VisionConfig, VQConfig
+from model.convert import rename, rename_vq
+from model.vq import VQModel
+from model.wallaroo import Wallaroo
+from tests.conformance import weights
+from tests.conformance.published import metadata
+
+CONTROL_TOKENS_OF_MID = {"<|end_of_line>|": "eol"}
+
+
+def published_tensors(manifest: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Published name and values of every tensor of a manifest, one at a time."""
+    content = metadata(manifest)
+    for name, shape in content["tensors"]:
+        yield name, torch.from_numpy(weights.tensor(content["salt"], name, shape))
+
+
+@cache
+def vq_model() -> VQModel:
+    """The image tokenizer, full size but for its codebook."""
+    with torch.device("meta"):
+        vq = VQModel(VQConfig(codebook_size=metadata("vq_model")["codebook_size"]))
+    vq.load_state_dict(
+        {
+            name: values
+            for name, values in published_tensors("vq_model")
+            if not name.endswith("codebook_used")
+        },
+        assign=True,
+    )
+    return vq.eval().requires_grad_(False)
+
+
+@cache
+def tiny(line_break: bool = True) -> Wallaroo:
+    """Two layers and all three tasks; the image tokenizer is `vq_model`."""
+    return _model("tiny_model", line_break)
+
+
+@cache
+def mid(line_break: bool = True) -> Wallaroo:
+    """Eight layers, for text to image; of its image tokenizer the codebook alone means something."""
+    return _model("mid_model", line_break)
+
+
+def config_of(manifest: str, line_break: bool = True) -> ModelConfig:
+    """The configuration that a manifest describes."""
+    content = metadata(manifest)
+    theirs = content["config"]
+    decoder = {
+        field.name: theirs[field.name]
+        for field in dataclasses.fields(DecoderConfig)
+        if field.name != "mrope_section"
+    }
+    vision = {key: tuple(x) if isinstance(x, list) else x for key, x in theirs["vision_config"].items()}
+    vq = content["vq"]
+    ids = content["token_ids"]
+    if manifest == "mid_model":
+        ids = {ours: ids[name] for ours, name in CONTROL_TOKENS_OF_MID.items()}
+        layers = {"channels": 8, "norm_groups": 4, "z_channels": 16}
+    else:
+        layers = {}
+        # The published texts were continued past every stop token.
+        ids = {name: number for name, number in ids.items() if name not in ("<|im_end|>", "<|endoftext|>")}
+    return ModelConfig(
+        decoder=DecoderConfig(**decoder, mrope_section=tuple(theirs["rope_scaling"]["mrope_section"])),
+        vision=VisionConfig(**vision),
+        vq=VQConfig(codebook_size=vq["codebook_size"], codebook_dim=vq["codebook_embed_dim"], **layers),
+        name=manifest,
+        line_break=line_break,
+        sizes={key: tuple(size) for key, size in metadata("i2i_meta")["bucket_table"].items()},
+        token_ids=ids,
+    )
+
+
+def _model(manifest: str, line_break: bool) -> Wallaroo:
+    config = config_of(manifest, line_break)
+    model = empty_model(config, None, "cpu", torch.float32)
+    places = disk_tensors(model)
+    tensors = {rename(name): values for name, values in published_tensors(manifest)}
+    content = metadata(manifest)
+    if manifest == "tiny_model":
+        tensors |= {rename_vq(name): values for name, values in published_tensors("vq_model")}
+        assert tensors.pop(None) is not None  # the buffer that inference ignores
+    else:
+        codebook, shape = content["vq"]["codebook_key"], content["vq"]["codebook_shape"]
+        tensors |= {name: torch.zeros_like(x) for name, x in places.items() if name.startswith("vq.")}
+        values = weights.tensor(content["salt"], codebook, shape)
+        tensors[f"vq.{codebook}"] = torch.from_numpy(values)
+    assert set(tensors) == set(places), set(tensors) ^ set(places)
+    with torch.no_grad():
+        for name, place in places.items():
+            place.copy_(tensors[name])
+    return model.eval().requires_grad_(False)
