@@ -1,0 +1,202 @@
+"""One model replica: an engine on one device, in a thread of its own, behind Ray Data's calls.
+
+Ray's calls only put rows into a queue and wait for their outcomes, so that rows of several shards
+share the engine's slots. Every row is given back exactly once, as ok or as error. A broken device is
+no row's fault: then the process ends itself and Ray starts it anew, because an exception that left
+the call would fail the whole run and restart nothing. Knows nothing of manifests, plans, output
+folders or image formats.
+"""
+
+import asyncio
+import json
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Hashable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.rows import Outcome, from_ipc, outcomes_table, requests, to_ipc
+from model.errors import InputError
+
+# A driver names this class without using it, so torch waits until there is an engine to run.
+if TYPE_CHECKING:
+    from model.engine import Engine, Request
+
+EXIT_DEVICE = 70
+"""Exit status of a process that ended itself because its engine failed."""
+
+
+class _Call:
+    """The rows of one shard on their way through the engine."""
+
+    def __init__(self, shard: int, rows: list[int], loop: asyncio.AbstractEventLoop):
+        self.shard = shard
+        self.rows = rows
+        self.loop = loop
+        self.finished = loop.create_future()
+        self.outcomes: list[Outcome] = []
+
+    def give_back(self, outcome: Outcome) -> None:
+        """Called by the engine's thread, once for every row."""
+        self.outcomes.append(outcome)
+        if len(self.outcomes) == len(self.rows):
+            self.loop.call_soon_threadsafe(self.finished.set_result, None)
+
+
+class Replica:
+    """A class for `ray.data.Dataset.map`, one instance an actor, several calls at once.
+
+    checkpoint: gives the local folder of the checkpoint, fetching it first where it must.
+    task: which of the model's tasks it serves.
+    options: fields of `model.engine.EngineOptions` that differ from their defaults.
+    device: `cpu`, `cuda` or `auto`.
+    threads: CPU threads of torch; they belong to what rounds a result and are given, never counted.
+    watch: handle of the run's `actors.watch.Watch`, or None for no watch.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Callable[[], str | Path],
+        task: str = "generate",
+        options: Mapping[str, Any] | None = None,
+        device: str = "auto",
+        threads: int = 1,
+        watch: Any = None,
+    ):
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.environment = ""
+        self._watch = watch
+        self._inbox: queue.SimpleQueue[tuple[_Call, int, Request]] = queue.SimpleQueue()
+        self._loaded = threading.Event()
+        self._refusal: InputError | None = None
+        threading.Thread(
+            target=self._serve,
+            args=(checkpoint, task, options or {}, device, threads),
+            name="engine",
+            daemon=True,
+        ).start()
+        self._loaded.wait()
+        if watch is not None and self._refusal is None:
+            watch.note_up.remote(self.name)
+
+    async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A shard's requests become its outcomes.
+
+        Takes `shard` (its number) and `requests` (bytes of a table under `actors.rows.REQUESTS`); all
+        other entries are passed on. Adds `outcomes` (bytes of a table under OUTCOMES, in no certain
+        order), `replica` (host and process), `attempts` (for which time the shard is tried) and
+        `environment` (JSON of what rounds a result).
+        Raises InputError if the checkpoint or the device cannot be used: no restart would help.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        table = from_ipc(row["requests"])
+        rows = table.column("row").to_pylist()
+        attempts = 1
+        call = _Call(int(row["shard"]), rows, asyncio.get_running_loop())
+        if rows:
+            if self._watch is not None:
+                attempts = await self._watch.note_start.remote(self.name, call.shard, rows)
+            keys = [(call, number) for number in rows]
+            for number, request in zip(rows, requests(table, keys), strict=True):
+                self._inbox.put((call, number, request))
+            await call.finished
+        passed = {name: value for name, value in row.items() if name != "requests"}
+        return {
+            **passed,
+            "outcomes": to_ipc(outcomes_table(call.outcomes)),
+            "replica": self.name,
+            "attempts": attempts,
+            "environment": self.environment,
+        }
+
+    def _serve(
+        self,
+        checkpoint: Callable[[], str | Path],
+        task: str,
+        options: Mapping[str, Any],
+        device: str,
+        threads: int,
+    ) -> None:
+        """The engine's thread. All of torch stays in it, since torch counts threads by thread."""
+        try:
+            engine = self._load(checkpoint, task, options, device, threads)
+            self._loaded.set()
+            self._turn(engine)
+        except InputError as error:
+            self._refusal = error
+            self._loaded.set()
+        except BaseException as error:
+            traceback.print_exc()
+            self._end(f"{type(error).__name__}: {error}")
+
+    def _load(
+        self,
+        checkpoint: Callable[[], str | Path],
+        task: str,
+        options: Mapping[str, Any],
+        device: str,
+        threads: int,
+    ) -> "Engine":
+        import torch
+
+        from model.checkpoint import load
+        from model.engine import Engine, EngineOptions
+
+        torch.set_num_threads(threads)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError(
+                f"device is cuda, but torch {torch.__version__} sees no GPU on {socket.gethostname()}: "
+                f"install a torch that is built for its driver, or choose the device cpu."
+            )
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        engine = Engine(load(checkpoint(), task, device, dtype), task, EngineOptions(**options))
+        self.environment = json.dumps(
+            {
+                "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
+                "threads": threads,
+                "shapes": engine.options.shapes(torch.device(device), dtype),
+            },
+            sort_keys=True,
+        )
+        return engine
+
+    def _turn(self, engine: "Engine") -> None:
+        """Feeds the engine and gives its results back, for ever."""
+        at_work: dict[Hashable, tuple[_Call, int, datetime, float]] = {}
+        while True:
+            while not (engine.pending and self._inbox.empty()):
+                call, number, request = self._inbox.get()
+                at_work[request.key] = call, number, datetime.now(UTC), time.perf_counter()
+                engine.submit(request)
+            done = []
+            for result in engine.step():
+                call, number, started_at, started = at_work.pop(result.key)
+                seconds = time.perf_counter() - started
+                done.append((call, Outcome.of_result(number, result, started_at, seconds)))
+            if done and self._watch is not None:
+                self._watch.note_done.remote(
+                    self.name, [(call.shard, outcome.row, not outcome.error_type) for call, outcome in done]
+                )
+            for call, outcome in done:
+                call.give_back(outcome)
+
+    def _end(self, reason: str) -> None:
+        """Ends this process, after the watch has been told why."""
+        if self._watch is not None:
+            import ray
+
+            try:
+                ray.get(self._watch.note_death.remote(self.name, reason), timeout=5)
+            except Exception:
+                traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(EXIT_DEVICE)

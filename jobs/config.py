@@ -1,0 +1,237 @@
+"""The run configuration: flags over `--set` over a TOML run file over defaults, as one RunConfig.
+
+Every setting is one row of SETTINGS, which makes its flag, its key in a run file and its line in the
+help. Knows nothing of how a run uses a value; what a value may be is checked by RunConfig itself.
+"""
+
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from model.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from workflows.run_config import RunConfig
+
+SECTIONS = {
+    "run": "What to make",
+    "prompt": "Prompts",
+    "sampling": "Sampling (of rows that do not say)",
+    "image": "Pictures",
+    "cluster": "Where it runs",
+}
+"""Section of a run file -> heading of its options in the help, in the help's order."""
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, str):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return float(value)
+    raise ValueError
+
+
+def _switch(value: Any) -> bool:
+    if isinstance(value, str) and value in ("true", "false"):
+        return value == "true"
+    if isinstance(value, bool):
+        return value
+    raise ValueError
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise ValueError
+
+
+def _replicas(value: Any) -> tuple[int, int]:
+    if isinstance(value, str) and ":" in value:
+        least, _, most = value.partition(":")
+        return int(least), int(most)
+    return (_integer(value),) * 2
+
+
+_RULES: dict[Callable[[Any], Any], str] = {
+    _integer: "a whole number",
+    _number: "a number",
+    _switch: "true or false",
+    _text: "a text that is not empty",
+    _replicas: "a whole number or MIN:MAX",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing that a run can be told.
+
+    name: `section.key`, as a run file and `--set` have it.
+    target: the field of RunConfig that it fills, with a dot for a field within a field.
+    read: makes its value from a TOML value or from the text of a flag; ValueError if it cannot.
+    metavar: what stands for the value in the help; empty for a switch.
+    """
+
+    name: str
+    target: str
+    read: Callable[[Any], Any]
+    metavar: str
+    help: str
+
+    @property
+    def section(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def flag(self) -> str:
+        """Its option on the command line."""
+        words = self.target.removeprefix("sampling.").replace("templates.", "template_")
+        return "--" + words.replace("_", "-")
+
+
+# fmt: off
+SETTINGS = (
+    Setting("run.model", "model", _text, "PATH", "Checkpoint folder, local or s3://, or tiny (default)."),
+    Setting("run.samples", "samples", _integer, "N", "Pictures of each prompt (default 1)."),
+    Setting("run.seed", "seed", _integer, "N", "Same seed, same pictures (default 0)."),
+    Setting("run.limit", "limit", _integer, "N", "Only N manifest rows for now; the whole run reuses them."),
+    Setting("run.where", "where", _text, "EXPR", "Only rows for which this SQL expression holds, likewise."),
+    Setting("run.max_error_rate", "max_error_rate", _number, "SHARE",
+            "Stop when more of the rows are errors (0.05 is 5 %)."),
+    Setting("run.strict", "strict", _switch, "", "Refuse to go on where rounding may differ."),
+    Setting("prompt.language", "language", _text, "en|zh", "Of the template (default: by the prompt)."),
+    Setting("prompt.max_tokens", "max_prompt_tokens", _integer, "N",
+            "Longer prompts are error rows, never cut (default 1024)."),
+    Setting("prompt.template_en", "templates.en", _text, "TEXT",
+            "English template, with {prompt}, {target_w} and {target_h}."),
+    Setting("prompt.template_zh", "templates.zh", _text, "TEXT", "Chinese template, likewise."),
+    Setting("sampling.cfg", "sampling.cfg", _number, "X", "Guidance; at most 1 is none (default 3)."),
+    Setting("sampling.temperature", "sampling.temperature", _number, "X",
+            "0 always takes the likeliest token (default 1)."),
+    Setting("sampling.top_k", "sampling.top_k", _integer, "N",
+            "Draw from the N likeliest tokens, 0 from all (default 1000)."),
+    Setting("sampling.top_p", "sampling.top_p", _number, "P",
+            "Draw from the likeliest that sum to P, 1 from all (default 1)."),
+    Setting("image.width", "width", _integer, "PIXELS", "With --height: size of rows that do not say."),
+    Setting("image.height", "height", _integer, "PIXELS", "Likewise (default: the size nearest to square)."),
+    Setting("image.format", "image_format", _text, "FORMAT", "png (default), webp or jpeg."),
+    Setting("image.quality", "image_quality", _integer, "1-100", "Of jpeg (default 95); makes webp lossy."),
+    Setting("image.save_tokens", "save_tokens", _switch, "", "Also write each picture's token ids."),
+    Setting("cluster.replicas", "replicas", _replicas, "N|MIN:MAX", "Model replicas, one a GPU (default 1)."),
+    Setting("cluster.slots", "slots", _integer, "N", "Rows a replica decodes at once (default: what fits)."),
+    Setting("cluster.device", "device", _text, "DEVICE", "auto (default: GPUs if any), cpu or cuda."),
+    Setting("cluster.threads", "threads", _integer, "N", "CPU threads of a replica (default 1)."),
+    Setting("cluster.address", "address", _text, "ADDRESS",
+            "A running Ray cluster (default: $RAY_ADDRESS, or a local Ray)."),
+)
+# fmt: on
+
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+def resolve(
+    task: str,
+    manifest: str,
+    output: str,
+    flags: Mapping[str, Any],
+    assignments: Iterable[str] = (),
+    file: str | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> "RunConfig":
+    """The configuration of a run.
+
+    flags: setting name (`sampling.cfg`) -> text or switch of its flag; None where it was not given.
+    assignments: the `section.key=value` of every `--set`; a later one wins.
+    file: local path or `s3://` of a TOML run file.
+
+    Raises InputError for an unknown section or key, with the nearest right one, for a value that is
+    not of its type, and for whatever RunConfig refuses.
+    """
+    from model.sampling import Sampling
+    from workflows.run_config import RunConfig
+
+    values: dict[str, Any] = {}
+    if environment.get("RAY_ADDRESS"):
+        values["cluster.address"] = environment["RAY_ADDRESS"]
+    if file is not None:
+        for name, value in _read_file(file).items():
+            values[name] = _value(_BY_NAME[name], value, f"{name} in {file}")
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        if not separator or "." not in name:
+            raise InputError(f"--set {assignment} must read section.key=value, such as sampling.cfg=4.")
+        setting = _known(*name.strip().split(".", 1), where="--set")
+        values[setting.name] = _value(setting, value.strip(), f"--set {setting.name}")
+    for name, value in flags.items():
+        if value is not None:
+            values[name] = _value(_BY_NAME[name], value, _BY_NAME[name].flag)
+
+    fields: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {"sampling": {}, "templates": {}}
+    for name, value in values.items():
+        outer, _, inner = _BY_NAME[name].target.partition(".")
+        if inner:
+            nested[outer][inner] = value
+        else:
+            fields[outer] = value
+    return RunConfig(
+        manifest=manifest,
+        output=output,
+        task=task,
+        sampling=Sampling(**nested["sampling"]),
+        templates=nested["templates"],
+        **fields,
+    )
+
+
+def _value(setting: Setting, value: Any, origin: str) -> Any:
+    try:
+        return setting.read(value)
+    except ValueError:
+        raise InputError(f"{origin} is {value!r}, but must be {_RULES[setting.read]}.") from None
+
+
+def _known(section: str, key: str, where: str) -> Setting:
+    if section not in SECTIONS:
+        nearest = did_you_mean(section, SECTIONS) or f"; there are {', '.join(SECTIONS)}."
+        raise InputError(f"{where}: unknown section '{section}'{nearest}")
+    name = f"{section}.{key}"
+    if name not in _BY_NAME:
+        keys = [setting.name.partition(".")[2] for setting in SETTINGS if setting.section == section]
+        elsewhere = [setting.name for setting in SETTINGS if setting.name.endswith(f".{key}")]
+        nearest = (
+            f"; did you mean '{elsewhere[0]}'?" if elsewhere else did_you_mean(key, keys)
+        ) or f"; it has {', '.join(keys)}."
+        raise InputError(f"{where}: unknown key '{key}' in section {section}{nearest}")
+    return _BY_NAME[name]
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    from workflows.storage import read_bytes
+
+    try:
+        tables = tomllib.loads(read_bytes(path).decode("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"There is no run file {path}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8, but a run file must be: save it as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}.") from None
+    values = {}
+    for section, table in tables.items():
+        if not isinstance(table, dict):
+            raise InputError(
+                f"{path}: '{section}' stands outside of a section; sections are {', '.join(SECTIONS)}."
+            )
+        if section not in SECTIONS:
+            _known(section, "", where=path)
+        for key, value in table.items():
+            values[_known(section, key, where=path).name] = value
+    return values

@@ -1,0 +1,208 @@
+"""Makes the small checkpoint in `model/tiny`: `python -m jobs.make_tiny [FOLDER]`.
+
+Its configuration stands here. Its merges are trained on captions written below; its weights are drawn
+by name, the same on every machine. Knows nothing of training.
+"""
+
+import hashlib
+import itertools
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+
+from model.checkpoint import FILE_LIST, TINY, expected_shapes, save
+from model.config import DecoderConfig, ModelConfig, VisionConfig, VQConfig
+from model.prompts import SYSTEM, TEMPLATES
+from model.tokenizer import QWEN_TOKENS, Tokenizer, add_control_tokens, added_tokens, build
+
+TEXT_TOKENS = 1000
+"""Tokens of the vocabulary that stand for text: 256 bytes, the others merged."""
+
+SIZES = {
+    "0.5": (64, 128),
+    "0.67": (64, 96),
+    "0.75": (96, 128),
+    "0.88": (112, 128),
+    "1.0": (96, 96),
+    "1.14": (128, 112),
+    "1.33": (128, 96),
+    "1.5": (96, 64),
+    "2.0": (128, 64),
+}
+"""Height/width ratio -> (height, width) in pixels."""
+
+SALT = "wallaroo-tiny-1"
+
+ENGLISH = {
+    "count": "a|one|two|three|four|several|many|a pair of",
+    "look": "small|large|round|shiny|old|wooden|striped|fluffy|bright|dark",
+    "colour": "red|blue|green|yellow|purple|orange|black|white|brown|pink|grey",
+    "thing": (
+        "circle|square|triangle|star|ball|cube|apple|banana|cup|bottle|book|chair|table|clock|vase|bowl|cake|"
+        "car|bicycle|train|boat|airplane|house|tree|flower|mountain|river|bridge|cat|dog|horse|bird|fish|sheep|"
+        "elephant|bear|person|woman|man|child|robot|umbrella|suitcase"
+    ),
+    "place": (
+        "on a table|in a garden|at the beach|in the snow|under a tree|by the river|in the city|on the grass|"
+        "in front of a house|inside a room|in the forest|on a street at night"
+    ),
+    "relation": "to the left of|to the right of|above|below|next to|behind|in front of|on top of",
+    "style": (
+        "an oil painting|a photo|a watercolor|a pencil sketch|pixel art|a poster|a cartoon|a cinematic shot|"
+        "digital art, highly detailed|black and white photography|soft morning light"
+    ),
+    "edit": (
+        "turn the sky|change the background to|remove the|add a|replace the|make it look like|"
+        "change the color of the|put a hat on the"
+    ),
+    "question": (
+        "What is in this image?|Describe this image in detail.|How many objects are there?|What color is it?|"
+        "Is there a person in the picture?|Where is it?"
+    ),
+}
+
+CHINESE = {
+    "count": "一个|两个|三只|四朵|一只|几辆|许多|一对",
+    "look": "小小的|巨大的|圆形的|闪亮的|古老的|木制的|条纹的|毛茸茸的",
+    "colour": "红色的|蓝色的|绿色的|黄色的|紫色的|橙色的|黑色的|白色的|粉色的",
+    "thing": (
+        "圆|正方形|三角形|星星|球|苹果|香蕉|杯子|瓶子|书|椅子|桌子|花瓶|蛋糕|汽车|自行车|火车|小船|飞机|房子|"
+        "大树|花|雪山|小河|桥|猫|狗|马|鸟|鱼|大象|熊|女孩|男人|孩子|机器人|雨伞|灯笼"
+    ),
+    "place": "在桌子上|在花园里|在海边|在雪地里|在树下|在河边|在城市夜景中|在草地上|在森林里",
+    "relation": "左边是|右边是|上面是|下面是|旁边是|后面是",
+    "style": "油画风格|照片|水彩画|水墨画|铅笔素描|像素画|卡通风格|高清，细节丰富|柔和的晨光",
+    "edit": "把背景换成|去掉图中的|添加|变成|把天空变成|给人物戴上",
+    "question": "请详细描述这张图片。|图中有什么？|有多少个物体？|它是什么颜色的？|图中有人吗？",
+}
+
+
+def captions() -> list[str]:
+    """The texts that the merges are learnt from: prompts of all tasks, in English and Chinese."""
+    texts: list[str] = []
+    sizes = itertools.cycle(SIZES.values())
+    for language, words, space, comma in (("en", ENGLISH, " ", ", "), ("zh", CHINESE, "", "，")):
+        lists = {name: items.split("|") for name, items in words.items()}
+
+        def word(name: str, number: int, lists: dict[str, list[str]] = lists) -> str:
+            # Strides of two primes, so that every word meets many others whatever the lists' lengths.
+            items = lists[name]
+            return items[(number * 31 + number // len(items) * 17) % len(items)]
+
+        for number in range(600):
+            first, second = (
+                space.join(word(name, at) for name in ("count", "look", "colour", "thing"))
+                for at in (number, number + 7)
+            )
+            requests = {
+                "generate": [
+                    first + space + word("place", number),
+                    first + space + word("relation", number) + space + second + comma + word("style", number),
+                ],
+                "edit": [space.join(word(name, number) for name in ("edit", "colour", "thing"))],
+            }
+            for task, prompts in requests.items():
+                for prompt in prompts:
+                    height, width = next(sizes)
+                    values = {"prompt": prompt, "target_w": width, "target_h": height}
+                    texts.append(TEMPLATES[task, language].format(**values))
+            texts.append(word("question", number))
+            texts.append(f"system\n{SYSTEM}user\nassistant\n")
+    return texts
+
+
+def tokenizer_json(controls: bool = True) -> str:
+    """The vocabulary: bytes, merges learnt from `captions`, then the control tokens or only Qwen2.5's."""
+    learner = build({}, [])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=TEXT_TOKENS,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    learner.train_from_iterator(captions(), trainer)
+    add_control_tokens(learner, added_tokens(SIZES) if controls else QWEN_TOKENS)
+    return learner.to_str(pretty=True)
+
+
+def tiny_config(token_ids: dict[str, int]) -> ModelConfig:
+    """The published architecture with small numbers."""
+    return ModelConfig(
+        name="tiny",
+        layout="train",
+        indicators="added",
+        sizes=SIZES,
+        decoder=DecoderConfig(
+            vocab_size=64 * math.ceil((1 + max(token_ids.values())) / 64),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            mrope_section=(4, 6, 6),
+        ),
+        vision=VisionConfig(
+            depth=4,
+            hidden_size=64,
+            intermediate_size=160,
+            num_heads=2,
+            out_hidden_size=128,
+            fullatt_block_indexes=(3,),
+        ),
+        vq=VQConfig(channels=16, norm_groups=8, z_channels=32, codebook_size=512),
+        edit_pixels=(3136, 12544),
+        understand_pixels=(3136, 12544),
+        trained_tokens={"generate": 512, "edit": 512, "understand": 512},
+        token_ids=token_ids,
+    )
+
+
+def weights(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Float32 weights by name: standard normal draws of Philox keyed by the name, scaled by its kind."""
+    tensors = {}
+    for name, shape in expected_shapes(config).items():
+        key = int.from_bytes(hashlib.sha256(f"{SALT}:{name}".encode()).digest()[:16], "big")
+        draws = np.random.Generator(np.random.Philox(key=key)).standard_normal(math.prod(shape))
+        offset, scale = _distribution(name, shape)
+        tensors[name] = torch.from_numpy((offset + scale * draws).astype(np.float32).reshape(shape))
+    return tensors
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor's numbers."""
+    if name.endswith(".bias"):
+        return 0.0, 0.05
+    if len(shape) == 1:
+        return 1.0, 0.05  # the gain of a norm
+    if name.endswith(("embed_tokens.weight", "quantize.embedding.weight")):
+        return 0.0, 1.0
+    gain = 1.0
+    if name.endswith(("gen_image_head.2.weight", "edit_image_head.2.weight", "lm_head.weight")):
+        gain = 3.0  # logits spread enough for guidance and top-p to matter, not so much that one token wins
+    elif name.startswith(("gen_input_adapter.", "edit_input_adapter.", "pixel_adapter.")):
+        gain = 2.0  # brings embeddings of picture tokens to the size of those of text
+    return 0.0, gain / math.sqrt(math.prod(shape[1:]))
+
+
+def make(folder: str | Path) -> None:
+    """Write the checkpoint into a new folder."""
+    text = tokenizer_json()
+    config = tiny_config(Tokenizer(text).token_ids)
+    save(weights(config), config, text, folder, dtype=torch.bfloat16)
+
+
+def main() -> None:
+    """Make the checkpoint anew in the folder that is named, or in its place in the program."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else TINY
+    if (folder / FILE_LIST).is_file():
+        shutil.rmtree(folder)
+    make(folder)
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()):,} bytes")
+
+
+if __name__ == "__main__":
+    main()

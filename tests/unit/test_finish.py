@@ -1,0 +1,128 @@
+"""The end of a run: what must be there, and a manifest of what went wrong."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from model.errors import InputError
+from workflows import finish, results
+
+
+def lines(output):
+    return [json.loads(line) for line in (output / "errors.jsonl").read_text().splitlines()]
+
+
+def two_shards(outputs, **changes):
+    return [
+        outputs.plan_table(rows=6, first_row=6 * shard, shard=shard, **changes.get(f"shard{shard}", {}))
+        for shard in range(2)
+    ]
+
+
+def test_a_run_without_errors_ends_with_success(outputs, tmp_path):
+    plan = outputs.make_output(tmp_path, two_shards(outputs))
+    counts = finish.finish(str(tmp_path), plan)
+    assert (counts.rows, counts.ok, counts.errors) == (12, 12, {})
+    assert lines(tmp_path) == []
+    assert finish.read_success(str(tmp_path)) == {
+        "format": 1,
+        "rows": 12,
+        "ok": 12,
+        "errors": {},
+        "shards": 2,
+        "parts": ["part-00000"],
+    }
+
+
+def test_errors_become_a_manifest_for_a_second_try(outputs, tmp_path):
+    tables = two_shards(outputs, shard0={"errors": (0, 1)})
+    plan = outputs.make_output(tmp_path, tables, failed={0: (3,), 1: (0,)})
+    counts = finish.finish(str(tmp_path), plan)
+    assert (counts.rows, counts.ok, counts.errors) == (12, 8, {"size": 2, "engine": 2})
+    whole, second, first = lines(tmp_path)
+    # Both samples of p0 were refused alike: one line asks for both again, with their seeds.
+    assert (whole["id"], whole["samples"], whole["seed"]) == ("p0", 2, 1000)
+    assert (whole["kind"], whole["message"], whole["prompt"]) == ("size", "width is 70", "a cat, number 0")
+    assert (whole["width"], whole["height"], whole["cfg"], whole["top_k"]) == (80, 64, 3.0, 1000)
+    assert (whole["tag"], whole["include"]) == ("t0", [{"class": "cat"}])
+    assert whole["when"].startswith("2026-01-01")
+    # Of p1 only the second sample failed: it needs a name of its own.
+    assert (second["id"], second["samples"], second["seed"]) == ("p1/1", 1, 1003)
+    assert (first["id"], first["samples"], first["seed"]) == ("p3", 1, 1006)
+    assert not {"row_id", "status", "image", "sha256", "error_type"} & set(whole)
+
+
+def test_seeds_that_came_from_the_id_are_left_to_come_from_it_again(outputs, tmp_path):
+    tables = [outputs.plan_table(rows=2, errors=(0, 1))]
+    plan = outputs.make_output(tmp_path, tables, edit=lambda row: row | {"seed": row["seed"] * 77})
+    finish.finish(str(tmp_path), plan)
+    [line] = lines(tmp_path)
+    assert (line["id"], line["samples"]) == ("p0", 2) and "seed" not in line
+
+
+def test_rows_of_an_equal_id_are_not_taken_for_samples(outputs, tmp_path):
+    tables = [outputs.plan_table(rows=3, errors=(0, 1, 2))]
+    plan = outputs.make_output(tmp_path, tables, edit=lambda row: row | {"id": "same", "sample": 0})
+    finish.finish(str(tmp_path), plan)
+    assert [(line["id"], line["samples"]) for line in lines(tmp_path)] == [("same", 1)] * 3
+
+
+def test_samples_that_fail_alike_across_shards_are_one_line(outputs, tmp_path):
+    tables = [outputs.plan_table(rows=2, first_row=2 * n, shard=n, errors=(0, 1)) for n in range(2)]
+    edit = {"id": "p", "error_message": "no"}
+    plan = outputs.make_output(tmp_path, tables, edit=lambda row: row | edit | {"sample": row["row_id"]})
+    finish.finish(str(tmp_path), plan)
+    [line] = lines(tmp_path)
+    assert (line["id"], line["samples"], line["seed"]) == ("p", 4, 1000)
+
+
+def test_a_missing_file_or_row_ends_without_success(outputs, tmp_path):
+    plan = outputs.make_output(tmp_path, two_shards(outputs), skip={1})
+    with pytest.raises(InputError, match=r"lacks 1 of its shards, the first is shard-00000001\.parquet"):
+        finish.finish(str(tmp_path), plan)
+    short = outputs.plan_table(rows=5, first_row=6, shard=1)
+    results.write_shard(str(tmp_path), 1, outputs.result_table(short))
+    with pytest.raises(InputError, match="has 11 rows, but 12 were planned"):
+        finish.finish(str(tmp_path), plan)
+    (tmp_path / "data" / "shard-00000001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"shard-00000001\.parquet cannot be read"):
+        finish.finish(str(tmp_path), plan)
+    assert finish.read_success(str(tmp_path)) is None
+    assert not (tmp_path / "errors.jsonl").exists()
+
+
+def test_carried_columns_get_their_names_back(outputs):
+    row = dict.fromkeys(results.RESULT_NAMES) | {"id": "a", "error_type": "size", "error_message": "m"}
+    row |= {
+        "prompt": "now",
+        "in_prompt": "then",
+        "in_text": "caption",
+        "in_house": 1,
+        "kind": "mine",
+        "raw": b"\x00",
+    }
+    row |= {"marked": '{"a": "\\ud800"}', "nan": float("nan"), "source": {"uri": "s3://b/k.png"}}
+    carried = ["in_prompt", "in_text", "in_house", "kind", "raw", "marked", "nan"]
+    fields = [(name, pa.string()) for name in [*results.RESULT_NAMES, *carried]]
+    line = finish.manifest_row(row, pa.schema(fields, metadata={results.JSON_MARK: b'["marked"]'}))
+    assert line == {
+        "id": "a",
+        "kind": "size",
+        "message": "m",
+        "prompt": "now",
+        "image": "s3://b/k.png",
+        "in_prompt": "then",
+        "text": "caption",
+        "in_house": 1,
+        "raw": "AA==",
+        "marked": {"a": "\ud800"},
+        "nan": None,
+    }
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 1}', b'{"format": 2, "rows": 1}'])
+def test_a_success_of_another_kind_is_one_sentence(tmp_path, content):
+    (tmp_path / "_SUCCESS").write_bytes(content)
+    with pytest.raises(InputError, match="_SUCCESS"):
+        finish.read_success(str(tmp_path))

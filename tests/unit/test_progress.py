@@ -1,0 +1,57 @@
+"""What is shown while a run goes on."""
+
+import io
+
+from jobs.progress import Display, Rate, line
+from workflows.run_config import Progress
+
+
+def test_rate_is_that_of_the_last_minute():
+    rate = Rate()
+    assert rate(0, 100) == 0
+    assert rate(10, 120) == 2
+    # After a long pause at first, the present speed is what counts.
+    for second in range(20, 200, 10):
+        rate(second, 120 + 5 * second)
+    assert rate(200, 120 + 5 * 200) == 5
+
+
+def test_line():
+    progress = Progress(rows=2212, done=120, errors=2)
+    assert line(progress, 3.4) == "120 of 2,212 rows (5 %), 3.4 images/s, 2 errors, 10 min 15 s left"
+    assert line(Progress(rows=10, done=1, errors=1), 0) == "1 of 10 rows (10 %), 0.0 images/s, 1 error"
+
+
+def test_line_says_what_is_waited_for():
+    waiting = "waiting for a replica: 0 of 2 up"
+    assert line(Progress(waiting=waiting), 0) == waiting
+    assert line(Progress(rows=10, waiting=waiting), 0) == f"0 of 10 rows (0 %), {waiting}"
+
+
+def test_elsewhere_than_on_a_terminal_a_line_every_ten_seconds():
+    now = [0.0]
+    stream = io.StringIO()
+    with Display(stream, clock=lambda: now[0]) as display:
+        for second in range(0, 31):
+            now[0] = float(second)
+            display(Progress(rows=100, done=second, before=0))
+    assert stream.getvalue().splitlines() == [
+        "0 of 100 rows (0 %), 0.0 images/s, 0 errors",
+        "10 of 100 rows (10 %), 1.0 images/s, 0 errors, 1 min 30 s left",
+        "20 of 100 rows (20 %), 1.0 images/s, 0 errors, 1 min 20 s left",
+        "30 of 100 rows (30 %), 1.0 images/s, 0 errors, 1 min 10 s left",
+    ]
+
+
+def test_a_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with Display(stream) as display:
+        display(Progress(waiting="planning"))
+        display(Progress(rows=4, done=1))
+        display(Progress(rows=4, done=4))
+    assert "4 of 4 rows (100 %)" in stream.getvalue()
+    assert "━" in stream.getvalue()

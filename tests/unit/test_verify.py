@@ -1,0 +1,212 @@
+"""The verdict on outputs that are whole, half-made, or tampered with."""
+
+import io
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from model.errors import InputError
+from workflows import results
+from workflows.finish import finish
+from workflows.verify import MOST_FAULTS, verify
+
+
+@pytest.fixture
+def whole(outputs, tmp_path):
+    """A finished output of three shards with error rows of both kinds, and a NaN in a carried column."""
+    tables = [
+        outputs.plan_table(rows=40, first_row=0, shard=0, errors=(1,)),
+        outputs.plan_table(rows=40, first_row=40, shard=1),
+        outputs.plan_table(rows=5, first_row=80, shard=2),
+    ]
+    nan = {"weight": float("nan")}
+    plan = outputs.make_output(tmp_path, tables, failed={1: (2, 3)}, edit=lambda row: row | nan)
+    finish(str(tmp_path), plan)
+    return tmp_path
+
+
+def judged(output):
+    said = []
+    return verify(str(output), said.append), said
+
+
+def rewrite(output, shard, change):
+    """Replaces a file by one whose rows `change` has had its way with."""
+    table = pq.read_table(results.shard_path(str(output), shard))
+    rows = table.to_pylist()
+    change(rows)
+    data = results.shard_bytes(pa.Table.from_pylist(rows, schema=table.schema))
+    Path(results.shard_path(str(output), shard)).write_bytes(data)
+
+
+def test_a_whole_output_is_complete(whole):
+    verdict, said = judged(whole)
+    assert verdict.state == "complete" and verdict.faults == 0
+    assert (verdict.planned, verdict.rows, verdict.ok) == (85, 85, 82)
+    assert verdict.errors == {"engine": 2, "size": 1}
+    [sentence] = said
+    assert sentence.startswith(f"{whole} is complete: 85 of 85 rows, 82 ok, 3 error rows (2 engine, 1 size)")
+
+
+def test_missing_files_are_incomplete(whole):
+    (whole / "_SUCCESS").unlink()
+    (whole / "data" / "shard-00000001.parquet").unlink()
+    verdict, said = judged(whole)
+    assert (verdict.state, verdict.missing_shards, verdict.rows) == ("incomplete", 1, 45)
+    assert "1 of 3 files are missing" in said[-1] and "Start the run again" in said[-1]
+
+
+def test_all_rows_without_success_are_incomplete(whole):
+    (whole / "_SUCCESS").unlink()
+    verdict, said = judged(whole)
+    assert verdict.state == "incomplete" and "all rows are there, but _SUCCESS does not say so" in said[-1]
+
+
+def test_a_plan_that_went_on_is_incomplete(whole, outputs):
+    outputs.write_plan(whole, [outputs.plan_table(rows=4, first_row=85, shard=3)])
+    verdict, said = judged(whole)
+    assert (verdict.state, verdict.planned) == ("incomplete", 89)
+    outputs.write_plan(whole, [outputs.plan_table(rows=4, first_row=89, shard=4)], complete=False)
+    verdict, said = judged(whole)
+    assert verdict.state == "incomplete" and "its plan is not finished" in said[-1]
+
+
+def test_success_must_not_claim_what_is_gone(whole):
+    (whole / "data" / "shard-00000001.parquet").unlink()
+    verdict, said = judged(whole)
+    assert verdict.state == "broken" and "the first is shard-00000001.parquet" in said[0]
+
+
+def test_success_must_count_right(whole):
+    text = (whole / "_SUCCESS").read_text()
+    (whole / "_SUCCESS").write_text(text.replace('"ok": 82', '"ok": 83').replace('"rows": 85', '"rows": 84'))
+    verdict, said = judged(whole)
+    assert verdict.state == "broken" and verdict.faults == 2
+    assert any("84 rows" in sentence for sentence in said) and any(
+        "ok is 83" in sentence for sentence in said
+    )
+
+
+def picture_of(width, height):
+    sink = io.BytesIO()
+    Image.new("RGB", (width, height)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def put_picture(row, data):
+    import hashlib
+
+    row["image"]["bytes"] = data
+    row["sha256"] = hashlib.sha256(data).hexdigest()
+
+
+TAMPERINGS = {
+    "sha256": (lambda rows: rows[4].update(sha256="0" * 64), "row_id 44: its picture has another sha256"),
+    "size": (
+        lambda rows: put_picture(rows[4], picture_of(32, 32)),
+        "row_id 44: its picture is 32x32, but 64x64 is stated",
+    ),
+    "cut": (
+        lambda rows: put_picture(rows[4], rows[4]["image"]["bytes"][:3000]),
+        "row_id 44: its picture does not decode",
+    ),
+    "html": (lambda rows: put_picture(rows[4], b"<html>"), "row_id 44: its picture does not decode"),
+    "empty": (lambda rows: rows[4].update(image=None), "row_id 44: it is ok, but has no picture"),
+    "mime": (lambda rows: rows[4].update(mime_type="image/webp"), "'image/webp' is stated"),
+    "status": (lambda rows: rows[4].update(status="fine"), "its status is 'fine'"),
+    "ok with an error": (lambda rows: rows[4].update(error_type="size"), "it is ok, but has an error"),
+    "error with a picture": (
+        lambda rows: rows[2].update(image=rows[3]["image"] or rows[4]["image"]),
+        "but has a pic",
+    ),
+    "error without a kind": (lambda rows: rows[2].update(error_type=""), "error row without a kind"),
+    "seed": (lambda rows: rows[4].update(seed=1), "seed is 1, but 1044 was planned"),
+    "prompt": (lambda rows: rows[4].update(prompt="x" * 99), "but 'a cat, number 44' was planned"),
+    "run": (lambda rows: rows[4].update(config_digest="0" * 64), "config_digest is not that of run.json"),
+    "carried": (lambda rows: rows[4].update(tag="other"), "other values in the carried column 'tag'"),
+    "double": (lambda rows: rows[4].update(row_id=43), "has row_id 43 where 44 was planned"),
+    "order": (lambda rows: rows.reverse(), "has row_id 79 where 40 was planned"),
+    "lost": (lambda rows: rows.pop(), "has 39 rows, but 40 were planned"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_whatever_is_tampered_with_is_found(whole, name):
+    change, words = TAMPERINGS[name]
+    rewrite(whole, 1, change)
+    verdict, said = judged(whole)
+    assert verdict.state == "broken"
+    assert any(words in sentence for sentence in said), said
+
+
+def test_a_planned_error_row_cannot_be_ok(whole):
+    def change(rows):
+        rows[1] = rows[0] | {"row_id": 1, "sample": 1, "seed": 1001, "prompt": "a cat, number 1", "tag": "t1"}
+
+    rewrite(whole, 0, change)
+    verdict, said = judged(whole)
+    assert verdict.state == "broken" and "row_id 1: it is ok, but was planned as an error row" in said[0]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 5000])
+def test_a_cut_file_is_broken(whole, keep):
+    path = whole / "data" / "shard-00000000.parquet"
+    path.write_bytes(path.read_bytes()[:keep])
+    verdict, said = judged(whole)
+    assert verdict.state == "broken" and f"{path} cannot be read" in said[0]
+
+
+def test_a_flipped_bit_is_found(whole):
+    path = whole / "data" / "shard-00000000.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert judged(whole)[0].state == "broken"
+
+
+def test_another_schema_is_broken(whole):
+    path = whole / "data" / "shard-00000000.parquet"
+    table = pq.read_table(path)
+    for other, words in (
+        (table.drop_columns(["tag"]), "column 'tag' is missing"),
+        (table.append_column("more", table.column("id")), "column 'more' is not known"),
+        (table.select(table.column_names[::-1]), "another order"),
+        (
+            table.set_column(0, "row_id", table.column("row_id").cast(pa.int32())),
+            "'row_id' is int32, not int64",
+        ),
+        (table.replace_schema_metadata({}), "metadata differs"),
+    ):
+        pq.write_table(other, path)
+        verdict, said = judged(whole)
+        assert verdict.state == "broken" and words in said[0]
+
+
+def test_stray_files_are_named(whole):
+    (whole / "data" / "notes.txt").write_text("mine")
+    verdict, said = judged(whole)
+    assert verdict.state == "complete" and re.search("notes.txt.*no harm", said[0])
+    stray = whole / "data" / "shard-00000003.parquet"
+    stray.write_bytes((whole / "data" / "shard-00000002.parquet").read_bytes())
+    verdict, said = judged(whole)
+    assert verdict.state == "broken" and any(f"{stray} is no file of this plan" in words for words in said)
+
+
+def test_of_many_faults_the_first_are_told(whole):
+    def change(rows):
+        for row in rows:
+            row["config_digest"] = "0"
+
+    rewrite(whole, 0, change)
+    verdict, said = judged(whole)
+    assert verdict.faults == 40 and len(said) == MOST_FAULTS + 2
+    assert said[-2] == "20 more faults are not told." and "40 faults" in said[-1]
+
+
+def test_a_folder_that_is_no_output_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"has no run\.json"):
+        verify(str(tmp_path))

@@ -1,0 +1,147 @@
+"""A Ray to run on: a local one that is started and ended here, or a cluster that is there already.
+
+A terminal belongs to whoever shows the progress of a run, so Ray writes to its log files only. Knows
+nothing of what is run. The environment variables it sets are for Ray's own processes and go again.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from model.errors import InputError
+
+_TOKEN = secrets.token_hex(32)
+"""Of every local Ray of this process; Ray reads it once a process, so it cannot change."""
+
+_LOCAL_ENVIRONMENT: dict[str, str | None] = {
+    # Given like this, the token is on no disk; Ray's default would leave it in a file that all may read.
+    "RAY_AUTH_TOKEN": _TOKEN,
+    # Unset, Ray demands a token of all who talk to it; set, it is heeded only if Ray was not imported yet.
+    "RAY_AUTH_MODE": None,
+    # Ray replaces 127.0.0.1 by the address of the machine, except where it runs on one machine only,
+    # which is how it takes this name; like all of these it is read when Ray is imported.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@contextmanager
+def connected(address: str | None = None, cpus: int = 0) -> Iterator[None]:
+    """Ray for as long as the block lasts; one that this process has connected to already stays as it is.
+
+    address: of a running cluster, or None for a local Ray, which nobody but this process can talk to.
+    cpus: CPUs that a local Ray must count at least, whatever the machine has.
+    Raises InputError if nothing answers at the address.
+    """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        _quieten()
+        yield
+    elif address is None:
+        # Paths of sockets are short, and a temporary folder of the user's may be deep. Ray opens its own
+        # folder to everybody, so it gets one inside of one that is ours alone.
+        folder = tempfile.mkdtemp(prefix="wallaroo-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        options = {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, cpus),
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "_temp_dir": os.path.join(folder, "ray"),
+        }
+        try:
+            with _environment(_LOCAL_ENVIRONMENT), _ray(options):
+                yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with _ray({"address": address}):
+            yield
+
+
+@contextmanager
+def _ray(options: dict[str, Any]) -> Iterator[None]:
+    with _environment({"RAY_BACKEND_LOG_LEVEL": "fatal"}):
+        import ray
+
+        try:
+            with _silent():
+                ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
+        except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+            if options["address"] == "local":
+                raise
+            words = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"no Ray cluster answers at {options['address']} ({words}): "
+                f"check the address, or leave it out to start a local Ray."
+            ) from error
+    try:
+        _quieten()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def reason(error: BaseException) -> BaseException:
+    """What went wrong in a Ray task, out of the wrappers in which Ray brings it to the driver."""
+    from ray.exceptions import RayTaskError, UserCodeException
+
+    while isinstance(error, RayTaskError | UserCodeException):
+        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    if isinstance(error, InputError):
+        # Ray Data appends advice about its own settings; ours is one sentence on one line.
+        return InputError(str(error).split("\n", 1)[0])
+    return error
+
+
+def _quieten() -> None:
+    """Ray Data writes to its log file only, shows no bars, and gives our exceptions back as they are."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    logger = logging.getLogger("ray.data")
+    for handler in list(logger.handlers):
+        if handler.name == "console":
+            logger.removeHandler(handler)
+
+
+@contextmanager
+def _environment(values: dict[str, str | None]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    _set_environment(values)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Discards what is written to stderr: Ray's native half greets there before its log file is open."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        with suppress(OSError):
+            os.dup2(kept, 2)
+        os.close(kept)

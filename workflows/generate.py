@@ -1,0 +1,589 @@
+"""Text to image: a manifest of prompts becomes a data set of pictures, shard by shard, on Ray Data.
+
+    missing shards -> load (plan, prompts) -> replica (tokens, pixels) -> encode -> write
+
+One Ray row carries one whole shard, since Ray Data splits and joins blocks but never a row. What is
+missing is what a listing of the output does not show; nothing else remembers what is done. Knows nothing
+of how rows are planned, how a token is drawn or what a progress bar looks like.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from actors.replica import Replica
+from actors.rows import from_ipc, outcomes, request_values, requests_table, to_ipc
+from model import checkpoint
+from model.config import Size
+from model.errors import InputError, did_you_mean
+from model.prompts import Prompt, generate_prompt
+from workflows import storage
+from workflows.cluster import connected, reason
+from workflows.dataset_plan import plan_dataset
+from workflows.finish import finish, read_success
+from workflows.lock import OutputLock
+from workflows.plan import Plan, read_shard
+from workflows.plan_rows import PlanSettings
+from workflows.planning import existing_plan, make_plan, read_checkpoint
+from workflows.report import REPORT_FILE, write_report
+from workflows.results import (
+    RUN_FILE,
+    Made,
+    RunConstants,
+    build_result_table,
+    digest,
+    environment,
+    list_done,
+    map_shards,
+    open_shard,
+    put_run,
+    result_schema,
+    write_shard,
+)
+from workflows.run_config import Progress, RunConfig, RunSummary
+from workflows.runs import RunLog
+
+if TYPE_CHECKING:
+    import ray.data
+
+TASK = "generate"
+
+TICK_SECONDS = 0.5
+"""How often a driver looks at its replicas while no shard arrives."""
+
+MOST_ATTEMPTS = 6
+"""A shard that was begun so often without an end stops the run, or it would be begun for ever."""
+
+LEAST_ROWS = 20
+"""An error rate is not judged on fewer rows."""
+
+log = logging.getLogger(__name__)
+
+
+# Stages: functions of one Ray row, which is one shard. They run in processes of their own.
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages must know, wherever they run.
+
+    model: folder of a checkpoint, local or on S3. run, schema: of the result rows. environments: digests
+    that alone are allowed where the run is strict; empty for any.
+    """
+
+    model: str
+    run: RunConstants
+    schema: pa.Schema
+    environments: frozenset[str] = frozenset()
+
+
+def load(row: dict[str, Any], job: Job, output: str) -> dict[str, Any]:
+    """`item`, the number of a planned shard, becomes `shard`, `plan` and `requests` of its replica."""
+    return prepare({"shard": row["item"], "plan": to_ipc(read_shard(output, row["item"]))}, job)
+
+
+def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Adds `requests` to a `shard` with its `plan`; rows that the plan refuses ask for nothing."""
+    config, tokenizer, _ = read_checkpoint(job.model)
+    made = []
+    for position, values in enumerate(from_ipc(row["plan"]).to_pylist()):
+        if values["status"] == "error":
+            continue
+        size = Size(values["height"], values["width"])
+        language = values["language"]
+        template = job.run.templates.get(language)
+        made.append(
+            request_values(
+                row=position,
+                prompt=generate_prompt(tokenizer, config, values["prompt"], size, language, template),
+                null=_null(job.model, size, language, template) if values["cfg"] > 1 else None,
+                size=size,
+                seed=values["seed"],
+                sampling=values,
+            )
+        )
+    return {**row, "requests": to_ipc(requests_table(made))}
+
+
+def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    """What a replica gave back becomes `result`, the shard's rows as they will stand in the data set.
+
+    Raises InputError if the run is strict and the rows were made in another environment.
+    """
+    where = digest(environment(**json.loads(row["environment"])))
+    if job.environments and where not in job.environments:
+        raise InputError(
+            f"the run is strict, but {row['replica']} would round otherwise than what made the rows that are "
+            f"there ({row['environment']}): run it on the same kind of machine, or without --strict."
+        )
+    made = Made(row["replica"], where, row["attempts"])
+    table = build_result_table(
+        from_ipc(row["plan"]), outcomes(from_ipc(row["outcomes"])), job.run, made, job.schema
+    )
+    return {"shard": row["shard"], "result": to_ipc(table)}
+
+
+def write(row: dict[str, Any], output: str) -> dict[str, Any]:
+    """Writes a shard's file; what is left of it are counts for the driver, under `tally`."""
+    table = from_ipc(row["result"])
+    write_shard(output, row["shard"], table)
+    return {"shard": row["shard"], "tally": json.dumps(dataclasses.asdict(_tally(table)))}
+
+
+def refuse(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    """In place of replica and `encode`: the rows of a shard that the plan refuses whole."""
+    table = build_result_table(from_ipc(row["plan"]), [], job.run, Made(), job.schema)
+    return {"shard": row["shard"], "result": to_ipc(table)}
+
+
+@functools.lru_cache(maxsize=256)
+def _null(model: str, size: Size, language: str, template: str | None) -> Prompt:
+    config, tokenizer, _ = read_checkpoint(model)
+    return generate_prompt(tokenizer, config, "", size, language, template)
+
+
+@dataclass
+class Tally:
+    """Rows of a shard that is written: all, ok, those the plan had refused, errors by kind.
+
+    environments: digests of what made them.
+    """
+
+    rows: int = 0
+    ok: int = 0
+    refused: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    environments: list[str] = field(default_factory=list)
+
+    def add(self, other: "Tally") -> None:
+        """Counts the rows of another shard in."""
+        self.rows += other.rows
+        self.ok += other.ok
+        self.refused += other.refused
+        self.errors = dict(Counter(self.errors) + Counter(other.errors))
+        self.environments = sorted({*self.environments, *other.environments})
+
+
+def _tally(table: pa.Table) -> Tally:
+    kinds = table.column("error_type").to_pylist()
+    errors = Counter(kind for kind in kinds if kind)
+    return Tally(
+        rows=table.num_rows,
+        ok=table.num_rows - errors.total(),
+        # A row that no replica began was refused before.
+        refused=table.column("started_at").null_count,
+        errors=dict(errors),
+        environments=sorted({name for name in table.column("environment_digest").to_pylist() if name}),
+    )
+
+
+def _tally_of(output: str, shard: int) -> Tally:
+    with open_shard(output, shard) as parquet:
+        return _tally(parquet.read(columns=["error_type", "started_at", "environment_digest"]))
+
+
+# The pipeline
+
+
+def make_job(
+    config: RunConfig, meaning: dict[str, Any], carried: pa.Schema, environments: Iterable[str] = ()
+) -> Job:
+    """The job of a run whose `config_digest_fields` are `meaning`, with these carried columns."""
+    return Job(
+        config.model,
+        RunConstants(
+            task=TASK,
+            model_digest=meaning["model_digest"],
+            config_digest=digest(meaning),
+            image_format=config.image_format,
+            image_quality=config.image_quality,
+            templates=dict(config.templates),
+        ),
+        result_schema(carried, config.save_tokens),
+        frozenset(environments),
+    )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The replicas of a pipeline.
+
+    device: `cpu` or `cuda`. size: how many at most. calls: shards that one holds at once. kind: their
+    class, which `actors.replica.Replica` describes.
+    """
+
+    device: str
+    size: int
+    calls: int
+    threads: int = 1
+    slots: int | None = None
+    kind: type = Replica
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of the stages around the replicas, a task each.
+
+        Where replicas hold the CPUs themselves the stages ask for none, or they would wait for ever.
+        """
+        return 0 if self.device == "cpu" else 1
+
+
+def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type = Replica) -> Pool:
+    """The pool for so many rows in so many shards.
+
+    A replica holds as many shards as fill its slots and one more; a larger backlog would only keep work
+    from replicas that come up later.
+    """
+    from model.engine import EngineOptions
+
+    slots = config.slots or EngineOptions().slots
+    calls = 1 + math.ceil(slots * shards / rows)
+    return Pool(device, min(config.replicas[1], shards), calls, config.threads, config.slots, kind)
+
+
+def make_pictures(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = None) -> "ray.data.Dataset":
+    """Rows of `prepare` become rows of `encode`."""
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+    resources: dict[str, Any] = {"num_gpus": 1} if pool.device == "cuda" else {"num_cpus": pool.threads}
+    pictures = shards.map(
+        pool.kind,
+        fn_constructor_kwargs={
+            "checkpoint": functools.partial(storage.fetch_folder, job.model),
+            "task": TASK,
+            "options": {} if pool.slots is None else {"slots": pool.slots},
+            "device": pool.device,
+            "threads": pool.threads,
+            "watch": watch,
+        },
+        compute=ActorPoolStrategy(
+            size=pool.size,
+            max_concurrent_calls_per_actor=pool.calls,
+            max_tasks_in_flight_per_actor=pool.calls,
+        ),
+        **resources,
+    )
+    return pictures.map(
+        functools.partial(encode, job=job), num_cpus=pool.cpus, compute=TaskPoolStrategy(size=2 * pool.size)
+    )
+
+
+def generate(
+    ds: "ray.data.Dataset", *, model: str = "tiny", replicas: int = 1, **options: Any
+) -> "ray.data.Dataset":
+    """A Dataset of prompts becomes one of pictures, without an output folder.
+
+    ds: has the columns of a manifest. model: `tiny`, or the folder of a checkpoint. options: fields of
+    `workflows.run_config.RunConfig` that say what a row is or what makes it: samples, seed, sampling,
+    width, height, language, templates, image_format, image_quality, save_tokens, max_prompt_tokens,
+    slots, device, threads.
+
+    Every row is planned before this returns, which executes `ds` once; the pictures are made when the
+    answer is consumed. It has a row for every sample, with the columns of `data/`, the carried ones
+    included: same ids and options, same pictures as of a run. Rows come in no certain order, with
+    `row_id` counted in the order of `ds`. Rows that cannot be served are error rows, and so is every
+    later row of an id that occurs twice.
+    Raises InputError for an option that does not exist or breaks a rule, and where `prompt` is missing.
+    """
+    import ray.data
+
+    fields = {one.name for one in dataclasses.fields(RunConfig)}
+    for name in options:
+        if name not in fields - _OF_A_RUN:
+            raise InputError(f"there is no option '{name}'{did_you_mean(name, fields - _OF_A_RUN) or '.'}")
+    config = RunConfig(manifest="", output="", replicas=(replicas, replicas), **options)
+    config = dataclasses.replace(config, model=model_path(model))
+    meaning = _meaning(config)
+    plans, rows, carried = plan_dataset(ds, _plan_settings(config), config.model)
+    job = make_job(config, meaning, carried)
+    if not rows:
+        return ray.data.from_arrow(job.schema.empty_table())
+    pool = make_pool(config, choose_device(config.device), rows, plans.count())
+    loaded = plans.map(functools.partial(prepare, job=job), num_cpus=pool.cpus)
+    return make_pictures(loaded, job, pool).map_batches(
+        _unpack, batch_size=1, batch_format="pyarrow", num_cpus=pool.cpus
+    )
+
+
+_OF_A_RUN = {
+    "manifest",
+    "output",
+    "task",
+    "model",
+    "replicas",
+    "limit",
+    "where",
+    "max_error_rate",
+    "strict",
+    "address",
+}
+
+
+def _unpack(batch: pa.Table) -> pa.Table:
+    """The rows of the shards in a batch."""
+    return pa.concat_tables(from_ipc(result.as_py()) for result in batch.column("result"))
+
+
+def run(
+    config: RunConfig,
+    on_progress: Callable[[Progress], None] | None = None,
+    replica: type = Replica,
+) -> RunSummary:
+    """Does a run, or what is left of it, and returns when all of its rows are in the output.
+
+    on_progress: called about twice a second. replica: the class of the replicas.
+    Raises InputError for what the user can put right (the output keeps what is finished, and the same
+    run goes on from there), RunInProgress if another run is at work on the output.
+    """
+    started = time.monotonic()
+    if config.task != TASK:
+        raise InputError(f"task is '{config.task}', but this is '{TASK}': choose that.")
+    config = dataclasses.replace(
+        config,
+        manifest=_absolute(config.manifest),
+        output=_absolute(config.output),
+        model=model_path(config.model),
+    )
+    report = on_progress or (lambda progress: None)
+    with ExitStack() as stack:
+        lock = stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
+        if storage.exists(storage.join(config.output, RUN_FILE)):
+            _put_run(config)
+        settings = _plan_settings(config)
+        plan = existing_plan(config.manifest, settings, config.model, config.output)
+        if plan is not None and _finished(config.output, plan):
+            return _summary(config, started, before=plan.rows)
+        report(Progress(waiting="starting Ray"))
+        cpus = config.replicas[1] * config.threads if config.device != "cuda" else 0
+        stack.enter_context(connected(config.address, cpus))
+        device = choose_device(config.device)
+        _check_gpus(config, device)
+        if plan is None:
+            report(Progress(waiting="planning"))
+            plan = make_plan(config.manifest, settings, config.model, config.output)
+        for warning in plan.warnings:
+            log.warning(warning)
+        _put_run(config)
+        if _finished(config.output, plan):
+            return _summary(config, started, before=plan.rows)
+        storage.remove_leftovers(config.output)
+        run_log = stack.enter_context(RunLog(config.output, config.to_dict()))
+        before = _make_missing(config, plan, device, replica, lock, run_log, report)
+        lock.check()
+        finish(config.output, plan)
+        run_log.end("finished")
+        write_report(config.output)
+    return _summary(config, started, before)
+
+
+def _absolute(path: str) -> str:
+    """A path that holds good in a process with another working folder."""
+    return path if storage.is_s3(path) else os.path.abspath(path)
+
+
+def model_path(model: str) -> str:
+    """Where a checkpoint lies that may be named `tiny`."""
+    return str(checkpoint.TINY) if model == "tiny" else _absolute(model)
+
+
+def _plan_settings(config: RunConfig) -> PlanSettings:
+    names = {one.name for one in dataclasses.fields(PlanSettings)}
+    return PlanSettings(**{name: getattr(config, name) for name in names})
+
+
+def _meaning(config: RunConfig) -> dict[str, Any]:
+    """What may change a row by meaning, the model among it.
+
+    A local checkpoint is looked at as closely as can be without reading its weights; of one on S3 the
+    replicas do so, since a driver need not hold the weights.
+    """
+    known = read_checkpoint(config.model)
+    known.config.require_task(TASK)
+    if not storage.is_s3(config.model):
+        checkpoint.check(config.model, TASK)
+    return config.config_digest_fields(known.digest)
+
+
+def _put_run(config: RunConfig) -> None:
+    put_run(config.output, _meaning(config), config.to_dict())
+
+
+def choose_device(device: str) -> str:
+    """`cpu` or `cuda`: what was asked for, and for `auto` what the Ray cluster has."""
+    import ray
+
+    if device != "auto":
+        return device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+
+
+def _check_gpus(config: RunConfig, device: str) -> None:
+    """Raises InputError if a local Ray lacks the GPUs of the fewest replicas; a cluster may yet get some."""
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if device == "cuda" and config.address is None and gpus < config.replicas[0]:
+        raise InputError(
+            f"{config.replicas[0]} replicas need a GPU each, but this machine has {gpus}: ask for fewer, "
+            f"choose the device cpu, or give the address of a cluster."
+        )
+
+
+def _finished(output: str, plan: Plan) -> bool:
+    """Whether every row of a plan is known to be there, and the files that come after the last row too."""
+    success = read_success(output)
+    return (
+        success is not None
+        and success["parts"] == [part.name for part in plan.parts]
+        and storage.exists(storage.join(output, REPORT_FILE))
+    )
+
+
+def _summary(config: RunConfig, started: float, before: int) -> RunSummary:
+    success = read_success(config.output)
+    assert success is not None
+    rows, ok = success["rows"], success["ok"]
+    return RunSummary(config.output, rows, ok, rows - ok, before, time.monotonic() - started)
+
+
+def _make_missing(
+    config: RunConfig,
+    plan: Plan,
+    device: str,
+    replica: type,
+    lock: OutputLock,
+    run_log: RunLog,
+    report: Callable[[Progress], None],
+) -> int:
+    """Makes the shards that are not there, and returns how many rows were there before."""
+    import ray
+    import ray.data
+
+    from actors import watch
+
+    done = list_done(config.output)
+    there = [shard for shard in plan.shards if shard in done]
+    missing = [shard for shard in plan.shards if shard not in done]
+    known = Tally()
+    for tally in map_shards(functools.partial(_tally_of, config.output), there):
+        known.add(tally)
+    before = known.rows
+    if not missing:
+        return before
+    meaning = _meaning(config)
+    job = make_job(config, meaning, plan.carried, known.environments if config.strict else ())
+    pool = make_pool(config, device, plan.rows, len(plan.shards), replica)
+    eyes = watch.start()
+    # Blocks that are there need no task to make them, which would wait for a CPU that replicas hold.
+    shards = ray.data.from_items(missing, override_num_blocks=len(missing))
+    loaded = shards.map(functools.partial(load, job=job, output=config.output), num_cpus=pool.cpus)
+    if plan.error_rows == plan.rows:
+        results = loaded.map(functools.partial(refuse, job=job), num_cpus=pool.cpus)
+    else:
+        results = make_pictures(loaded, job, pool, eyes)
+    written = results.map(functools.partial(write, output=config.output), num_cpus=0)
+    made = Tally()
+    started = time.monotonic()
+    waited: float | None = None
+    for row in _arriving(written):
+        lock.check()
+        counts = ray.get(eyes.counts.remote())
+        if row is not None:
+            tally = Tally(**json.loads(row["tally"]))
+            made.add(tally)
+            known.add(tally)
+        if waited is None and counts.replicas:
+            waited = time.monotonic() - started
+        up = f"waiting for a replica: {counts.replicas} of {pool.size} up"
+        report(
+            Progress(
+                rows=plan.rows,
+                done=before + made.refused + counts.rows,
+                before=before,
+                errors=sum(known.errors.values()) - sum(made.errors.values()) + made.refused + counts.errors,
+                waiting="" if counts.replicas or made.rows else up,
+            )
+        )
+        run_log.update(
+            rows=plan.rows,
+            done=known.rows,
+            before=before,
+            errors=known.errors,
+            images=made.ok,
+            retries={"replicas that died": counts.deaths} if counts.deaths else {},
+            waits={"first replica": waited or time.monotonic() - started},
+        )
+        _check_health(config, counts, made)
+    if len(known.environments) > 1:
+        log.warning(
+            "The rows were made in %d environments, which may round differently; the report counts them.",
+            len(known.environments),
+        )
+    return before
+
+
+def _check_health(config: RunConfig, counts: Any, made: Tally) -> None:
+    """Raises InputError if a shard is begun over and over, or too many rows are errors."""
+    if counts.attempts > MOST_ATTEMPTS:
+        words = f"; the last one said '{counts.last_death}'" if counts.last_death else ""
+        raise InputError(
+            f"shard {counts.hardest_shard} was begun {counts.attempts} times and its replica died each "
+            f"time{words}: try fewer --slots, and look into the logs of Ray; what is finished is kept."
+        )
+    errors = sum(made.errors.values())
+    limit = config.max_error_rate
+    if limit is not None and made.rows >= LEAST_ROWS and errors > limit * made.rows:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(made.errors.items()))
+        raise InputError(
+            f"{errors} of {made.rows} rows are errors ({kinds}), more than the --max-error-rate of {limit:g} "
+            f"allows: correct the manifest and give a new output, or allow more; what is finished is kept."
+        )
+
+
+def _arriving(dataset: "ray.data.Dataset") -> Iterator[dict[str, Any] | None]:
+    """The rows of a pipeline as they come, and None whenever none came for TICK_SECONDS.
+
+    The pipeline goes on in a thread of its own, so that whoever looks on is never kept waiting.
+    Raises what went wrong in the pipeline, out of Ray's wrappers.
+    """
+    arrived: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def consume() -> None:
+        try:
+            for row in dataset.iter_rows():
+                arrived.put(("row", row))
+                if stop.is_set():
+                    return
+            arrived.put(("end", None))
+        except BaseException as error:
+            arrived.put(("error", error))
+
+    threading.Thread(target=consume, name="pipeline", daemon=True).start()
+    try:
+        while True:
+            try:
+                what, value = arrived.get(timeout=TICK_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
+            if what == "end":
+                return
+            if what == "error":
+                raise reason(value) from None
+            yield value
+    finally:
+        stop.set()

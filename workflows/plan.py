@@ -1,0 +1,223 @@
+"""What a plan says, and how it lies in an output: every row decided, numbered and laid out in shards.
+
+    plan/part-00000-<digest>.parquet    a row group a shard
+    plan/part-00000.json                makes the part valid: put only if absent, after the other
+
+A plan is made in rounds. The first plans what was asked for; where that was a look (`limit`, `where`), a
+later round plans what it left out, and rows and shards are numbered on. A round's first JSON holds which
+manifest rows it chose, so a round that was cut short is finished as it began, and no row is planned
+twice. The Parquet file is named after all that goes into it: of two planners who race with different
+rows for one part, neither can overwrite what the other's JSON names. Knows nothing of how a manifest is
+read, of Ray, or of results.
+"""
+
+import base64
+import dataclasses
+import functools
+import json
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model.config import Size
+from model.errors import InputError
+from workflows import storage
+from workflows.manifest import decode_schema, encode_schema
+
+FORMAT = 1
+FOLDER = "plan"
+
+
+@dataclass(frozen=True)
+class PlanPart:
+    """A valid part of a plan: up to 1,024 shards, whose rows and numbers follow those of the part before.
+
+    file: name of its Parquet file. round: number of the round it belongs to. shard_rows: rows of every
+    shard but the last of the round. error_rows: rows that are refused; errors: how many of each kind.
+    sizes: "WIDTHxHEIGHT" in pixels -> rows to be made. complete: whether it ends its round.
+    """
+
+    part: int
+    file: str
+    round: int
+    first_row_id: int
+    rows: int
+    first_shard: int
+    shards: int
+    shard_rows: int
+    error_rows: int
+    errors: dict[str, int]
+    sizes: dict[str, int]
+    complete: bool
+
+    @property
+    def name(self) -> str:
+        return part_name(self.part)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was decided for a round before its first part, and stands in that part's JSON.
+
+    selected: bool [rows of the manifest]. settings, model_digest, manifest: what all rounds of a plan
+    must share. carried: schema of the carried columns.
+    """
+
+    rows: int
+    shard_rows: int
+    selected: np.ndarray
+    settings: dict[str, Any]
+    model_digest: str
+    manifest: list[list[Any]]
+    carried: pa.Schema
+    warnings: list[str]
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    def to_values(self) -> dict[str, Any]:
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        bits = zlib.compress(np.packbits(self.selected).tobytes())
+        return values | {
+            "shards": self.shards,
+            "selected": base64.b64encode(bits).decode(),
+            "manifest_rows": len(self.selected),
+            "carried": encode_schema(self.carried),
+        }
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "Round":
+        values = {key: value for key, value in values.items() if key != "shards"}
+        rows = values.pop("manifest_rows")
+        bits = np.frombuffer(zlib.decompress(base64.b64decode(values["selected"])), np.uint8)
+        selected = np.unpackbits(bits, count=rows).astype(bool)
+        return cls(**values | {"selected": selected, "carried": decode_schema(values["carried"])})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The valid parts of a plan, in order; none where nothing is planned yet."""
+
+    parts: tuple[PlanPart, ...] = ()
+    rounds: tuple[Round, ...] = field(default=(), repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are planned."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def error_rows(self) -> int:
+        """Rows among them that are refused."""
+        return sum(part.error_rows for part in self.parts)
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """How many rows are refused, by kind."""
+        return dict(sum((Counter(part.errors) for part in self.parts), Counter()))
+
+    @property
+    def sizes(self) -> dict[Size, int]:
+        """How many pictures are to be made, by size."""
+        total = sum((Counter(part.sizes) for part in self.parts), Counter())
+        return {Size(*reversed([int(side) for side in key.split("x")])): n for key, n in total.items()}
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(sum(part.shards for part in self.parts))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row that was asked for is planned."""
+        return bool(self.parts) and self.parts[-1].complete
+
+    @property
+    def carried(self) -> pa.Schema:
+        """The columns that are carried through; the same for all parts."""
+        return self.rounds[0].carried if self.rounds else pa.schema([])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What somebody should be told, though it stops nothing."""
+        return self.rounds[0].warnings if self.rounds else []
+
+
+def part_name(part: int) -> str:
+    """How the files of a part begin, such as `part-00000`."""
+    return f"part-{part:05d}"
+
+
+def read_plan(output: str) -> Plan:
+    """The plan of an output as far as it is made; without parts if there is none.
+
+    A part that has no JSON yet does not exist. Raises InputError if a JSON cannot be read.
+    """
+    names = [file.relative for file in storage.list_files(storage.join(output, FOLDER))]
+    numbers = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"part-(\d{5,})\.json", name)))
+    parts: list[PlanPart] = []
+    rounds: list[Round] = []
+    for number in numbers:
+        name = f"{part_name(number)}.json"
+        path = storage.join(output, FOLDER, name)
+        try:
+            values = json.loads(storage.read_bytes(path))
+            if values.pop("format") != FORMAT:
+                raise InputError(f"{path} was written by another version: use the version that made it.")
+            opening = values.pop("opening", None)
+            part = PlanPart(**values)
+            rounds += [Round.from_values(opening)] if opening else []
+        except (ValueError, TypeError, KeyError, zlib.error) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} cannot be read ({error}): restore it, or give a new output.") from None
+        shards, rows = sum(one.shards for one in parts), sum(one.rows for one in parts)
+        if (part.part, part.first_shard, part.first_row_id) != (len(parts), shards, rows):
+            raise InputError(f"{path} does not follow the parts before it: restore those that are missing.")
+        parts.append(part)
+    return Plan(tuple(parts), tuple(rounds))
+
+
+def read_shard(output: str, shard: int) -> pa.Table:
+    """The planned rows of one shard, with their carried columns: reads one row group.
+
+    For any process that can read the output. Raises InputError if no valid part has the shard.
+    """
+    part = _part_of(output, shard)
+    path = storage.join(output, FOLDER, part.file)
+    with storage.explained(path):
+        filesystem, inner = storage.parquet_filesystem(path)
+        try:
+            with filesystem.open_input_file(inner) as file:
+                parquet = pq.ParquetFile(file, metadata=_footer(path), pre_buffer=True)
+                return parquet.read_row_group(shard - part.first_shard)
+        except (FileNotFoundError, pa.ArrowException) as error:
+            words = "is absent" if isinstance(error, FileNotFoundError) else "is corrupt"
+            raise InputError(f"{path} {words}, but {part.name}.json names it: restore it.") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _footer(path: str) -> pq.FileMetaData:
+    filesystem, inner = storage.parquet_filesystem(path)
+    return pq.read_metadata(inner, filesystem=filesystem)
+
+
+_PARTS: dict[str, tuple[PlanPart, ...]] = {}
+"""Parts seen by this process, by output. A valid part never changes, so only new ones are looked for."""
+
+
+def _part_of(output: str, shard: int) -> PlanPart:
+    for fresh in (False, True):
+        if fresh:
+            _PARTS[output] = read_plan(output).parts
+        for part in _PARTS.get(output, ()):
+            if part.first_shard <= shard < part.first_shard + part.shards:
+                return part
+    raise InputError(f"{output} has no plan for shard {shard}: plan it first.")

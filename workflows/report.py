@@ -1,0 +1,425 @@
+"""`report.html`: one file without network that shows what a run made, how fast, and what went wrong.
+
+It reads the data set as anybody would: first all columns but the pictures, a few shards at a time, then
+only the row groups of the pictures it has chosen. Knows nothing of Ray or of the model.
+"""
+
+import base64
+import hashlib
+import heapq
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from workflows import storage
+from workflows.plan import read_plan
+from workflows.results import flat, list_done, map_shards, open_shard, read_run, shard_path
+from workflows.runs import RunRecord, duration, read_records
+
+REPORT_FILE = "report.html"
+MAX_BYTES = 8_000_000
+MAX_PICTURES = 400
+MAX_EXAMPLES = 20
+"""Rows shown of each error kind."""
+
+MAX_KINDS = 40
+MAX_RUNS = 20
+THUMBNAIL = 240
+"""Longest side of a thumbnail, in pixels; smaller pictures stay as they are."""
+
+PICTURE_BYTES = 6_000_000
+"""Of MAX_BYTES, what all thumbnails together may take, as base64."""
+
+BINS = 120
+"""Points of the throughput graph."""
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Stratum(NamedTuple):
+    """Pictures that look alike to the gallery: it shows some of each."""
+
+    task: str
+    language: str
+    width: int
+    height: int
+
+
+class Place(NamedTuple):
+    """Where a picture lies, and its place in the draw: the lowest are drawn."""
+
+    draw: int
+    shard: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """An error row, its words cut to a length."""
+
+    name: str
+    message: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """A picture of the gallery: `thumbnail` is a data URI, empty if the picture cannot be decoded."""
+
+    name: str
+    prompt: str
+    language: str
+    task: str
+    width: int
+    height: int
+    seed: int | None
+    cfg: float | None
+    thumbnail: str
+
+
+@dataclass
+class Survey:
+    """What the data set holds, from all of its columns but the pictures.
+
+    rows, ok: counts. errors: kind -> rows. examples: kind -> the first rows of it. environments: digest
+    -> ok rows. pictures: how many there are of a stratum; places: those of them that come first in the
+    draw. unreadable: paths of files that are no Parquet files of ours.
+    """
+
+    rows: int = 0
+    ok: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+    environments: Counter[str] = field(default_factory=Counter)
+    pictures: Counter[Stratum] = field(default_factory=Counter)
+    places: dict[Stratum, list[Place]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+
+    def add(self, other: "Survey") -> None:
+        """Takes in what was found in another shard; call it in the order of the shards."""
+        self.rows += other.rows
+        self.ok += other.ok
+        self.errors += other.errors
+        self.environments += other.environments
+        self.pictures += other.pictures
+        self.unreadable += other.unreadable
+        for kind, examples in other.examples.items():
+            kept = self.examples.setdefault(kind, [])
+            kept += examples[: MAX_EXAMPLES - len(kept)]
+        for stratum, places in other.places.items():
+            known = self.places.setdefault(stratum, [])
+            known += places
+            if len(known) > 4 * MAX_PICTURES:
+                self.places[stratum] = heapq.nsmallest(MAX_PICTURES, known)
+
+    def choose(self, pictures: int) -> dict[Stratum, list[Place]]:
+        """So many places at most, as evenly over the strata as they go."""
+        chosen = {}
+        left = pictures
+        # The smallest strata first: what they do not use is shared by the others.
+        order = sorted(self.places, key=lambda stratum: (len(self.places[stratum]), stratum))
+        for index, stratum in enumerate(order):
+            share = left // (len(order) - index)
+            chosen[stratum] = heapq.nsmallest(share, self.places[stratum])
+            left -= len(chosen[stratum])
+        return {stratum: places for stratum, places in chosen.items() if places}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Throughput over the time that drivers were at work, as coordinates of an SVG drawing.
+
+    line, area: points. x_ticks, y_ticks: coordinate and label. starts: where a run begins, and its number.
+    """
+
+    width: int
+    height: int
+    line: str
+    area: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    starts: list[tuple[float, int]]
+
+
+def write_report(output: str) -> str:
+    """Writes OUTPUT/report.html, at any time in the life of a run, and returns its path.
+
+    Memory is bounded by a few shards' columns and the row groups of the pictures shown. Raises
+    InputError if `output` is no output of ours.
+    """
+    path = storage.join(output, REPORT_FILE)
+    storage.write_atomic(path, render_report(output))
+    return path
+
+
+def render_report(output: str) -> bytes:
+    """The page, as UTF-8 of at most MAX_BYTES; see `write_report`."""
+    config = read_run(output)["config"]
+    plan = read_plan(output)
+    survey = survey_output(output, plan.shards)
+    records, _ = read_records(output)
+    shown = records[-MAX_RUNS:]
+    facts = {
+        "output": output,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "config": {key: _cut(str(value), 300) for key, value in flat(config).items()},
+        "planned": plan.rows,
+        "planning": not plan.complete,
+        "missing": plan.rows - survey.rows,
+        "survey": survey,
+        "kinds": survey.errors.most_common(MAX_KINDS),
+        "more_kinds": max(0, len(survey.errors) - MAX_KINDS),
+        "strata": sorted(survey.pictures.items(), key=lambda item: (-item[1], item[0])),
+        "runs": shown,
+        "earlier_runs": len(records) - len(shown),
+        "chart": draw_chart(shown),
+        "seconds": sum(record.seconds for record in records),
+        "images": sum(record.images for record in records),
+    }
+    pictures = MAX_PICTURES
+    cards = read_cards(output, survey.choose(pictures))
+    while True:
+        # Of fewer pictures each is among those of more.
+        chosen = survey.choose(pictures)
+        page = _render(facts, chosen, [cards[place] for place in sorted(_flat(chosen), key=_in_order)])
+        # Thumbnails have a budget, so only words of unusual length can make the page too large.
+        if len(page) <= MAX_BYTES or not pictures:
+            return page
+        pictures //= 2
+
+
+# What there is
+
+
+def survey_output(output: str, shards: range) -> Survey:
+    """What the data set holds in the planned `shards`, as far as they are done."""
+    survey = Survey()
+    done = sorted(shard for shard in list_done(output) if shard in shards)
+    for found in map_shards(lambda shard: _survey_shard(output, shard), done):
+        survey.add(found)
+    return survey
+
+
+_COUNTED = ("row_id", "task", "status", "error_type", "width", "height", "language", "environment_digest")
+_EXAMPLE = ("id", "sample", "status", "error_type", "error_message", "prompt")
+
+
+def _survey_shard(output: str, shard: int) -> Survey:
+    survey = Survey()
+    try:
+        with open_shard(output, shard) as parquet:
+            counted = parquet.read(columns=list(_COUNTED))
+            failed = "error" in counted.column("status").unique().to_pylist()
+            examples = parquet.read(columns=list(_EXAMPLE)) if failed else None
+    except (pa.ArrowException, OSError):
+        survey.unreadable.append(shard_path(output, shard))
+        return survey
+    survey.rows = len(counted)
+    draws = _draw(counted.column("row_id").to_numpy())
+    for position, row in enumerate(counted.to_pylist()):
+        if row["status"] != "ok":
+            survey.errors[_cut(row["error_type"], 60)] += 1
+            continue
+        survey.ok += 1
+        survey.environments[row["environment_digest"]] += 1
+        stratum = Stratum(row["task"], row["language"], row["width"], row["height"])
+        survey.pictures[stratum] += 1
+        survey.places.setdefault(stratum, []).append(Place(int(draws[position]), shard, position))
+    for row in examples.to_pylist() if examples is not None else []:
+        kept = survey.examples.setdefault(_cut(row["error_type"], 60), [])
+        if row["status"] != "ok" and len(kept) < MAX_EXAMPLES:
+            kept.append(Example(_name(row), _cut(row["error_message"], 300), _cut(row["prompt"], 200)))
+    survey.examples.pop("", None)
+    return survey
+
+
+def _draw(row_ids: np.ndarray) -> np.ndarray:
+    """A uint64 hash of each number (the finalizer of splitmix64)."""
+    z = row_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    name = _cut(row["id"], 100)
+    return f"{name}/{row['sample']}" if row["sample"] else name
+
+
+def _cut(text: str | None, length: int) -> str:
+    text = text or ""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+# The gallery
+
+
+def read_cards(output: str, chosen: Mapping[Stratum, Sequence[Place]]) -> dict[Place, Card]:
+    """The chosen pictures with their words."""
+    by_shard: dict[int, list[Place]] = {}
+    for place in sorted(_flat(chosen), key=_in_order):
+        by_shard.setdefault(place.shard, []).append(place)
+    # A byte is four thirds of a base64 letter.
+    budget = PICTURE_BYTES // max(sum(map(len, by_shard.values())), 1) * 3 // 4
+    found = map_shards(lambda shard: _shard_cards(output, by_shard[shard], budget), by_shard, threads=4)
+    return {place: card for cards in found for place, card in cards.items()}
+
+
+def _flat(chosen: Mapping[Stratum, Sequence[Place]]) -> list[Place]:
+    return [place for places in chosen.values() for place in places]
+
+
+def _in_order(place: Place) -> tuple[int, int]:
+    return place.shard, place.position
+
+
+_SHOWN = ("id", "sample", "prompt", "language", "task", "width", "height", "seed", "cfg", "image")
+
+
+def _shard_cards(output: str, places: Sequence[Place], budget: int) -> dict[Place, Card]:
+    cards = {}
+    with open_shard(output, places[0].shard) as parquet:
+        start = 0
+        for group in range(parquet.num_row_groups):
+            stop = start + parquet.metadata.row_group(group).num_rows
+            wanted = [place for place in places if start <= place.position < stop]
+            if wanted:
+                table = parquet.read_row_group(group, columns=list(_SHOWN))
+                rows = table.take([place.position - start for place in wanted]).to_pylist()
+                for place, row in zip(wanted, rows, strict=True):
+                    cards[place] = _card(row, budget)
+            start = stop
+    return cards
+
+
+def _card(row: Mapping[str, Any], budget: int) -> Card:
+    return Card(
+        name=_name(row),
+        prompt=_cut(row["prompt"], 300),
+        language=row["language"],
+        task=row["task"],
+        width=row["width"],
+        height=row["height"],
+        seed=row["seed"],
+        cfg=row["cfg"],
+        thumbnail=thumbnail((row["image"] or {}).get("bytes") or b"", budget),
+    )
+
+
+def thumbnail(data: bytes, budget: int) -> str:
+    """A picture file as the data URI of a small WebP of at most `budget` bytes; "" if it is no picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            image = file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
+    side = THUMBNAIL
+    while True:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        for quality in (80, 50, 25):
+            sink = io.BytesIO()
+            image.save(sink, "WEBP", quality=quality, method=4)
+            if sink.tell() <= budget:
+                return "data:image/webp;base64," + base64.b64encode(sink.getvalue()).decode()
+        if max(image.size) <= 8:
+            return ""
+        side = max(image.size) // 2
+
+
+# The graph
+
+
+def draw_chart(records: Sequence[RunRecord]) -> Chart | None:
+    """Rows a second over time; the pauses between runs take no room. None if nothing was measured."""
+    records = [record for record in records if record.seconds > 0 and len(record.samples) > 1]
+    total = sum(record.seconds for record in records)
+    if not records:
+        return None
+    width, height, left, top, bottom = 960, 240, 56, 12, 28
+    rates: list[tuple[float, float]] = []
+    starts = []
+    offset = 0.0
+    for record in records:
+        times = np.array([0.0, *(sample[0] for sample in record.samples)])
+        done = np.array([record.before, *(sample[1] for sample in record.samples)], float)
+        end = max(float(times[-1]), 1e-3)
+        bins = max(1, round(BINS * record.seconds / total))
+        edges = np.linspace(0, end, bins + 1)
+        per_second = np.diff(np.interp(edges, times, done)) / np.diff(edges)
+        starts.append((offset, record.run))
+        for index, rate in enumerate(per_second.clip(min=0)):
+            rates += [(offset + edges[index], rate), (offset + edges[index + 1], rate)]
+        offset += end
+    y_step = _step(max(rate for _, rate in rates) or 1.0)
+    y_top = y_step * max(1, math.ceil(max(rate for _, rate in rates) / y_step))
+    x_step = _step(offset, (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400))
+
+    def x(seconds: float) -> float:
+        return round(left + seconds / offset * (width - left - 8), 1)
+
+    def y(rate: float) -> float:
+        return round(top + (1 - rate / y_top) * (height - top - bottom), 1)
+
+    line = " ".join(f"{x(seconds)},{y(rate)}" for seconds, rate in rates)
+    return Chart(
+        width=width,
+        height=height,
+        line=line,
+        area=f"{x(0)},{y(0)} {line} {x(offset)},{y(0)}",
+        x_ticks=[(x(n * x_step), duration(n * x_step)) for n in range(int(offset / x_step) + 1)],
+        y_ticks=[(y(n * y_step), f"{n * y_step:g}") for n in range(round(y_top / y_step) + 1)],
+        starts=[(x(seconds), run) for seconds, run in starts],
+    )
+
+
+def _step(span: float, nice: Sequence[float] | None = None) -> float:
+    """A round distance between about five ticks on `span`."""
+    want = span / 5
+    if nice is not None and want <= nice[-1]:
+        return next(step for step in nice if step >= want)
+    power = 10.0 ** math.floor(math.log10(want))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= want * 0.999)
+
+
+# The page
+
+
+def _render(facts: Mapping[str, Any], chosen: Mapping[Stratum, Sequence[Place]], cards: list[Card]) -> bytes:
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["thousands"] = lambda number: f"{number:,}"
+    environment.filters["duration"] = duration
+    style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
+    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+    # Only this very script may run: one that came in with a prompt could not, even if it were not escaped.
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        environment.get_template("report.html.j2")
+        .render(
+            **facts,
+            cards=cards,
+            sampled={stratum: len(places) for stratum, places in chosen.items()},
+            style=Markup(style),
+            script=Markup(script),
+            script_hash=script_hash,
+        )
+        .encode()
+    )

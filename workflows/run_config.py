@@ -1,0 +1,205 @@
+"""What a run is asked to do, what it reports while it goes on, and what it says at its end.
+
+Knows nothing of flags, files or environment variables: `jobs` fills these classes, or a program of
+the user's own does.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from model.config import TASKS, VQ_FACTOR
+from model.errors import InputError, did_you_mean
+from model.sampling import Sampling
+
+DEVICES = ("auto", "cpu", "cuda")
+IMAGE_FORMATS = ("png", "webp", "jpeg")
+LANGUAGES = ("en", "zh")
+
+_MEANING = (
+    "task",
+    "samples",
+    "seed",
+    "sampling",
+    "width",
+    "height",
+    "language",
+    "templates",
+    "image_format",
+    "image_quality",
+    "save_tokens",
+    "max_prompt_tokens",
+)
+"""Fields that may change a row by meaning. All others only say where, when and how fast it is made."""
+
+
+class OptionError(InputError):
+    """What was asked of the run itself breaks a rule, not what the manifest or the model holds."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, fully resolved. Raises OptionError where a value breaks a rule.
+
+    task: one of `model.config.TASKS`.
+    manifest, output: local paths or `s3://bucket/key`; the manifest may be a file, folder or glob.
+    model: `tiny` (embedded), or the local or `s3://` folder of a checkpoint.
+    samples: output rows of a manifest row that does not say.
+    seed: seed of the run; a row's own seed is made from it, its id, version and sample number.
+    sampling: guidance, temperature and filters of rows that do not say.
+    width, height: pixels; both or neither. Without them the size whose ratio is nearest to 1 is used.
+    language: `en`, `zh`, or None to detect it row by row.
+    templates: language -> prompt template with `{prompt}`, in place of the built-in one.
+    image_format, image_quality: `png` and `webp` are lossless; a quality of 1 to 100 makes `webp`
+        lossy, and is that of `jpeg` (95 if None).
+    save_tokens: also write the token ids of every picture.
+    max_prompt_tokens: longer prompts become error rows.
+    limit, where: a look before the whole run: at most so many manifest rows; only those for which a
+        DuckDB expression over the manifest's columns holds.
+    max_error_rate: share of error rows, 0 to 1, past which the run stops; None for never.
+    strict: refuse to go on where a rounding difference to earlier rows is possible.
+    replicas: least and most model replicas.
+    slots: rows that a replica decodes at once; None for as many as fit.
+    device: `auto` is `cuda` where Ray has GPUs.
+    threads: CPU threads of a replica; part of what rounds a result, so never derived from `replicas`.
+    address: of a running Ray cluster; None starts a local one and ends it.
+    """
+
+    manifest: str
+    output: str
+    task: str = "generate"
+    model: str = "tiny"
+    samples: int = 1
+    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    width: int | None = None
+    height: int | None = None
+    language: str | None = None
+    templates: Mapping[str, str] = field(default_factory=dict)
+    image_format: str = "png"
+    image_quality: int | None = None
+    save_tokens: bool = False
+    max_prompt_tokens: int = 1024
+    limit: int | None = None
+    where: str | None = None
+    max_error_rate: float | None = None
+    strict: bool = False
+    replicas: tuple[int, int] = (1, 1)
+    slots: int | None = None
+    device: str = "auto"
+    threads: int = 1
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            self._check()
+        except InputError as error:
+            raise OptionError(str(error)) from None
+
+    def _check(self) -> None:
+        for name, value, allowed in (
+            ("task", self.task, TASKS),
+            ("device", self.device, DEVICES),
+            ("image_format", self.image_format, IMAGE_FORMATS),
+            ("language", self.language, (None, *LANGUAGES)),
+        ):
+            if value not in allowed:
+                words = [choice for choice in allowed if choice]
+                hint = did_you_mean(str(value), words) or "."
+                raise InputError(f"{name} is '{value}', but must be one of {', '.join(words)}{hint}")
+        for name, count in (
+            ("samples", self.samples),
+            ("max_prompt_tokens", self.max_prompt_tokens),
+            ("limit", self.limit),
+            ("slots", self.slots),
+            ("threads", self.threads),
+        ):
+            if count is not None and not 1 <= count < 2**31:
+                raise InputError(f"{name} is {count}, but must be at least 1 and less than 2^31.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}, but must be from 0 to 2^63 - 1.")
+        least, most = self.replicas
+        if not 1 <= least <= most:
+            raise InputError(
+                f"replicas is {least}:{most}, but must be MIN:MAX with 1 <= MIN <= MAX, or one number."
+            )
+        if (self.width is None) != (self.height is None):
+            given, absent = ("width", "height") if self.height is None else ("height", "width")
+            value = getattr(self, given)
+            raise InputError(f"{given} is {value}, but {absent} is absent: give both, or neither.")
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and (side < 1 or side % VQ_FACTOR):
+                raise InputError(f"{name} is {side}, but must be a positive multiple of {VQ_FACTOR} pixels.")
+        rate = self.max_error_rate
+        if rate is not None and not (math.isfinite(rate) and 0 <= rate <= 1):
+            raise InputError(f"max_error_rate is {rate}, but must be from 0 to 1 (0.05 is 5 %).")
+        quality = self.image_quality
+        if quality is not None:
+            if self.image_format == "png":
+                raise InputError(
+                    f"image_quality is {quality}, but png has none: choose webp or jpeg, or leave it out."
+                )
+            if not 1 <= quality <= 100:
+                raise InputError(f"image_quality is {quality}, but must be from 1 to 100.")
+        for language, template in self.templates.items():
+            if language not in LANGUAGES:
+                raise InputError(f"templates has '{language}', but only {', '.join(LANGUAGES)} exist.")
+            if "{prompt}" not in template:
+                raise InputError(
+                    f"the template of '{language}' lacks {{prompt}}: put it where the prompt shall stand."
+                )
+        self.sampling.validate()
+
+    def config_digest_fields(self, model_digest: str) -> dict[str, Any]:
+        """Plain JSON values of all that may change a row by meaning; their digest guards an output.
+
+        `model_digest` stands for the checkpoint, and so for its size table; where the checkpoint
+        lies may change.
+        """
+        values = self.to_dict()
+        return {"model_digest": model_digest, **{name: values[name] for name in _MEANING}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as a plain JSON value."""
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        values["sampling"] = dataclasses.asdict(self.sampling)
+        values["templates"] = dict(self.templates)
+        values["replicas"] = list(self.replicas)
+        return values
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    rows: output rows of the whole run, 0 while it is not known.
+    done: rows finished so far, error rows and those of earlier runs included.
+    before: how many of `done` were there when this run started.
+    errors: error rows among `done`.
+    waiting: what the run is waiting for, in words (`waiting for a replica: 0 of 2 up`), or empty.
+    """
+
+    rows: int = 0
+    done: int = 0
+    before: int = 0
+    errors: int = 0
+    waiting: str = ""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended.
+
+    rows: output rows planned; ok, errors: of these, as they now stand in the output.
+    before: rows that were there already when the run started.
+    seconds: wall time of this run.
+    """
+
+    output: str
+    rows: int
+    ok: int
+    errors: int
+    before: int
+    seconds: float

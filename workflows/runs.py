@@ -1,0 +1,403 @@
+"""The record that each start of a driver leaves in `runs/`, and what `wallaroo status` makes of them.
+
+A record is for people and graphs: what is done is known from `data/` alone. Knows nothing of Ray.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+from model.errors import InputError
+from workflows import storage
+
+RUNS_FOLDER = "runs"
+WRITE_SECONDS = 10.0
+WINDOW_SECONDS = 60.0
+"""The current rate is the mean over so many seconds."""
+
+MAX_SAMPLES = 500
+"""Points of a record's throughput graph; when there are more, every second one goes."""
+
+SILENT_SECONDS = 60.0
+"""A record that says `running` and was not rewritten for so long is reported as silent."""
+
+STATES = ("running", "finished", "stopped", "failed")
+
+_RECORD_NAME = re.compile(r"(\d{4,})\.json")
+
+
+@dataclass
+class RunRecord:
+    """One start of a driver, as `runs/NNNN.json` holds it. Times are ISO 8601 in UTC, spans seconds.
+
+    options: the command's resolved options. rows: output rows planned, 0 while unknown. done: rows in
+    the output, `before` of them there already at the start; images: made by this run. errors: kind ->
+    rows. retries: what was tried again, by name; waits: seconds spent waiting, by name.
+    rate, overall_rate: rows/s over the last WINDOW_SECONDS and over the whole run. first_row_seconds:
+    from the start to this run's first row. samples: [seconds since the start, done, error rows].
+    """
+
+    run: int
+    started: str
+    updated: str
+    format: int = 1
+    state: str = "running"
+    message: str = ""
+    seconds: float = 0.0
+    host: str = ""
+    pid: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    rows: int = 0
+    before: int = 0
+    done: int = 0
+    images: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    retries: dict[str, int] = field(default_factory=dict)
+    waits: dict[str, float] = field(default_factory=dict)
+    rate: float = 0.0
+    overall_rate: float = 0.0
+    first_row_seconds: float | None = None
+    samples: list[list[float]] = field(default_factory=list)
+
+    def to_json(self) -> bytes:
+        """The record as a JSON file."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "RunRecord":
+        """The record in a JSON file; raises ValueError if it is none, or one of another version."""
+        values = json.loads(data)
+        names = {one.name for one in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or values.get("format") != 1 or set(values) != names:
+            raise ValueError("not a run record of this version")
+        record = cls(**values)
+        fields = {one.name: getattr(record, one.name) for one in dataclasses.fields(cls)}
+        blank = dataclasses.asdict(cls(run=0, started="", updated=""))
+        for name, value in fields.items():
+            if blank[name] is not None and not isinstance(value, _like(blank[name])):
+                raise ValueError(f"{name} is {value!r:.60}")
+        datetime.fromisoformat(record.updated)
+        numbers = [record.first_row_seconds or 0.0, record.seconds, record.rate, record.overall_rate]
+        numbers += [*record.errors.values(), *record.retries.values()]
+        numbers += [*record.waits.values(), *(number for sample in record.samples for number in sample)]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise ValueError("a number is none")
+        if record.state not in STATES or any(len(sample) != 3 for sample in record.samples):
+            raise ValueError("unknown state or samples")
+        return record
+
+
+def _like(value: Any) -> type | tuple[type, ...]:
+    return (int, float) if isinstance(value, float) else type(value)
+
+
+class RunLog:
+    """Keeps the record of this start, and rewrites it every WRITE_SECONDS while it is told numbers.
+
+    A context manager: leaving it writes how the run ended, `failed` with the reason if by an exception
+    and `stopped` if by Ctrl-C. clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self, output: str, options: Mapping[str, Any], clock: Callable[[], float] = time.time
+    ) -> None:
+        self._output = output
+        self._clock = clock
+        self._start = clock()
+        self._written = self._start
+        self._every = 1.0
+        self._recent: deque[tuple[float, int]] = deque()
+        now = _iso(self._start)
+        self.record = RunRecord(
+            run=0,
+            started=now,
+            updated=now,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            versions=_versions(),
+            options=dict(options),
+        )
+        self.record.run = max(record_numbers(output), default=0)
+        while True:
+            self.record.run += 1
+            # Another driver may take the number between the listing and this.
+            if storage.put_if_absent(self._path, self.record.to_json()):
+                break
+
+    @property
+    def _path(self) -> str:
+        return record_path(self._output, self.record.run)
+
+    def update(
+        self,
+        *,
+        rows: int,
+        done: int,
+        before: int,
+        errors: Mapping[str, int],
+        images: int,
+        retries: Mapping[str, int] | None = None,
+        waits: Mapping[str, float] | None = None,
+    ) -> None:
+        """Takes the numbers as they are now (see RunRecord); cheap, so call it as often as they change."""
+        record, now = self.record, self._clock()
+        record.seconds = now - self._start
+        record.rows, record.done, record.before, record.images = rows, done, before, images
+        record.errors = dict(errors)
+        record.retries = dict(retries or {})
+        record.waits = {name: round(seconds, 3) for name, seconds in (waits or {}).items()}
+        if record.first_row_seconds is None and done > before:
+            record.first_row_seconds = record.seconds
+        self._rates(now)
+        if not record.samples or record.seconds - record.samples[-1][0] >= self._every:
+            self._sample()
+        if now - self._written >= WRITE_SECONDS:
+            self._written = now
+            # A missed rewrite loses nothing: the next one says more. A store that is really gone stops
+            # the run where it writes rows.
+            with suppress(OSError, InputError):
+                storage.write_atomic(self._path, self._stamped(now))
+
+    def end(self, state: str, message: str = "") -> None:
+        """Writes the last state: `finished`, `stopped` or `failed`, and the reason in words."""
+        if state not in STATES:
+            raise ValueError(f"state {state!r}, expected one of {STATES}")
+        now = self._clock()
+        self.record.state, self.record.message = state, message
+        self.record.seconds = now - self._start
+        self._rates(now)
+        self._sample()
+        storage.write_atomic(self._path, self._stamped(now))
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is None:
+            if self.record.state == "running":
+                self.end("finished")
+            return
+        state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        message = words[0] if isinstance(error, InputError) else f"{type(error).__name__}: {words[0]}"
+        # The error that ended the run is the one to be seen, not that the store took no note of it.
+        with suppress(OSError, InputError):
+            self.end(state, message[:500])
+
+    def _rates(self, now: float) -> None:
+        record, recent = self.record, self._recent
+        recent.append((now, record.done))
+        while len(recent) > 2 and recent[1][0] <= now - WINDOW_SECONDS:
+            recent.popleft()
+        span = now - recent[0][0]
+        record.rate = round((record.done - recent[0][1]) / span, 4) if span > 0 else 0.0
+        made = record.done - record.before
+        record.overall_rate = round(made / record.seconds, 4) if record.seconds > 0 else 0.0
+
+    def _sample(self) -> None:
+        samples = self.record.samples
+        point = [round(self.record.seconds, 2), self.record.done, sum(self.record.errors.values())]
+        if samples and samples[-1][0] >= point[0]:
+            samples[-1] = point
+        else:
+            samples.append(point)
+        if len(samples) > MAX_SAMPLES:
+            # The first stays, the last stays, and the rest get twice as far apart.
+            self.record.samples = samples[:-1:2] + samples[-1:]
+            self._every *= 2
+
+    def _stamped(self, now: float) -> bytes:
+        self.record.updated = _iso(now)
+        return self.record.to_json()
+
+
+def record_path(output: str, run: int) -> str:
+    """Where the record of a run lies: `runs/0001.json` for the first."""
+    return storage.join(output, RUNS_FOLDER, f"{run:04d}.json")
+
+
+def record_numbers(output: str) -> list[int]:
+    """Numbers of the records that are there, ascending."""
+    names = (info.relative for info in storage.list_files(storage.join(output, RUNS_FOLDER)))
+    return sorted(int(match.group(1)) for match in map(_RECORD_NAME.fullmatch, names) if match)
+
+
+def read_records(output: str) -> tuple[list[RunRecord], list[str]]:
+    """The records in order, and the paths of those that cannot be read."""
+    records, unreadable = [], []
+    for number in record_numbers(output):
+        path = record_path(output, number)
+        try:
+            records.append(RunRecord.from_json(storage.read_bytes(path)))
+        except (ValueError, TypeError):
+            unreadable.append(path)
+    return records, unreadable
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the one or two units that a person would name: `48 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(0, round(seconds))
+    for unit, name, lower, lower_name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= unit:
+            rest = whole % unit // lower
+            return f"{whole // unit} {name} {rest} {lower_name}" if rest else f"{whole // unit} {name}"
+    return f"{whole} s"
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("wallaroo-batch", "ray", "torch", "pyarrow", "pillow"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
+    return versions
+
+
+# Status
+
+
+@dataclass(frozen=True)
+class Status:
+    """How an output stands, from `runs/`, the plan's own numbers and a listing of `data/`.
+
+    state: `empty` (nothing planned), `running`, `silent` (says it runs, but is not heard of), `stopped`,
+    `failed`, `finished` or `unfinished` (no run at work, shards missing). planned: rows, or None while the
+    plan is not finished. shards, done_shards: files planned and there. record: the last run, if any.
+    """
+
+    output: str
+    state: str
+    planned: int | None
+    shards: int
+    done_shards: int
+    record: RunRecord | None
+    runs: int
+    unreadable: list[str]
+    heard: float | None
+
+    def text(self) -> str:
+        """The status as a few lines for people."""
+        lines = [f"{self.output}: {_STATES[self.state]}"]
+        record = self.record
+        planned = "?" if self.planned is None else f"{self.planned:,}"
+        if record is not None:
+            count = sum(record.errors.values())
+            kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(record.errors.items()))
+            errors = f"{count:,} {'error' if count == 1 else 'errors'}" + (f" ({kinds})" if kinds else "")
+            lines.append(f"  rows    {record.done:,} of {planned}, {errors}")
+        else:
+            lines.append(f"  rows    {planned} planned")
+        lines.append(f"  files   {self.done_shards:,} of {self.shards:,} shards in data/")
+        if record is not None:
+            first = record.first_row_seconds
+            lines.append(
+                f"  speed   {record.rate if self.state == 'running' else record.overall_rate:.3g} rows/s"
+                + (f", the first row after {duration(first)}" if first is not None else "")
+            )
+            left = (self.planned or 0) - record.done
+            if self.state == "running" and record.rate > 0 and left > 0:
+                lines[-1] += f", {duration(left / record.rate)} left"
+            start = f"{record.started[:16].replace('T', ' ')} UTC on {record.host}"
+            took = duration(record.seconds)
+            lines.append(f"  run     {record.run} of {self.runs}, started {start}, took {took}")
+            for name, values in (("again", record.retries), ("waits", record.waits)):
+                if values:
+                    words = (
+                        f"{key} {v:,}" if name == "again" else f"{key} {duration(v)}"
+                        for key, v in values.items()
+                    )
+                    lines.append(f"  {name}   {', '.join(words)}")
+            if self.heard is not None and self.state in ("running", "silent"):
+                lines.append(f"  heard   {duration(self.heard)} ago")
+            if record.message:
+                lines.append(f"  reason  {record.message}")
+        lines += [f"  {path} cannot be read" for path in self.unreadable]
+        return "\n".join(lines)
+
+
+_STATES = {
+    "empty": "nothing is planned yet",
+    "running": "running",
+    "silent": "the last run ended without a word, or cannot be heard; start it again, it goes on by itself",
+    "stopped": "stopped; start it again, it goes on by itself",
+    "failed": "failed; start it again when the reason is gone, it goes on by itself",
+    "unfinished": "not finished; start it again, it goes on by itself",
+    "finished": "finished",
+}
+
+
+def status(output: str, clock: Callable[[], float] = time.time) -> Status:
+    """How an output stands. Opens no file of `data/`, and needs no Ray.
+
+    clock: seconds since the epoch. Raises InputError if `output` is no output of ours.
+    """
+    from workflows.finish import read_success
+    from workflows.plan import read_plan
+    from workflows.results import list_done, read_run
+
+    read_run(output)
+    plan = read_plan(output)
+    records, unreadable = read_records(output)
+    done = list_done(output)
+    done_shards = sum(shard in done for shard in plan.shards)
+    last = records[-1] if records else None
+    heard = None if last is None else max(0.0, clock() - datetime.fromisoformat(last.updated).timestamp())
+    success = read_success(output)
+    if success is not None and success["parts"] == [part.name for part in plan.parts] and plan.complete:
+        state = "finished"
+    elif last is None:
+        state = "unfinished" if plan.parts else "empty"
+    elif last.state == "running":
+        gone = last.host == socket.gethostname() and not _alive(last.pid)
+        state = "silent" if gone or (heard or 0) > SILENT_SECONDS else "running"
+    elif last.state == "finished":
+        state = "unfinished"
+    else:
+        state = last.state
+    return Status(
+        output=output,
+        state=state,
+        planned=plan.rows if plan.complete else None,
+        shards=len(plan.shards),
+        done_shards=done_shards,
+        record=last,
+        runs=len(records),
+        unreadable=unreadable,
+        heard=heard,
+    )
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this machine lives; also true for one that is not ours to signal."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

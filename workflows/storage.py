@@ -1,0 +1,712 @@
+"""Every path of the product: a local one or `s3://bucket/key`, read and written alike.
+
+Which library does what on S3: pyarrow's filesystem reads and writes Parquet; s3fs lists, and opens
+sources; boto3 does single objects, conditional puts and the clean-up of multipart uploads. All three
+use the endpoint and credentials that botocore finds in the standard AWS variables and profiles, so a
+run never holds one of them itself. Knows nothing of what is in the files.
+
+A file that is not there is a FileNotFoundError, for the caller to make sense of. All else that goes
+wrong with a storage is an InputError: one sentence with the path and the remedy.
+"""
+
+import dataclasses
+import errno
+import fcntl
+import functools
+import glob
+import hashlib
+import io
+import os
+import re
+import secrets
+import shutil
+import stat
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.fs
+
+TEMPORARY = ".wallaroo-tmp-"
+"""How names of unfinished local files begin; they are never listed."""
+
+CONNECT_SECONDS = 3
+READ_SECONDS = 60
+ATTEMPTS = 4
+"""Bounds of one request to S3: an endpoint that nobody answers at is given up within half a minute."""
+
+COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file as listed.
+
+    relative: path below the listed folder. size: in bytes. etag: changes when the contents do; S3's
+    own, for a local file made of its size and time of change.
+    """
+
+    path: str
+    relative: str
+    size: int
+    etag: str
+
+
+# Paths
+
+
+def is_s3(path: str) -> bool:
+    """Whether the path is on S3. Raises InputError for any other scheme."""
+    scheme, mark, _ = path.partition("://")
+    if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        return False
+    if scheme != "s3":
+        raise InputError(f"{scheme}:// is not known: give a local path or s3://bucket/key.")
+    return True
+
+
+def join(path: str, *parts: str) -> str:
+    """The path of something in a folder."""
+    return "/".join([path.rstrip("/") if path.strip("/") else "", *parts])
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Bucket and key of an `s3://` path."""
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    if "@" in bucket or ":" in bucket:
+        raise InputError(
+            "an s3:// path must be s3://bucket/key without user, password or port: "
+            "credentials and endpoint come from the AWS variables or a profile."
+        )
+    if not bucket:
+        raise InputError(f"{path} names no bucket: give s3://bucket/key.")
+    return bucket, key
+
+
+# Errors
+
+
+@contextmanager
+def explained(path: str, writing: bool = False) -> Iterator[None]:
+    """Turns errors of storage inside the block into InputErrors about `path`.
+
+    A FileNotFoundError stays one, but in writing, where it means that no file can be made there.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and not writing:
+            raise
+        message = _explain(path, error)
+        if message is None:
+            raise
+        raise InputError(message) from error
+
+
+_CODES = {
+    "NoSuchBucket": "its bucket does not exist: check the name, or make the bucket",
+    "AccessDenied": "access is denied: check what the credentials may do there",
+    "InvalidAccessKeyId": "the access key is not known there: check the AWS variables or the profile",
+    "SignatureDoesNotMatch": "the secret key is wrong: check the AWS variables or the profile",
+    "ExpiredToken": "the credentials have expired: renew them",
+    "InvalidBucketName": "this is no valid name of a bucket: check it",
+    "SlowDown": "the storage asks for fewer requests: try again later",
+}
+_CODE_ALIASES = {
+    "403": "AccessDenied",
+    "Forbidden": "AccessDenied",
+    "AllAccessDisabled": "AccessDenied",
+    "AccountProblem": "AccessDenied",
+    "ACCESS_DENIED": "AccessDenied",
+    "NO_SUCH_BUCKET": "NoSuchBucket",
+    "INVALID_ACCESS_KEY_ID": "InvalidAccessKeyId",
+    "SIGNATURE_DOES_NOT_MATCH": "SignatureDoesNotMatch",
+    "ExpiredTokenException": "ExpiredToken",
+    "TokenRefreshRequired": "ExpiredToken",
+    "RequestExpired": "ExpiredToken",
+    "503": "SlowDown",
+    "SLOW_DOWN": "SlowDown",
+    "ServiceUnavailable": "SlowDown",
+}
+_NO_CREDENTIALS = "there are no AWS credentials: set the AWS variables or AWS_PROFILE"
+_UNREACHABLE = "no answer from its endpoint: check AWS_ENDPOINT_URL and the network"
+_LOCAL = {
+    errno.EACCES: "permission is denied: check its owner and mode",
+    errno.EPERM: "it is not permitted: check its owner, mode and file system",
+    errno.EROFS: "its file system is read-only: choose another place",
+    errno.ENOSPC: "its disk is full: make room and start again",
+    errno.EDQUOT: "its quota is used up: make room and start again",
+    errno.ENOENT: "no file can be made there: choose another place",
+    errno.EEXIST: "a part of this path is a file, not a folder: choose another path",
+    errno.ENOTDIR: "a part of this path is a file, not a folder: choose another path",
+    errno.EISDIR: "it is a folder, not a file: choose another path",
+    errno.ENAMETOOLONG: "the path is too long: choose a shorter one",
+    errno.ELOOP: "it is a loop of links: choose another path",
+}
+
+
+def _explain(path: str, error: Exception) -> str | None:
+    """One sentence about an error of storage; None for an error that is none. Never holds a secret."""
+    import botocore.exceptions
+
+    if not is_s3(path):
+        if isinstance(error, OSError) and error.errno is not None:
+            known = _LOCAL.get(error.errno, f"the system says '{os.strerror(error.errno)}'")
+            return f"{path} cannot be used, {known}."
+        return None
+    # s3fs hides botocore's error behind an OSError.
+    for cause in (error, error.__cause__):
+        if isinstance(cause, botocore.exceptions.ClientError):
+            return _explain_code(path, str(cause.response.get("Error", {}).get("Code", "")))
+        if isinstance(cause, botocore.exceptions.NoCredentialsError):
+            return f"{path} cannot be used, {_NO_CREDENTIALS}."
+        if isinstance(cause, botocore.exceptions.ProfileNotFound):
+            return f"{path} cannot be used, the profile named by AWS_PROFILE does not exist: check its name."
+        if isinstance(cause, (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError)):
+            return f"{path} cannot be used, {_UNREACHABLE}."
+        if isinstance(cause, botocore.exceptions.BotoCoreError):
+            words = type(cause).__name__  # its message may quote what is secret
+            return f"{path} cannot be used, botocore says '{words}': check the AWS configuration."
+    if isinstance(error, ValueError) and "endpoint" in str(error).lower():
+        return f"{path} cannot be used, AWS_ENDPOINT_URL is not a URL such as https://host:port: correct it."
+    if isinstance(error, PermissionError):
+        return _explain_code(path, "AccessDenied")
+    if isinstance(error, OSError):
+        # pyarrow has no classes for these, only its words.
+        text = str(error)
+        code = re.search(r"AWS Error (\w+)", text)
+        status = re.search(r"HTTP status (\d+)", text)
+        if code and code[1] in ("NETWORK_CONNECTION", "REQUEST_TIMEOUT"):
+            return f"{path} cannot be used, {_UNREACHABLE}."
+        if code and code[1] == "UNKNOWN" and status:
+            return _explain_code(path, status[1])
+        if code:
+            return _explain_code(path, code[1])
+        if isinstance(error, (ConnectionError, TimeoutError)):
+            return f"{path} cannot be used, {_UNREACHABLE}."
+        if error.errno is not None:
+            return f"{path} cannot be used, the system says '{os.strerror(error.errno)}'."
+    return None
+
+
+def _explain_code(path: str, code: str) -> str:
+    known = _CODES.get(_CODE_ALIASES.get(code, code))
+    return f"{path} cannot be used, {known or f'S3 says {code!r}: check the bucket and its settings'}."
+
+
+# The three libraries
+
+
+@functools.cache
+def _session() -> Any:
+    import boto3.session
+
+    return boto3.session.Session()
+
+
+@functools.cache
+def _client() -> Any:
+    """boto3's client; it may be used from many threads."""
+    import botocore.config
+
+    config = botocore.config.Config(
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        max_pool_connections=32,
+        user_agent_extra="wallaroo-batch",
+    )
+    return _session().client("s3", config=config)
+
+
+@functools.cache
+def _s3fs() -> Any:
+    import s3fs
+
+    return s3fs.S3FileSystem(
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        config_kwargs={
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": READ_SECONDS,
+            "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
+        },
+    )
+
+
+def forget_clients() -> None:
+    """Looks at the AWS variables anew when S3 is next used."""
+    for cached in (_session, _client, _s3fs, _region):
+        cached.cache_clear()
+
+
+def _custom_endpoint() -> urllib.parse.SplitResult | None:
+    """The endpoint, unless it is Amazon's own."""
+    url = urllib.parse.urlsplit(_client().meta.endpoint_url)
+    return None if re.search(r"\.amazonaws\.com(\.cn)?$", url.hostname or "") else url
+
+
+@functools.cache
+def _region(bucket: str) -> str:
+    client = _client()
+    if _custom_endpoint() is None:
+        # Amazon answers at the bucket's own region only, which boto3 follows and pyarrow must be told.
+        return client.head_bucket(Bucket=bucket).get("BucketRegion") or client.meta.region_name
+    region = client.meta.region_name
+    return "us-east-1" if region in (None, "aws-global") else region
+
+
+@functools.lru_cache(maxsize=8)
+def _arrow_s3(access: str, secret: str, token: str | None, region: str, scheme: str, host: str | None) -> Any:
+    import pyarrow.fs
+
+    return pyarrow.fs.S3FileSystem(
+        access_key=access,
+        secret_key=secret,
+        session_token=token,
+        region=region,
+        scheme=scheme,
+        endpoint_override=host,
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=READ_SECONDS,
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        tls_ca_file_path=_session()._session.get_config_variable("ca_bundle"),
+    )
+
+
+def parquet_filesystem(path: str) -> "tuple[pyarrow.fs.FileSystem, str]":
+    """pyarrow's filesystem for a path, and the path as that filesystem wants it.
+
+    Ask anew for every file: credentials that expire are renewed here. Wrap the reading in `explained`.
+    """
+    import pyarrow.fs
+
+    if not is_s3(path):
+        return pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
+    bucket, key = _split(path)
+    with explained(path):
+        credentials = _session().get_credentials()
+        if credentials is None:
+            raise InputError(f"{path} cannot be used, {_NO_CREDENTIALS}.")
+        # pyarrow's own search knows fewer kinds of profile, so it is told what botocore found.
+        found = credentials.get_frozen_credentials()
+        url = _custom_endpoint()
+        filesystem = _arrow_s3(
+            found.access_key,
+            found.secret_key,
+            found.token,
+            _region(bucket),
+            url.scheme if url else "https",
+            url.netloc if url else None,
+        )
+    return filesystem, f"{bucket}/{key}"
+
+
+# Reading
+
+
+def read_bytes(path: str) -> bytes:
+    """Contents of a small file. Raises FileNotFoundError."""
+    return read_with_etag(path)[0]
+
+
+def read_with_etag(path: str) -> tuple[bytes, str]:
+    """Contents of a small file, and the tag that `replace_if_match` wants. Raises FileNotFoundError."""
+    with explained(path):
+        if not is_s3(path):
+            data = Path(path).read_bytes()
+            return data, hashlib.sha256(data).hexdigest()
+        bucket, key = _split(path)
+        try:
+            answer = _client().get_object(Bucket=bucket, Key=key)
+        except Exception as error:
+            _raise_if_missing(path, error)
+            raise
+        return answer["Body"].read(), answer["ETag"]
+
+
+def info(path: str) -> FileInfo | None:
+    """What a listing would say of one file; None if there is no such file."""
+    relative = path.rsplit("/", 1)[-1]
+    with explained(path):
+        if not is_s3(path):
+            if not os.path.isfile(path):
+                return None
+            return _local_info(path, relative)
+        bucket, key = _split(path)
+        if not key:
+            return None
+        try:
+            answer = _client().head_object(Bucket=bucket, Key=key)
+        except Exception as error:
+            if _is_missing(error):
+                return None
+            raise
+        return FileInfo(path, relative, answer["ContentLength"], answer["ETag"].strip('"'))
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file of this path. A folder is none."""
+    return info(path) is not None
+
+
+def list_files(folder: str) -> list[FileInfo]:
+    """All files below a folder, at any depth, sorted by relative path; none if there is no folder."""
+    with explained(folder):
+        if is_s3(folder):
+            return _list_s3(folder)
+        found = []
+        for root, _, names in os.walk(folder, onerror=_raise_unless_missing):
+            for name in names:
+                if name.startswith(TEMPORARY):
+                    continue
+                path = os.path.join(root, name)
+                try:
+                    found.append(_local_info(path, os.path.relpath(path, folder).replace(os.sep, "/")))
+                except FileNotFoundError:
+                    continue  # removed since it was listed, or a link to nowhere
+    return sorted(found, key=lambda file: file.relative)
+
+
+def _list_s3(folder: str) -> list[FileInfo]:
+    bucket, key = _split(folder)
+    prefix = f"{bucket}/{key}".rstrip("/") + "/"
+    try:
+        found = _s3fs().find(prefix, detail=True)
+    except FileNotFoundError:
+        found = {}
+    if not found:
+        # s3fs finds nothing in a bucket that is not there; boto3 says so.
+        try:
+            _client().head_bucket(Bucket=bucket)
+        except Exception as error:
+            if _is_missing(error):
+                raise InputError(_explain_code(folder, "NoSuchBucket")) from error
+            raise
+    return sorted(
+        (
+            FileInfo(f"s3://{name}", name.removeprefix(prefix), item["size"], item["ETag"].strip('"'))
+            for name, item in found.items()
+            # A key that ends with a slash is a folder that some tool has drawn.
+            if name.startswith(prefix) and item["type"] == "file" and not name.endswith("/")
+        ),
+        key=lambda file: file.relative,
+    )
+
+
+def _local_info(path: str, relative: str) -> FileInfo:
+    found = os.stat(path)
+    return FileInfo(path, relative, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def match_files(pattern: str) -> list[FileInfo]:
+    """Files that match a pattern of `*`, `?`, `[...]` and `**`, sorted; relative to its fixed folders."""
+    fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+    fixed = fixed[: fixed.rfind("/") + 1]
+    with explained(pattern):
+        if is_s3(pattern):
+            _split(fixed)
+            paths = [f"s3://{name}" for name in _s3fs().glob(pattern)]
+        else:
+            paths = glob.glob(pattern, recursive=True)
+    found = (info(path) for path in paths)
+    return sorted(
+        (dataclasses.replace(file, relative=file.path.removeprefix(fixed)) for file in found if file),
+        key=lambda file: file.relative,
+    )
+
+
+@contextmanager
+def open_source(path: str, start: int = 0) -> Iterator[IO[bytes]]:
+    """A file for reading from byte `start` on, as a buffered stream. Raises FileNotFoundError."""
+    with explained(path):
+        if is_s3(path):
+            raw = _s3fs().open(path, "rb", block_size=8 << 20, cache_type="readahead")
+            with io.BufferedReader(raw, COPY_BYTES) as file:
+                file.seek(start)
+                yield file
+        else:
+            with open(path, "rb", buffering=COPY_BYTES) as file:
+                file.seek(start)
+                yield file
+
+
+# Writing
+
+
+def write_atomic(path: str, data: bytes | memoryview) -> None:
+    """Writes a file, whole or not at all, over the one there may be. On S3 it is one PUT."""
+    with explained(path, writing=True):
+        if is_s3(path):
+            bucket, key = _split(path)
+            _client().put_object(Bucket=bucket, Key=key, Body=bytes(data))
+            return
+        with _replacing(path) as file:
+            file.write(data)
+
+
+@contextmanager
+def write_stream(path: str) -> "Iterator[pyarrow.NativeFile]":
+    """A file too large for memory, written by pyarrow; it is there when the block ends well.
+
+    On S3 it is a multipart upload; what a killed process leaves of it, `remove_leftovers` removes.
+    """
+    import pyarrow
+
+    with explained(path, writing=True):
+        if is_s3(path):
+            filesystem, inner = parquet_filesystem(path)
+            with filesystem.open_output_stream(inner) as stream:
+                yield stream
+            return
+        with _replacing(path) as file, pyarrow.PythonFile(file, "w") as stream:
+            yield stream
+            stream.flush()
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    """A temporary file in the same folder that takes the name `path` when the block ends well."""
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "xb") as file:
+            with suppress(FileNotFoundError):
+                # What was for some eyes only stays so.
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
+            yield file
+            if not file.closed:
+                _sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path)
+
+
+def _temporary(path: str) -> str:
+    """Path of a temporary file beside `path`, in a folder that now exists."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(path: str) -> None:
+    """Makes the new name in a folder last through a power cut."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def put_if_absent(path: str, data: bytes) -> bool:
+    """Writes a file unless there is one; of several writers at once exactly one wins.
+
+    True if the file now holds `data`: so a PUT that was answered too late and repeated still counts.
+    """
+    with explained(path, writing=True):
+        if is_s3(path):
+            if _put_conditional(path, data, IfNoneMatch="*") is not None:
+                return True
+        else:
+            temporary = _temporary(path)
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    _sync(file)
+                os.link(temporary, path)  # unlike a rename it never replaces, and nobody sees half a file
+                _sync_folder(path)
+                return True
+            except FileExistsError:
+                pass
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+    try:
+        return read_bytes(path) == data
+    except FileNotFoundError:
+        return False
+
+
+def replace_if_match(path: str, data: bytes, etag: str) -> str | None:
+    """Replaces a file that is still as `read_with_etag` found it, and returns the new tag, else None."""
+    with explained(path):
+        if is_s3(path):
+            return _put_conditional(path, data, IfMatch=etag)
+        with _folder_locked(path):
+            try:
+                if read_with_etag(path)[1] != etag:
+                    return None
+            except FileNotFoundError:
+                return None
+            write_atomic(path, data)
+        return hashlib.sha256(data).hexdigest()
+
+
+def _put_conditional(path: str, data: bytes, **condition: str) -> str | None:
+    """ETag of the object written, None if the condition does not hold."""
+    import botocore.exceptions
+
+    bucket, key = _split(path)
+    try:
+        return _client().put_object(Bucket=bucket, Key=key, Body=data, **condition)["ETag"]
+    except botocore.exceptions.ClientError as error:
+        # 409 is a race with another conditional put; a missing key is If-Match on an object that is gone.
+        code = str(error.response["Error"]["Code"])
+        if code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+            return None
+        if "IfMatch" in condition and _is_missing(error):
+            return None
+        raise
+
+
+@contextmanager
+def _folder_locked(path: str) -> Iterator[None]:
+    """Makes read-then-replace one step among the processes of a machine."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        # Network file systems may refuse this; then of two at once the last one wins, and the first one
+        # finds out when it replaces the file the next time.
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def delete(path: str) -> None:
+    """Deletes a file; nothing if there is none."""
+    with explained(path):
+        if is_s3(path):
+            bucket, key = _split(path)
+            _client().delete_object(Bucket=bucket, Key=key)
+        else:
+            Path(path).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str) -> int:
+    """Removes what killed writers left below a folder, and returns how many files or uploads that were.
+
+    Local: temporary files; S3: unfinished multipart uploads. Only for the one who holds the lock on
+    the folder, since it would cut off another writer.
+    """
+    count = 0
+    with explained(folder):
+        if not is_s3(folder):
+            for root, _, names in os.walk(folder, onerror=_raise_unless_missing):
+                for name in names:
+                    if name.startswith(TEMPORARY):
+                        Path(root, name).unlink(missing_ok=True)
+                        count += 1
+            return count
+        bucket, key = _split(folder)
+        client = _client()
+        prefix = key.rstrip("/") + "/" if key else ""
+        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+            for upload in page.get("Uploads", []):
+                if not upload["Key"].startswith(prefix):
+                    continue
+                which = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                try:
+                    client.abort_multipart_upload(**which)
+                except client.exceptions.NoSuchUpload:
+                    continue
+                count += 1
+    return count
+
+
+def _is_missing(error: BaseException) -> bool:
+    import botocore.exceptions
+
+    if not isinstance(error, botocore.exceptions.ClientError):
+        return False
+    return str(error.response.get("Error", {}).get("Code", "")) in ("404", "NoSuchKey", "NotFound")
+
+
+def _raise_if_missing(path: str, error: BaseException) -> None:
+    if _is_missing(error):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+
+
+# Checkpoints
+
+
+def fetch_folder(path: str, names: Sequence[str] | None = None, cache: Path | None = None) -> Path:
+    """A local folder with files of a checkpoint: a local one as it is, one on S3 from a cache.
+
+    `names` are the files wanted beside the list of files (all if None), so that who needs only the
+    tokenizer does not wait for the weights. A file has its name in the cache only after its digest was
+    verified, so it is fetched and verified once for all processes of a machine.
+    cache: default `~/.cache/wallaroo`. Raises InputError if `path` is no checkpoint, or a file is not
+    what its list says.
+    """
+    from model.checkpoint import FILE_LIST, digest, parse_file_list
+
+    if not is_s3(path):
+        return Path(path)
+    where = join(path, FILE_LIST)
+    try:
+        data = read_bytes(where)
+    except FileNotFoundError:
+        raise InputError(f"{path} is no checkpoint, since it has no {FILE_LIST}: give its folder.") from None
+    files = parse_file_list(data, where)
+    folder = (cache or Path.home() / ".cache" / "wallaroo") / digest(files)
+    with explained(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / FILE_LIST).exists():
+            write_atomic(str(folder / FILE_LIST), data)
+        for name in files if names is None else names:
+            if not (folder / name).exists():
+                _fetch_file(join(path, name), folder / name, *files[name])
+    return folder
+
+
+def _fetch_file(path: str, target: Path, size: int, sha256: str) -> None:
+    with open(target.with_name(f".{target.name}.lock"), "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if target.exists():
+            return  # somebody else fetched it while we waited
+        try:
+            with (
+                open_source(path) as source,
+                explained(str(target), writing=True),
+                _replacing(str(target)) as file,
+            ):
+                digest = hashlib.sha256()
+                shutil.copyfileobj(source, _Hashing(file, digest), COPY_BYTES)
+                if (file.tell(), digest.hexdigest()) != (size, sha256):
+                    raise InputError(
+                        f"{path} is not the file that its checkpoint lists, since size or sha256 differ: "
+                        f"copy the checkpoint anew."
+                    )
+        except FileNotFoundError:
+            raise InputError(f"{path} is absent, but its checkpoint lists it: copy it there.") from None
+
+
+class _Hashing:
+    """Writes on, and digests what it writes."""
+
+    def __init__(self, file: IO[bytes], digest: Any):
+        self.file, self.digest = file, digest
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
