@@ -248,7 +248,7 @@ def counted(model: Wallaroo, requests: Sequence[Request], options: EngineOptions
             engine.step()
     return {
         "flops_ratio": flops.get_total_flops() / minimal_flops(model.config, requests),
-        "forwards_per_image": counts["forwards"] * options.slots / engine.groups[0].rows / len(requests),
+        "forwards_per_image": counts["forwards"] * engine.groups[0].rows / len(requests),
         "prefill_forwards": counts["prefill_forwards"],
         "slot_occupancy_full_batch": counts["row_steps"] / counts["slot_steps"],
         "padded_row_share": 1 - counts["row_steps"] / counts["slot_steps"],

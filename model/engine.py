@@ -528,22 +528,26 @@ class _Group:
     def step(self) -> list[tuple[_Row, np.ndarray, np.ndarray | None]]:
         """Draws a token in every slot and takes it through the decoder; returns the finished rows with
         their tokens (and logits, if traced)."""
-        engine, model = self.engine, self.engine.model
-        longest = 0
-        self.active_before = 0
-        for row in self.members:
-            if row is not None:
-                longest = max(longest, row.length - row.steps + row.step + 1)
-                row.step += 1
-                self.active_before += 1
+        rows = [row for row in self.members if row is not None]
+        for row in rows:
+            row.step += 1
+        self.active_before = len(rows)
         token = self._draw()
+        self.taken += self.advance[: self.rows]
+        # Nobody needs what comes after a last token; where all rows are at theirs, it is not computed.
+        if any(row.step < row.steps for row in rows):
+            self._feed(token, max(row.length - row.steps + row.step for row in rows))
+        return self._finished()
+
+    def _feed(self, token: Tensor, longest: int) -> None:
+        """Takes a token of every slot, int64 `(rows,)`, through the decoder; `longest` bounds the keys."""
+        engine, model = self.engine, self.engine.model
         x = engine.table[token]
         if engine.line_end is not None:
             # The last token of a line is fed like any other; then a line end is fed, not drawn.
-            x = torch.where((self.taken % self.line == self.line - 1).unsqueeze(-1), engine.line_end, x)
+            x = torch.where((self.taken % self.line == 0).unsqueeze(-1), engine.line_end, x)
         if self.guided:
             x = torch.cat((x, x))
-        self.taken += self.advance[: self.rows]
         positions = self.position.expand(3, -1)
         cos, sin = rope(positions, engine.frequencies, model.config.decoder.mrope_section, x.dtype)
         visible = Visible.decode(self.length + 1, longest)
@@ -559,7 +563,6 @@ class _Group:
         self.length += self.advance
         self.position += self.advance
         engine.counts["forwards"] += 1
-        return self._finished()
 
     def _draw(self) -> Tensor:
         """The next token of every slot, int64 `(rows,)`, kept in `tokens`."""

@@ -35,6 +35,8 @@ def text_model(config: DecoderConfig, tensors: dict[str, Tensor]) -> Any:
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         rms_norm_eps=config.rms_norm_eps,
+        bos_token_id=None,
+        eos_token_id=None,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": config.rope_theta,

@@ -1,0 +1,150 @@
+"""The command line without a run: help, mistakes, exit codes, and what is said about them."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jobs import cli
+from jobs.config import SETTINGS
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = str(ROOT / "jobs" / "examples" / "prompts.jsonl")
+
+
+@pytest.fixture
+def wallaroo(capsys, monkeypatch):
+    """Runs the command in this process: exit code, stdout, stderr."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return left.value.code, out, err
+
+    return run
+
+
+def sentence(err):
+    """What was complained of: one line, with a pointer to the help at most."""
+    lines = err.splitlines()
+    assert len(lines) == 1 or (len(lines) == 2 and re.fullmatch(r"Help: wallaroo.* --help", lines[1])), err
+    assert lines[0].startswith("wallaroo: ")
+    return lines[0].removeprefix("wallaroo: ")
+
+
+def test_help_names_every_command(wallaroo):
+    code, out, _ = wallaroo("--help")
+    assert code == 0
+    listed = re.findall(r"^  (\w+)  +\w", out.split("Commands:")[1], flags=re.MULTILINE)
+    assert listed == list(cli.cli.commands)
+
+
+@pytest.mark.parametrize("command", list(cli.cli.commands))
+def test_help_of_every_command(wallaroo, command):
+    code, out, _ = wallaroo(command, "--help")
+    assert code == 0
+    assert out.startswith(f"Usage: wallaroo {command} ")
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("command", ["generate", "plan"])
+def test_help_names_every_setting(wallaroo, command):
+    _, out, _ = wallaroo(command, "--help")
+    for setting in SETTINGS:
+        assert re.search(rf"^  {setting.flag}( {re.escape(setting.metavar)})?( |$)", out, flags=re.MULTILINE)
+
+
+def test_version(wallaroo):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert wallaroo("--version") == (0, f"wallaroo {project['version']}\n", "")
+
+
+def test_nothing_asked_shows_the_help(wallaroo):
+    code, out, err = wallaroo()
+    assert code == 2
+    assert "Commands:" in out + err
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("generat", "No such command 'generat'. Did you mean 'generate'?"),
+        ("generate m o --sampels 2", "No such option '--sampels'. "),
+        ("generate m", "Missing argument 'OUTPUT'."),
+        ("generate m o p", "Got unexpected extra argument (p)"),
+        ("generate m o --cfg", "Option '--cfg' requires an argument."),
+        ("generate m o --cfg nan", "cfg is nan, but must be a finite number of at least 0."),
+        ("generate m o --cfg=-1", "cfg is -1.0, but must be a finite number of at least 0."),
+        ("generate m o --top-k=-1", "top_k is -1, but must be a whole number of at least 0"),
+        ("generate m o --top-p 0", "top_p is 0.0, but must be above 0 and at most 1"),
+        ("generate m o --top-p 1.1", "top_p is 1.1, but must be above 0 and at most 1"),
+        ("generate m o --temperature=-1", "temperature is -1.0, but must be a finite number"),
+        ("generate m o --width 64", "width is 64, but height is absent: give both, or neither."),
+        ("generate m o --height 64", "height is 64, but width is absent: give both, or neither."),
+        ("generate m o --image-format gif", "image_format is 'gif', but must be one of png, webp"),
+        ("generate m o --replicas 3:2", "replicas is 3:2, but must be MIN:MAX"),
+        ("generate m o --set sampling.cgf=3", "--set: unknown key 'cgf' in section sampling; did"),
+        ("generate m o --set smapling.cfg=3", "--set: unknown section 'smapling'; did you mean"),
+        ("generate m o --config absent.toml", "There is no run file absent.toml."),
+        ("plan genrate m", "task is 'genrate', but must be one of generate"),
+        ("plan generate m --cfg x", "--cfg is 'x', but must be a number."),
+        ("convert o --backbone b", "Missing option '--wallaroo'."),
+        ("convert o --backbone b --wallaroo w", "--vq is absent, but pictures need it"),
+    ],
+)
+def test_mistakes_in_the_command_line(wallaroo, command, message):
+    code, out, err = wallaroo(*command.split())
+    assert (code, out) == (2, "")
+    assert sentence(err).startswith(message)
+
+
+@pytest.mark.parametrize("command", ["status", "report", "verify"])
+def test_what_is_no_output_of_a_run(wallaroo, tmp_path, command):
+    for folder in (tmp_path, tmp_path / "absent"):
+        code, out, err = wallaroo(command, folder)
+        assert (code, out) == (1, "")
+        assert "is not the output of a run" in sentence(err)
+
+
+def test_convert_of_files_that_are_not_there(wallaroo, tmp_path):
+    arguments = ("--wallaroo", tmp_path / "w.ckpt", "--vq", tmp_path / "vq.pt", "--backbone", tmp_path)
+    code, _, err = wallaroo("convert", *arguments, tmp_path / "new")
+    assert code == 1
+    assert "w.ckpt cannot be read" in sentence(err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_status_report_and_verify_of_an_output(wallaroo, outputs, tmp_path):
+    output = tmp_path / "out"
+    outputs.make_output(output, [outputs.plan_table(4), outputs.plan_table(4, 4, 1)], skip=[1])
+    code, out, _ = wallaroo("status", output)
+    assert code == 0
+    assert f"{output}: " in out and "1 of 2 shards" in out
+    code, out, _ = wallaroo("report", output)
+    assert (code, out) == (0, f"{output}/report.html\n")
+    assert (output / "report.html").stat().st_size > 1000
+    code, out, _ = wallaroo("verify", output)
+    assert code == 1
+    assert "4 of 8 rows" in out
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    command = f"{sys.executable} -m jobs.cli generate --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("Usage: ")
+    assert done.stderr == ""
+
+
+def test_the_installed_command():
+    command = Path(sys.executable).with_name("wallaroo")
+    if not os.access(command, os.X_OK):
+        pytest.skip("the project is not installed in this environment")
+    done = subprocess.run([command, "status"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert sentence(done.stderr) == "Missing argument 'OUTPUT'."
