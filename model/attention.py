@@ -70,7 +70,9 @@ class BlockAttention:
         self.masks = []
         for first in range(0, visible.longest, KEY_BLOCK):
             hidden = index + first >= limits.unsqueeze(-1)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=limits.device).masked_fill_(hidden, -math.inf)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=limits.device).masked_fill_(
+                hidden, -math.inf
+            )
             self.masks.append(mask.repeat_interleave(kv_heads, dim=0))
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -126,7 +128,9 @@ class SdpaAttention:
             kv_heads = keys.shape[1]
             grouped = q.view(runs, kv_heads, heads // kv_heads, dim)
             seen = index < self.limits.view(runs, 1, 1, 1)
-            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen).reshape(runs, 1, heads * dim)
+            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen).reshape(
+                runs, 1, heads * dim
+            )
         seen = (index < self.limits.unsqueeze(-1)).unsqueeze(1)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, attn_mask=seen, enable_gqa=heads != keys.shape[1]
@@ -165,7 +169,12 @@ class FlashAttention:
             return out.flatten(2)
         assert self.rows is not None
         packed = [
-            torch.cat([cached[row, :, :stop].transpose(0, 1) for row, stop in zip(self.rows, self.stops, strict=True)])
+            torch.cat(
+                [
+                    cached[row, :, :stop].transpose(0, 1)
+                    for row, stop in zip(self.rows, self.stops, strict=True)
+                ]
+            )
             for cached in (keys, values)
         ]
         # Causal masks there are aligned to the last key, which is what a piece of a prompt needs.

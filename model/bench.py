@@ -12,9 +12,9 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from model.decoder import Layer
 from model.engine import END_OF_LINE, Engine, EngineOptions, Request
 from model.prompts import Prompt
 from model.reference import Reference
@@ -64,7 +65,9 @@ class Timed:
     best: float
 
 
-def random_model(config: ModelConfig, tasks: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> Wallaroo:
+def random_model(
+    config: ModelConfig, tasks: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> Wallaroo:
     """A model whose weights are drawn with deviation 1/sqrt(fan-in); the image tokenizer is float32."""
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -108,7 +111,9 @@ def text_requests(config: ModelConfig, count: int, sizes: Sequence[Size]) -> lis
     ]
 
 
-def edit_requests(config: ModelConfig, count: int, size: Size, text: int = 60, seen: int = 8) -> list[Request]:
+def edit_requests(
+    config: ModelConfig, count: int, size: Size, text: int = 60, seen: int = 8
+) -> list[Request]:
     """Rows with sources of their own: a pixel block, `seen` x `seen` semantic tokens, `text` tokens.
 
     The null prompt, with a third of the text, is the same for all rows, since its picture is black.
@@ -163,12 +168,14 @@ def decode_products(model: Wallaroo, task: str, rows: int) -> Callable[[], None]
     def given(width: int, count: int = 2 * rows) -> Tensor:
         return torch.randn(count, width, device=model.device, dtype=model.dtype)
 
-    narrow, heads = given(hidden), given(model.language_model.layers[0].self_attn.o_proj.in_features)
-    wide, mixed = given(model.config.decoder.intermediate_size), given(hidden, rows)
+    decoder = model.config.decoder
+    layers = cast(list[Layer], list(model.language_model.layers))
+    narrow, heads = given(hidden), given(decoder.num_attention_heads * decoder.head_dim)
+    wide, mixed = given(decoder.intermediate_size), given(hidden, rows)
 
     @torch.inference_mode()
     def run() -> None:
-        for layer in model.language_model.layers:
+        for layer in layers:
             layer.self_attn.qkv_proj(narrow)
             layer.self_attn.o_proj(heads)
             layer.mlp.gate_up_proj(narrow)
@@ -315,7 +322,9 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
 
         decode_seconds: list[float] = []
 
-        def decode(requests: list[Request] = requests, seconds: list[float] = decode_seconds) -> None:
+        def decode(
+            requests: list[Request] = requests, seconds: list[float] = decode_seconds, steps: int = steps
+        ) -> None:
             running = Engine(model, "generate", options)
             for request in requests:
                 running.submit(request)
@@ -327,7 +336,9 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
             synchronise(device)
             seconds.append((time.perf_counter() - start) / (steps - 2))
 
-        timed = interleaved(device, rounds, engine=engine, same=same_batch, one=one, gemms=gemms, decode=decode)
+        timed = interleaved(
+            device, rounds, engine=engine, same=same_batch, one=one, gemms=gemms, decode=decode
+        )
         step = statistics.median(decode_seconds[1:])
         report["sizes"][f"{side}x{side}"] = {
             "images_per_second": slots / timed["engine"].median,
@@ -344,7 +355,9 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
     for key in ("speedup_vs_reference_b1", "speedup_vs_reference_same_batch", "decode_gemm_fraction"):
         report[key] = min(values[key] for values in worst)
     report["flops_ratio"] = max(values["flops_ratio"] for values in worst)
-    report["forwards_per_image"] = {key: values["forwards_per_image"] for key, values in report["sizes"].items()}
+    report["forwards_per_image"] = {
+        key: values["forwards_per_image"] for key, values in report["sizes"].items()
+    }
     return report
 
 
@@ -354,12 +367,12 @@ def edit_prefix_speedup(
     """Time without prefix sharing over time with it, for edits at 256x256 with sources of their own."""
     model = random_model(config, ("edit",), device, dtype)
     requests = edit_requests(config, slots, Size(256, 256))
-    tokens: dict[bool, list[bytes]] = {}
+    tokens: dict[bool, dict[Hashable, bytes]] = {}
 
     def serve(sharing: bool) -> None:
         options = EngineOptions(slots=slots, group_rows=slots, decode_vq=False, prefix_sharing=sharing)
-        results = sorted(Engine(model, "edit", options).run(requests), key=lambda result: result.key)
-        tokens[sharing] = [result.tokens.tobytes() for result in results]
+        results = Engine(model, "edit", options).run(requests)
+        tokens[sharing] = {result.key: result.tokens.tobytes() for result in results}
 
     timed = interleaved(device, rounds, shared=lambda: serve(True), alone=lambda: serve(False))
     assert tokens[True] == tokens[False], "sharing a prefix changed a picture"
@@ -372,7 +385,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="mid", help="shapes to measure")
     parser.add_argument("--slots", type=int, default=32, help="pictures decoded at once")
     parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of")
-    parser.add_argument("--side", type=int, action="append", help="side of the pictures in pixels; may be repeated")
+    parser.add_argument(
+        "--side", type=int, action="append", help="side of the pictures in pixels; may be repeated"
+    )
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

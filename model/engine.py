@@ -77,15 +77,20 @@ class Result:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What shapes an engine's work. All but `slots`, `prefix_sharing`, `prefix_tokens` and `trace` may
-    change a row by rounding.
+    """What shapes an engine's work.
 
-    slots: rows that decode at once (rounded up to whole groups); group_rows: guided rows a group, which
-    is twice as many sequences; prefill_piece: tokens of one prompt that stay together; prefill_pieces:
-    of one or several prompts, that go through the decoder at once; vq_slice: pictures a VQ decode; prefix_sharing:
-    whether rows of one prompt share its prefill; prefix_tokens: prompt tokens kept for sharing once no
-    row waits for them; attention: `block`, `sdpa` or `flash`, by default what suits the device; decode_vq: whether pictures are wanted and not
-    their tokens alone; trace: keep each row's logits.
+    slots: rows that decode at once (rounded up to whole groups).
+    group_rows: guided rows a group, which is twice as many sequences.
+    prefill_piece: tokens of one prompt that stay together; prefill_pieces: pieces, of one or several
+        prompts, that go through the decoder at once.
+    vq_slice: pictures a VQ decode.
+    prefix_sharing: whether rows of one prompt share its prefill; prefix_tokens: prompt tokens kept for
+        sharing when no row waits for them any more.
+    attention: `block`, `sdpa` or `flash`; None for what suits the device.
+    decode_vq: whether pictures are wanted and not their tokens alone.
+    trace: keep each row's logits, and take tokens that are forced.
+
+    `shapes` names those that may change a row by rounding.
     """
 
     slots: int = 32
@@ -242,8 +247,11 @@ class Engine:
         if request.sampling.guided:
             assert request.null is not None
             # The null branch of an edit sees a black image of the source's size.
-            black = [None if image is None else np.zeros_like(image) for image in (request.semantic, request.pixels)]
-            branches.append((request.null, *black))
+            semantic, pixels = (
+                None if image is None else np.zeros_like(image)
+                for image in (request.semantic, request.pixels)
+            )
+            branches.append((request.null, semantic, pixels))
         prefixes = [self._prefix(*branch) for branch in branches]
         if request.size is None:
             steps = request.max_new_tokens
@@ -253,7 +261,9 @@ class Engine:
         length = max(len(prompt.ids) for prompt, _, _ in branches) + steps
         return _Row(request, prefixes, steps, length)
 
-    def _prefix(self, prompt: Prompt, semantic: np.ndarray | None, pixels: np.ndarray | None) -> _PendingPrefix:
+    def _prefix(
+        self, prompt: Prompt, semantic: np.ndarray | None, pixels: np.ndarray | None
+    ) -> _PendingPrefix:
         key: Hashable
         if self.options.prefix_sharing:
             digest = hashlib.sha256(prompt.ids.tobytes())
@@ -340,7 +350,9 @@ class Engine:
             pending.done = min(start + width, length)
             if pending.done == length:
                 last = hidden[index * width + length - 1 - start].clone()
-                pending.prefix = self.scratch.prefix(pending.scratch, length, last, pending.prompt.next_position)
+                pending.prefix = self.scratch.prefix(
+                    pending.scratch, length, last, pending.prompt.next_position
+                )
                 self.scratch_free.append(pending.scratch)
                 pending.features = pending.semantic = pending.pixels = None
 
@@ -462,7 +474,9 @@ class _Group:
         self.rows = options.group_rows if guided else sequences
         device = model.device
         self.cache = KVCache(model.config.decoder, sequences, 0, device, model.dtype)
-        self.hidden = torch.zeros(sequences, model.config.decoder.hidden_size, device=device, dtype=model.dtype)
+        self.hidden = torch.zeros(
+            sequences, model.config.decoder.hidden_size, device=device, dtype=model.dtype
+        )
         # An empty slot goes on computing over one finite key; its length and position stand still.
         self.length = torch.zeros(sequences, dtype=torch.int64, device=device)
         self.position = torch.zeros(sequences, dtype=torch.int64, device=device)
@@ -509,7 +523,9 @@ class _Group:
             self.position[sequence] = prefix.next_position
             self.advance[sequence] = 1
         self.taken[slot] = 0
-        self.uniform[slot, : row.steps] = torch.from_numpy(draws(request.seed, row.steps)).to(self.uniform.device)
+        self.uniform[slot, : row.steps] = torch.from_numpy(draws(request.seed, row.steps)).to(
+            self.uniform.device
+        )
         if self.engine.options.trace:
             self.forced[slot] = -1
             if request.forced is not None:

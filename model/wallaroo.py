@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from model.config import TASKS, ModelConfig
 from model.decoder import Decoder
-from model.errors import InputError
 from model.vq import VQModel
 
 if TYPE_CHECKING:
@@ -38,21 +37,13 @@ class Wallaroo(nn.Module):
         super().__init__()
         tasks = config.tasks if tasks is None else tasks
         for task in tasks:
-            if task not in TASKS:
-                raise InputError(f"There is no task '{task}'; the tasks are {', '.join(TASKS)}.")
-            if task not in config.tasks:
-                raise InputError(
-                    f"The checkpoint '{config.name}' cannot {task}: its tasks are {', '.join(config.tasks)}. "
-                    f"Use a checkpoint that was trained for it."
-                )
+            config.require_task(task)
         generates, edits, understands = (task in tasks for task in TASKS)
         hidden, vq = config.decoder.hidden_size, config.vq
         self.config = config
         self.tasks = tasks
         self.language_model = Decoder(config.decoder)
-        self.lm_head = (
-            nn.Linear(hidden, config.decoder.vocab_size, bias=False) if understands else None
-        )
+        self.lm_head = nn.Linear(hidden, config.decoder.vocab_size, bias=False) if understands else None
         self.visual: Qwen2_5_VisionTransformerPretrainedModel | None = None
         if edits or understands:
             from model.vision import vision_tower

@@ -6,6 +6,7 @@ Where CUDA and the library are there, the same checks run against the library it
 import importlib.util
 import sys
 import types
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ REAL = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is n
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """One sequence, q (queries, heads, d), k and v (keys, kv_heads, d); the mask is aligned to the last key."""
+    """One sequence: q (queries, heads, d), k, v (keys, kv_heads, d); the mask ends with the last key."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * q.shape[-1] ** -0.5
     if causal:
@@ -50,12 +51,10 @@ class FlashDouble(types.ModuleType):
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
         assert q_ends[-1] == len(q) and k_ends[-1] == len(k) == len(v)
-        parts = [
-            plain_attention(q[a:b], k[c:d], v[c:d], causal)
-            for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False)
-        ]
-        assert max(b - a for a, b in zip(q_ends, q_ends[1:], strict=False)) <= max_seqlen_q
-        assert max(b - a for a, b in zip(k_ends, k_ends[1:], strict=False)) <= max_seqlen_k
+        parts = []
+        for (a, b), (c, d) in zip(pairwise(q_ends), pairwise(k_ends), strict=True):
+            assert b - a <= max_seqlen_q and d - c <= max_seqlen_k
+            parts.append(plain_attention(q[a:b], k[c:d], v[c:d], causal))
         return torch.cat(parts)
 
     def flash_attn_with_kvcache(

@@ -173,7 +173,14 @@ def test_shapes_stay_the_same_while_rows_come_and_go(model: Wallaroo) -> None:
                 engine.submit(waiting.pop(len(waiting) // 2))
             engine.step()
     assert second.seen - first.seen == set()
-    arithmetic = ("aten.mm", "aten.bmm", "aten.addmm", "aten.sort", "aten.convolution", "aten.native_group_norm")
+    arithmetic = (
+        "aten.mm",
+        "aten.bmm",
+        "aten.addmm",
+        "aten.sort",
+        "aten.convolution",
+        "aten.native_group_norm",
+    )
     ours, theirs = ({x for x in r.seen if x[0].startswith(arithmetic)} for r in (first, second))
     assert ours == theirs
 
