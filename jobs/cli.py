@@ -16,6 +16,7 @@ from jobs.config import SECTIONS, SETTINGS, Setting, resolve
 from model.errors import InputError
 
 if TYPE_CHECKING:
+    from workflows.plan import Plan
     from workflows.run_config import RunConfig, RunSummary
 
 OK, FATAL, USAGE, ERROR_ROWS, LOCKED = 0, 1, 2, 3, 4
@@ -140,6 +141,39 @@ cannot be served becomes an error row with its reason; it stops nobody else's.
 """
 
 
+@cli.command(
+    cls=RunCommand,
+    short_help="Plan a run, and make nothing yet.",
+    epilog=EXIT_CODES,
+)
+@click.argument("task")
+@click.argument("manifest")
+@click.argument("output", required=False)
+@run_options
+def plan(task: str, manifest: str, output: str | None, **options: Any) -> int:
+    config = _configure(task, manifest, output or "", options)
+    from jobs.progress import Display
+    from workflows.generate import plan as make
+
+    with Display() as display:
+        made = make(config, display)
+    click.echo(_plan_text(made))
+    if output:
+        click.echo(f"Written to {output}; `wallaroo {task}` with the same options goes on with it.")
+    return OK
+
+
+plan.help = f"""Decide every row of a run and count them, without making any.
+
+{PLACES} With OUTPUT the plan is written, and the task goes on with it; without, nothing is.
+Options are those of the task.
+
+\b
+  wallaroo plan generate prompts.jsonl
+  wallaroo plan generate prompts.jsonl out/first --samples 4
+"""
+
+
 @cli.command(short_help="Say how far a run is.")
 @click.argument("output")
 def status(output: str) -> int:
@@ -248,6 +282,159 @@ def convert(
     return OK
 
 
+@cli.command(short_help="Write results in the format of another tool.")
+@click.argument("format")
+@click.argument("output")
+@click.argument("dest")
+@click.option(
+    "--embed-metadata",
+    is_flag=True,
+    help="Write prompt, seed, model digest and IPTC's digital source type into the picture files.",
+)
+@click.option(
+    "--image-urls",
+    metavar="URL",
+    help="For openai-batch: pictures become files in DEST/images, and lines hold URLs below this one.",
+)
+def export(format: str, output: str, dest: str, embed_metadata: bool, image_urls: str | None) -> int:
+    """Write the ok rows of a finished OUTPUT into the folder DEST in the format of another tool.
+
+    \b
+      files         pictures named by id and metadata.jsonl, Hugging Face's imagefolder
+      webdataset    tar shards of pictures, prompts and metadata
+      geneval       the tree that GenEval's evaluator reads
+      dpg           grids of four samples for DPG-Bench
+      imgedit       KEY.png for ImgEdit's evaluator
+      jsonl         questions and answers, of `understand`
+      openai-batch  result lines of OpenAI's batch API
+
+    OUTPUT and DEST may be s3://bucket/key. Given again, it goes on and leaves what is there as it is.
+
+    \b
+      wallaroo export files out/first pictures --embed-metadata
+      wallaroo export webdataset out/first s3://bucket/shards
+
+    Exit codes: 0 every row is exported; 1 nothing can be; 3 error rows or rows that the format has no
+    place for are left out.
+    """
+    from workflows.export import export as write
+
+    summary = write(output, dest, format, embed_metadata=embed_metadata, image_urls=image_urls)
+    click.echo(summary.text())
+    return ERROR_ROWS if summary.errors or summary.left_out else OK
+
+
+@cli.group(short_help="Make manifests of prompts.")
+def prompts() -> None:
+    """Make manifests of prompts. To split or filter one, see `wallaroo select`."""
+
+
+@prompts.command(short_help="Templates and lists of values become a manifest.")
+@click.argument("templates", metavar="TEMPLATE...", nargs=-1)
+@click.argument("output")
+@click.option("--set", "lists", multiple=True, metavar="NAME=A,B,...", help="Values of {NAME} in templates.")
+@click.option(
+    "--set-file", "files", multiple=True, metavar="NAME=FILE", help="The same, from the lines of a file."
+)
+@click.option("--templates", "more", metavar="FILE", help="More templates, one a line of a file.")
+@click.option("--sample", type=int, metavar="N", help="Draw N of the combinations.")
+@click.option("--seed", type=int, default=0, metavar="N", help="Of that draw (default 0).")
+def expand(
+    templates: tuple[str, ...],
+    output: str,
+    lists: tuple[str, ...],
+    files: tuple[str, ...],
+    more: str | None,
+    sample: int | None,
+    seed: int,
+) -> int:
+    """Write OUTPUT, a .jsonl or .parquet manifest of every TEMPLATE with every combination of values.
+
+    \b
+      wallaroo prompts expand 'a {colour} {animal}' '一只{colour}的{animal}' cats.jsonl \\
+          --set colour=red,blue --set colour.zh=红色,蓝色 \\
+          --set-file animal=animals.txt --set animal.zh=猫,狗 --set cfg=2,4
+
+    NAME.zh and NAME.en are for templates in that language alone. A parameter of `generate` (cfg, seed,
+    aspect_ratio, ...) that no template has becomes a column. {{ and }} are braces. Ids depend on what
+    is in a row alone, so lists may grow.
+    """
+    from workflows.expand import expand as write
+    from workflows.expand import read_list
+
+    values = {name: text.split(",") for name, text in map(_pair, lists)}
+    values |= {name: read_list(path) for name, path in map(_pair, files)}
+    texts = [*templates, *(read_list(more) if more else [])]
+    click.echo(f"{output}: {write(texts, values, output, sample, seed):,} prompts")
+    return OK
+
+
+@cli.command(short_help="Copy the rows of a data set that are worth keeping.")
+@click.argument("source")
+@click.argument("dest")
+@click.option("--filter", "filter_", metavar="MODULE:FUNCTION", help="Keep rows it returns True for.")
+@click.option("--best-of", metavar="SCORE", help="Keep the best row of each id: a column or MODULE:FUNCTION.")
+@click.option("--scores", metavar="OUTPUT", help="The data set made from SOURCE that has that column.")
+@click.option(
+    "--drop-near-duplicates", "near", type=int, metavar="BITS", help="0 to 16 bits of 64; 4 is a good start."
+)
+@click.option(
+    "--split", "shares", metavar="NAME=SHARE,...", help="Such as train=0.9,test=0.1, by a hash of the id."
+)
+@click.option("--group", default="id", metavar="COLUMN", help="In place of id in the two above.")
+def select(
+    source: str,
+    dest: str,
+    filter_: str | None,
+    best_of: str | None,
+    scores: str | None,
+    near: int | None,
+    shares: str | None,
+    group: str,
+) -> int:
+    """Copy rows of SOURCE, the output of a run or a manifest, to the new folder DEST.
+
+    \b
+      wallaroo select out/cats out/kept --drop-near-duplicates 4 --split train=0.9,test=0.1
+      wallaroo select out/cats out/best --best-of text --scores out/judged
+      wallaroo select prompts.jsonl out/clean --filter checks:is_harmless
+
+    Error rows go first, then the filter decides, then the best of each id, then near-duplicates; what
+    is left is split. A function gets a row as a dict, and is looked for in the present folder too; a
+    row that it raises on is dropped. --best-of takes the first number of a text (8/10 is 8). A row is
+    a near-duplicate if the 64-bit difference hash of its picture differs in at most BITS from that of
+    an earlier row that stays. An id is always on the same side of a split.
+
+    DEST gets data/*.parquet, or a folder for each split; README.md; and _dropped.jsonl, which says of
+    every other row why it is not there. Exit codes: 0; 3 if a function, a score or a picture failed.
+    """
+    from workflows.selection import Rules
+    from workflows.selection import select as copy
+
+    sys.path.insert(0, os.getcwd())
+    split = {}
+    for name, share in map(_pair, shares.split(",") if shares else ()):
+        try:
+            split[name] = float(share)
+        except ValueError:
+            raise click.UsageError(f"the share of {name} is '{share}', but must be a number.") from None
+    found = copy(source, dest, Rules(filter_, best_of, scores, near, split, group))
+    words = [f"{found.rows:,} rows: {found.kept:,} kept"]
+    words += [f"{count:,} dropped ({reason})" for reason, count in found.dropped.items()]
+    click.echo(", ".join(words))
+    for name, count in found.splits.items():
+        click.echo(f"  {dest.rstrip('/')}/{name}  {count:,}")
+    return ERROR_ROWS if found.failures else OK
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """Both sides of NAME=VALUE."""
+    name, mark, value = text.partition("=")
+    if not (name.strip() and mark):
+        raise click.UsageError(f"'{text}' must be NAME=VALUE.")
+    return name.strip(), value
+
+
 def _configure(task: str, manifest: str, output: str, options: dict[str, Any]) -> "RunConfig":
     """The configuration of a run, from the options that `run_options` added."""
     file, assignments = options.pop("file"), options.pop("assignments")
@@ -278,6 +465,20 @@ def _say_summary(config: "RunConfig", summary: "RunSummary") -> None:
         click.echo("The weights of the tiny model are random, not trained: its pictures are noise.")
 
 
+def _plan_text(plan: "Plan") -> str:
+    """Counts of a plan as a few lines for people."""
+    errors = "1 error" if plan.error_rows == 1 else f"{plan.error_rows:,} errors"
+    lines = [
+        f"{plan.rows:,} rows in {len(plan.shards):,} shards: {plan.rows - plan.error_rows:,} to make, {errors}"
+    ]
+    for size, count in sorted(plan.sizes.items(), key=lambda item: -item[1]):
+        rows, columns = size.grid
+        tokens = count * rows * columns
+        lines.append(f"  {size.width} x {size.height} pixels: {count:,}, which is {tokens:,} image tokens")
+    lines += [f"  error rows of kind {kind}: {count:,}" for kind, count in sorted(plan.errors.items())]
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits the process with one of the codes above."""
     try:
@@ -294,6 +495,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         _complain(str(error))
         code = USAGE if isinstance(error, OptionError) else FATAL
+    except (KeyboardInterrupt, click.Abort):
+        _complain("stopped; the same command goes on where this one was.")
+        code = INTERRUPTED
     except RuntimeError as error:
         from workflows.lock import LockLost, RunInProgress
 
@@ -301,9 +505,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _complain(str(error))
         code = LOCKED
-    except (KeyboardInterrupt, click.Abort):
-        _complain("stopped; the same command goes on where this one was.")
-        code = INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has left, as `head` does; Python must not complain of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

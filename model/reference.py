@@ -218,10 +218,10 @@ class Reference:
                 for image in (request.semantic, request.pixels)
             )
             sources.append((request.null, semantic, pixels))
-        embeddings = [self._embed_prompt(*source) for source in sources]
+        embeddings = [self.embed_prompt(*source) for source in sources]
         return _Sequences(self.decoder, [prompt for prompt, _, _ in sources], embeddings)
 
-    def _embed_prompt(self, prompt: Prompt, semantic: np.ndarray | None, pixels: np.ndarray | None) -> Tensor:
+    def embed_prompt(self, prompt: Prompt, semantic: np.ndarray | None, pixels: np.ndarray | None) -> Tensor:
         """Decoder inputs `(L, H)` of one prompt, with the source's embeddings in their places."""
         model, device = self.model, self.model.device
         embedded = self._embed(torch.from_numpy(prompt.ids))

@@ -4,6 +4,7 @@ Every row is planned before any is made, so that `row_id` is dense and an id tha
 Knows nothing of replicas and results.
 """
 
+import functools
 import hashlib
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from workflows.plan_rows import (
 from workflows.planning import read_checkpoint, shard_rows
 
 if TYPE_CHECKING:
-    import ray
     import ray.data
 
 NUMBER = "__wallaroo_number"
@@ -45,21 +45,19 @@ def plan_dataset(
 
     config = read_checkpoint(model).config
     settings.check(config)
-    ordered = ds.context.execution_options.preserve_order
-    ds.context.execution_options.preserve_order = True
-    try:
-        rows = ds.map_batches(_arrow, batch_format="pyarrow").materialize()
-    finally:
-        ds.context.execution_options.preserve_order = ordered
-    count = rows.count()
-    if not count:
-        return rows, 0, pa.schema([])
-    schema = _schema(rows.schema().base_schema)
+    blocks = _blocks_in_order(ds)
+    lengths = ray.get([ray.remote(_length).remote(block) for block in blocks])
+    if not sum(lengths):
+        return ray.data.from_arrow(pa.table({})), 0, pa.schema([])
+    schema = _schema(ray.data.from_arrow_refs(blocks).schema().base_schema)
     check_columns(schema, settings.task)
-    numbers = ray.data.range(count).rename_columns({"id": NUMBER})
-    rows = rows.zip(numbers).materialize()
+    firsts = np.cumsum([0, *lengths]).tolist()
+    numbered: list[Any] = [
+        ray.remote(_number).remote(block, first) for block, first in zip(blocks, firsts, strict=False)
+    ]
+    rows = ray.data.from_arrow_refs(numbered)
     constants = {"schema": schema, "settings": settings}
-    found = rows.map_batches(_count, batch_format="pyarrow", fn_kwargs=constants).to_arrow_refs()
+    found = rows.map_batches(functools.partial(_count, **constants), batch_format="pyarrow").to_arrow_refs()
     counts = pa.concat_tables(ray.get(found)).sort_by("number")
     outputs = counts.column("outputs").to_numpy().copy()
     duplicates = _repeated(counts.column("id"))
@@ -70,11 +68,10 @@ def plan_dataset(
     layout = ray.put((starts, frozenset(duplicates.tolist()), shard))
     plans = (
         rows.map_batches(
-            _plan,
+            functools.partial(_plan, **constants, model=model, layout=layout),
             # About a shard each, so that a task holds no more.
             batch_size=max(1, shard // settings.samples),
             batch_format="pyarrow",
-            fn_kwargs={**constants, "model": model, "layout": [layout]},
         )
         .repartition(target_num_rows_per_block=1)
         .materialize()
@@ -82,8 +79,22 @@ def plan_dataset(
     return plans, total, carried_schema(schema, settings.task)
 
 
-def _arrow(batch: pa.Table) -> pa.Table:
-    return batch
+def _blocks_in_order(ds: "ray.data.Dataset") -> list[Any]:
+    """The blocks of a Dataset as Arrow tables; in order, since rows without an id are named by number."""
+    options = ds.context.execution_options
+    before, options.preserve_order = options.preserve_order, True
+    try:
+        return ds.to_arrow_refs()
+    finally:
+        options.preserve_order = before
+
+
+def _length(block: pa.Table) -> int:
+    return block.num_rows
+
+
+def _number(block: pa.Table, first: int) -> pa.Table:
+    return block.append_column(NUMBER, pa.array(np.arange(first, first + block.num_rows)))
 
 
 def _schema(schema: pa.Schema) -> pa.Schema:
@@ -123,12 +134,12 @@ def _repeated(ids: pa.ChunkedArray) -> np.ndarray:
 
 
 def _plan(
-    batch: pa.Table, schema: pa.Schema, settings: PlanSettings, model: str, layout: list["ray.ObjectRef"]
+    batch: pa.Table, schema: pa.Schema, settings: PlanSettings, model: str, layout: Any
 ) -> dict[str, Any]:
     """The planned rows of some rows, in shards."""
     import ray
 
-    starts, duplicates, size = ray.get(layout[0])
+    starts, duplicates, size = ray.get(layout)
     table, numbers = _numbered(batch, schema)
     config, tokenizer, _ = read_checkpoint(model)
     mine = duplicates.intersection(numbers)

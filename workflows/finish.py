@@ -1,4 +1,4 @@
-"""The end of a run: checks that all of it is there, then writes `errors.jsonl` and `_SUCCESS`.
+"""The end of a run: checks that all of it is there, then writes `errors.jsonl`, `README.md` and `_SUCCESS`.
 
 Knows nothing of how rows are made; it reads `data/` as anybody would.
 """
@@ -11,9 +11,10 @@ import json
 import math
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 
 from model.errors import InputError
 from workflows import storage
+from workflows.card import write_card
 from workflows.results import (
     FORMAT,
     JSON_MARK,
@@ -38,21 +40,55 @@ if TYPE_CHECKING:
 ERRORS_FILE = "errors.jsonl"
 SUCCESS_FILE = "_SUCCESS"
 
+MOST_FOLDERS = 20
+ELSEWHERE = ""
+"""In place of a folder, where sources are in too many."""
+
 
 @dataclass
 class Counts:
-    """Rows that are in `data/`: all, ok, and errors by kind."""
+    """Rows that are in `data/`: all, ok, and errors by kind.
+
+    Of the ok rows also: sizes in pixels, width first, of their pictures; languages; and the folders that
+    their source pictures are in, at most MOST_FOLDERS of them told apart.
+    """
 
     rows: int = 0
     ok: int = 0
     errors: dict[str, int] = dataclasses.field(default_factory=dict)
+    sizes: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
+    languages: Counter[str] = dataclasses.field(default_factory=Counter)
+    folders: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def _add(self, shard: "_Shard") -> None:
+        self.rows += shard.rows
+        self.ok += shard.rows - len(shard.errors)
+        for row in shard.errors:
+            self.errors[row["error_type"]] = self.errors.get(row["error_type"], 0) + 1
+        self.sizes += shard.sizes
+        self.languages += shard.languages
+        for folder, count in shard.folders.items():
+            known = folder in self.folders or len(self.folders) < MOST_FOLDERS
+            self.folders[folder if known else ELSEWHERE] += count
+
+
+class _Shard(NamedTuple):
+    """What the end of a run must know of one shard. errors: its error rows, without pictures."""
+
+    rows: int
+    errors: list[dict[str, Any]]
+    schema: pa.Schema
+    sizes: Counter[tuple[int, int]]
+    languages: Counter[str]
+    folders: Counter[str]
 
 
 def finish(output: str, plan: "Plan") -> Counts:
-    """Checks that every planned shard is there with all its rows, writes `errors.jsonl` and `_SUCCESS`.
+    """Checks that every planned shard is there with all its rows; writes errors, card and `_SUCCESS`.
 
-    Reads footers, and columns other than pictures of the shards that have error rows, a few shards at a
-    time. Raises InputError, and writes neither file, if a shard is missing or its rows do not add up.
+    Reads footers and a few small columns, and columns other than pictures of the row groups that have
+    error rows, a few shards at a time. Raises InputError, and writes none of the files, if a shard is
+    missing or its rows do not add up.
     """
     done = list_done(output)
     missing = [shard for shard in plan.shards if shard not in done]
@@ -67,12 +103,10 @@ def finish(output: str, plan: "Plan") -> Counts:
         for part in plan.parts:
             before = total.rows
             shards = range(part.first_shard, part.first_shard + part.shards)
-            for rows, errors, schema in map_shards(lambda shard: _errors_of(output, shard), shards):
-                total.rows += rows
-                total.ok += rows - len(errors)
-                for row in errors:
-                    total.errors[row["error_type"]] = total.errors.get(row["error_type"], 0) + 1
-                    writer.add(row, schema)
+            for found in map_shards(lambda shard: _read(output, shard), shards):
+                total._add(found)
+                for row in found.errors:
+                    writer.add(row, found.schema)
             if total.rows - before != part.rows:
                 raise InputError(
                     f"the data of {part.name} in {output} has {total.rows - before} rows, but {part.rows} "
@@ -83,6 +117,7 @@ def finish(output: str, plan: "Plan") -> Counts:
         lines.seek(0)
         with storage.write_stream(storage.join(output, ERRORS_FILE)) as stream:
             shutil.copyfileobj(lines, stream)
+    write_card(output, plan, total)
     document = {
         "format": FORMAT,
         "rows": total.rows,
@@ -99,9 +134,11 @@ def read_success(output: str) -> dict[str, Any] | None:
     """What `_SUCCESS` says: `rows`, `ok`, `errors` by kind, `shards`, `parts`; None if there is none."""
     path = storage.join(output, SUCCESS_FILE)
     try:
-        document = json.loads(storage.read_bytes(path))
+        data = storage.read_bytes(path)
     except FileNotFoundError:
         return None
+    try:
+        document = json.loads(data)
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): delete it and start the run again.") from None
     keys = {"format", "rows", "ok", "errors", "shards", "parts"}
@@ -110,8 +147,7 @@ def read_success(output: str) -> dict[str, Any] | None:
     return document
 
 
-def _errors_of(output: str, shard: int) -> tuple[int, list[dict[str, Any]], pa.Schema]:
-    """Rows of a shard, its error rows without pictures, and its schema."""
+def _read(output: str, shard: int) -> _Shard:
     try:
         with open_shard(output, shard) as parquet:
             schema = parquet.schema_arrow
@@ -122,7 +158,15 @@ def _errors_of(output: str, shard: int) -> tuple[int, list[dict[str, Any]], pa.S
                     continue
                 table = parquet.read_row_group(group, columns=names)
                 errors += table.filter(pc.equal(table.column("status"), "error")).to_pylist()
-            return parquet.metadata.num_rows, errors, schema
+            small = parquet.read(columns=["status", "language", "width", "height", "source.uri"])
+            ok = small.filter(pc.equal(small.column("status"), "ok"))
+            sizes, folders = Counter[tuple[int, int]](), Counter[str]()
+            pairs = zip(ok.column("width").to_pylist(), ok.column("height").to_pylist(), strict=True)
+            sizes.update((width, height) for width, height in pairs if width and height)
+            uris = pc.struct_field(ok.column("source"), "uri").to_pylist()
+            folders.update(uri.rpartition("/")[0] + "/" for uri in uris if uri)
+            languages = Counter(ok.column("language").to_pylist())
+            return _Shard(parquet.metadata.num_rows, errors, schema, sizes, languages, folders)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{shard_path(output, shard)} cannot be read ({str(error).splitlines()[0]}): "
@@ -191,10 +235,11 @@ class _ErrorLines:
                 for row in group
             ]
         for line in lines:
-            self.file.write(_json_line(line))
+            self.file.write(json_line(line))
 
 
-def _json_line(values: Mapping[str, Any]) -> bytes:
+def json_line(values: Mapping[str, Any]) -> bytes:
+    """A line of a JSON Lines file, from values as `jsonable` gives them."""
     text = json.dumps(values, ensure_ascii=False, allow_nan=False)
     try:
         return text.encode() + b"\n"
@@ -206,37 +251,41 @@ def _json_line(values: Mapping[str, Any]) -> bytes:
 def manifest_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
     """An error row as a line of a manifest: id, kind, message, then the columns it came from.
 
-    row: a row of `data/`; schema: of its file. Carried columns have the names they had in the manifest,
-    unless such a name is taken here; JSON text becomes JSON again, bytes become base64.
+    row: a row of `data/`; schema: of its file. `image` is the URI of the source picture, which names the
+    row of a file where the picture is bytes within one. Carried columns have the names they had in the
+    manifest, unless such a name is taken here; JSON text becomes JSON again, bytes become base64.
     """
     line: dict[str, Any] = {"id": row["id"], "kind": row["error_type"], "message": row["error_message"]}
-    line |= {name: row[name] for name in _PARAMETERS if row[name] is not None}
+    # A size follows from the source wherever there is one.
+    unwanted = () if row["task"] == "generate" else ("width", "height")
+    line |= {name: row[name] for name in _PARAMETERS if row[name] is not None and name not in unwanted}
     if (row["source"] or {}).get("uri"):
         line["image"] = row["source"]["uri"]
     marked = json.loads((schema.metadata or {}).get(JSON_MARK, b"[]"))
     for name in schema.names:
         if name in RESULT_NAMES or row[name] is None:
             continue
-        value = _json_again(row[name]) if name in marked else _jsonable(row[name])
+        value = json_again(row[name]) if name in marked else jsonable(row[name])
         plain = name.removeprefix("in_")
         own = plain if plain in RESULT_NAMES and plain not in line else name
         line.setdefault(own, value)
     return line
 
 
-def _json_again(text: str) -> Any:
+def json_again(text: str) -> Any:
+    """What JSON text says; the text itself where it is none."""
     try:
-        return _jsonable(json.loads(text))
+        return jsonable(json.loads(text))
     except (ValueError, RecursionError):
         return text
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """A value that Arrow gave as one that JSON can hold."""
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, bool, int)):

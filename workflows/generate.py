@@ -35,6 +35,7 @@ from workflows.cluster import connected, reason
 from workflows.dataset_plan import plan_dataset
 from workflows.finish import finish, read_success
 from workflows.lock import OutputLock
+from workflows.manifest import discover
 from workflows.plan import Plan, read_shard
 from workflows.plan_rows import PlanSettings
 from workflows.planning import existing_plan, make_plan, read_checkpoint
@@ -351,52 +352,86 @@ def run(
     started = time.monotonic()
     if config.task != TASK:
         raise InputError(f"task is '{config.task}', but this is '{TASK}': choose that.")
-    config = dataclasses.replace(
-        config,
-        manifest=_absolute(config.manifest),
-        output=_absolute(config.output),
-        model=model_path(config.model),
-    )
+    config = _absolute(config)
     report = on_progress or (lambda progress: None)
     with ExitStack() as stack:
         lock = stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
-        if storage.exists(storage.join(config.output, RUN_FILE)):
-            _put_run(config)
-        settings = _plan_settings(config)
-        plan = existing_plan(config.manifest, settings, config.model, config.output)
-        if plan is not None and _finished(config.output, plan):
-            return _summary(config, started, before=plan.rows)
-        report(Progress(waiting="starting Ray"))
-        cpus = config.replicas[1] * config.threads if config.device != "cuda" else 0
-        stack.enter_context(connected(config.address, cpus))
+        planned = _planned(config, stack, report)
+        if _finished(config.output, planned):
+            return _summary(config, started, before=planned.rows)
+        _connect(config, stack, report)
         device = choose_device(config.device)
         _check_gpus(config, device)
-        if plan is None:
-            report(Progress(waiting="planning"))
-            plan = make_plan(config.manifest, settings, config.model, config.output)
-        for warning in plan.warnings:
-            log.warning(warning)
-        _put_run(config)
-        if _finished(config.output, plan):
-            return _summary(config, started, before=plan.rows)
         storage.remove_leftovers(config.output)
         run_log = stack.enter_context(RunLog(config.output, config.to_dict()))
-        before = _make_missing(config, plan, device, replica, lock, run_log, report)
+        before = _make_missing(config, planned, device, replica, lock, run_log, report)
         lock.check()
-        finish(config.output, plan)
+        finish(config.output, planned)
         run_log.end("finished")
         write_report(config.output)
     return _summary(config, started, before)
 
 
-def _absolute(path: str) -> str:
+def plan(config: RunConfig, on_progress: Callable[[Progress], None] | None = None) -> Plan:
+    """Plans a run and makes nothing. With an output, `run` goes on with this plan; where `output` is
+    empty nothing is written.
+
+    Raises as `run` does.
+    """
+    config = _absolute(config)
+    with ExitStack() as stack:
+        if config.output:
+            stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
+        return _planned(config, stack, on_progress or (lambda progress: None))
+
+
+def _planned(config: RunConfig, stack: ExitStack, report: Callable[[Progress], None]) -> Plan:
+    """The plan of a run, made if need be; Ray is only connected for that."""
+    meaning = _meaning(config)
+    settings = _plan_settings(config)
+    settings.check(read_checkpoint(config.model).config)
+    if config.output and storage.exists(storage.join(config.output, RUN_FILE)):
+        put_run(config.output, meaning, config.to_dict())
+    found = None
+    if config.output:
+        found = existing_plan(config.manifest, settings, config.model, config.output)
+    else:
+        discover(config.manifest)  # tells in a moment that there is none
+    if found is None:
+        _connect(config, stack, report)
+        report(Progress(waiting="planning"))
+        found = make_plan(config.manifest, settings, config.model, config.output or None)
+        for warning in found.warnings:
+            log.warning(warning)
+    if config.output:
+        put_run(config.output, meaning, config.to_dict())
+    return found
+
+
+def _connect(config: RunConfig, stack: ExitStack, report: Callable[[Progress], None]) -> None:
+    report(Progress(waiting="starting Ray"))
+    cpus = config.replicas[1] * config.threads if config.device != "cuda" else 0
+    stack.enter_context(connected(config.address, cpus))
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """With paths that hold good in a process with another working folder."""
+    return dataclasses.replace(
+        config,
+        manifest=absolute_path(config.manifest),
+        output=absolute_path(config.output) if config.output else "",
+        model=model_path(config.model),
+    )
+
+
+def absolute_path(path: str) -> str:
     """A path that holds good in a process with another working folder."""
     return path if storage.is_s3(path) else os.path.abspath(path)
 
 
 def model_path(model: str) -> str:
     """Where a checkpoint lies that may be named `tiny`."""
-    return str(checkpoint.TINY) if model == "tiny" else _absolute(model)
+    return str(checkpoint.TINY) if model == "tiny" else absolute_path(model)
 
 
 def _plan_settings(config: RunConfig) -> PlanSettings:
@@ -415,10 +450,6 @@ def _meaning(config: RunConfig) -> dict[str, Any]:
     if not storage.is_s3(config.model):
         checkpoint.check(config.model, TASK)
     return config.config_digest_fields(known.digest)
-
-
-def _put_run(config: RunConfig) -> None:
-    put_run(config.output, _meaning(config), config.to_dict())
 
 
 def choose_device(device: str) -> str:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from model.errors import InputError
 from workflows import storage
 from workflows.results import DATA_FOLDER, JSON_MARK, RUN_FILE
+from workflows.run_config import OptionError
 
 FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
@@ -733,7 +734,7 @@ class Filter:
             chosen = self.database.execute(query).fetchnumpy()[self.number]
         except self.error as error:
             words = str(error).strip().split("\n", 1)[0]
-            raise InputError(
+            raise OptionError(
                 f"where is '{self.expression}', which DuckDB refuses ({words}): correct it."
             ) from None
         mask = np.zeros(table.num_rows, dtype=bool)

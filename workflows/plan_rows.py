@@ -23,6 +23,7 @@ from model.prompts import LANGUAGES, detect_language
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
 from workflows.results import JSON_MARK, RESULT_NAMES
+from workflows.run_config import OptionError
 
 PLAN_FIELDS = (
     pa.field("row_id", pa.int64()),
@@ -93,21 +94,24 @@ class PlanSettings:
     where: str | None = None
 
     def check(self, config: ModelConfig) -> None:
-        """Raises InputError if a value breaks a rule, or the checkpoint has no such size."""
+        """Raises OptionError if a value breaks a rule, or the checkpoint has no such size."""
         if self.task not in KNOWN_COLUMNS:
-            raise InputError(
+            raise OptionError(
                 f"task is '{self.task}', but only {', '.join(KNOWN_COLUMNS)} can be planned: choose that."
             )
         if not 1 <= self.samples <= MOST_SAMPLES:
-            raise InputError(f"samples is {self.samples}, but must be from 1 to {MOST_SAMPLES}.")
+            raise OptionError(f"samples is {self.samples}, but must be from 1 to {MOST_SAMPLES}.")
         if not 0 <= self.seed < SEEDS:
-            raise InputError(f"seed is {self.seed}, but must be from 0 to 2^63 - 1.")
+            raise OptionError(f"seed is {self.seed}, but must be from 0 to 2^63 - 1.")
         if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit is {self.limit}, but must be at least 1.")
+            raise OptionError(f"limit is {self.limit}, but must be at least 1.")
         if self.language not in (None, *LANGUAGES):
-            raise InputError(f"language is '{self.language}', but must be one of {', '.join(LANGUAGES)}.")
-        self.sampling.validate()
-        _size(self.width, self.height, None, config)
+            raise OptionError(f"language is '{self.language}', but must be one of {', '.join(LANGUAGES)}.")
+        try:
+            self.sampling.validate()
+            _size(self.width, self.height, None, config)
+        except RowError as error:
+            raise OptionError(str(error)) from None
 
     def meaning(self) -> dict[str, Any]:
         """The values that decide what a planned row is, so that all parts of a plan must share them."""
@@ -366,7 +370,8 @@ def _resolved(
         sampling["top_k"] = int(top_k)
     if None not in sampling.values():
         attempt(_check_sampling, *sampling.values())
-    if sampling["top_k"] not in INT32:
+    # A float is looked for in a range one number after the other.
+    if not (isinstance(sampling["top_k"], int) and sampling["top_k"] in INT32):
         sampling["top_k"] = None
     return {
         "status": "error" if faults else "planned",
@@ -499,5 +504,7 @@ def _number(name: str, value: Any, default: float) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = f"'{value}'" if isinstance(value, str) else repr(value)
+    text = f"'{value[:60]}'" if isinstance(value, str) else repr(value)
+    # A message is one line, whatever is in a prompt.
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     return text if len(text) <= 60 else f"{text[:59]}…"

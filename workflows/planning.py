@@ -434,7 +434,8 @@ class _Planner:
 
     def __init__(self, source: _Source, settings: PlanSettings, model: str, output: str | None):
         self.source, self.settings, self.model, self.output = source, settings, model, output
-        self.warnings = source.warnings + check_columns(source.schema, settings.task)
+        # A file without rows may show no columns either, and that is not what is wrong with it.
+        self.warnings = source.warnings + (check_columns(source.schema, settings.task) if source.rows else [])
 
     def extended(self, plan: Plan) -> Plan:
         """The plan with all that is asked for. Raises _LostRace if somebody else planned meanwhile."""

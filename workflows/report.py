@@ -1,7 +1,9 @@
 """`report.html`: one file without network that shows what a run made, how fast, and what went wrong.
 
 It reads the data set as anybody would: first all columns but the pictures, a few shards at a time, then
-only the row groups of the pictures it has chosen. Knows nothing of Ray or of the model.
+only the row groups of the rows it has chosen. The data set has the sources of edits and answers by name
+alone, so those of the chosen rows are fetched once more; where one is gone, its name stands in its place.
+Knows nothing of Ray or of the model.
 """
 
 import base64
@@ -9,24 +11,31 @@ import hashlib
 import heapq
 import io
 import math
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from model.errors import InputError, RowError
 from workflows import storage
 from workflows.plan import read_plan
-from workflows.results import flat, list_done, map_shards, open_shard, read_run, shard_path
+from workflows.results import TEXT_TASKS, flat, list_done, map_shards, open_shard, read_run, shard_path
 from workflows.runs import RunRecord, duration, read_records
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 REPORT_FILE = "report.html"
 MAX_BYTES = 8_000_000
 MAX_PICTURES = 400
+"""Thumbnails of the gallery; an edit has two."""
+
 MAX_EXAMPLES = 20
 """Rows shown of each error kind."""
 
@@ -38,14 +47,27 @@ THUMBNAIL = 240
 PICTURE_BYTES = 6_000_000
 """Of MAX_BYTES, what all thumbnails together may take, as base64."""
 
+SOURCE_SECONDS = 60.0
+"""So long sources are fetched and made small; those that are left after it are shown by name."""
+
+NOUNS = {"generate": ("picture", "pictures"), "edit": ("edit", "edits"), "understand": ("answer", "answers")}
+"""Task -> what one row of it is called, and several."""
+
 BINS = 120
 """Points of the throughput graph."""
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
+ReadSource = Callable[[str], bytes | None]
+"""URI of a source -> the bytes of its file, None if they cannot be had."""
+
+
 class Stratum(NamedTuple):
-    """Pictures that look alike to the gallery: it shows some of each."""
+    """Rows that look alike to the gallery, which shows some of each.
+
+    width, height: pixels of the result; of the source (0 if unknown) where the result is a text.
+    """
 
     task: str
     language: str
@@ -72,7 +94,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Card:
-    """A picture of the gallery: `thumbnail` is a data URI, empty if the picture cannot be decoded."""
+    """A row of the gallery.
+
+    thumbnail: data URI of the result, before: of the source; empty where there is no picture, or none
+    that can be decoded. text: the result, if that is one. source, sha256: URI and hash of the source.
+    width, height: as in Stratum.
+    """
 
     name: str
     prompt: str
@@ -83,6 +110,10 @@ class Card:
     seed: int | None
     cfg: float | None
     thumbnail: str
+    text: str = ""
+    source: str = ""
+    sha256: str = ""
+    before: str = ""
 
 
 @dataclass
@@ -149,18 +180,19 @@ class Chart:
     starts: list[tuple[float, int]]
 
 
-def write_report(output: str) -> str:
+def write_report(output: str, read_source: ReadSource | None = None) -> str:
     """Writes OUTPUT/report.html, at any time in the life of a run, and returns its path.
 
-    Memory is bounded by a few shards' columns and the row groups of the pictures shown. Raises
-    InputError if `output` is no output of ours.
+    read_source: how sources of edits and answers are fetched, by default `fetch_source`; it may be called
+    from several threads. Memory is bounded by a few shards' columns, the row groups of the rows shown
+    and a few sources. Raises InputError if `output` is no output of ours.
     """
     path = storage.join(output, REPORT_FILE)
-    storage.write_atomic(path, render_report(output))
+    storage.write_atomic(path, render_report(output, read_source))
     return path
 
 
-def render_report(output: str) -> bytes:
+def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
     """The page, as UTF-8 of at most MAX_BYTES; see `write_report`."""
     config = read_run(output)["config"]
     plan = read_plan(output)
@@ -183,17 +215,22 @@ def render_report(output: str) -> bytes:
         "chart": draw_chart(shown),
         "seconds": sum(record.seconds for record in records),
         "images": sum(record.images for record in records),
+        "nouns": NOUNS.get(str(config.get("task")), NOUNS["generate"]),
     }
-    pictures = MAX_PICTURES
-    cards = read_cards(output, survey.choose(pictures))
+    thumbnails = 2 if config.get("task") == "edit" else 1
+    rows = MAX_PICTURES // thumbnails
+    chosen = survey.choose(rows)
+    # A byte is four thirds of a base64 letter.
+    budget = PICTURE_BYTES // max(thumbnails * len(_flat(chosen)), 1) * 3 // 4
+    cards = _with_sources(read_cards(output, chosen, budget), read_source or fetch_source, budget)
     while True:
-        # Of fewer pictures each is among those of more.
-        chosen = survey.choose(pictures)
         page = _render(facts, chosen, [cards[place] for place in sorted(_flat(chosen), key=_in_order)])
         # Thumbnails have a budget, so only words of unusual length can make the page too large.
-        if len(page) <= MAX_BYTES or not pictures:
+        if len(page) <= MAX_BYTES or not rows:
             return page
-        pictures //= 2
+        # Of fewer rows each is among those of more.
+        rows //= 2
+        chosen = survey.choose(rows)
 
 
 # What there is
@@ -208,7 +245,18 @@ def survey_output(output: str, shards: range) -> Survey:
     return survey
 
 
-_COUNTED = ("row_id", "task", "status", "error_type", "width", "height", "language", "environment_digest")
+_COUNTED = (
+    "row_id",
+    "task",
+    "status",
+    "error_type",
+    "width",
+    "height",
+    "source.width",
+    "source.height",
+    "language",
+    "environment_digest",
+)
 _EXAMPLE = ("id", "sample", "status", "error_type", "error_message", "prompt")
 
 
@@ -230,7 +278,7 @@ def _survey_shard(output: str, shard: int) -> Survey:
             continue
         survey.ok += 1
         survey.environments[row["environment_digest"]] += 1
-        stratum = Stratum(row["task"], row["language"], row["width"], row["height"])
+        stratum = Stratum(row["task"], row["language"], *_size(row))
         survey.pictures[stratum] += 1
         survey.places.setdefault(stratum, []).append(Place(int(draws[position]), shard, position))
     for row in examples.to_pylist() if examples is not None else []:
@@ -239,6 +287,12 @@ def _survey_shard(output: str, shard: int) -> Survey:
             kept.append(Example(_name(row), _cut(row["error_message"], 300), _cut(row["prompt"], 200)))
     survey.examples.pop("", None)
     return survey
+
+
+def _size(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and height of a row's picture, that of its source if the row is a text."""
+    shown = (row["source"] or {}) if row["task"] in TEXT_TASKS else row
+    return shown.get("width") or 0, shown.get("height") or 0
 
 
 def _draw(row_ids: np.ndarray) -> np.ndarray:
@@ -262,13 +316,11 @@ def _cut(text: str | None, length: int) -> str:
 # The gallery
 
 
-def read_cards(output: str, chosen: Mapping[Stratum, Sequence[Place]]) -> dict[Place, Card]:
-    """The chosen pictures with their words."""
+def read_cards(output: str, chosen: Mapping[Stratum, Sequence[Place]], budget: int) -> dict[Place, Card]:
+    """The chosen rows, yet without their sources. budget: bytes of a thumbnail."""
     by_shard: dict[int, list[Place]] = {}
     for place in sorted(_flat(chosen), key=_in_order):
         by_shard.setdefault(place.shard, []).append(place)
-    # A byte is four thirds of a base64 letter.
-    budget = PICTURE_BYTES // max(sum(map(len, by_shard.values())), 1) * 3 // 4
     found = map_shards(lambda shard: _shard_cards(output, by_shard[shard], budget), by_shard, threads=4)
     return {place: card for cards in found for place, card in cards.items()}
 
@@ -281,7 +333,20 @@ def _in_order(place: Place) -> tuple[int, int]:
     return place.shard, place.position
 
 
-_SHOWN = ("id", "sample", "prompt", "language", "task", "width", "height", "seed", "cfg", "image")
+_SHOWN = (
+    "id",
+    "sample",
+    "prompt",
+    "language",
+    "task",
+    "width",
+    "height",
+    "seed",
+    "cfg",
+    "image",
+    "text",
+    "source",
+)
 
 
 def _shard_cards(output: str, places: Sequence[Place], budget: int) -> dict[Place, Card]:
@@ -306,12 +371,60 @@ def _card(row: Mapping[str, Any], budget: int) -> Card:
         prompt=_cut(row["prompt"], 300),
         language=row["language"],
         task=row["task"],
-        width=row["width"],
-        height=row["height"],
+        width=_size(row)[0],
+        height=_size(row)[1],
         seed=row["seed"],
         cfg=row["cfg"],
         thumbnail=thumbnail((row["image"] or {}).get("bytes") or b"", budget),
+        text=_cut(row["text"], 1000),
+        source=(row["source"] or {}).get("uri") or "",
+        sha256=(row["source"] or {}).get("sha256") or "",
     )
+
+
+def _with_sources(cards: dict[Place, Card], read_source: ReadSource, budget: int) -> dict[Place, Card]:
+    """The cards with thumbnails of their sources, each source fetched and made small once."""
+    named = list(dict.fromkeys((card.source, card.sha256) for card in cards.values() if card.source))
+    end = time.monotonic() + SOURCE_SECONDS
+    small: dict[tuple[str, str], str] = {}
+
+    def read(number: int) -> bytes | None:
+        return read_source(named[number][0]) if time.monotonic() < end else None
+
+    for name, data in zip(named, map_shards(read, range(len(named)), threads=4), strict=True):
+        # What lies there now may not be what the model was shown.
+        same = data is not None and hashlib.sha256(data).hexdigest() == name[1]
+        # One after the other, since a decoded source may be a hundred times as large as its file.
+        small[name] = source_thumbnail(data, budget) if data and same and time.monotonic() < end else ""
+    return {
+        place: replace(card, before=small.get((card.source, card.sha256), ""))
+        for place, card in cards.items()
+    }
+
+
+def fetch_source(uri: str) -> bytes | None:
+    """The file of a source at an absolute path or on S3, of at most 64 MiB; None if it cannot be had.
+
+    Whatever a run has read may be gone by now, and a report never waits long for it. Web addresses are
+    not asked again: who opens a report has not agreed to that.
+    """
+    from workflows.sources import SourceOptions, fetch
+
+    options = SourceOptions(folder="/", most_bytes=64 << 20, patience_seconds=2)
+    try:
+        return fetch(uri, options).data
+    except (RowError, InputError):
+        return None
+
+
+def source_thumbnail(data: bytes, budget: int) -> str:
+    """As `thumbnail`, of a source as the model was shown it: upright, on white, its first frame."""
+    from workflows.sources import decode
+
+    try:
+        return _small(decode(data), budget)
+    except RowError:
+        return ""
 
 
 def thumbnail(data: bytes, budget: int) -> str:
@@ -323,6 +436,12 @@ def thumbnail(data: bytes, budget: int) -> str:
             image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
+    return _small(image, budget)
+
+
+def _small(image: "Image.Image", budget: int) -> str:
+    from PIL import Image
+
     side = THUMBNAIL
     while True:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)

@@ -12,7 +12,7 @@ import json
 import platform
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +94,9 @@ JSON_MARK = b"wallaroo.json"
 
 PICTURE_ROWS = 32
 """Rows of a row group with pictures: whoever wants one of them reads these, not the whole shard."""
+
+TEXT_TASKS = frozenset({"understand"})
+"""Tasks whose results are texts; those of all others are pictures."""
 
 MIME_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
@@ -234,6 +237,7 @@ class RunConstants:
     task, mode: `generate` and the like; `mode` names lossy shortcuts, and is "exact" without any.
     model_digest, config_digest: hex. image_format: `png`, `webp` or `jpeg`; image_quality as for
     `encode_image`. templates: language -> prompt template, where the built-in one is replaced.
+    max_new_tokens: the most tokens of a text.
     """
 
     task: str
@@ -243,6 +247,7 @@ class RunConstants:
     image_format: str = "png"
     image_quality: int | None = None
     templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    max_new_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -286,12 +291,20 @@ def image_path(row_id: int, image_format: str) -> str:
 
 
 def build_result_table(
-    plan: pa.Table, outcomes: Iterable["Outcome"], run: RunConstants, made: Made, schema: pa.Schema
+    plan: pa.Table,
+    outcomes: Iterable["Outcome"],
+    run: RunConstants,
+    made: Made,
+    schema: pa.Schema,
+    decode: Callable[[Sequence[int]], str] | None = None,
 ) -> pa.Table:
     """The rows of one shard as they will stand in `data/`, in the order of the plan.
 
-    plan: the plan's rows of the shard, the carried columns among them. outcomes: one of every row that
-    the plan did not already refuse, in any order. schema: from `result_schema`.
+    plan: the plan's rows of the shard, the carried columns among them, and for tasks with a picture to
+    start from the column `source`. Whoever loads the pictures adds to a copy of the plan what can only
+    be known then: sha256, width and height of `source`, and error rows of kind `image`. outcomes: one of
+    every row that this plan did not refuse, in any order. schema: from `result_schema`. decode: token
+    ids -> text; needed where the results are texts.
     Raises ValueError if a row has no outcome, or an outcome no row: none may be lost on the way.
     """
     rows = plan.select([name for name in plan.column_names if name in RESULT_NAMES]).to_pylist()
@@ -304,7 +317,7 @@ def build_result_table(
             f"{len(given)} outcomes for {len(planned)} rows of a shard: "
             f"without an outcome are {lost[:5]}, without a row {extra[:5]}"
         )
-    built = [_result_row(row, by_row.get(position), run, made) for position, row in enumerate(rows)]
+    built = [_result_row(row, by_row.get(position), run, made, decode) for position, row in enumerate(rows)]
     columns = []
     for field in schema:
         if field.name in RESULT_NAMES:
@@ -315,7 +328,11 @@ def build_result_table(
 
 
 def _result_row(
-    planned: dict[str, Any], outcome: "Outcome | None", run: RunConstants, made: Made
+    planned: dict[str, Any],
+    outcome: "Outcome | None",
+    run: RunConstants,
+    made: Made,
+    decode: Callable[[Sequence[int]], str] | None,
 ) -> dict[str, Any]:
     row = {
         **planned,
@@ -346,24 +363,43 @@ def _result_row(
     }
     if outcome.error_type:
         return row | {"error_type": outcome.error_type, "error_message": outcome.error_message}
-    if outcome.pixels is None or outcome.tokens is None:
-        raise ValueError(f"row {row['row_id']} is ok, but has no picture or no tokens")
-    encoded, mime_type = encode_image(outcome.pixels, run.image_format, run.image_quality)
+    textual = run.task in TEXT_TASKS
+    if outcome.tokens is None or (outcome.pixels is None) != textual:
+        raise ValueError(f"row {row['row_id']} is ok, but has no {'text' if textual else 'picture'}")
     row |= {
         "status": "ok",
         "error_type": "",
         "error_message": "",
-        "image": {"bytes": encoded, "path": image_path(row["row_id"], run.image_format)},
-        "mime_type": mime_type,
-        "height": outcome.pixels.shape[0],
-        "width": outcome.pixels.shape[1],
-        "sha256": hashlib.sha256(encoded).hexdigest(),
         "finish_reason": outcome.finish_reason,
         "output_tokens": len(outcome.tokens),
         "tokens": np.asarray(outcome.tokens, np.int32),
         "environment_digest": made.environment_digest,
     }
+    if textual:
+        if decode is None:
+            raise ValueError(f"row {row['row_id']} is a text, but nothing decodes it")
+        row |= _text_values(decode(outcome.tokens.tolist()))
+    else:
+        assert outcome.pixels is not None
+        row |= _picture_values(row["row_id"], outcome.pixels, run)
     return row | {"content_digest": _content_digest(row, run)}
+
+
+def _picture_values(row_id: int, pixels: np.ndarray, run: RunConstants) -> dict[str, Any]:
+    """The columns of a result that is a picture."""
+    encoded, mime_type = encode_image(pixels, run.image_format, run.image_quality)
+    return {
+        "image": {"bytes": encoded, "path": image_path(row_id, run.image_format)},
+        "mime_type": mime_type,
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
+        "sha256": hashlib.sha256(encoded).hexdigest(),
+    }
+
+
+def _text_values(text: str) -> dict[str, Any]:
+    """The columns of a result that is a text: it has no size, and its `sha256` is of its UTF-8 bytes."""
+    return {"text": text, "height": None, "width": None, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _content_digest(row: Mapping[str, Any], run: RunConstants) -> str:
@@ -373,7 +409,10 @@ def _content_digest(row: Mapping[str, Any], run: RunConstants) -> str:
     """
     named = ("task", "mode", "model_digest", "prompt", "language", "width", "height", "seed")
     fields = {name: row[name] for name in (*named, "cfg", "temperature", "top_k", "top_p")}
-    fields |= {"image_format": run.image_format, "image_quality": run.image_quality}
+    if run.task in TEXT_TASKS:
+        fields["max_new_tokens"] = run.max_new_tokens
+    else:
+        fields |= {"image_format": run.image_format, "image_quality": run.image_quality}
     fields["source"] = (row.get("source") or {}).get("sha256")
     fields["template"] = run.templates.get(row["language"] or "")
     return digest(fields)
@@ -481,11 +520,13 @@ def read_run(output: str) -> dict[str, Any]:
     """
     path = storage.join(output, RUN_FILE)
     try:
-        document = json.loads(storage.read_bytes(path))
+        data = storage.read_bytes(path)
     except FileNotFoundError:
         raise InputError(
             f"{output} is not the output of a run, since it has no {RUN_FILE}: give the folder of one."
         ) from None
+    try:
+        document = json.loads(data)
     except ValueError as error:
         raise InputError(
             f"{path} is not JSON ({error}): restore it, or give another output folder."

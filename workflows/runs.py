@@ -243,8 +243,9 @@ def read_records(output: str) -> tuple[list[RunRecord], list[str]]:
     records, unreadable = [], []
     for number in record_numbers(output):
         path = record_path(output, number)
+        data = storage.read_bytes(path)
         try:
-            records.append(RunRecord.from_json(storage.read_bytes(path)))
+            records.append(RunRecord.from_json(data))
         except (ValueError, TypeError):
             unreadable.append(path)
     return records, unreadable
@@ -287,7 +288,9 @@ class Status:
 
     state: `empty` (nothing planned), `running`, `silent` (says it runs, but is not heard of), `stopped`,
     `failed`, `finished` or `unfinished` (no run at work, shards missing). planned: rows, or None while the
-    plan is not finished. shards, done_shards: files planned and there. record: the last run, if any.
+    plan is not finished. shards, done_shards: files planned and there. done, errors: rows in all, None if
+    nobody has counted them, and error rows by kind. record: the last run, if any. heard: seconds since its
+    last sign of life.
     """
 
     output: str
@@ -295,6 +298,8 @@ class Status:
     planned: int | None
     shards: int
     done_shards: int
+    done: int | None
+    errors: dict[str, int]
     record: RunRecord | None
     runs: int
     unreadable: list[str]
@@ -305,13 +310,11 @@ class Status:
         lines = [f"{self.output}: {_STATES[self.state]}"]
         record = self.record
         planned = "?" if self.planned is None else f"{self.planned:,}"
-        if record is not None:
-            count = sum(record.errors.values())
-            kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(record.errors.items()))
-            errors = f"{count:,} {'error' if count == 1 else 'errors'}" + (f" ({kinds})" if kinds else "")
-            lines.append(f"  rows    {record.done:,} of {planned}, {errors}")
-        else:
-            lines.append(f"  rows    {planned} planned")
+        count = sum(self.errors.values())
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(self.errors.items()))
+        errors = f"{count:,} {'error' if count == 1 else 'errors'}" + (f" ({kinds})" if kinds else "")
+        done = "?" if self.done is None else f"{self.done:,}"
+        lines.append(f"  rows    {done} of {planned}, {errors}")
         lines.append(f"  files   {self.done_shards:,} of {self.shards:,} shards in data/")
         if record is not None:
             first = record.first_row_seconds
@@ -325,13 +328,12 @@ class Status:
             start = f"{record.started[:16].replace('T', ' ')} UTC on {record.host}"
             took = duration(record.seconds)
             lines.append(f"  run     {record.run} of {self.runs}, started {start}, took {took}")
-            for name, values in (("again", record.retries), ("waits", record.waits)):
-                if values:
-                    words = (
-                        f"{key} {v:,}" if name == "again" else f"{key} {duration(v)}"
-                        for key, v in values.items()
-                    )
-                    lines.append(f"  {name}   {', '.join(words)}")
+            if record.retries:
+                words = ", ".join(f"{name} {times:,}" for name, times in record.retries.items())
+                lines.append(f"  again   {words}")
+            if record.waits:
+                words = ", ".join(f"{name} {duration(span)}" for name, span in record.waits.items())
+                lines.append(f"  waits   {words}")
             if self.heard is not None and self.state in ("running", "silent"):
                 lines.append(f"  heard   {duration(self.heard)} ago")
             if record.message:
@@ -367,8 +369,9 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
     done_shards = sum(shard in done for shard in plan.shards)
     last = records[-1] if records else None
     heard = None if last is None else max(0.0, clock() - datetime.fromisoformat(last.updated).timestamp())
-    success = read_success(output)
-    if success is not None and success["parts"] == [part.name for part in plan.parts] and plan.complete:
+    success = read_success(output) or {}
+    finished = plan.complete and success.get("parts") == [part.name for part in plan.parts]
+    if finished:
         state = "finished"
     elif last is None:
         state = "unfinished" if plan.parts else "empty"
@@ -385,6 +388,8 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
         planned=plan.rows if plan.complete else None,
         shards=len(plan.shards),
         done_shards=done_shards,
+        done=success["rows"] if finished else last.done if last else None,
+        errors=success["errors"] if finished else last.errors if last else {},
         record=last,
         runs=len(records),
         unreadable=unreadable,

@@ -23,7 +23,7 @@ import shutil
 import stat
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -203,6 +203,34 @@ def _explain_code(path: str, code: str) -> str:
     return f"{path} cannot be used, {known or f'S3 says {code!r}: check the bucket and its settings'}."
 
 
+_OF_ONE_PATH = {
+    "NoSuchBucket",
+    "InvalidBucketName",
+    "AccessDenied",
+    "InvalidObjectState",  # archived
+    "KeyTooLongError",
+    "InvalidArgument",
+    "InvalidRequest",
+    "InvalidURI",
+    "MethodNotAllowed",
+    "400",
+    "405",
+    "414",
+}
+
+
+def refuses_path(error: InputError) -> bool:
+    """Whether an error of S3 is about the one path that was asked for: it would be the same the next
+    time, and other paths may do. All others say that the storage or the access to it is out of order."""
+    import botocore.exceptions
+
+    cause = error.__cause__
+    if isinstance(cause, botocore.exceptions.ClientError):
+        code = str(cause.response.get("Error", {}).get("Code", ""))
+        return _CODE_ALIASES.get(code, code) in _OF_ONE_PATH
+    return cause is None or isinstance(cause, botocore.exceptions.ParamValidationError)
+
+
 # The three libraries
 
 
@@ -332,6 +360,25 @@ def read_with_etag(path: str) -> tuple[bytes, str]:
             _raise_if_missing(path, error)
             raise
         return answer["Body"].read(), answer["ETag"]
+
+
+class TooLarge(Exception):
+    """An object has more bytes than were asked for at most."""
+
+
+def read_object(path: str, most: int) -> bytes:
+    """Contents of an object on S3. Raises FileNotFoundError, and TooLarge before a byte is read."""
+    bucket, key = _split(path)
+    with explained(path):
+        try:
+            answer = _client().get_object(Bucket=bucket, Key=key)
+        except Exception as error:
+            _raise_if_missing(path, error)
+            raise
+        with closing(answer["Body"]) as body:
+            if answer["ContentLength"] > most:
+                raise TooLarge(path)
+            return body.read()
 
 
 def info(path: str) -> FileInfo | None:
@@ -468,14 +515,70 @@ def write_stream(path: str) -> "Iterator[pyarrow.NativeFile]":
     import pyarrow
 
     with explained(path, writing=True):
-        if is_s3(path):
-            filesystem, inner = parquet_filesystem(path)
-            with filesystem.open_output_stream(inner) as stream:
-                yield stream
-            return
-        with _replacing(path) as file, pyarrow.PythonFile(file, "w") as stream:
+        # pyarrow's own stream to S3 would make an object of whatever it has when it is closed.
+        opened: AbstractContextManager[Any] = _uploading(path) if is_s3(path) else _replacing(path)
+        with opened as file, pyarrow.PythonFile(file, "w") as stream:
             yield stream
             stream.flush()
+
+
+@contextmanager
+def _uploading(path: str) -> "Iterator[_Upload]":
+    """A file that becomes the object `path` when the block ends well, and else is forgotten."""
+    upload = _Upload(*_split(path))
+    try:
+        yield upload
+        upload.complete()
+    except BaseException:
+        upload.abort()
+        raise
+
+
+class _Upload(io.RawIOBase):
+    """Writes an object in parts, one of them in memory; a small object is one PUT."""
+
+    PART_BYTES = 8 << 20
+
+    def __init__(self, bucket: str, key: str):
+        self.where = {"Bucket": bucket, "Key": key}
+        self.buffer = bytearray()
+        self.upload: dict[str, str] = {}
+        self.parts: list[dict[str, Any]] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.buffer += data
+        # An object has 10,000 parts at most, so the later ones are larger.
+        if len(self.buffer) >= self.PART_BYTES * (1 + len(self.parts) // 1000):
+            self._send()
+        return len(data)
+
+    def _send(self) -> None:
+        if not self.upload:
+            self.upload = {"UploadId": _client().create_multipart_upload(**self.where)["UploadId"]}
+        number = len(self.parts) + 1
+        answer = _client().upload_part(
+            **self.where, **self.upload, PartNumber=number, Body=bytes(self.buffer)
+        )
+        self.parts.append({"ETag": answer["ETag"], "PartNumber": number})
+        self.buffer = bytearray()
+
+    def complete(self) -> None:
+        if not self.upload:
+            _client().put_object(**self.where, Body=bytes(self.buffer))
+            return
+        if self.buffer:
+            self._send()
+        parts = {"Parts": self.parts}
+        _client().complete_multipart_upload(**self.where, **self.upload, MultipartUpload=parts)
+
+    def abort(self) -> None:
+        if self.upload:
+            # What went wrong is what is to be told; `remove_leftovers` removes the rest.
+            with suppress(Exception):
+                _client().abort_multipart_upload(**self.where, **self.upload)
 
 
 @contextmanager

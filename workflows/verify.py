@@ -22,6 +22,7 @@ from workflows.results import (
     DATA_FOLDER,
     MIME_TYPES,
     RESULT_NAMES,
+    TEXT_TASKS,
     map_shards,
     read_run,
     result_schema,
@@ -47,6 +48,8 @@ CHECKED = (
     "width",
     "height",
     "sha256",
+    "text",
+    "source",
     "config_digest",
 )
 
@@ -122,7 +125,7 @@ def verify(output: str, say: Callable[[str], None] = print) -> Verdict:
 
     missing = [shard for shard in plan.shards if shard not in present]
     success = read_success(output)
-    for sentence in _success_faults(output, plan, success, total, missing):
+    for sentence in _success_faults(output, plan, success, None if faults else total, missing):
         fault(sentence)
     finished = success is not None and success["parts"] == [part.name for part in plan.parts]
     if not missing and total.rows != plan.rows:
@@ -149,7 +152,7 @@ def _sentence(output: str, verdict: Verdict, plan: Plan) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in verdict.errors.items())
         rows += f", {sum(verdict.errors.values()):,} error rows ({kinds})"
     if verdict.state == "complete":
-        return f"{output} is complete: {rows}; every row is as planned, every picture decodes as stated."
+        return f"{output} is complete: {rows}; every row is as planned, every picture or text is as stated."
     if verdict.state == "broken":
         return (
             f"{output} is broken: {verdict.faults:,} {'fault' if verdict.faults == 1 else 'faults'}; {rows}. "
@@ -165,9 +168,9 @@ def _sentence(output: str, verdict: Verdict, plan: Plan) -> str:
 
 
 def _success_faults(
-    output: str, plan: Plan, success: Mapping[str, Any] | None, found: _Contents, missing: list[int]
+    output: str, plan: Plan, success: Mapping[str, Any] | None, found: _Contents | None, missing: list[int]
 ) -> Iterator[str]:
-    """What `_SUCCESS` claims and is not so."""
+    """What `_SUCCESS` claims and is not so; its counts only where all files could be counted (`found`)."""
     if success is None:
         return
     path = storage.join(output, SUCCESS_FILE)
@@ -183,7 +186,7 @@ def _success_faults(
     if lost:
         first = shard_name(lost[0])
         yield f"{path} says that all is there, but {len(lost):,} files are not, the first is {first}."
-    elif len(named) == len(plan.parts):
+    elif found is not None and len(named) == len(plan.parts):
         for name, said, is_so in (
             ("ok", success["ok"], found.ok),
             ("errors", success["errors"], dict(found.errors)),
@@ -259,6 +262,13 @@ class _Check:
         for name in PLANNED:
             if row[name] != plan[name]:
                 yield f"{name} is {_short(row[name])}, but {_short(plan[name])} was planned"
+        if plan.get("source"):
+            # The rest of a source is only known when it is loaded.
+            origin, wanted = (row["source"] or {}).get("row_id"), plan["source"]["row_id"]
+            if origin != wanted:
+                yield f"source.row_id is {_short(origin)}, but {_short(wanted)} was planned"
+        if row["task"] != self.run["config"].get("task", row["task"]):
+            yield f"task is {_short(row['task'])}, which is not that of run.json"
         if row["config_digest"] != self.run["config_digest"]:
             yield "config_digest is not that of run.json"
         if row["status"] == "ok":
@@ -266,8 +276,9 @@ class _Check:
                 yield "it is ok, but was planned as an error row"
             if row["error_type"] or row["error_message"]:
                 yield "it is ok, but has an error"
-            if row["task"] != "understand":
-                yield from _picture_faults(row)
+            yield from _text_faults(row) if row["task"] in TEXT_TASKS else _picture_faults(row)
+            if row["task"] != "generate" and not all((row["source"] or {}).get(name) for name in _SOURCE):
+                yield f"its source lacks one of {', '.join(_SOURCE)}"
         elif row["status"] == "error":
             if not row["error_type"]:
                 yield "it is an error row without a kind"
@@ -275,6 +286,17 @@ class _Check:
                 yield "it is an error row, but has a picture"
         else:
             yield f"its status is {_short(row['status'])}"
+
+
+_SOURCE = ("sha256", "width", "height")
+"""What an ok row tells of the picture it started from; bytes without a name have no uri."""
+
+
+def _text_faults(row: Mapping[str, Any]) -> Iterator[str]:
+    if row["image"] is not None or row["mime_type"]:
+        yield "its result is a text, but it has a picture"
+    if hashlib.sha256((row["text"] or "").encode()).hexdigest() != row["sha256"]:
+        yield "its text has another sha256"
 
 
 def _picture_faults(row: Mapping[str, Any]) -> Iterator[str]:

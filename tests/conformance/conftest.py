@@ -1,9 +1,11 @@
-"""Fixtures of the conformance suite, and the table that `-s` or a failure-free run may be summed up with."""
+"""Fixtures of the conformance suite, and the table that its README is made from."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conformance import published
 
@@ -14,8 +16,17 @@ def goldens() -> Path:
     return published.FOLDER
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are too small to share out: threads that wait for each other cost more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """With CONFORMANCE_TABLE set, what the table in this folder's README is made from."""
+    """With CONFORMANCE_TABLE set, what was compared and the largest differences, as Markdown."""
     if os.environ.get("CONFORMANCE_TABLE") and published.SEEN:
         terminalreporter.write_line("")
         for row in published.table():

@@ -61,7 +61,7 @@ def qwen_tokenizer_json() -> str:
 
 
 def write_slow_tokenizer(folder: Path) -> None:
-    """The older form of the same tokenizer: `vocab.json`, `merges.txt`, `added_tokens.json`."""
+    """The older form of the same tokenizer: `vocab.json` and `merges.txt`."""
     vocabulary, merges = vocabulary_and_merges()
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]

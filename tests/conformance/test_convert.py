@@ -21,7 +21,7 @@ from model.tokenizer import QWEN_TOKENS, add_control_tokens, added_tokens, build
 from tests.benchmarks.convert_memory import anonymous_memory, write_published
 from tests.conformance.models import config_of, published_tensors
 from tests.conformance.published import Family, Where, assert_close, cases, metadata
-from tests.conformance.qwen import qwen_tokenizer_json, vocabulary_and_merges
+from tests.conformance.qwen import qwen_tokenizer_json, vocabulary_and_merges, write_slow_tokenizer
 from tests.conformance.released import (
     flat_config,
     split,
@@ -320,12 +320,9 @@ def test_a_real_vocabulary_gets_the_published_ids(released: Released, tmp_path: 
 def test_the_older_form_of_a_tokenizer_gives_the_same(released: Released):
     from model.convert import _tokenizer_json
 
-    vocabulary, merges = vocabulary_and_merges()
     older = released.folder / "older"
     older.mkdir()
-    (older / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (older / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_slow_tokenizer(older)
     newer = write_backbone(released.folder / "newer", released.config, qwen_tokenizer_json())
     tokens = added_tokens(SIZES_512)
     assert json.loads(_tokenizer_json(older, tokens)) == json.loads(_tokenizer_json(newer, tokens))
@@ -406,8 +403,9 @@ def test_a_backbone_folder_without_its_files_is_refused(released: Released):
 def test_another_preparation_of_pictures_is_refused(released: Released):
     released.convert()
     file = released.folder / "backbone" / "preprocessor_config.json"
+    right = json.loads(file.read_text())
     for change in ({"patch_size": 16}, {"image_mean": [0.5, 0.5, 0.5]}, {"image_std": "x"}):
-        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        file.write_text(json.dumps({**right, **change}))
         with pytest.raises(InputError, match=next(iter(change))):
             convert(
                 released.folder / "wallaroo.ckpt",

@@ -71,7 +71,7 @@ def test_hidden_states_of_the_prompt(case: dict):
         turns = rope(positions, rope_frequencies(config), config.mrope_section, x.dtype)
 
         def attend(layer, q, k, v):
-            return causal_attention(q, k, v)
+            return causal_attention(q[None], k[None], v[None])[0]
 
         for server, first, last in (
             ("plain loop", theirs.hidden_states[1][0], theirs.last_hidden_state[0]),

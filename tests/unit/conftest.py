@@ -1,6 +1,7 @@
 """Outputs to read: made in a moment by the functions that a run uses, but for pictures out of a hat."""
 
 import dataclasses
+import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,6 +152,61 @@ def make_output(output, tables, failed=None, skip=(), edit=lambda row: row):
     return read_plan(output)
 
 
+def make_task_output(output, task, rows=6, bad=(), failed=(), samples=2, more=None):
+    """A whole output of `edit` or `understand` but for its end, in one shard; its sources lie beside it.
+
+    bad: positions of rows whose source cannot be had; failed: of those that the engine gave up. more:
+    row -> values in place of what is planned. An answer says which row it is of, and a score of 0 to 9.
+    """
+    output = Path(output)
+    folder = output.parent / "sources"
+    folder.mkdir(exist_ok=True)
+    fields = FIELDS | {"task": task}
+    results.put_run(str(output), fields)
+    planned, loaded = [], []
+    for row in plan_table(rows).to_pylist():
+        number = row["row_id"]
+        image = results.encode_image(picture(500 + number // samples, 40, 60), "png")[0]
+        uri = folder / f"s{number // samples}.png"
+        uri.write_bytes(image)
+        values = {"id": f"p{number // samples}", "sample": number % samples, "width": None, "height": None}
+        row |= values | {"source": {"uri": str(uri), "row_id": number}} | (more(number) if more else {})
+        planned.append(row)
+        if number in bad:
+            words = f"'{uri}' does not exist: correct the path."
+            loaded.append(row | {"status": "error", "error_type": "image", "error_message": words})
+        else:
+            known = {"sha256": hashlib.sha256(image).hexdigest(), "width": 60, "height": 40}
+            loaded.append(row | {"source": row["source"] | known})
+    schema = plan_table(1).schema.append(pa.field("source", results.SOURCE_TYPE))
+    given = [
+        Outcome(
+            row=position,
+            error_type="engine" if position in failed else "",
+            error_message="no" if position in failed else "",
+            pixels=picture(row["seed"], 48, 64) if task == "edit" else None,
+            tokens=np.array([row["row_id"], 3 * row["row_id"] % 10], np.int32),
+            finish_reason="stop",
+            prompt_tokens=30,
+            started_at=STARTED,
+            seconds=0.5,
+        )
+        for position, row in enumerate(loaded)
+        if row["status"] == "planned"
+    ]
+    write_plan(output, [pa.Table.from_pylist(planned, schema)])
+    table = build_result_table(
+        pa.Table.from_pylist(loaded, schema),
+        given,
+        dataclasses.replace(RUN, task=task, config_digest=results.digest(fields)),
+        Made("replica 1", "e" * 64, 1),
+        result_schema(pa.schema(CARRIED, metadata=CARRIED.metadata)),
+        decode=lambda ids: f"Score {ids[1]}/10: row {ids[0]}, ein Känguru 袋鼠",
+    )
+    results.write_shard(str(output), 0, table)
+    return read_plan(str(output))
+
+
 @pytest.fixture
 def outputs():
     """The functions above."""
@@ -165,4 +221,5 @@ def outputs():
         result_table=result_table,
         write_plan=write_plan,
         make_output=make_output,
+        make_task_output=make_task_output,
     )

@@ -108,7 +108,7 @@ def test_nothing_a_row_says_becomes_markup_or_runs(outputs, tmp_path):
     assert len(page.all("script")) == 1 and len(page.all("img")) == 3
     known = """html head meta title style body header main section p h1 h2 div b span i svg line text polygon
         polyline code details summary table thead tbody tr th td label input output article button img br
-        dialog form script"""
+        dialog form script nav"""
     assert {tag for tag, _ in page.elements} <= set(known.split())
     assert not [key for _, attrs in page.elements for key in attrs if key.startswith("on")]
     assert "<script>alert(1)</script>" in page.text and "{{ 7*7 }}" in page.text
@@ -277,7 +277,7 @@ def test_records_show_in_the_report(outputs, tmp_path):
         log.update(rows=10, done=done, before=0, errors={}, images=done, retries={"storage": 3})
     log.end("finished")
     page = write(tmp_path)
-    assert len(page.all("polyline")) == 1 and "0.909 images a second" in page.text
+    assert len(page.all("polyline")) == 1 and "0.909 pictures a second" in page.text
     assert "storage 3" in page.text and "finished" in page.text
 
 

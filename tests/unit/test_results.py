@@ -14,6 +14,7 @@ from PIL import Image
 from actors.rows import Outcome
 from model.errors import InputError
 from workflows import results
+from workflows.finish import read_success
 from workflows.results import Made, RunConstants, build_result_table, encode_image, result_schema
 
 
@@ -309,3 +310,12 @@ def test_a_table_of_texts_or_errors_only_is_one_row_group(outputs, tmp_path):
     table = outputs.result_table(outputs.plan_table(rows=40, errors=range(40)))
     results.write_shard(str(tmp_path), 0, table)
     assert pq.ParquetFile(results.shard_path(str(tmp_path), 0)).num_row_groups == 1
+
+
+def test_what_is_wrong_with_the_storage_is_not_taken_for_a_broken_file(tmp_path):
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(InputError, match=r"run\.json cannot be used, it is a folder"):
+        results.read_run(str(tmp_path))
+    (tmp_path / "_SUCCESS").mkdir()
+    with pytest.raises(InputError, match=r"_SUCCESS cannot be used, it is a folder"):
+        read_success(str(tmp_path))

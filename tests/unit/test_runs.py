@@ -206,3 +206,4 @@ def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
     (tmp_path / "runs" / "0001.json").write_text("{")
     found = status(output, clock)
     assert found.record is None and "0001.json cannot be read" in found.text()
+    assert "12 of 12, 1 error (1 engine)" in found.text()

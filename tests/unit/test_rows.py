@@ -1,0 +1,253 @@
+"""What crosses into and out of a replica comes out as it went in, is counted by the watch, and is served."""
+
+import asyncio
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.replica import EXIT_DEVICE, Replica
+from actors.rows import (
+    OUTCOMES,
+    REQUESTS,
+    Outcome,
+    from_ipc,
+    outcomes,
+    outcomes_table,
+    request_values,
+    requests,
+    requests_table,
+    to_ipc,
+)
+from actors.watch import Watch
+from model.checkpoint import TINY, load, load_config, load_tokenizer
+from model.config import Size
+from model.engine import Engine, Request
+from model.errors import InputError
+from model.prompts import Prompt, generate_prompt
+from model.sampling import Sampling
+
+STARTED = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
+
+
+def text_prompt(length):
+    return Prompt(
+        np.arange(length, dtype=np.int32), np.tile(np.arange(length, dtype=np.int32), (3, 1)), length
+    )
+
+
+def picture_prompt():
+    positions = np.arange(30, dtype=np.int32).reshape(3, 10)
+    return Prompt(np.arange(5, 15, dtype=np.int32), positions, 17, (4, 8), np.array([1, 2], np.int32))
+
+
+def assert_same_prompt(found, wanted):
+    if wanted is None:
+        assert found is None
+        return
+    assert found.ids.dtype == found.positions.dtype == np.int32
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_array_equal(found.positions, wanted.positions)
+    assert (found.next_position, found.semantic) == (wanted.next_position, wanted.semantic)
+    if wanted.pixel is None:
+        assert found.pixel is None
+    else:
+        np.testing.assert_array_equal(found.pixel, wanted.pixel)
+
+
+def test_requests_come_out_as_they_went_in():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    semantic = np.zeros((28, 56, 3), np.uint8)
+    wanted = [
+        Request("a", text_prompt(7), text_prompt(3), Size(32, 48), 2**63 - 1, Sampling(3.5, 0.25, 17, 0.5)),
+        Request("b", text_prompt(1), None, Size(16, 16), 0, Sampling(1.0, 1.0, 0, 1.0)),
+        Request(
+            "c", picture_prompt(), picture_prompt(), None, 5, Sampling(), semantic, pixels, max_new_tokens=9
+        ),
+    ]
+    table = requests_table(
+        request_values(
+            row,
+            one.prompt,
+            one.null,
+            one.size,
+            one.seed,
+            vars(one.sampling),
+            one.semantic,
+            one.pixels,
+            one.max_new_tokens,
+        )
+        for row, one in zip((0, 2, 5), wanted, strict=True)
+    )
+    table = from_ipc(to_ipc(table))
+    assert table.schema == REQUESTS
+    assert table.column("row").to_pylist() == [0, 2, 5]
+    found = requests(table, ["a", "b", "c"])
+    for one, other in zip(found, wanted, strict=True):
+        assert_same_prompt(one.prompt, other.prompt)
+        assert_same_prompt(one.null, other.null)
+        assert (one.key, one.size, one.seed, one.sampling) == (
+            other.key,
+            other.size,
+            other.seed,
+            other.sampling,
+        )
+        assert one.max_new_tokens == other.max_new_tokens
+        for name in ("semantic", "pixels"):
+            image, wanted_image = getattr(one, name), getattr(other, name)
+            assert (image is None) == (wanted_image is None)
+            if image is not None:
+                np.testing.assert_array_equal(image, wanted_image)
+    with pytest.raises(ValueError):
+        requests(table, ["a", "b"])
+
+
+def test_outcomes_come_out_as_they_went_in():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
+    tokens = np.array([5, 0, 7], np.int32)
+    wanted = [
+        Outcome(3, STARTED, 1.5, pixels=pixels, tokens=tokens, finish_reason="length", prompt_tokens=40),
+        Outcome(0, STARTED, 0.25, error_type="engine", error_message='too "large"'),
+    ]
+    table = from_ipc(to_ipc(outcomes_table(wanted)))
+    assert table.schema == OUTCOMES
+    first, second = outcomes(table)
+    np.testing.assert_array_equal(first.pixels, pixels)
+    np.testing.assert_array_equal(first.tokens, tokens)
+    assert (first.row, first.started_at, first.seconds) == (3, STARTED, 1.5)
+    assert (first.error_type, first.finish_reason, first.prompt_tokens) == ("", "length", 40)
+    assert (second.row, second.error_type, second.error_message) == (0, "engine", 'too "large"')
+    assert second.pixels is None and len(second.tokens) == 0
+
+
+def test_no_requests_and_no_outcomes_have_the_same_schemas():
+    assert from_ipc(to_ipc(requests_table([]))).schema == REQUESTS
+    assert from_ipc(to_ipc(outcomes_table([]))).schema == OUTCOMES
+
+
+# The watch
+
+
+def test_the_watch_counts_rows_once():
+    watch = Watch()
+    watch.note_up("a")
+    assert watch.note_start("a", 4, [0, 1, 3]) == 1
+    watch.note_done("a", [(4, 0, True), (4, 1, False)])
+    watch.note_done("a", [(4, 0, True), (9, 0, True)])
+    counts = watch.counts()
+    assert (counts.rows, counts.errors, counts.replicas, counts.deaths) == (2, 1, 1, 0)
+    watch.note_done("a", [(4, 3, True)])
+    assert watch.counts().rows == 3
+    # A finished shard whose answer was lost is made again, and counted anew.
+    assert watch.note_start("a", 4, [0, 1, 3]) == 2
+    assert watch.counts().rows == 0
+
+
+def test_the_watch_learns_of_a_death_from_the_shards_that_go_to_another_replica():
+    watch = Watch()
+    for replica in ("a", "b"):
+        watch.note_up(replica)
+    watch.note_start("a", 0, [0, 1])
+    watch.note_start("a", 1, [0])
+    watch.note_start("b", 2, [0])
+    watch.note_done("a", [(0, 0, True)])
+    assert watch.note_start("b", 0, [0, 1]) == 2
+    assert watch.note_start("b", 1, [0]) == 2
+    watch.note_done("a", [(0, 1, True)])
+    counts = watch.counts()
+    assert (counts.rows, counts.replicas, counts.deaths, counts.attempts) == (0, 1, 1, 2)
+    assert watch.note_start("c", 1, [0]) == 3
+    assert (watch.counts().hardest_shard, watch.counts().attempts, watch.counts().deaths) == (1, 3, 2)
+
+
+def test_the_watch_keeps_what_a_replica_said_before_it_ended():
+    watch = Watch()
+    watch.note_death("a", "CUDA error")
+    counts = watch.counts()
+    assert (counts.last_death, counts.deaths, counts.replicas) == ("CUDA error", 1, 0)
+
+
+# The replica, without Ray
+
+
+SIZES = [Size(*size) for size in load_config(TINY).sizes.values()]
+
+
+def shard(number, rows):
+    """A Ray row with requests for pictures of several sizes, and what an engine alone must be asked."""
+    config, tokenizer = load_config(TINY), load_tokenizer(TINY)
+    values, alone = [], []
+    for row in rows:
+        size = min(SIZES, key=lambda size: size.height * size.width) if row % 2 else SIZES[0]
+        prompt = generate_prompt(tokenizer, config, f"thing {row} of shard {number}", size, "en")
+        null = generate_prompt(tokenizer, config, "", size, "en")
+        seed = 100 * number + row
+        values.append(request_values(row, prompt, null, size, seed, vars(Sampling())))
+        alone.append(Request((number, row), prompt, null, size, seed, Sampling()))
+    return {"shard": number, "plan": b"p", "requests": to_ipc(requests_table(values))}, alone
+
+
+def test_a_replica_gives_every_row_back_once_as_an_engine_alone_makes_it():
+    replica = Replica(lambda: TINY, device="cpu", options={"slots": 16})
+    rows, alone = zip(shard(7, [0, 1, 4]), shard(8, [2]), shard(9, []), strict=True)
+
+    async def ask():
+        return await asyncio.gather(*(replica(row) for row in rows))
+
+    answers = asyncio.run(ask())
+    engine = Engine(load(TINY, "generate"), "generate")
+    wanted = {result.key: result for result in engine.run([one for shard in alone for one in shard])}
+    assert [answer["shard"] for answer in answers] == [7, 8, 9]
+    for answer, requested in zip(answers, alone, strict=True):
+        assert answer["plan"] == b"p" and "requests" not in answer
+        assert answer["replica"] == replica.name and answer["attempts"] == 1
+        found = outcomes(from_ipc(answer["outcomes"]))
+        assert sorted(one.row for one in found) == [request.key[1] for request in requested]
+        for one in found:
+            result = wanted[answer["shard"], one.row]
+            np.testing.assert_array_equal(one.tokens, result.tokens)
+            np.testing.assert_array_equal(one.pixels, result.pixels)
+            assert one.prompt_tokens == result.prompt_tokens and not one.error_type
+
+
+def test_a_row_that_the_engine_refuses_is_an_error_row_beside_good_ones():
+    replica = Replica(lambda: TINY, device="cpu")
+    row, _ = shard(1, [0, 1])
+    table = from_ipc(row["requests"])
+    bad = table.set_column(table.schema.get_field_index("cfg"), "cfg", [[-1.0, 3.0]]).cast(REQUESTS)
+    answer = asyncio.run(replica({**row, "requests": to_ipc(bad)}))
+    found = {one.row: one for one in outcomes(from_ipc(answer["outcomes"]))}
+    assert "cfg is -1.0" in found[0].error_message and found[0].error_type == "engine"
+    assert not found[1].error_type and found[1].pixels is not None
+
+
+def test_a_checkpoint_that_cannot_be_used_stops_the_run_and_not_the_process(tmp_path):
+    replica = Replica(lambda: tmp_path, device="cpu")
+    with pytest.raises(InputError, match="not a checkpoint"):
+        asyncio.run(replica(shard(0, [0])[0]))
+
+
+def test_a_broken_engine_ends_the_process():
+    program = """
+import asyncio
+from actors.replica import Replica
+from model.checkpoint import TINY
+
+class Breaks(Replica):
+    def _turn(self, engine):
+        engine.step = lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: unspecified launch failure"))
+        super()._turn(engine)
+
+from tests.unit.test_rows import shard
+asyncio.run(Breaks(lambda: TINY, device="cpu")(shard(0, [0])[0]))
+print("still here")
+"""
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == EXIT_DEVICE
+    assert "unspecified launch failure" in ended.stderr and "still here" not in ended.stdout
