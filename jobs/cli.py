@@ -4,6 +4,7 @@ Knows nothing of how anything is done. Imports no library of weight before a tas
 `wallaroo --help` and `wallaroo status` answer at once.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -30,6 +31,11 @@ with error rows; 4 another run is at work on this output."""
 PLACES = """MANIFEST is a Parquet, CSV or JSONL file, a folder of them or a quoted glob; OUTPUT is the
 folder of the data set. Every path may be s3://bucket/key, with endpoint and credentials from the
 usual AWS variables and profiles."""
+
+
+PICTURES = """A picture is a path, relative to the manifest or absolute, s3://, https:// with --allow-https,
+or bytes in a Parquet file, also as {bytes, path}. MANIFEST may also be a folder of pictures, or the
+output of a finished run: of that the ok rows, with their pictures."""
 
 
 class SettingOption(click.Option):
@@ -59,6 +65,8 @@ class RunCommand(click.Command):
             else:
                 other.append(record)
         for heading, records in [*groups.items(), ("Run file and more", other)]:
+            if not records:
+                continue
             with formatter.section(heading):
                 formatter.write_dl(records)
 
@@ -70,8 +78,12 @@ class OrderedGroup(click.Group):
         return list(self.commands)
 
 
-def run_options(function: Function) -> Function:
-    """Adds the options that all tasks share; the function gets them as keyword arguments."""
+def run_options(task: str | None = None) -> Callable[[Function], Function]:
+    """Adds the options of a task, or of all; the function gets them as keyword arguments."""
+    return functools.partial(_with_options, task=task)
+
+
+def _with_options(function: Function, task: str | None) -> Function:
     click.option(
         "--set",
         "assignments",
@@ -84,7 +96,9 @@ def run_options(function: Function) -> Function:
     )
     params: list[click.Parameter] = function.__click_params__  # type: ignore[attr-defined]
     # click reads them backwards, as decorators are applied.
-    params.extend(SettingOption(setting) for setting in reversed(SETTINGS))
+    params.extend(
+        SettingOption(setting) for setting in reversed(SETTINGS) if task is None or setting.serves(task)
+    )
     return function
 
 
@@ -95,13 +109,14 @@ def run_options(function: Function) -> Function:
 )
 @click.version_option(package_name="wallaroo-batch", prog_name="wallaroo", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Batch image generation with the Wallaroo model on Ray.
+    """Batch image generation, editing and understanding with the Wallaroo model on Ray.
 
-    A manifest of prompts goes in, a Parquet data set of pictures comes out. A run that is stopped,
-    killed or cut off goes on where it was when the same command is given again.
+    A manifest goes in, a Parquet data set of pictures or texts comes out. A run that is stopped, killed
+    or cut off goes on where it was when the same command is given again.
 
     \b
       wallaroo generate prompts.jsonl out/first
+      wallaroo understand out/first out/captions
       wallaroo status out/first
       wallaroo verify out/first
     """
@@ -114,16 +129,9 @@ def cli() -> None:
 )
 @click.argument("manifest")
 @click.argument("output")
-@run_options
+@run_options("generate")
 def generate(manifest: str, output: str, **options: Any) -> int:
-    config = _configure("generate", manifest, output, options)
-    from jobs.progress import Display
-    from workflows.generate import run
-
-    with Display() as display:
-        summary = run(config, display)
-    _say_summary(config, summary)
-    return ERROR_ROWS if summary.errors else OK
+    return _run("generate", manifest, output, options)
 
 
 generate.help = f"""Make pictures from a manifest of prompts.
@@ -143,13 +151,70 @@ cannot be served becomes an error row with its reason; it stops nobody else's.
 
 @cli.command(
     cls=RunCommand,
+    short_help="Edit pictures as a manifest instructs.",
+    epilog=EXIT_CODES,
+)
+@click.argument("manifest")
+@click.argument("output")
+@run_options("edit")
+def edit(manifest: str, output: str, **options: Any) -> int:
+    return _run("edit", manifest, output, options)
+
+
+edit.help = f"""Edit pictures as a manifest instructs.
+
+{PLACES}
+{PICTURES}
+
+The manifest needs the columns `image` and, without --prompt, `prompt`; it may have id, samples, seed,
+cfg, temperature, top_k, top_p and language. Results have the size of the checkpoint that is nearest to
+the source's ratio. ImgEdit's JSON of keys, each with id, prompt and edit_type, is a manifest too.
+
+\b
+  wallaroo edit edits.jsonl out/edited
+  wallaroo edit photos/ out/winter --prompt 'make it winter' --restore-size
+  wallaroo edit out/captions out/edited --prompt-column text
+  wallaroo edit imgedit.json out/bench --image-root ImgEdit/singleturn --preset imgedit
+"""
+
+
+@cli.command(
+    cls=RunCommand,
+    short_help="Describe pictures, or answer questions about them.",
+    epilog=EXIT_CODES,
+)
+@click.argument("manifest")
+@click.argument("output")
+@run_options("understand")
+def understand(manifest: str, output: str, **options: Any) -> int:
+    return _run("understand", manifest, output, options)
+
+
+understand.help = f"""Describe pictures, or answer questions about them.
+
+{PLACES}
+{PICTURES}
+
+The manifest needs a column `image` and may have prompt (a question; without one the picture is
+described), id, samples, seed, temperature, top_k, top_p and language. By default the likeliest token
+is taken, always.
+
+\b
+  wallaroo understand photos/ out/captions
+  wallaroo understand out/first out/captions --language zh
+  wallaroo understand questions.parquet s3://bucket/answers --max-new-tokens 64
+"""
+
+
+@cli.command(
+    cls=RunCommand,
     short_help="Plan a run, and make nothing yet.",
     epilog=EXIT_CODES,
 )
 @click.argument("task")
 @click.argument("manifest")
 @click.argument("output", required=False)
-@run_options
+@run_options()
 def plan(task: str, manifest: str, output: str | None, **options: Any) -> int:
     config = _configure(task, manifest, output or "", options)
     from jobs.progress import Display
@@ -171,6 +236,7 @@ Options are those of the task.
 \b
   wallaroo plan generate prompts.jsonl
   wallaroo plan generate prompts.jsonl out/first --samples 4
+  wallaroo plan understand photos/
 """
 
 
@@ -435,6 +501,18 @@ def _pair(text: str) -> tuple[str, str]:
     return name.strip(), value
 
 
+def _run(task: str, manifest: str, output: str, options: dict[str, Any]) -> int:
+    """Does a run and says how it ended."""
+    config = _configure(task, manifest, output, options)
+    from jobs.progress import Display
+    from workflows.generate import run
+
+    with Display() as display:
+        summary = run(config, display)
+    _say_summary(config, summary)
+    return ERROR_ROWS if summary.errors else OK
+
+
 def _configure(task: str, manifest: str, output: str, options: dict[str, Any]) -> "RunConfig":
     """The configuration of a run, from the options that `run_options` added."""
     file, assignments = options.pop("file"), options.pop("assignments")
@@ -457,12 +535,13 @@ def _say_summary(config: "RunConfig", summary: "RunSummary") -> None:
         click.echo(f"{counts}; {made:,} made in {duration(summary.seconds)}")
     else:
         click.echo(f"{counts}; all of them were there already, so there was nothing to do")
-    click.echo(f"  pictures  {join(config.output, DATA_FOLDER)}")
+    made_of = "texts   " if config.task == "understand" else "pictures"
+    click.echo(f"  {made_of}  {join(config.output, DATA_FOLDER)}")
     click.echo(f"  report    {join(config.output, 'report.html')}")
     if summary.errors:
         click.echo(f"  errors    {join(config.output, 'errors.jsonl')} (a manifest for a second try)")
     if config.model == "tiny":
-        click.echo("The weights of the tiny model are random, not trained: its pictures are noise.")
+        click.echo("The weights of the tiny model are random, not trained: what it makes is noise.")
 
 
 def _plan_text(plan: "Plan") -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from model.errors import InputError, did_you_mean
+from workflows.tasks import ONLY_FOR, PRESETS, SAMPLING
 
 if TYPE_CHECKING:
     from workflows.run_config import RunConfig
@@ -19,6 +20,7 @@ SECTIONS = {
     "run": "What to make",
     "prompt": "Prompts",
     "sampling": "Sampling (of rows that do not say)",
+    "source": "Source pictures",
     "image": "Pictures",
     "cluster": "Where it runs",
 }
@@ -89,6 +91,10 @@ class Setting:
     def section(self) -> str:
         return self.name.partition(".")[0]
 
+    def serves(self, task: str) -> bool:
+        """Whether a task can be told it."""
+        return task in ONLY_FOR.get(self.target.partition(".")[0], (task,))
+
     @property
     def flag(self) -> str:
         """Its option on the command line."""
@@ -101,24 +107,39 @@ SETTINGS = (
     Setting("run.model", "model", _text, "PATH", "Checkpoint folder, local or s3://, or tiny (default)."),
     Setting("run.samples", "samples", _integer, "N", "Pictures of each prompt (default 1)."),
     Setting("run.seed", "seed", _integer, "N", "Same seed, same pictures (default 0)."),
+    Setting("run.preset", "preset", _text, "NAME",
+            "Published sampling parameters: geneval, dpg or imgedit; others given here win."),
     Setting("run.limit", "limit", _integer, "N", "Only N manifest rows for now; the whole run reuses them."),
     Setting("run.where", "where", _text, "EXPR", "Only rows for which this SQL expression holds, likewise."),
     Setting("run.max_error_rate", "max_error_rate", _number, "SHARE",
             "Stop when more of the rows are errors (0.05 is 5 %)."),
     Setting("run.strict", "strict", _switch, "", "Refuse to go on where rounding may differ."),
+    Setting("prompt.text", "prompt", _text, "TEXT", "Instruction or question of rows that do not say."),
+    Setting("prompt.column", "prompt_column", _text, "NAME", "Column with the prompts (default prompt)."),
     Setting("prompt.language", "language", _text, "en|zh", "Of the template (default: by the prompt)."),
     Setting("prompt.max_tokens", "max_prompt_tokens", _integer, "N",
             "Longer prompts are error rows, never cut (default 1024)."),
     Setting("prompt.template_en", "templates.en", _text, "TEXT",
             "English template, with {prompt}, {target_w} and {target_h}."),
     Setting("prompt.template_zh", "templates.zh", _text, "TEXT", "Chinese template, likewise."),
-    Setting("sampling.cfg", "sampling.cfg", _number, "X", "Guidance; at most 1 is none (default 3)."),
+    Setting("prompt.max_new_tokens", "max_new_tokens", _integer, "N",
+            "Most tokens of an answer (default 256)."),
+    Setting("sampling.cfg", "sampling.cfg", _number, "X",
+            "Guidance; at most 1 is none (default 3; understand: 1)."),
     Setting("sampling.temperature", "sampling.temperature", _number, "X",
             "0 always takes the likeliest token (default 1)."),
     Setting("sampling.top_k", "sampling.top_k", _integer, "N",
-            "Draw from the N likeliest tokens, 0 from all (default 1000)."),
+            "Draw from the N likeliest tokens, 0 from all (default 1000; understand: 1)."),
     Setting("sampling.top_p", "sampling.top_p", _number, "P",
             "Draw from the likeliest that sum to P, 1 from all (default 1)."),
+    Setting("source.root", "image_root", _text, "PATH",
+            "Where relative paths of pictures start (default: beside the manifest)."),
+    Setting("source.allow_https", "allow_https", _switch, "", "Fetch https:// sources too."),
+    Setting("source.max_bytes", "max_source_bytes", _integer, "N",
+            "Larger source files are error rows (default 134217728)."),
+    Setting("source.max_pixels", "max_source_pixels", _integer, "N",
+            "Larger sources are error rows (default 67108864)."),
+    Setting("image.restore_size", "restore_size", _switch, "", "Give results the size of their sources."),
     Setting("image.width", "width", _integer, "PIXELS", "With --height: size of rows that do not say."),
     Setting("image.height", "height", _integer, "PIXELS", "Likewise (default: the size nearest to square)."),
     Setting("image.format", "image_format", _text, "FORMAT", "png (default), webp or jpeg."),
@@ -181,11 +202,13 @@ def resolve(
             nested[outer][inner] = value
         else:
             fields[outer] = value
+    preset = PRESETS.get(fields.get("preset", ""))
+    sampling = preset.sampling if preset else SAMPLING.get(task, {})
     return RunConfig(
         manifest=manifest,
         output=output,
         task=task,
-        sampling=Sampling(**nested["sampling"]),
+        sampling=Sampling(**sampling | nested["sampling"]),
         templates=nested["templates"],
         **fields,
     )

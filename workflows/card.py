@@ -45,8 +45,7 @@ def render_card(output: str, plan: "Plan", counts: "Counts") -> str:
     files = [name for name, *_ in plan.rounds[0].manifest] if plan.rounds else []
     manifest = options.get("manifest")
     settings = {**flat(config), "config_digest": run["config_digest"]}
-    if "model" in options:
-        settings = {"model": options["model"], **settings}
+    settings = {name: options[name] for name in ("model", "preset") if options.get(name)} | settings
     lines = [
         front_matter(
             str(PurePosixPath(str(manifest)).name) if manifest else "Wallaroo",

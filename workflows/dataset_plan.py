@@ -6,6 +6,7 @@ Knows nothing of replicas and results.
 
 import functools
 import hashlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from actors.rows import to_ipc
 from model.errors import InputError
+from workflows.cells import COLUMN
 from workflows.plan_rows import (
     PlanSettings,
     carried_schema,
@@ -22,6 +24,7 @@ from workflows.plan_rows import (
     sample_counts,
 )
 from workflows.planning import read_checkpoint, shard_rows
+from workflows.tasks import PICTURE_TASKS
 
 if TYPE_CHECKING:
     import ray.data
@@ -38,6 +41,7 @@ def plan_dataset(
 ) -> tuple["ray.data.Dataset", int, pa.Schema]:
     """A block for every shard with `shard` and its `plan` (an IPC buffer), all rows, and the carried columns.
 
+    Relative paths of pictures start in the present folder. A plan has the pictures too, as `image`.
     Executes `ds` once. Raises InputError if a column is missing, or of a type that nothing else can read.
     """
     import ray
@@ -50,7 +54,7 @@ def plan_dataset(
     if not sum(lengths):
         return ray.data.from_arrow(pa.table({})), 0, pa.schema([])
     schema = _schema(ray.data.from_arrow_refs(blocks).schema().base_schema)
-    check_columns(schema, settings.task)
+    check_columns(schema, settings)
     firsts = np.cumsum([0, *lengths]).tolist()
     numbered: list[Any] = [
         ray.remote(_number).remote(block, first) for block, first in zip(blocks, firsts, strict=False)
@@ -64,11 +68,11 @@ def plan_dataset(
     outputs[duplicates] = 1
     starts = np.cumsum([0, *outputs], dtype=np.int64)
     total = int(starts[-1])
-    shard = shard_rows(total, config)
+    shard = shard_rows(total, config, settings.task)
     layout = ray.put((starts, frozenset(duplicates.tolist()), shard))
     plans = (
         rows.map_batches(
-            functools.partial(_plan, **constants, model=model, layout=layout),
+            functools.partial(_plan, **constants, model=model, layout=layout, folder=os.getcwd()),
             # About a shard each, so that a task holds no more.
             batch_size=max(1, shard // settings.samples),
             batch_format="pyarrow",
@@ -76,7 +80,7 @@ def plan_dataset(
         .repartition(target_num_rows_per_block=1)
         .materialize()
     )
-    return plans, total, carried_schema(schema, settings.task)
+    return plans, total, carried_schema(schema, settings)
 
 
 def _blocks_in_order(ds: "ray.data.Dataset") -> list[Any]:
@@ -134,7 +138,7 @@ def _repeated(ids: pa.ChunkedArray) -> np.ndarray:
 
 
 def _plan(
-    batch: pa.Table, schema: pa.Schema, settings: PlanSettings, model: str, layout: Any
+    batch: pa.Table, schema: pa.Schema, settings: PlanSettings, model: str, layout: Any, folder: str
 ) -> dict[str, Any]:
     """The planned rows of some rows, in shards."""
     import ray
@@ -143,7 +147,20 @@ def _plan(
     table, numbers = _numbered(batch, schema)
     config, tokenizer, _ = read_checkpoint(model)
     mine = duplicates.intersection(numbers)
-    planned = plan_rows(table, settings, config, tokenizer, origin=ORIGIN, numbers=numbers, duplicates=mine)
+    planned = plan_rows(
+        table,
+        settings,
+        config,
+        tokenizer,
+        origin=ORIGIN,
+        numbers=numbers,
+        duplicates=mine,
+        folder=folder,
+    )
+    if settings.task in PICTURE_TASKS:
+        # There is no file that a plan could refer to.
+        takes = np.repeat(np.arange(len(numbers)), [starts[one + 1] - starts[one] for one in numbers])
+        planned = planned.append_column(COLUMN, table.column(COLUMN).take(pa.array(takes)))
     ids = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in numbers])
     shards = pa.array(ids // size)
     planned = planned.set_column(0, planned.schema.field(0), pa.array(ids))

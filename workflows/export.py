@@ -40,9 +40,9 @@ GRID = 4
 class ExportSummary:
     """What an export did.
 
-    what: a row gives. exported: ok rows that are in DEST now. errors: error rows, which are not. left_out: ok rows that the
-    format has no place for, and why. unchanged: files, among `files`, that were there as they should be.
-    renamed: rows whose id made no safe file name.
+    what: an ok row gives. exported: ok rows that are in DEST now. errors: error rows, which are not.
+    left_out: ok rows that the format has no place for, and why. unchanged: files, among `files`, that were
+    there as they should be. renamed: rows whose id made no safe file name.
     """
 
     dest: str
@@ -229,6 +229,11 @@ def _pixels(row: Row) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def _memory(row: Row) -> int:
+    """Bytes that it takes to make another file of a row's picture: two files, and the pixels."""
+    return 2 * len(_bytes(row)) + 3 * row.values["width"] * row.values["height"]
+
+
 def _grid(rows: list[Row], options: _Options) -> bytes:
     """Four pictures of one size as one PNG: the first two above the others."""
     pixels = [_pixels(row) for row in rows]
@@ -303,7 +308,7 @@ def _geneval(results: Results, sink: Sink, count: _Count, options: _Options) -> 
             line = json_line(metadata | {"prompt": row.values["prompt"]})
             sink.put(f"{folder}/metadata.jsonl", functools.partial(bytes, line), len(line))
         name = f"{folder}/samples/{row.values['sample']:04d}.png"
-        sink.put(name, functools.partial(_picture, row, options, png=True), len(_bytes(row)))
+        sink.put(name, functools.partial(_picture, row, options, png=True), _memory(row))
         count.exported += 1
 
 
@@ -323,7 +328,7 @@ def _dpg(results: Results, sink: Sink, count: _Count, options: _Options) -> None
         if used:
             # The evaluator takes what precedes the first dot for the id.
             name = f"{_stem(group[0], count, dots=False, samples=False)}.png"
-            sink.put(name, functools.partial(_grid, group, options), sum(len(_bytes(row)) for row in group))
+            sink.put(name, functools.partial(_grid, group, options), 2 * sum(map(_memory, group)))
         count.exported += used
         count.left_out += ok - used
 
@@ -346,7 +351,7 @@ def _imgedit(results: Results, sink: Sink, count: _Count, options: _Options) -> 
             count.left_out += 1
             continue
         name = f"{_stem(row, count, samples=False)}.png"
-        sink.put(name, functools.partial(_picture, row, options, png=True), len(_bytes(row)))
+        sink.put(name, functools.partial(_picture, row, options, png=True), _memory(row))
         count.exported += 1
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 WRITERS = 8
 WAITING_BYTES = 32 << 20
-"""Pictures that wait for a writer; one that is larger waits alone."""
+"""What files that wait for a writer may take of memory; a larger one is waited for."""
 
 
 # Reading
@@ -122,7 +122,7 @@ class Results:
     ) -> Iterator[tuple[dict[str, Any], bytes | None]]:
         names = [name for name in self.schema.names if name not in ("image", "tokens")]
         table = parquet.read_row_group(group, columns=[*names, "image"] if pictures else names)
-        images = table.column("image").combine_chunks() if pictures else None
+        images = table.column("image") if pictures else None
         for index, values in enumerate(table.select(names).to_pylist()):
             # One picture at a time becomes an object of Python's.
             yield values, (images[index].as_py() or {}).get("bytes") if images is not None else None
@@ -188,13 +188,11 @@ class Sink:
             self._pool.shutdown(cancel_futures=True)
 
     def put(self, relative: str, make: Callable[[], bytes], size: int) -> None:
-        """Writes what `make()` returns, in a thread; size: of what it holds until then, in bytes."""
-        while self._waiting and (
-            len(self._waiting) >= 2 * WRITERS or size + sum(n for n, _ in self._waiting) > WAITING_BYTES
-        ):
-            self._take()
+        """Writes what `make()` returns, in a thread; size: memory that this takes until it is done, bytes."""
         path = storage.join(self.dest, relative)
         self._waiting.append((size, self._pool.submit(_write, path, make)))
+        while len(self._waiting) > 2 * WRITERS or sum(taken for taken, _ in self._waiting) > WAITING_BYTES:
+            self._take()
 
     def _take(self) -> None:
         written = self._waiting.popleft()[1].result()

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from model.errors import InputError
 from workflows import storage
 from workflows.card import write_card
+from workflows.cells import Cell
 from workflows.results import (
     FORMAT,
     JSON_MARK,
@@ -251,16 +252,19 @@ def json_line(values: Mapping[str, Any]) -> bytes:
 def manifest_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
     """An error row as a line of a manifest: id, kind, message, then the columns it came from.
 
-    row: a row of `data/`; schema: of its file. `image` is the URI of the source picture, which names the
-    row of a file where the picture is bytes within one. Carried columns have the names they had in the
-    manifest, unless such a name is taken here; JSON text becomes JSON again, bytes become base64.
+    row: a row of `data/`; schema: of its file. `image` is where the source picture is, `FILE#ROW` for one
+    within a Parquet file, which is a reference of a manifest like any other. Carried columns have the
+    names they had in the manifest, unless such a name is taken here; JSON text becomes JSON again, bytes
+    become base64.
     """
     line: dict[str, Any] = {"id": row["id"], "kind": row["error_type"], "message": row["error_message"]}
     # A size follows from the source wherever there is one.
     unwanted = () if row["task"] == "generate" else ("width", "height")
     line |= {name: row[name] for name in _PARAMETERS if row[name] is not None and name not in unwanted}
-    if (row["source"] or {}).get("uri"):
-        line["image"] = row["source"]["uri"]
+    source = row["source"] or {}
+    if source.get("uri"):
+        inside = source.get("row_id") is not None
+        line["image"] = str(Cell(source["uri"], source["row_id"])) if inside else source["uri"]
     marked = json.loads((schema.metadata or {}).get(JSON_MARK, b"[]"))
     for name in schema.names:
         if name in RESULT_NAMES or row[name] is None:

@@ -1,6 +1,9 @@
-"""Text to image: a manifest of prompts becomes a data set of pictures, shard by shard, on Ray Data.
+"""The pipeline of all tasks: a manifest becomes a data set, shard by shard, on Ray Data.
 
-    missing shards -> load (plan, prompts) -> replica (tokens, pixels) -> encode -> write
+    missing shards -> load (plan, prompts, sources) -> replica (tokens, pixels) -> encode -> write
+
+`generate` is the task from text to image as a function; `workflows.edit` and `workflows.understand` have
+those of the others.
 
 One Ray row carries one whole shard, since Ray Data splits and joins blocks but never a row. What is
 missing is what a listing of the output does not show; nothing else remembers what is done. Knows nothing
@@ -9,6 +12,7 @@ of how rows are planned, how a token is drawn or what a progress bar looks like.
 
 import dataclasses
 import functools
+import gc
 import json
 import logging
 import math
@@ -25,15 +29,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from actors.replica import Replica
-from actors.rows import from_ipc, outcomes, request_values, requests_table, to_ipc
+from actors.rows import from_ipc, outcomes, to_ipc
 from model import checkpoint
-from model.config import Size
 from model.errors import InputError, did_you_mean
-from model.prompts import Prompt, generate_prompt
 from workflows import storage
 from workflows.cluster import connected, reason
 from workflows.dataset_plan import plan_dataset
 from workflows.finish import finish, read_success
+from workflows.load import load_requests
 from workflows.lock import OutputLock
 from workflows.manifest import discover
 from workflows.plan import Plan, read_shard
@@ -42,6 +45,7 @@ from workflows.planning import existing_plan, make_plan, read_checkpoint
 from workflows.report import REPORT_FILE, write_report
 from workflows.results import (
     RUN_FILE,
+    TEXT_TASKS,
     Made,
     RunConstants,
     build_result_table,
@@ -56,17 +60,20 @@ from workflows.results import (
 )
 from workflows.run_config import Progress, RunConfig, RunSummary
 from workflows.runs import RunLog
+from workflows.sources import SourceOptions
+from workflows.tasks import PICTURE_TASKS
 
 if TYPE_CHECKING:
     import ray.data
-
-TASK = "generate"
 
 TICK_SECONDS = 0.5
 """How often a driver looks at its replicas while no shard arrives."""
 
 MOST_ATTEMPTS = 6
 """A shard that was begun so often without an end stops the run, or it would be begun for ever."""
+
+LEAST_LOADS = 2
+"""Shards whose sources are loaded at once, at least; each loads several sources at once."""
 
 LEAST_ROWS = 20
 """An error rate is not judged on fewer rows."""
@@ -81,13 +88,14 @@ log = logging.getLogger(__name__)
 class Job:
     """What the stages must know, wherever they run.
 
-    model: folder of a checkpoint, local or on S3. run, schema: of the result rows. environments: digests
-    that alone are allowed where the run is strict; empty for any.
+    model: folder of a checkpoint, local or on S3. run, schema: of the result rows. sources: what source
+    pictures may be. environments: digests that alone are allowed where the run is strict; empty for any.
     """
 
     model: str
     run: RunConstants
     schema: pa.Schema
+    sources: SourceOptions
     environments: frozenset[str] = frozenset()
 
 
@@ -97,26 +105,9 @@ def load(row: dict[str, Any], job: Job, output: str) -> dict[str, Any]:
 
 
 def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Adds `requests` to a `shard` with its `plan`; rows that the plan refuses ask for nothing."""
-    config, tokenizer, _ = read_checkpoint(job.model)
-    made = []
-    for position, values in enumerate(from_ipc(row["plan"]).to_pylist()):
-        if values["status"] == "error":
-            continue
-        size = Size(values["height"], values["width"])
-        language = values["language"]
-        template = job.run.templates.get(language)
-        made.append(
-            request_values(
-                row=position,
-                prompt=generate_prompt(tokenizer, config, values["prompt"], size, language, template),
-                null=_null(job.model, size, language, template) if values["cfg"] > 1 else None,
-                size=size,
-                seed=values["seed"],
-                sampling=values,
-            )
-        )
-    return {**row, "requests": to_ipc(requests_table(made))}
+    """Adds `requests` to a `shard` with its `plan`, which is then as it is after loading."""
+    plan, asked = load_requests(from_ipc(row["plan"]), job.model, job.run, job.sources)
+    return {**row, "plan": to_ipc(plan), "requests": to_ipc(asked)}
 
 
 def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -131,8 +122,9 @@ def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
             f"there ({row['environment']}): run it on the same kind of machine, or without --strict."
         )
     made = Made(row["replica"], where, row["attempts"])
+    decode = read_checkpoint(job.model).tokenizer.decode if job.run.task in TEXT_TASKS else None
     table = build_result_table(
-        from_ipc(row["plan"]), outcomes(from_ipc(row["outcomes"])), job.run, made, job.schema
+        from_ipc(row["plan"]), outcomes(from_ipc(row["outcomes"])), job.run, made, job.schema, decode
     )
     return {"shard": row["shard"], "result": to_ipc(table)}
 
@@ -148,12 +140,6 @@ def refuse(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """In place of replica and `encode`: the rows of a shard that the plan refuses whole."""
     table = build_result_table(from_ipc(row["plan"]), [], job.run, Made(), job.schema)
     return {"shard": row["shard"], "result": to_ipc(table)}
-
-
-@functools.lru_cache(maxsize=256)
-def _null(model: str, size: Size, language: str, template: str | None) -> Prompt:
-    config, tokenizer, _ = read_checkpoint(model)
-    return generate_prompt(tokenizer, config, "", size, language, template)
 
 
 @dataclass
@@ -206,14 +192,23 @@ def make_job(
     return Job(
         config.model,
         RunConstants(
-            task=TASK,
+            task=config.task,
             model_digest=meaning["model_digest"],
             config_digest=digest(meaning),
             image_format=config.image_format,
             image_quality=config.image_quality,
             templates=dict(config.templates),
+            restore_size=config.restore_size,
+            max_new_tokens=config.max_new_tokens,
         ),
         result_schema(carried, config.save_tokens),
+        SourceOptions(
+            # All paths of a plan are absolute.
+            "/",
+            https=config.allow_https,
+            most_bytes=config.max_source_bytes,
+            most_pixels=config.max_source_pixels,
+        ),
         frozenset(environments),
     )
 
@@ -255,16 +250,26 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
     return Pool(device, min(config.replicas[1], shards), calls, config.threads, config.slots, kind)
 
 
-def make_pictures(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = None) -> "ray.data.Dataset":
+def load_stage(
+    shards: "ray.data.Dataset", stage: Callable[..., dict[str, Any]], job: Job, pool: Pool
+) -> "ray.data.Dataset":
+    """Rows of shards become rows of `prepare`, by `stage`; a few at once where they wait for sources."""
+    from ray.data import TaskPoolStrategy
+
+    size = max(LEAST_LOADS, 2 * pool.size) if job.run.task in PICTURE_TASKS else None
+    return shards.map(stage, num_cpus=pool.cpus, compute=TaskPoolStrategy(size=size))
+
+
+def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = None) -> "ray.data.Dataset":
     """Rows of `prepare` become rows of `encode`."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     resources: dict[str, Any] = {"num_gpus": 1} if pool.device == "cuda" else {"num_cpus": pool.threads}
-    pictures = shards.map(
+    made = shards.map(
         pool.kind,
         fn_constructor_kwargs={
             "checkpoint": functools.partial(storage.fetch_folder, job.model),
-            "task": TASK,
+            "task": job.run.task,
             "options": {} if pool.slots is None else {"slots": pool.slots},
             "device": pool.device,
             "threads": pool.threads,
@@ -277,7 +282,7 @@ def make_pictures(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any =
         ),
         **resources,
     )
-    return pictures.map(
+    return made.map(
         functools.partial(encode, job=job), num_cpus=pool.cpus, compute=TaskPoolStrategy(size=2 * pool.size)
     )
 
@@ -289,8 +294,8 @@ def generate(
 
     ds: has the columns of a manifest. model: `tiny`, or the folder of a checkpoint. options: fields of
     `workflows.run_config.RunConfig` that say what a row is or what makes it: samples, seed, sampling,
-    width, height, language, templates, image_format, image_quality, save_tokens, max_prompt_tokens,
-    slots, device, threads.
+    preset, width, height, language, templates, prompt_column, image_format, image_quality, save_tokens,
+    max_prompt_tokens, slots, device, threads.
 
     Every row is planned before this returns, which executes `ds` once; the pictures are made when the
     answer is consumed. It has a row for every sample, with the columns of `data/`, the carried ones
@@ -299,22 +304,29 @@ def generate(
     later row of an id that occurs twice.
     Raises InputError for an option that does not exist or breaks a rule, and where `prompt` is missing.
     """
+    return map_dataset("generate", ds, model, replicas, options)
+
+
+def map_dataset(
+    task: str, ds: "ray.data.Dataset", model: str, replicas: int, options: dict[str, Any]
+) -> "ray.data.Dataset":
+    """What `generate` does, for any task."""
     import ray.data
 
     fields = {one.name for one in dataclasses.fields(RunConfig)}
     for name in options:
         if name not in fields - _OF_A_RUN:
             raise InputError(f"there is no option '{name}'{did_you_mean(name, fields - _OF_A_RUN) or '.'}")
-    config = RunConfig(manifest="", output="", replicas=(replicas, replicas), **options)
-    config = dataclasses.replace(config, model=model_path(model))
+    config = RunConfig(manifest="", output="", task=task, replicas=(replicas, replicas), **options)
+    config = _absolute(dataclasses.replace(config, model=model))
     meaning = _meaning(config)
     plans, rows, carried = plan_dataset(ds, _plan_settings(config), config.model)
     job = make_job(config, meaning, carried)
     if not rows:
         return ray.data.from_arrow(job.schema.empty_table())
     pool = make_pool(config, choose_device(config.device), rows, plans.count())
-    loaded = plans.map(functools.partial(prepare, job=job), num_cpus=pool.cpus)
-    return make_pictures(loaded, job, pool).map_batches(
+    loaded = load_stage(plans, functools.partial(prepare, job=job), job, pool)
+    return make_results(loaded, job, pool).map_batches(
         _unpack, batch_size=1, batch_format="pyarrow", num_cpus=pool.cpus
     )
 
@@ -350,8 +362,6 @@ def run(
     run goes on from there), RunInProgress if another run is at work on the output.
     """
     started = time.monotonic()
-    if config.task != TASK:
-        raise InputError(f"task is '{config.task}', but this is '{TASK}': choose that.")
     config = _absolute(config)
     report = on_progress or (lambda progress: None)
     with ExitStack() as stack:
@@ -396,7 +406,7 @@ def _planned(config: RunConfig, stack: ExitStack, report: Callable[[Progress], N
     if config.output:
         found = existing_plan(config.manifest, settings, config.model, config.output)
     else:
-        discover(config.manifest)  # tells in a moment that there is none
+        discover(config.manifest, config.task)  # tells in a moment that there is none
     if found is None:
         _connect(config, stack, report)
         report(Progress(waiting="planning"))
@@ -409,7 +419,10 @@ def _planned(config: RunConfig, stack: ExitStack, report: Callable[[Progress], N
 
 
 def _connect(config: RunConfig, stack: ExitStack, report: Callable[[Progress], None]) -> None:
-    report(Progress(waiting="starting Ray"))
+    import ray
+
+    if not ray.is_initialized():
+        report(Progress(waiting="starting Ray"))
     cpus = config.replicas[1] * config.threads if config.device != "cuda" else 0
     stack.enter_context(connected(config.address, cpus))
 
@@ -421,6 +434,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         manifest=absolute_path(config.manifest),
         output=absolute_path(config.output) if config.output else "",
         model=model_path(config.model),
+        image_root=None if config.image_root is None else absolute_path(config.image_root),
     )
 
 
@@ -446,9 +460,9 @@ def _meaning(config: RunConfig) -> dict[str, Any]:
     replicas do so, since a driver need not hold the weights.
     """
     known = read_checkpoint(config.model)
-    known.config.require_task(TASK)
+    known.config.require_task(config.task)
     if not storage.is_s3(config.model):
-        checkpoint.check(config.model, TASK)
+        checkpoint.check(config.model, config.task)
     return config.config_digest_fields(known.digest)
 
 
@@ -518,18 +532,21 @@ def _make_missing(
     job = make_job(config, meaning, plan.carried, known.environments if config.strict else ())
     pool = make_pool(config, device, plan.rows, len(plan.shards), replica)
     eyes = watch.start()
-    # Blocks that are there need no task to make them, which would wait for a CPU that replicas hold.
-    shards = ray.data.from_items(missing, override_num_blocks=len(missing))
-    loaded = shards.map(functools.partial(load, job=job, output=config.output), num_cpus=pool.cpus)
-    if plan.error_rows == plan.rows:
-        results = loaded.map(functools.partial(refuse, job=job), num_cpus=pool.cpus)
-    else:
-        results = make_pictures(loaded, job, pool, eyes)
-    written = results.map(functools.partial(write, output=config.output), num_cpus=0)
+
+    def pipeline() -> ray.data.Dataset:
+        # Blocks that are there need no task to make them, which would wait for a CPU that replicas hold.
+        shards = ray.data.from_items(missing, override_num_blocks=len(missing))
+        loaded = load_stage(shards, functools.partial(load, job=job, output=config.output), job, pool)
+        if plan.error_rows == plan.rows:
+            results = loaded.map(functools.partial(refuse, job=job), num_cpus=pool.cpus)
+        else:
+            results = make_results(loaded, job, pool, eyes)
+        return results.map(functools.partial(write, output=config.output), num_cpus=0)
+
     made = Tally()
     started = time.monotonic()
     waited: float | None = None
-    for row in _arriving(written):
+    for row in _arriving(pipeline):
         lock.check()
         counts = ray.get(eyes.counts.remote())
         if row is not None:
@@ -584,37 +601,40 @@ def _check_health(config: RunConfig, counts: Any, made: Tally) -> None:
         )
 
 
-def _arriving(dataset: "ray.data.Dataset") -> Iterator[dict[str, Any] | None]:
+def _arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Iterator[dict[str, Any] | None]:
     """The rows of a pipeline as they come, and None whenever none came for TICK_SECONDS.
 
     The pipeline goes on in a thread of its own, so that whoever looks on is never kept waiting.
-    Raises what went wrong in the pipeline, out of Ray's wrappers.
+    Raises what went wrong in it, out of Ray's wrappers.
     """
-    arrived: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()
 
     def consume() -> None:
         try:
-            for row in dataset.iter_rows():
-                arrived.put(("row", row))
+            for row in pipeline().iter_rows():
+                arrived.put(row)
                 if stop.is_set():
-                    return
-            arrived.put(("end", None))
+                    break
+            end = None
         except BaseException as error:
-            arrived.put(("error", error))
+            # A traceback would keep the pipeline, and with it the replicas and what they hold.
+            end = reason(error).with_traceback(None)
+        gc.collect()
+        arrived.put(end)
 
     threading.Thread(target=consume, name="pipeline", daemon=True).start()
     try:
         while True:
             try:
-                what, value = arrived.get(timeout=TICK_SECONDS)
+                found = arrived.get(timeout=TICK_SECONDS)
             except queue.Empty:
                 yield None
                 continue
-            if what == "end":
+            if found is None:
                 return
-            if what == "error":
-                raise reason(value) from None
-            yield value
+            if isinstance(found, BaseException):
+                raise found
+            yield found
     finally:
         stop.set()

@@ -27,11 +27,19 @@ CHUNK_BYTES = 1 << 16
 
 _TRY_AGAIN = {408, 425, 429}
 _REDIRECTS = {301, 302, 303, 307, 308}
-_EMBEDDED = ipaddress.ip_network("64:ff9b::/96")
-"""NAT64: the last four bytes are the IPv4 address that is reached."""
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""The last four bytes are the IPv4 address that is reached."""
 
-_AZURE_METADATA = ipaddress.ip_address("168.63.129.16")
-"""The one metadata service at an address that looks public."""
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's metadata
+        "192.0.0.0/24",  # Oracle's; of this and the next two not every Python says that they are special
+        "64:ff9b:1::/48",
+        "fec0::/10",
+    )
+)
+"""What `ipaddress` calls global and is not for strangers to ask."""
 
 
 class Unavailable(Exception):
@@ -95,11 +103,13 @@ def is_public(address: str) -> bool:
         return False
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if ip in _EMBEDDED:
+        if ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip != _AZURE_METADATA
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
+    return ip.is_global and not ip.is_multicast and not (ip.version == 4 and ip.is_reserved)
 
 
 def _parts(url: str, name: str) -> tuple[str, int, str]:

@@ -1,5 +1,8 @@
 """Manifests: finding their files, and reading rows from Parquet, CSV and JSON Lines piece by piece.
 
+For tasks that start from pictures a folder of pictures is a manifest too, and so are the output of a
+run and the JSON of the ImgEdit benchmark.
+
 `discover` lists files, `scan` looks into one of them and cuts it into pieces, `Columns` settles one
 Arrow schema for all of them, and `read` gives the rows of a piece in that schema. What reads contents
 is meant for a task of its own; what the caller keeps is a few numbers a piece. A row that cannot be
@@ -25,10 +28,18 @@ import pyarrow.parquet as pq
 
 from model.errors import InputError
 from workflows import storage
-from workflows.results import DATA_FOLDER, JSON_MARK, RUN_FILE
+from workflows.cells import COLUMN, Cell, is_result
+from workflows.results import DATA_FOLDER, JSON_MARK, RUN_FILE, TEXT_TASKS, shard_name, shard_number
 from workflows.run_config import OptionError
+from workflows.tasks import PICTURE_TASKS
 
 FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+"""Files of a folder that are taken for pictures."""
+
+REQUESTS_URL = "/v1/images/generations"
+"""Where lines of OpenAI's batch format must be for, to be taken as rows."""
 
 PIECE_ROWS = 65_536
 PIECE_BYTES = 64 << 20
@@ -43,13 +54,19 @@ MOST_COLUMNS = 1000
 
 @dataclass(frozen=True)
 class ManifestFile:
-    """One file of a manifest. relative: path below the manifest. size: bytes. etag: of its contents."""
+    """One file of a manifest. relative: path below the manifest. size: bytes. etag: of its contents.
+
+    format: one of FORMATS, or `results` (a shard of a run's output), `pictures` (a folder or pattern of
+    them, path being its own) or `imgedit`. cells: whether pictures in its column `image` are given as
+    references to their rows.
+    """
 
     path: str
     relative: str
     format: str
     size: int
     etag: str
+    cells: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,15 +160,21 @@ class Batch(NamedTuple):
 # Finding
 
 
-def discover(path: str) -> Manifest:
+def discover(path: str, task: str = "generate") -> Manifest:
     """The files of a manifest: a file, all of a folder at any depth, or what matches a pattern.
 
-    Hidden files and folders, and names that begin with `_`, are left out. Raises InputError if there
-    is no such manifest, it has no file of a known format, or it is the output of a run.
+    Hidden files and folders, and names that begin with `_`, are left out. A task that starts from
+    pictures takes some, if nothing names them, and the output of a finished run. Raises InputError if
+    there is no such manifest, it has no file of a known format, or it is the output of a run.
     """
+    pictures = task in PICTURE_TASKS
     single = storage.info(path)
     if single is not None:
-        return Manifest(path, (_manifest_file(single, _format(path)),))
+        if pictures and _is_picture(path):
+            return _picture_manifest(path, [single])
+        imgedit = task == "edit" and path.lower().endswith(".json")
+        form = "imgedit" if imgedit else _format(path)
+        return Manifest(path, (_manifest_file(single, form, pictures),))
     if re.search(r"[*?\[]", path):
         found, what = storage.match_files(path), "no file matches it"
     else:
@@ -159,11 +182,16 @@ def discover(path: str) -> Manifest:
         found, what = storage.list_files(folder), "there is no such file or folder"
         if not storage.is_s3(path) and os.path.isdir(folder):
             what = "the folder is empty"
-        _refuse_output(path, found)
+        if _is_output(found):
+            return _results(path, found, task)
     visible = [file for file in found if not re.search(r"(^|/)[._]", file.relative)]
     files = [(file, FORMATS.get(os.path.splitext(file.relative)[1].lower())) for file in visible]
-    known = tuple(_manifest_file(file, form) for file, form in files if form)
-    ignored = tuple(file.relative for file, form in files if not form)
+    known = tuple(_manifest_file(file, form, pictures) for file, form in files if form)
+    others = [file for file, form in files if not form]
+    shown = [file for file in others if pictures and _is_picture(file.relative)]
+    ignored = tuple(file.relative for file in others if file not in shown)
+    if shown and not known:
+        return _picture_manifest(path, shown, ignored)
     if not known:
         if ignored:
             what = f"it has no Parquet, CSV or JSON Lines file, only such as '{ignored[0]}'"
@@ -182,22 +210,62 @@ def _format(path: str) -> str:
     )
 
 
-def _refuse_output(path: str, files: Sequence[storage.FileInfo]) -> None:
+def _is_output(files: Sequence[storage.FileInfo]) -> bool:
     names = {file.relative for file in files}
-    if RUN_FILE in names or any(re.fullmatch(r"plan/part-\d+\.json", name) for name in names):
+    return RUN_FILE in names or any(re.fullmatch(r"plan/part-\d+\.json", name) for name in names)
+
+
+def _results(path: str, files: Sequence[storage.FileInfo], task: str) -> Manifest:
+    """The shards of a run's output. Raises InputError unless it is finished and the task wants pictures."""
+    if task not in PICTURE_TASKS:
         raise InputError(
             f"{path} is the output of a run, not a manifest: for a second try of its errors give "
             f"{storage.join(path, 'errors.jsonl')}, for its rows {storage.join(path, DATA_FOLDER)}."
         )
+    parts = sorted(file.relative for file in files if re.fullmatch(r"plan/part-\d+\.json", file.relative))
+    done = next((file for file in files if file.relative == "_SUCCESS"), None)
+    finished = json.loads(storage.read_bytes(done.path))["parts"] if done else None
+    if finished != [os.path.basename(part).removesuffix(".json") for part in parts]:
+        raise InputError(f"{path} is the output of a run that is not finished: let it finish first.")
+    data = (file for file in files if os.path.dirname(file.relative) == DATA_FOLDER)
+    shards = (file for file in data if shard_number(os.path.basename(file.relative)) is not None)
+    return Manifest(path, tuple(_manifest_file(file, "results") for file in shards))
 
 
-def _manifest_file(file: storage.FileInfo, form: str) -> ManifestFile:
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def _picture_manifest(
+    path: str, files: Sequence[storage.FileInfo], ignored: tuple[str, ...] = ()
+) -> Manifest:
+    """One file stands for all pictures, which are many and have one row each."""
+    names = json.dumps([[file.relative, file.size, file.etag] for file in files])
+    etag = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    size = sum(file.size for file in files)
+    return Manifest(path, (ManifestFile(path, "pictures", "pictures", size, etag),), ignored)
+
+
+def _pictures(path: str) -> list[storage.FileInfo]:
+    """The pictures of such a manifest, looked for anew."""
+    single = storage.info(path)
+    if single is not None:
+        return [single]
+    if re.search(r"[*?\[]", path):
+        found = storage.match_files(path)
+    else:
+        found = storage.list_files(path if storage.is_s3(path) else os.path.realpath(path))
+    visible = (file for file in found if not re.search(r"(^|/)[._]", file.relative))
+    return [file for file in visible if _is_picture(file.relative)]
+
+
+def _manifest_file(file: storage.FileInfo, form: str, pictures: bool = False) -> ManifestFile:
     etag = file.etag
     if not storage.is_s3(file.path) and file.size <= HASHED_BYTES:
         # A copy or a fresh checkout is the same manifest, though its files are newer.
         with storage.explained(file.path), open(file.path, "rb") as stream:
             etag = hashlib.file_digest(stream, "sha256").hexdigest()[:32]
-    return ManifestFile(file.path, file.relative, form, file.size, etag)
+    return ManifestFile(file.path, file.relative, form, file.size, etag, pictures and form == "parquet")
 
 
 # Looking into a file
@@ -208,12 +276,24 @@ def scan(file: ManifestFile) -> Scan:
 
     Raises InputError, naming the file, if it is corrupt or has columns that are not served.
     """
+    scans = {
+        "parquet": _scan_parquet,
+        "csv": _scan_csv,
+        "jsonl": _scan_jsonl,
+        "imgedit": _scan_imgedit,
+        "results": _scan_results,
+        "pictures": _scan_pictures,
+    }
     with _readable(file), storage.explained(file.path):
-        if file.format == "parquet":
-            return _scan_parquet(file)
-        if file.format == "csv":
-            return _scan_csv(file)
-        return _scan_jsonl(file)
+        return scans[_format_within(file)](file)
+
+
+def _format_within(file: ManifestFile) -> str:
+    """The format of a file; a shard of results is one wherever a copy of it lies, if pictures are wanted."""
+    if file.cells and file.format == "parquet":
+        with _open_parquet(file) as parquet:
+            return "results" if is_result(parquet.schema_arrow) else "parquet"
+    return file.format
 
 
 class _readable:
@@ -250,6 +330,8 @@ def _scan_parquet(file: ManifestFile) -> Scan:
                 raise InputError(f"{file.path} has two columns named '{name}': rename one.")
         for field in schema:
             _refuse_extension(field, field.name, file)
+        if file.cells:
+            schema = _with_references(schema, file)
         pieces, first, start, rows, size = [], 0, 0, 0, 0
         for group in range(metadata.num_row_groups):
             rows += metadata.row_group(group).num_rows
@@ -260,6 +342,29 @@ def _scan_parquet(file: ManifestFile) -> Scan:
                 first, start, rows, size = first + rows, group + 1, 0, 0
     _check_width(file, schema.names)
     return Scan(pieces, schema)
+
+
+def _with_references(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
+    """The schema of a file whose pictures are read as references to their rows, if it holds any."""
+    index = schema.get_field_index(COLUMN)
+    if index < 0 or _is_named(schema.field(index).type):
+        return schema
+    kind = schema.field(index).type
+    if pa.types.is_struct(kind):
+        kind = next((field.type for field in kind if field.name == "bytes"), kind)
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)):
+        raise InputError(
+            f"Column '{COLUMN}' of {file.path} is {schema.field(index).type}, but must hold paths, bytes or "
+            f"structs of bytes and path: convert it."
+        )
+    return schema.set(index, pa.field(COLUMN, pa.string()))
+
+
+def _is_named(kind: pa.DataType) -> bool:
+    """Whether a column of this type says where pictures are and does not hold them."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
 def _refuse_extension(field: pa.Field, name: str, file: ManifestFile) -> None:
@@ -419,10 +524,28 @@ def _json_object(line: bytes) -> tuple[dict[str, Any], str]:
         return {}, fault or f"is not valid JSON ({words})"
     if not isinstance(value, dict):
         return {}, fault or f"is a JSON {_json_name(value)}, not an object"
+    if "custom_id" in value and isinstance(value.get("body"), dict):
+        value, wrong = _request(value)
+        fault = fault or wrong
     if "\\u" in text and not _is_text(again := json.dumps(value, ensure_ascii=False)):
         value = json.loads(_mended(again))
         fault = fault or "holds half of a surrogate pair, which is no Unicode text"
     return value, fault
+
+
+def _request(line: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A line of OpenAI's batch format as a row: its body, with the names of our columns."""
+    body, row = line["body"], {"id": line["custom_id"]}
+    row |= {name: value for name, value in body.items() if name not in ("id", "n", "size")}
+    if body.get("n") is not None:
+        row["samples"] = body["n"]
+    size = body.get("size")
+    if size not in (None, "auto"):
+        # The sizes of their models are not those of ours, so the nearest ratio is taken.
+        row["aspect_ratio"] = re.sub(r"^(\d+)x(\d+)$", r"\1:\2", size) if isinstance(size, str) else size
+    if line.get("url") != REQUESTS_URL:
+        return row, f"is a request to {json.dumps(line.get('url'))}, but only {REQUESTS_URL} is served"
+    return row, ""
 
 
 def _json_name(value: Any) -> str:
@@ -443,6 +566,127 @@ def _scan_jsonl(file: ManifestFile) -> Scan:
     with storage.open_source(file.path) as stream:
         pieces = list(_pieces(file, noted(_jsonl_rows(stream, file.path, 0)), 0))
     return Scan(pieces, kinds=kinds)
+
+
+# Other kinds of manifest
+
+
+def _imgedit_rows(file: ManifestFile) -> list[dict[str, Any]]:
+    """Rows of ImgEdit's JSON, an object of keys: its `id` is the path of the source picture."""
+    try:
+        found = json.loads(storage.read_bytes(file.path))
+        rows = [{**entry, "id": key, COLUMN: entry.get("id")} for key, entry in found.items()]
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        raise InputError(
+            f"{file.path} is not an object of keys, each with id, prompt and edit_type, which is the JSON "
+            f"that edit reads: write one object a line and name the file .jsonl."
+        ) from None
+    _check_width(file, list({name: None for row in rows for name in row}))
+    return [json.loads(_mended(json.dumps(row, ensure_ascii=False))) for row in rows]
+
+
+def _scan_imgedit(file: ManifestFile) -> Scan:
+    rows = _imgedit_rows(file)
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(_kind(value))
+    return Scan([Piece(file, 0, len(rows), 0, file.size)] if rows else [], kinds=kinds)
+
+
+def _read_imgedit(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    rows, marked = _imgedit_rows(piece.file), json_columns(schema)
+    for start in range(0, len(rows), BATCH_ROWS):
+        yield Batch(start, _text_table(rows[start : start + BATCH_ROWS], schema, marked), {})
+
+
+def _scan_pictures(file: ManifestFile) -> Scan:
+    count = len(_pictures(file.path))
+    starts = range(0, count, PIECE_ROWS)
+    pieces = [Piece(file, start, min(PIECE_ROWS, count - start), start, start) for start in starts]
+    return Scan(pieces, pa.schema([("id", pa.string()), (COLUMN, pa.string())]))
+
+
+def _read_pictures(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    files = _pictures(piece.file.path)[piece.first_row : piece.first_row + piece.rows]
+    for start in range(0, len(files), BATCH_ROWS):
+        few = files[start : start + BATCH_ROWS]
+        faults: dict[int, str] = {}
+        for row, one in enumerate(few, piece.first_row + start):
+            if not _is_text(one.path):
+                faults[row] = "has a name that is not valid UTF-8"
+        columns = {"id": [_mended(one.relative) for one in few], COLUMN: [_mended(one.path) for one in few]}
+        arrays = [pa.array(columns[field.name], field.type) for field in schema]
+        yield Batch(piece.first_row + start, _table(arrays, schema, len(few)), faults)
+
+
+PREFIX = "in_"
+"""How the columns of a run's output begin, where it is the manifest of another run."""
+
+
+def _scan_results(file: ManifestFile) -> Scan:
+    """Its ok rows: `id`, `image` (a reference), and all other columns under names of their own."""
+    with _open_parquet(file) as parquet:
+        theirs = parquet.schema_arrow
+        ok = parquet.read(columns=["status"]).column("status").to_pylist().count("ok")
+        groups = parquet.metadata.num_row_groups
+    fields = [field.with_name(PREFIX + field.name) for field in theirs if field.name != COLUMN]
+    marked = [PREFIX + name for name in json_columns(theirs)]
+    metadata = {JSON_MARK: json.dumps(sorted(marked)).encode()} if marked else None
+    schema = pa.schema([("id", pa.string()), (COLUMN, pa.string()), *fields], metadata=metadata)
+    return Scan([Piece(file, 0, ok, 0, groups)] if ok else [], schema)
+
+
+def _read_results(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    path, first = piece.file.path, 0
+    wanted = [name.removeprefix(PREFIX) for name in schema.names if name.startswith(PREFIX)]
+    needed = {"row_id", "id", "sample", "status", "task", "source", *wanted}
+    with _open_parquet(piece.file) as parquet:
+        several = _with_samples(path, parquet)
+        names = [name for name in parquet.schema_arrow.names if name in needed]
+        for chunk in parquet.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
+            table = pa.Table.from_batches([chunk])
+            table = table.filter([status == "ok" for status in table.column("status").to_pylist()])
+            rows = table.select(["row_id", "id", "sample", "task", "source"]).to_pylist()
+            made = {
+                "id": [f"{row['id']}/{row['sample']}" if row["id"] in several else row["id"] for row in rows],
+                COLUMN: [_picture_of(path, row) for row in rows],
+            }
+            columns = [
+                pa.array(made[field.name], field.type)
+                if field.name in made
+                else table.column(field.name.removeprefix(PREFIX)).cast(field.type)
+                for field in schema
+            ]
+            yield Batch(first, _table(columns, schema, len(rows)), {})
+            first += len(rows)
+
+
+def _picture_of(path: str, row: dict[str, Any]) -> str | None:
+    """Where the picture of a result is: in its own row, or where the one is that a text is about."""
+    if row["task"] not in TEXT_TASKS:
+        return str(Cell(path, row["row_id"]))
+    source = row["source"] or {}
+    if source.get("row_id") is None:
+        return source.get("uri")
+    return str(Cell(source["uri"], source["row_id"]))
+
+
+def _with_samples(path: str, parquet: pq.ParquetFile) -> set[str]:
+    """Ids of a shard that have several samples. They stand together, but may go on in the next shard."""
+    table = parquet.read(columns=["id", "sample"])
+    ids, samples = table.column("id").to_pylist(), table.column("sample").to_pylist()
+    several = {one for one, sample in zip(ids, samples, strict=True) if sample}
+    if ids and ids[-1] not in several:
+        number = shard_number(os.path.basename(path))
+        following = storage.join(path.rpartition("/")[0], shard_name((number or 0) + 1))
+        if storage.exists(following):
+            filesystem, inner = storage.parquet_filesystem(following)
+            with filesystem.open_input_file(inner) as file, pq.ParquetFile(file) as after:
+                first = next(after.iter_batches(1, columns=["id", "sample"])).to_pylist()[0]
+                if first["sample"] and first["id"] == ids[-1]:
+                    several.add(ids[-1])
+    return several
 
 
 def _kind(value: Any) -> str:
@@ -536,6 +780,8 @@ class Columns:
                 features = (found.schema.metadata or {}).get(b"huggingface")
                 metadata |= {b"huggingface": features} if features and not metadata else {}
         marked = [name for name, seen in kinds.items() if _merged(seen) in ("json", "list:null")]
+        for _, _, found in ordered:
+            marked += sorted(json_columns(found.schema) - {*marked}) if found.schema is not None else []
         if marked:
             metadata[JSON_MARK] = json.dumps(marked).encode()
         fields = [
@@ -589,8 +835,14 @@ def read(piece: Piece, schema: pa.Schema, columns: Iterable[str] | None = None) 
         wanted = set(columns)
         schema = pa.schema([field for field in schema if field.name in wanted], metadata=schema.metadata)
     count = 0
-    batches = _read_parquet if piece.file.format == "parquet" else _read_text
+    readers = {
+        "parquet": _read_parquet,
+        "imgedit": _read_imgedit,
+        "results": _read_results,
+        "pictures": _read_pictures,
+    }
     with _readable(piece.file), storage.explained(piece.file.path):
+        batches = readers.get(_format_within(piece.file), _read_text)
         for batch in batches(piece, schema):
             count += batch.table.num_rows
             yield batch
@@ -604,7 +856,10 @@ def read(piece: Piece, schema: pa.Schema, columns: Iterable[str] | None = None) 
 def _read_parquet(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
     row = piece.first_row
     with _open_parquet(piece.file) as parquet:
-        names = [name for name in schema.names if name in parquet.schema_arrow.names]
+        theirs = parquet.schema_arrow
+        names = [name for name in schema.names if name in theirs.names]
+        referred = piece.file.cells and COLUMN in names and not _is_named(theirs.field(COLUMN).type)
+        names = [name for name in names if not (referred and name == COLUMN)]
         groups = range(piece.start, min(piece.stop, parquet.metadata.num_row_groups))
         for chunk in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
             table, faults = _mended_columns(pa.Table.from_batches([chunk]), row)
@@ -614,6 +869,9 @@ def _read_parquet(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
                 else pa.nulls(chunk.num_rows, field.type)
                 for field in schema
             ]
+            if referred:
+                cells = [str(Cell(piece.file.path, row + index)) for index in range(chunk.num_rows)]
+                columns[schema.names.index(COLUMN)] = pa.array(cells)
             # A batch without columns still has rows.
             yield Batch(row, _table(columns, schema, chunk.num_rows), faults)
             row += chunk.num_rows

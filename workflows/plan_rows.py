@@ -19,11 +19,15 @@ import pyarrow as pa
 
 from model.config import ModelConfig, Size
 from model.errors import InputError, RowError, did_you_mean
-from model.prompts import LANGUAGES, detect_language
+from model.prompts import DEFAULT_QUESTION, LANGUAGES, detect_language
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
-from workflows.results import JSON_MARK, RESULT_NAMES
+from workflows.cells import COLUMN, Cell, parse_cell
+from workflows.https import without_query
+from workflows.results import JSON_MARK, RESULT_NAMES, SOURCE_TYPE
 from workflows.run_config import OptionError
+from workflows.sources import Reference, SourceOptions, locate, parts_of
+from workflows.tasks import PICTURE_TASKS
 
 PLAN_FIELDS = (
     pa.field("row_id", pa.int64()),
@@ -49,6 +53,23 @@ PLAN_FIELDS = (
 width, height: pixels. In an error row any of `prompt` to `top_p` is null if it could not be read.
 """
 
+SOURCE_FIELD = pa.field("source", SOURCE_TYPE)
+"""Where a picture to start from is, for tasks that do: an absolute path or address, and for one within a
+Parquet file the number of its row there. The rest of it is learnt when it is loaded."""
+
+_OF_PICTURES = (
+    "prompt",
+    "image",
+    "id",
+    "samples",
+    "seed",
+    "cfg",
+    "temperature",
+    "top_k",
+    "top_p",
+    "language",
+)
+
 KNOWN_COLUMNS = {
     "generate": (
         "prompt",
@@ -64,6 +85,8 @@ KNOWN_COLUMNS = {
         "height",
         "aspect_ratio",
     ),
+    "edit": _OF_PICTURES,
+    "understand": _OF_PICTURES,
 }
 """Task -> columns of a manifest that mean something; all others are carried through."""
 
@@ -78,8 +101,11 @@ class PlanSettings:
     """What the run decides for rows that do not say, and which rows it looks at.
 
     seed: of the run. width, height: pixels; both, or neither for the size whose ratio is nearest to 1.
-    language: None to detect it row by row. limit, where: plan at most so many manifest rows, and only
-    those for which an SQL expression over the manifest's columns holds; the others may follow later.
+    language: None to detect it row by row. prompt: of rows that do not say; prompt_column: the column
+    with the prompts, if not `prompt`. image_root: where relative paths of pictures start, if not in the
+    folder of the file that names them; allow_https: whether they may be on the web. limit, where: plan
+    at most so many manifest rows, and only those for which an SQL expression over the manifest's columns
+    holds; the others may follow later.
     """
 
     task: str = "generate"
@@ -90,6 +116,10 @@ class PlanSettings:
     height: int | None = None
     language: str | None = None
     max_prompt_tokens: int = 1024
+    prompt: str | None = None
+    prompt_column: str | None = None
+    image_root: str | None = None
+    allow_https: bool = False
     limit: int | None = None
     where: str | None = None
 
@@ -122,16 +152,35 @@ class PlanSettings:
 # Columns
 
 
-def check_columns(schema: pa.Schema, task: str) -> list[str]:
-    """Warnings about columns that look like misspelt ones. Raises InputError if `prompt` is missing."""
-    known = KNOWN_COLUMNS[task]
-    if "prompt" not in schema.names:
-        hint = did_you_mean("prompt", [name for name in schema.names if name not in known])
+def prompt_column(schema: pa.Schema, settings: PlanSettings) -> str:
+    """The column that prompts stand in. One of a run's output may be called as it is there."""
+    name = settings.prompt_column or "prompt"
+    inner = f"in_{name}"
+    return inner if settings.prompt_column and name not in schema.names and inner in schema.names else name
+
+
+def known_columns(schema: pa.Schema, settings: PlanSettings) -> tuple[str, ...]:
+    """The columns of a manifest that mean something, all others being carried through."""
+    return (prompt_column(schema, settings), *KNOWN_COLUMNS[settings.task][1:])
+
+
+def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
+    """Warnings about columns that look like misspelt ones. Raises InputError if one is missing."""
+    known = known_columns(schema, settings)
+    needed = [COLUMN] if settings.task in PICTURE_TASKS else []
+    if settings.prompt_column or (settings.task != "understand" and settings.prompt is None):
+        needed.append(known[0])
+    for column in needed:
+        if column in schema.names:
+            continue
+        hint = did_you_mean(column, [name for name in schema.names if name not in known])
         if not hint and any("\t" in name or ";" in name for name in schema.names):
             hint = "; a CSV file must be separated by commas."
         elif not hint:
             hint = f": it has {', '.join(schema.names[:10]) or 'none at all'}."
-        raise InputError(f"The manifest has no column 'prompt'{hint}")
+            if column == "prompt" and settings.task in PICTURE_TASKS:
+                hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
+        raise InputError(f"The manifest has no column '{column}'{hint}")
     warnings = []
     for name in schema.names:
         near = next((word for word in known if name not in known and _nearly(name, word)), None)
@@ -155,12 +204,12 @@ def _nearly(name: str, word: str) -> bool:
     return any(name[start + one :] == word[start + other :] for one, other in skips)
 
 
-def carried_schema(schema: pa.Schema, task: str) -> pa.Schema:
+def carried_schema(schema: pa.Schema, settings: PlanSettings) -> pa.Schema:
     """The columns of a manifest that are carried through, under the names they will have.
 
     One with the name of a result column is `in_<name>`. Metadata names those that hold JSON text.
     """
-    names = _carried_names(schema, task)
+    names = _carried_names(schema, settings)
     fields = [schema.field(name).with_name(new).remove_metadata() for name, new in names.items()]
     metadata = {key: value for key, value in (schema.metadata or {}).items() if key == b"huggingface"}
     marked = [names[name] for name in _json_columns(schema) if name in names]
@@ -169,11 +218,12 @@ def carried_schema(schema: pa.Schema, task: str) -> pa.Schema:
     return pa.schema(fields, metadata=metadata)
 
 
-def _carried_names(schema: pa.Schema, task: str) -> dict[str, str]:
+def _carried_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
     names: dict[str, str] = {}
-    kept = {name for name in schema.names if name not in KNOWN_COLUMNS[task] and name not in RESULT_NAMES}
+    known = known_columns(schema, settings)
+    kept = {name for name in schema.names if name not in known and name not in RESULT_NAMES}
     for name in schema.names:
-        if name in KNOWN_COLUMNS[task]:
+        if name in known:
             continue
         new = name
         while new in RESULT_NAMES or (new != name and new in kept):
@@ -182,9 +232,10 @@ def _carried_names(schema: pa.Schema, task: str) -> dict[str, str]:
     return names
 
 
-def plan_schema(carried: pa.Schema) -> pa.Schema:
+def plan_schema(carried: pa.Schema, task: str = "generate") -> pa.Schema:
     """The schema of a plan with these carried columns."""
-    return pa.schema([*PLAN_FIELDS, *carried], metadata=carried.metadata)
+    fields = [*PLAN_FIELDS, SOURCE_FIELD] if task in PICTURE_TASKS else PLAN_FIELDS
+    return pa.schema([*fields, *carried], metadata=carried.metadata)
 
 
 def _json_columns(schema: pa.Schema) -> list[str]:
@@ -266,19 +317,22 @@ def plan_rows(
     numbers: Sequence[int] | None = None,
     faults: Mapping[int, str] | None = None,
     duplicates: Collection[int] = (),
+    folder: str = "",
 ) -> pa.Table:
     """The planned rows of some manifest rows, in the schema `plan_schema(carried_schema(table.schema))`.
 
-    origin, numbers: the file the rows are from and their numbers in it, for ids and messages (0, 1, ...
-    if None). faults: number -> why the row cannot be read. duplicates: numbers of rows whose id belongs
-    to an earlier one. `row_id` counts from 0 and `shard` is 0: whoever puts tables together renumbers.
+    folder: where relative paths of pictures start, unless the settings say. origin, numbers: the file
+    the rows are from and their numbers in it, for ids and messages (0, 1, ... if None). faults: number ->
+    why the row cannot be read. duplicates: numbers of rows whose id belongs to an earlier one. `row_id` counts from 0 and `shard` is 0: whoever puts tables together renumbers.
     """
     numbers = range(table.num_rows) if numbers is None else numbers
     faults = faults or {}
     ids, errors = row_ids(table, origin, numbers)
     counts = sample_counts(table, settings, numbers, faults, duplicates)
-    given = {name: _column(table, name) for name in KNOWN_COLUMNS[settings.task]}
+    known = dict(zip(KNOWN_COLUMNS[settings.task], known_columns(table.schema, settings), strict=True))
+    given = {name: _column(table, column) for name, column in known.items()}
     present = {name: values for name, values in given.items() if values is not None and name != "id"}
+    allowed = SourceOptions(settings.image_root or folder, https=settings.allow_https)
     rows = []
     for index, number in enumerate(numbers):
         error = errors.get(number)
@@ -289,12 +343,12 @@ def plan_rows(
                 "id", f"id {_shown(ids[index])} is that of an earlier row; give every row an id of its own."
             )
         values = {name: column[index] for name, column in present.items()}
-        rows.append(_resolved(values, settings, config, tokenizer, error))
+        rows.append(_resolved(values, settings, config, tokenizer, allowed, error))
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
     take = np.repeat(np.arange(table.num_rows), counts)
     samples = np.arange(len(take)) - np.repeat(np.cumsum(counts) - counts, counts)
     columns["id"] = ids
-    carried = carried_schema(table.schema, settings.task)
+    carried = carried_schema(table.schema, settings)
     arrays = []
     for one in PLAN_FIELDS:
         if one.name == "row_id":
@@ -311,9 +365,11 @@ def plan_rows(
             arrays.append(pa.array(seeds, one.type))
         else:
             arrays.append(pa.array(columns.get(one.name, []), one.type).take(pa.array(take)))
-    for name in _carried_names(table.schema, settings.task):
+    if settings.task in PICTURE_TASKS:
+        arrays.append(pa.array(columns.get("source", []), SOURCE_TYPE).take(pa.array(take)))
+    for name in _carried_names(table.schema, settings):
         arrays.append(table.column(name).take(pa.array(take)))
-    return pa.Table.from_arrays(arrays, schema=plan_schema(carried))
+    return pa.Table.from_arrays(arrays, schema=plan_schema(carried, settings.task))
 
 
 def _seed(given: int | None, status: str, run_seed: int, row_id: str, sample: int) -> int | None:
@@ -336,6 +392,7 @@ def _resolved(
     settings: PlanSettings,
     config: ModelConfig,
     tokenizer: Tokenizer,
+    allowed: SourceOptions,
     error: RowError | None,
 ) -> dict[str, Any]:
     """Parameters of a row; of several faults the first is told, and what could be read is kept."""
@@ -350,15 +407,22 @@ def _resolved(
 
     attempt(_samples, values.get("samples"), settings)
     prompt = values.get("prompt")
+    if settings.task in PICTURE_TASKS and _absent(prompt):
+        prompt = settings.prompt or _question(values.get("language"), settings) or prompt
     attempt(_check_prompt, prompt, settings, tokenizer)
     width = attempt(_integer, "width", values.get("width"), "size", INT32)
     height = attempt(_integer, "height", values.get("height"), "size", INT32)
-    ratio = values.get("aspect_ratio")
-    if width is None and height is None and _absent(ratio):
-        width, height = settings.width, settings.height
-    size = attempt(_size, width, height, ratio, config)
-    if size is not None:
-        height, width = size
+    source = None
+    if settings.task in PICTURE_TASKS:
+        source = _source(values.get(COLUMN))
+        attempt(_locate, source, values.get(COLUMN), allowed)
+    else:
+        ratio = values.get("aspect_ratio")
+        if width is None and height is None and _absent(ratio):
+            width, height = settings.width, settings.height
+        size = attempt(_size, width, height, ratio, config)
+        if size is not None:
+            height, width = size
     language = attempt(_language, values.get("language"), prompt, settings)
     seed = attempt(_integer, "seed", values.get("seed"), "seed", range(SEEDS))
     sampling = {
@@ -370,6 +434,9 @@ def _resolved(
         sampling["top_k"] = int(top_k)
     if None not in sampling.values():
         attempt(_check_sampling, *sampling.values())
+    if settings.task == "understand" and (sampling["cfg"] or 0) > 1:
+        words = f"cfg is {sampling['cfg']:g}, but answers have no guidance; give at most 1."
+        faults.append(RowError("sampling", words))
     # A float is looked for in a range one number after the other.
     if not (isinstance(sampling["top_k"], int) and sampling["top_k"] in INT32):
         sampling["top_k"] = None
@@ -382,9 +449,34 @@ def _resolved(
         "height": height,
         "language": language,
         "seed": seed,
+        "source": source,
         # JSON has no NaN, and no row of a plan has one.
         **{name: _finite(value) for name, value in sampling.items()},
     }
+
+
+def _question(language: Any, settings: PlanSettings) -> str | None:
+    """What is asked of a picture without a question; nothing if the task is another."""
+    if settings.task != "understand":
+        return None
+    own = language if isinstance(language, str) and language in LANGUAGES else settings.language
+    return DEFAULT_QUESTION[own or "en"]
+
+
+def _source(reference: Reference) -> dict[str, Any]:
+    """What can be told of a row's picture before it is looked for. An address stays without its query."""
+    path = reference.get("path") if isinstance(reference, Mapping) else reference
+    return {"uri": without_query(path) if isinstance(path, str) else "", "row_id": None}
+
+
+def _locate(source: dict[str, Any], reference: Reference, allowed: SourceOptions) -> None:
+    """Puts into `source` where the picture is. Raises RowError if there is none, or it may not be read."""
+    data, path = parts_of(reference)
+    if data is not None:
+        return
+    cell = parse_cell(path) or Cell(path, -1)
+    source["uri"] = locate(cell.path, allowed)
+    source["row_id"] = cell.row if cell.row >= 0 else None
 
 
 def _finite(value: float | None) -> float | None:

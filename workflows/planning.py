@@ -49,9 +49,11 @@ from workflows.plan_rows import (
     row_ids,
     sample_counts,
 )
+from workflows.results import TEXT_TASKS
 
 PART_SHARDS = 1024
 SHARD_ROWS = (8, 256)
+SHARD_TEXTS = 4096
 SHARDS_WANTED = 32
 SHARD_PIXEL_BYTES = 64 << 20
 MOST_BLOCKS = 256
@@ -71,7 +73,7 @@ def make_plan(manifest: str, settings: PlanSettings, model: str, output: str | N
     checkpoint = read_checkpoint(model)
     settings.check(checkpoint.config)
     _refuse_inside(manifest, output)
-    source = _Source(discover(manifest))
+    source = _Source(discover(manifest, settings.task))
     while True:
         plan = read_plan(output) if output else Plan()
         _check_same(plan, source.manifest, settings, checkpoint.digest)
@@ -90,7 +92,7 @@ def existing_plan(manifest: str, settings: PlanSettings, model: str, output: str
     """
     _refuse_inside(manifest, output)
     plan = read_plan(output)
-    _check_same(plan, discover(manifest), settings, read_checkpoint(model).digest)
+    _check_same(plan, discover(manifest, settings.task), settings, read_checkpoint(model).digest)
     return plan if _covers(plan, settings) else None
 
 
@@ -435,7 +437,7 @@ class _Planner:
     def __init__(self, source: _Source, settings: PlanSettings, model: str, output: str | None):
         self.source, self.settings, self.model, self.output = source, settings, model, output
         # A file without rows may show no columns either, and that is not what is wrong with it.
-        self.warnings = source.warnings + (check_columns(source.schema, settings.task) if source.rows else [])
+        self.warnings = source.warnings + (check_columns(source.schema, settings) if source.rows else [])
 
     def extended(self, plan: Plan) -> Plan:
         """The plan with all that is asked for. Raises _LostRace if somebody else planned meanwhile."""
@@ -469,10 +471,10 @@ class _Planner:
         if old and old.rows != rows:
             raise _changed(self.source.manifest.path)
         checkpoint = read_checkpoint(self.model)
-        carried = carried_schema(self.source.schema, self.settings.task)
+        carried = carried_schema(self.source.schema, self.settings)
         now = old or Round(
             rows,
-            shard_rows(rows, checkpoint.config),
+            shard_rows(rows, checkpoint.config, self.settings.task),
             selected,
             self.settings.meaning(),
             checkpoint.digest,
@@ -559,15 +561,20 @@ def _changed(path: str) -> InputError:
     return InputError(f"The manifest {path} changed while it was read: start again when it is complete.")
 
 
-def shard_rows(rows: int, config: ModelConfig) -> int:
+def shard_rows(rows: int, config: ModelConfig, task: str = "generate") -> int:
     """Rows of a shard in a round of so many rows: enough shards for every replica to get several.
 
-    No more than are 64 MiB of pixels in the largest size of the checkpoint.
+    No more than are 64 MiB of pixels, in and out, in the largest sizes of the checkpoint.
     """
     largest = max(size.height * size.width for size in config.size_list())
+    pixels = {
+        "generate": largest,
+        "edit": 2 * largest + config.edit_pixels[1],
+        "understand": config.understand_pixels[1],
+    }[task]
     least, most = SHARD_ROWS
-    wanted = min(max(-(-rows // SHARDS_WANTED), least), most)
-    return max(1, min(wanted, SHARD_PIXEL_BYTES // (3 * largest)))
+    wanted = min(max(-(-rows // SHARDS_WANTED), least), SHARD_TEXTS if task in TEXT_TASKS else most)
+    return max(1, min(wanted, SHARD_PIXEL_BYTES // (3 * pixels)))
 
 
 def _write_part(
@@ -580,7 +587,9 @@ def _write_part(
     def counted(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         for table in tables:
             errors.update(kind for kind in table.column("error_type").to_pylist() if kind)
-            planned = table.filter(pc.equal(table.column("status"), "planned"))
+            # Of pictures to be loaded the sizes are not known yet.
+            known = pc.and_(pc.equal(table.column("status"), "planned"), table.column("width").is_valid())
+            planned = table.filter(known)
             widths, heights = (planned.column(name).to_pylist() for name in ("width", "height"))
             sizes.update(f"{width}x{height}" for width, height in zip(widths, heights, strict=True))
             yield table
@@ -633,6 +642,7 @@ def _planned(
                         checkpoint.config,
                         checkpoint.tokenizer,
                         origin=rows.piece.file.relative,
+                        folder=folder_of(rows.piece.file.path),
                         numbers=few.numbers,
                         faults=rows.faults,
                         duplicates=duplicates,
@@ -642,6 +652,11 @@ def _planned(
                 skip = max(0, skip - given)
             if not take:
                 break
+
+
+def folder_of(path: str) -> str:
+    """The folder of a file, local or on S3."""
+    return path.rpartition("/")[0] if storage.is_s3(path) else os.path.dirname(path)
 
 
 def _few(counts: np.ndarray) -> Iterator[tuple[int, int]]:

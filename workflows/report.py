@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from model.errors import InputError, RowError
 from workflows import storage
+from workflows.cells import Cell, parse_cell, read_cells
 from workflows.plan import read_plan
 from workflows.results import TEXT_TASKS, flat, list_done, map_shards, open_shard, read_run, shard_path
 from workflows.runs import RunRecord, duration, read_records
@@ -60,7 +61,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 ReadSource = Callable[[str], bytes | None]
-"""URI of a source -> the bytes of its file, None if they cannot be had."""
+"""Reference to a source, as in a manifest -> the bytes of its file, None if they cannot be had."""
 
 
 class Stratum(NamedTuple):
@@ -97,7 +98,8 @@ class Card:
     """A row of the gallery.
 
     thumbnail: data URI of the result, before: of the source; empty where there is no picture, or none
-    that can be decoded. text: the result, if that is one. source, sha256: URI and hash of the source.
+    that can be decoded. text: the result, if that is one. source, sha256: of the source, how a
+    manifest would name it and its hash.
     width, height: as in Stratum.
     """
 
@@ -194,7 +196,9 @@ def write_report(output: str, read_source: ReadSource | None = None) -> str:
 
 def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
     """The page, as UTF-8 of at most MAX_BYTES; see `write_report`."""
-    config = read_run(output)["config"]
+    run = read_run(output)
+    preset = run["options"].get("preset")
+    config = ({"preset": preset} if preset else {}) | run["config"]
     plan = read_plan(output)
     survey = survey_output(output, plan.shards)
     records, _ = read_records(output)
@@ -377,9 +381,15 @@ def _card(row: Mapping[str, Any], budget: int) -> Card:
         cfg=row["cfg"],
         thumbnail=thumbnail((row["image"] or {}).get("bytes") or b"", budget),
         text=_cut(row["text"], 1000),
-        source=(row["source"] or {}).get("uri") or "",
+        source=_reference(row["source"] or {}),
         sha256=(row["source"] or {}).get("sha256") or "",
     )
+
+
+def _reference(source: Mapping[str, Any]) -> str:
+    """How a manifest would name a source; "" if it has no name."""
+    uri, row = source.get("uri") or "", source.get("row_id")
+    return str(Cell(uri, row)) if uri and row is not None else uri
 
 
 def _with_sources(cards: dict[Place, Card], read_source: ReadSource, budget: int) -> dict[Place, Card]:
@@ -402,17 +412,22 @@ def _with_sources(cards: dict[Place, Card], read_source: ReadSource, budget: int
     }
 
 
-def fetch_source(uri: str) -> bytes | None:
-    """The file of a source at an absolute path or on S3, of at most 64 MiB; None if it cannot be had.
+def fetch_source(reference: str) -> bytes | None:
+    """The file of a source at an absolute path, on S3 or in a row of a Parquet file (`FILE#ROW`), of at
+    most 64 MiB; None if it cannot be had.
 
     Whatever a run has read may be gone by now, and a report never waits long for it. Web addresses are
     not asked again: who opens a report has not agreed to that.
     """
-    from workflows.sources import SourceOptions, fetch
+    from workflows.sources import Reference, SourceOptions, fetch
 
     options = SourceOptions(folder="/", most_bytes=64 << 20, patience_seconds=2)
+    found: Reference = reference
     try:
-        return fetch(uri, options).data
+        cell = parse_cell(reference)
+        for _, value in read_cells(cell.path, [cell.row]) if cell else ():
+            found = value
+        return None if isinstance(found, RowError) else fetch(found, options).data
     except (RowError, InputError):
         return None
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from model.errors import InputError
 from workflows import storage
+from workflows.sources import restore_size
 
 if TYPE_CHECKING:
     from actors.rows import Outcome
@@ -237,7 +238,7 @@ class RunConstants:
     task, mode: `generate` and the like; `mode` names lossy shortcuts, and is "exact" without any.
     model_digest, config_digest: hex. image_format: `png`, `webp` or `jpeg`; image_quality as for
     `encode_image`. templates: language -> prompt template, where the built-in one is replaced.
-    max_new_tokens: the most tokens of a text.
+    restore_size: whether a picture gets the size of its source. max_new_tokens: the most tokens of a text.
     """
 
     task: str
@@ -247,6 +248,7 @@ class RunConstants:
     image_format: str = "png"
     image_quality: int | None = None
     templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    restore_size: bool = False
     max_new_tokens: int = 256
 
 
@@ -380,8 +382,11 @@ def _result_row(
             raise ValueError(f"row {row['row_id']} is a text, but nothing decodes it")
         row |= _text_values(decode(outcome.tokens.tolist()))
     else:
-        assert outcome.pixels is not None
-        row |= _picture_values(row["row_id"], outcome.pixels, run)
+        pixels = outcome.pixels
+        assert pixels is not None
+        if run.restore_size:
+            pixels = restore_size(pixels, row["source"]["height"], row["source"]["width"])
+        row |= _picture_values(row["row_id"], pixels, run)
     return row | {"content_digest": _content_digest(row, run)}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from model.config import TASKS, VQ_FACTOR
 from model.errors import InputError, did_you_mean
 from model.sampling import Sampling
+from workflows.tasks import ONLY_FOR, PRESETS, SAMPLING
 
 DEVICES = ("auto", "cpu", "cuda")
 IMAGE_FORMATS = ("png", "webp", "jpeg")
@@ -31,6 +32,13 @@ _MEANING = (
     "image_quality",
     "save_tokens",
     "max_prompt_tokens",
+    "prompt",
+    "prompt_column",
+    "allow_https",
+    "max_source_bytes",
+    "max_source_pixels",
+    "restore_size",
+    "max_new_tokens",
 )
 """Fields that may change a row by meaning. All others only say where, when and how fast it is made."""
 
@@ -46,9 +54,13 @@ class RunConfig:
     task: one of `model.config.TASKS`.
     manifest, output: local paths or `s3://bucket/key`; the manifest may be a file, folder or glob.
     model: `tiny` (embedded), or the local or `s3://` folder of a checkpoint.
-    samples: output rows of a manifest row that does not say.
+    samples: output rows of a manifest row that does not say; None for as many as the preset has, or 1.
     seed: seed of the run; a row's own seed is made from it, its id, version and sample number.
-    sampling: guidance, temperature and filters of rows that do not say.
+    sampling: guidance, temperature and filters of rows that do not say; None for those of the preset,
+        or of the task.
+    preset: one of `workflows.tasks.PRESETS`, whose sampling and samples hold where none are given.
+    prompt: instruction or question of rows that do not say. prompt_column: the column of the manifest
+        that holds the prompts, if not `prompt`.
     width, height: pixels; both or neither. Without them the size whose ratio is nearest to 1 is used.
     language: `en`, `zh`, or None to detect it row by row.
     templates: language -> prompt template with `{prompt}`, in place of the built-in one.
@@ -56,6 +68,10 @@ class RunConfig:
         lossy, and is that of `jpeg` (95 if None).
     save_tokens: also write the token ids of every picture.
     max_prompt_tokens: longer prompts become error rows.
+    image_root: where relative paths of source pictures start, if not in the manifest's folder.
+    allow_https: whether sources may be fetched from the web. max_source_bytes, max_source_pixels: of a
+        file and of a picture; larger ones become error rows.
+    restore_size: give edited pictures the size of their source. max_new_tokens: bound of an answer.
     limit, where: a look before the whole run: at most so many manifest rows; only those for which a
         DuckDB expression over the manifest's columns holds.
     max_error_rate: share of error rows, 0 to 1, past which the run stops; None for never.
@@ -71,9 +87,12 @@ class RunConfig:
     output: str
     task: str = "generate"
     model: str = "tiny"
-    samples: int = 1
+    samples: int = None  # type: ignore[assignment]
     seed: int = 0
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = None  # type: ignore[assignment]
+    preset: str | None = None
+    prompt: str | None = None
+    prompt_column: str | None = None
     width: int | None = None
     height: int | None = None
     language: str | None = None
@@ -82,6 +101,12 @@ class RunConfig:
     image_quality: int | None = None
     save_tokens: bool = False
     max_prompt_tokens: int = 1024
+    image_root: str | None = None
+    allow_https: bool = False
+    max_source_bytes: int = 128 << 20
+    max_source_pixels: int = 1 << 26
+    restore_size: bool = False
+    max_new_tokens: int = 256
     limit: int | None = None
     where: str | None = None
     max_error_rate: float | None = None
@@ -94,9 +119,26 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         try:
+            self._resolve()
             self._check()
         except InputError as error:
             raise OptionError(str(error)) from None
+
+    def _resolve(self) -> None:
+        """Fills what was left to the task or the preset."""
+        sampling, samples = SAMPLING.get(self.task, {}), 1
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                hint = did_you_mean(self.preset, PRESETS) or "."
+                raise InputError(f"preset is '{self.preset}', but must be one of {', '.join(PRESETS)}{hint}")
+            task, sampling, samples = PRESETS[self.preset]
+            if task != self.task:
+                raise InputError(
+                    f"preset '{self.preset}' is for {task}, but this is {self.task}: leave it out."
+                )
+        for name, value in (("sampling", Sampling(**sampling)), ("samples", samples)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     def _check(self) -> None:
         for name, value, allowed in (
@@ -115,6 +157,9 @@ class RunConfig:
             ("limit", self.limit),
             ("slots", self.slots),
             ("threads", self.threads),
+            ("max_source_bytes", self.max_source_bytes),
+            ("max_source_pixels", self.max_source_pixels),
+            ("max_new_tokens", self.max_new_tokens),
         ):
             if count is not None and not 1 <= count < 2**31:
                 raise InputError(f"{name} is {count}, but must be at least 1 and less than 2^31.")
@@ -151,6 +196,17 @@ class RunConfig:
                     f"the template of '{language}' lacks {{prompt}}: put it where the prompt shall stand."
                 )
         self.sampling.validate()
+        if self.task == "understand" and self.sampling.cfg > 1:
+            raise InputError(f"cfg is {self.sampling.cfg:g}, but answers have no guidance: give at most 1.")
+        if self.prompt is not None and not self.prompt.strip():
+            raise InputError("prompt says nothing: give a text, or leave it out.")
+        for one in dataclasses.fields(self):
+            tasks = ONLY_FOR.get(one.name, (self.task,))
+            default = {} if one.name == "templates" else one.default
+            if self.task not in tasks and getattr(self, one.name) != default:
+                raise InputError(
+                    f"{one.name} is for {' and '.join(tasks)}, but this is {self.task}: leave it out."
+                )
 
     def config_digest_fields(self, model_digest: str) -> dict[str, Any]:
         """Plain JSON values of all that may change a row by meaning; their digest guards an output.
@@ -159,7 +215,8 @@ class RunConfig:
         lies may change.
         """
         values = self.to_dict()
-        return {"model_digest": model_digest, **{name: values[name] for name in _MEANING}}
+        named = (name for name in _MEANING if self.task in ONLY_FOR.get(name, (self.task,)))
+        return {"model_digest": model_digest, **{name: values[name] for name in named}}
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a plain JSON value."""

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from model.errors import InputError, RowError, did_you_mean
 from workflows import storage
 from workflows.card import CARD_FILE, code, front_matter
+from workflows.cells import Cell, parse_cell, read_cells
 from workflows.finish import read_success
 from workflows.manifest import Columns, discover, read, scan
 from workflows.plan_rows import row_ids
@@ -41,7 +42,7 @@ from workflows.results import (
     shard_name,
 )
 from workflows.run_config import OptionError
-from workflows.sources import Reference, SourceOptions, decode, fetch_many
+from workflows.sources import Fetched, Reference, SourceOptions, decode, fetch, fetch_many
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -140,8 +141,8 @@ def select(source: str, dest: str, rules: Rules) -> Selection:
     """
     rules.check()
     rows = _Output(source) if storage.exists(storage.join(source, RUN_FILE)) else _Manifest(source)
-    _claim(source, dest, rules)
     look = _Look(rows, rules)
+    _claim(source, dest, rules)
     found = look.all()
     decided = _decide(found, rules)
     return _write(rows, dest, rules, found, decided, look.messages)
@@ -229,7 +230,11 @@ class _Output:
         return [str(value) for value in chunk.table.column(column).to_pylist()]
 
     def reference(self, row: Mapping[str, Any]) -> Reference:
-        return (row["source"] or {}).get("uri") if row["task"] in TEXT_TASKS else row["image"]
+        if row["task"] not in TEXT_TASKS:
+            return row["image"]
+        source = row["source"] or {}
+        inside = source.get("row_id") is not None
+        return str(Cell(source["uri"], source["row_id"])) if inside else source.get("uri")
 
     def write(self, path: str, table: pa.Table) -> None:
         storage.write_atomic(path, memoryview(shard_bytes(table)))
@@ -310,7 +315,7 @@ class _Look:
                 hint = (
                     did_you_mean(name, rows.schema.names) or f": it has {', '.join(rows.schema.names[:10])}."
                 )
-                raise InputError(f"{rows.path} has no column '{name}'{hint}")
+                raise OptionError(f"{rows.path} has no column '{name}'{hint}")
         # A function may look at anything.
         self.columns: list[str] | None = None
         if self.filter is None and self.score is None:
@@ -368,7 +373,7 @@ class _Look:
         if self.rules.near_duplicates is not None:
             places = np.flatnonzero(why == KEPT).tolist()
             references = [self.rows.reference(rows[place]) for place in places]
-            for positions, fetched in fetch_many(references, SourceOptions(folder=self.rows.folder)):
+            for positions, fetched in _fetched(references, SourceOptions(folder=self.rows.folder)):
                 try:
                     if isinstance(fetched, RowError):
                         raise fetched
@@ -394,6 +399,28 @@ class _Look:
                 f"More than {MOST_FAILURES:,} rows of {self.rows.path} failed ({REASONS[reason]}), the last "
                 f"one with '{words[:200]}': correct what fails and start again."
             )
+
+
+def _fetched(
+    references: Sequence[Reference], options: SourceOptions
+) -> Iterator[tuple[list[int], Fetched | RowError]]:
+    """Every distinct picture with the positions that name it, also those in rows of Parquet files."""
+    others: list[int] = []
+    files: dict[str, dict[int, list[int]]] = {}
+    for position, reference in enumerate(references):
+        cell = parse_cell(reference) if isinstance(reference, str) else None
+        if cell is None:
+            others.append(position)
+        else:
+            files.setdefault(cell.path, {}).setdefault(cell.row, []).append(position)
+    for places, found in fetch_many([references[position] for position in others], options):
+        yield [others[place] for place in places], found
+    for path, rows in files.items():
+        for row, value in read_cells(path, rows):
+            try:
+                yield rows[row], value if isinstance(value, RowError) else fetch(value, options)
+            except RowError as error:
+                yield rows[row], error
 
 
 class _Scores:
@@ -535,7 +562,7 @@ class _Near:
 
 
 def _claim(source: str, dest: str, rules: Rules) -> None:
-    """Makes sure that dest is new, or of this very selection."""
+    """Makes sure that dest is new, of this very selection, or of one that did not end."""
     if storage.is_s3(source) == storage.is_s3(dest):
         ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (source, dest)]
         outer, inner = (path.rstrip("/") + "/" for path in ends)
@@ -548,7 +575,8 @@ def _claim(source: str, dest: str, rules: Rules) -> None:
         raise InputError(f"{dest} is not empty, but holds such as {files[0].relative}: give a new folder.")
     if files:
         there = json.loads(storage.read_bytes(path))
-        if there.get("settings") != settings:
+        # Of one that was cut short nothing is of use to anybody.
+        if "result" in there and there.get("settings") != settings:
             raise InputError(
                 f"{dest} holds another selection ({json.dumps(there.get('settings'))[:200]}): "
                 f"give a new folder, or the same rules."

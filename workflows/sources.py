@@ -210,7 +210,7 @@ def fetch(
     Raises RowError("image") if there is no such source, it may not be read, or has too many bytes, and
     for a web host that does not serve; InputError for a storage that does not.
     """
-    data, path = _parts(reference)
+    data, path = parts_of(reference)
     if data is not None:
         fetched = Fetched(path, data)
         if len(data) > options.most_bytes:
@@ -228,7 +228,7 @@ def fetch(
     return Fetched(place, _patiently("", lambda: _read_file(place, most), patience))
 
 
-def _parts(reference: Reference) -> tuple[bytes | None, str]:
+def parts_of(reference: Reference) -> tuple[bytes | None, str]:
     """Bytes and path of a reference; one of the two is there."""
     data, path = reference, None
     if isinstance(reference, Mapping):
@@ -326,9 +326,14 @@ _OF_A_FILE = {
 def _read_file(path: str, most: int) -> bytes:
     try:
         # A pipe without a writer would hold an ordinary open for ever.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            data = file.read(most + 1) if regular else b""
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            regular, data = stat.S_ISREG(os.fstat(descriptor).st_mode), b""
+            if regular:
+                with open(descriptor, "rb", closefd=False) as file:
+                    data = file.read(most + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         words = _OF_A_FILE.get(error.errno or 0)
         if words:
@@ -541,7 +546,7 @@ def _opaque(image: Image.Image, name: str) -> Image.Image:
         )
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
-    layer = image.convert("RGBA")
+    layer = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(layer, mask=layer)
     return white

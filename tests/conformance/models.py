@@ -24,7 +24,9 @@ def published_tensors(manifest: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, torch.from_numpy(weights.tensor(content["salt"], name, shape))
 
 
+# Models outlive the test that asks for them first, which may be in inference mode.
 @cache
+@torch.inference_mode(False)
 def vq_model() -> VQModel:
     """The image tokenizer, full size but for its codebook."""
     with torch.device("meta"):
@@ -82,6 +84,7 @@ def config_of(manifest: str, line_break: bool = True) -> ModelConfig:
     )
 
 
+@torch.inference_mode(False)
 def _model(manifest: str, line_break: bool) -> Wallaroo:
     config = config_of(manifest, line_break)
     model = empty_model(config, None, "cpu", torch.float32)

@@ -65,7 +65,8 @@ def cases(family: str) -> list[dict]:
     stored = {key.split(".")[0] for key in _arrays(family)}
     if not names or set(names) != stored or len(names) != len(stored):
         raise Missing(
-            f"family {family}: the metadata names the cases {sorted(names)}, the arrays are of {sorted(stored)}"
+            f"family {family}: the metadata names the cases {sorted(names)}, "
+            f"the arrays are of {sorted(stored)}"
         )
     return listed
 
@@ -135,7 +136,8 @@ def assert_greedy(
     logits: `(steps, vocabulary)`, those that our tokens were taken from. Returns the smallest gap
     between the best two along the sequence.
     """
-    assert tokens.shape == expected.shape, f"{where}: {tokens.shape} tokens instead of {expected.shape}"
+    place = f"family {where.family}, case {where.case or '-'}, {where.array} ({what})"
+    assert tokens.shape == expected.shape, f"{place}: {tokens.shape} tokens instead of {expected.shape}"
     best = np.sort(logits.astype(np.float64), axis=-1)
     gaps = best[:, -1] - best[:, -2]
     differ = np.flatnonzero(tokens != expected)
@@ -145,8 +147,8 @@ def assert_greedy(
         seen.largest = max(seen.largest, 1.0)
         step = int(differ[0])
         assert gaps[step] <= allowed, (
-            f"family {where.family}, case {where.case or '-'}, {where.array} ({what}): token {tokens[step]} instead "
-            f"of {expected[step]} at step {step}, where the best two logits differ by {gaps[step]:.3g}"
+            f"{place}: token {tokens[step]} instead of {expected[step]} at step {step}, "
+            f"where the best two logits differ by {gaps[step]:.3g}"
         )
     return float(gaps.min())
 

@@ -91,9 +91,7 @@ def test_greedy_tokens(served: tuple[str, dict], case: dict):
     arrays = Family("i2i", case["case"])
     for array, margin in (("greedy_cfg1", "margin_cfg1"), ("greedy_cfg3_correct", "margin_cfg3_correct")):
         result = results[case["case"], array]
-        gap = assert_greedy(
-            result.tokens, result.logits, arrays.where(array), arrays[array], GUIDED, server
-        )
+        gap = assert_greedy(result.tokens, result.logits, arrays.where(array), arrays[array], GUIDED, server)
         if result.tokens.tolist() == arrays[array].tolist():
             assert gap == pytest.approx(case[margin], abs=2 * GUIDED), f"case {case['case']}: {margin}"
 

@@ -43,8 +43,9 @@ def rewrite(file: Path, **changes: np.ndarray | None) -> None:
 
 
 def run_suite(module: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/conformance/{module}", *arguments],
+        [*command, f"tests/conformance/{module}", *arguments],
         cwd=ROOT,
         env=os.environ | {"GOLDENS": str(folder)},
         capture_output=True,

@@ -9,8 +9,15 @@ from model.decoder import rope, rope_frequencies
 from model.reference import Reference
 from tests.conformance.cases import SERVERS, generate_requests, prompt_of, serve
 from tests.conformance.models import config_of, tiny
-from tests.conformance.published import Family, assert_close, assert_equal, assert_greedy, cases, name_of
-from tests.conformance.published import metadata
+from tests.conformance.published import (
+    Family,
+    assert_close,
+    assert_equal,
+    assert_greedy,
+    cases,
+    metadata,
+    name_of,
+)
 
 ROW, GUIDED = 5e-5, 2e-4
 
@@ -48,9 +55,7 @@ def test_greedy_tokens(served: tuple[str, dict], case: dict):
     arrays = Family("t2i", case["case"])
     for array, margin in (("greedy_cfg1", "margin_cfg1"), ("greedy_cfg3_correct", "margin_cfg3_correct")):
         result = results[case["case"], array]
-        gap = assert_greedy(
-            result.tokens, result.logits, arrays.where(array), arrays[array], GUIDED, server
-        )
+        gap = assert_greedy(result.tokens, result.logits, arrays.where(array), arrays[array], GUIDED, server)
         if result.tokens.tolist() == arrays[array].tolist():
             assert gap == pytest.approx(case[margin], abs=2 * GUIDED), f"case {case['case']}: {margin}"
 

@@ -62,8 +62,6 @@ def test_greedy_tokens(served: tuple[str, dict], method: str):
         ("eq_greedy_cfg3", "eq_greedy_margin"),
     ):
         result = results[method, array]
-        gap = assert_greedy(
-            result.tokens, result.logits, arrays.where(array), arrays[array], ALLOWED, server
-        )
+        gap = assert_greedy(result.tokens, result.logits, arrays.where(array), arrays[array], ALLOWED, server)
         if result.tokens.tolist() == arrays[array].tolist():
             assert_close(gap, arrays.where(margin), arrays[margin], 2 * ALLOWED, server)

@@ -10,11 +10,11 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import TINY, disk_tensors, empty_model, load_config, load_tokenizer
-from model.config import VQ_FACTOR, DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
 from model.engine import STOP_TOKENS, Engine, EngineOptions, Request, Result
 from model.prompts import edit_prompt, generate_prompt, understand_prompt
 from model.reference import Reference, probabilities
@@ -81,9 +81,7 @@ def requests(draw, task: str, config: ModelConfig) -> list[Request]:
             prompt = understand_prompt(tokenizer(), config, text, grid)
             count = draw(st.integers(1, 12))
             made.append(
-                dataclasses.replace(
-                    base, prompt=prompt, size=None, semantic=semantic, max_new_tokens=count
-                )
+                dataclasses.replace(base, prompt=prompt, size=None, semantic=semantic, max_new_tokens=count)
             )
             continue
         if task == "generate":
@@ -153,8 +151,7 @@ def check(task: str, line_break: bool, request: Request, result: Result) -> None
     for place, logits, tokens in zip(places, expected.logits, chosen, strict=True):
         gap = miss(request.sampling, logits, numbers[place], tokens)
         assert gap <= ALLOWED, f"row {request.key}: token {tokens} at place {place} misses by {gap}"
-    # The plain loop reads its own tokens back: what was forced is what was compared.
-    assert expected.tokens.tolist() == result.tokens.tolist() or result.finish_reason == "stop"
+    assert expected.tokens[: len(result.tokens)].tolist() == result.tokens.tolist()
 
 
 @pytest.mark.parametrize("line_break", [True, False], ids=["lines", "square"])
@@ -162,7 +159,14 @@ def check(task: str, line_break: bool, request: Request, result: Result) -> None
 def test_the_engine_is_the_plain_loop(task: str, line_break: bool):
     config = model(line_break).config
 
-    @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+    # Not shrunk on failure, since that takes minutes: the first example that fails is small enough.
+    @settings(
+        max_examples=10,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+    )
     @given(requests(task, config), options)
     def rows_agree(rows: list[Request], chosen: EngineOptions) -> None:
         results = {result.key: result for result in Engine(model(line_break), task, chosen).run(rows)}

@@ -29,7 +29,8 @@ def test_probabilities(case: dict):
         assert kept == case["kept"], f"family sampling, case {case['case']} ({what}): kept {kept}"
     assert logits.shape[-1] == case["vocab"]
     assert_equal(logits.argmax(-1), arrays.where("argmax"), arrays["argmax"], "engine")
-    greedy = sample(logits, columns[0], torch.ones_like(columns[1]), columns[2], torch.full((len(logits),), 0.999))
+    greedy = torch.ones_like(columns[1])
+    greedy = sample(logits, columns[0], greedy, columns[2], torch.full((len(logits),), 0.999))
     assert_equal(greedy, arrays.where("argmax"), arrays["argmax"], "engine, greedy")
 
 

@@ -63,9 +63,7 @@ def test_greedy_answers(served: tuple[str, dict], case: dict):
     result = results[case["case"], "greedy"]
     assert result.finish_reason == "length"
     assert result.prompt_tokens == case["prompt_len"]
-    gap = assert_greedy(
-        result.tokens, result.logits, arrays.where("greedy"), arrays["greedy"], LOGIT, server
-    )
+    gap = assert_greedy(result.tokens, result.logits, arrays.where("greedy"), arrays["greedy"], LOGIT, server)
     if result.tokens.tolist() == arrays["greedy"].tolist():
         assert gap == pytest.approx(case["margin"], abs=2 * LOGIT)
         assert len(set(result.tokens.tolist())) == case["unique_greedy"]

@@ -12,7 +12,7 @@ MODELS = ("tiny_model", "mid_model", "vq_model")
 def test_every_tensor_has_its_published_hash(model: str):
     manifest, checksums = metadata(model), metadata("checksums")[model]
     shapes = dict(manifest["tensors"])
-    assert shapes and set(shapes) == set(checksums), f"{model}: the manifest and the hashes name other tensors"
+    assert shapes and set(shapes) == set(checksums), f"{model}: manifest and hashes name other tensors"
     for name, shape in shapes.items():
         found = weights.digest(weights.tensor(manifest["salt"], name, shape))
         assert found == checksums[name], f"{model}: tensor {name} has another hash"

@@ -290,7 +290,7 @@ def test_a_plan_is_what_the_run_goes_on_with(wallaroo, local_ray, manifest, tmp_
 
 
 def test_ctrl_c_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path):
-    write_lines(tmp_path / "m.jsonl", [{"prompt": f"a cat, number {i}"} for i in range(40)])
+    write_lines(tmp_path / "m.jsonl", [{"prompt": f"a cat, number {i}"} for i in range(12)])
     command = [sys.executable, "-m", "jobs.cli", "generate", str(tmp_path / "m.jsonl"), str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while process.poll() is None and not list((tmp_path / "out" / "runs").glob("*.json")):

@@ -4,84 +4,16 @@ import io
 import json
 
 import boto3
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from actors.rows import Outcome
 from model.errors import InputError
+from tests.benchmarks.export_memory import write_output
 from workflows import results, storage
 from workflows.export import export
-from workflows.plan import FOLDER, PlanPart, Round
-from workflows.plan_rows import plan_schema
-from workflows.results import Made, RunConstants, build_result_table, result_schema
 
 ROWS, SHARD_ROWS, SIDE = 48, 16, 256
 """Pictures of noise, of which some dozens are more than one part of a multipart upload."""
-
-
-def make_output(output):
-    """A finished output on S3; returns its rows."""
-    fields = {"task": "generate", "save_tokens": False}
-    results.put_run(output, fields)
-    run = RunConstants("generate", "m" * 64, results.digest(fields))
-    carried = pa.schema([("tag", pa.string())])
-    shards = range(-(-ROWS // SHARD_ROWS))
-    tables = [
-        pa.Table.from_pylist(
-            [
-                {
-                    "row_id": number,
-                    "shard": shard,
-                    "id": f"p/{number // 4}",
-                    "version": 0,
-                    "sample": number % 4,
-                    "status": "planned",
-                    "error_type": "",
-                    "error_message": "",
-                    "prompt": f"prompt {number // 4}",
-                    "width": SIDE,
-                    "height": SIDE,
-                    "language": "en",
-                    "seed": number,
-                    "cfg": 3.0,
-                    "temperature": 1.0,
-                    "top_k": 1000,
-                    "top_p": 1.0,
-                    "tag": "color",
-                }
-                for number in range(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS)
-            ],
-            schema=plan_schema(carried),
-        )
-        for shard in shards
-    ]
-    name = "part-00000-test.parquet"
-    with (
-        storage.write_stream(storage.join(output, FOLDER, name)) as stream,
-        pq.ParquetWriter(stream, tables[0].schema) as writer,
-    ):
-        for table in tables:
-            writer.write_table(table)
-    part = PlanPart(0, name, 0, 0, ROWS, 0, len(shards), SHARD_ROWS, 0, {}, {}, True)
-    opening = Round(ROWS, SHARD_ROWS, np.ones(ROWS // 4, bool), {}, "m" * 64, [], carried, [])
-    values = vars(part) | {"format": 1, "opening": opening.to_values()}
-    storage.write_atomic(storage.join(output, FOLDER, "part-00000.json"), json.dumps(values).encode())
-    for shard, table in enumerate(tables):
-        outcomes = [
-            Outcome(
-                row=position,
-                pixels=np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8),
-                tokens=np.arange(4, dtype=np.int32),
-                finish_reason="length",
-                prompt_tokens=3,
-            )
-            for position, seed in enumerate(table.column("seed").to_pylist())
-        ]
-        built = build_result_table(table, outcomes, run, Made("r", "e", 1), result_schema(carried))
-        results.write_shard(output, shard, built)
 
 
 def rows_of(output):
@@ -107,7 +39,7 @@ def modified(folder):
 
 @pytest.fixture
 def output(s3):
-    make_output(f"{s3}/out")
+    write_output(f"{s3}/out", ROWS, SHARD_ROWS, SIDE)
     return f"{s3}/out"
 
 
@@ -155,8 +87,6 @@ def test_an_export_that_fails_leaves_no_half_object(s3, output):
     assert export(output, f"{s3}/dest", "openai-batch").exported == ROWS
 
 
-def test_places_that_cannot_be_used_are_told(s3, output):
-    with pytest.raises(InputError, match="its bucket does not exist"):
-        export(output, "s3://no-such-bucket-at-all/x", "files")
+def test_a_folder_of_the_output_is_refused(output):
     with pytest.raises(InputError, match="lies in"):
         export(output, f"{output}/data/x", "files")

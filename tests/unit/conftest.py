@@ -170,7 +170,7 @@ def make_task_output(output, task, rows=6, bad=(), failed=(), samples=2, more=No
         uri = folder / f"s{number // samples}.png"
         uri.write_bytes(image)
         values = {"id": f"p{number // samples}", "sample": number % samples, "width": None, "height": None}
-        row |= values | {"source": {"uri": str(uri), "row_id": number}} | (more(number) if more else {})
+        row |= values | {"source": {"uri": str(uri), "row_id": None}} | (more(number) if more else {})
         planned.append(row)
         if number in bad:
             words = f"'{uri}' does not exist: correct the path."

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from jobs.config import SECTIONS, SETTINGS, resolve
+from model.config import TASKS
 from model.errors import InputError
 from model.sampling import Sampling
 from workflows.run_config import RunConfig
 
 
-def made(flags=None, assignments=(), file=None, environment=None) -> RunConfig:
-    return resolve("generate", "m.jsonl", "out", flags or {}, assignments, file, environment or {})
+def made(flags=None, assignments=(), file=None, environment=None, task="generate") -> RunConfig:
+    return resolve(task, "m.jsonl", "out", flags or {}, assignments, file, environment or {})
 
 
 @pytest.fixture
@@ -50,6 +51,10 @@ def test_ray_address_comes_from_the_environment_last():
 def test_every_setting_reaches_its_field_from_each_origin(setting, run_file):
     text = {
         "run.model": "folder",
+        "run.preset": "dpg",
+        "prompt.text": "make it red",
+        "prompt.column": "caption",
+        "source.root": "pictures",
         "run.where": "prompt LIKE '%cat%'",
         "run.max_error_rate": "0.5",
         "prompt.language": "zh",
@@ -71,18 +76,19 @@ def test_every_setting_reaches_its_field_from_each_origin(setting, run_file):
         "image.quality": "image.format=jpeg",
     }
     others = [beside[setting.name]] if setting.name in beside else []
+    task = next(task for task in TASKS if setting.serves(task))
     section, key = setting.name.split(".")
     file = run_file(f"[{section}]\n{key} = {text if number else json.dumps(text)}\n")
     configs = [
-        made({setting.name: True if text == "true" else text}, others),
-        made({}, [*others, f"{setting.name}={text}"]),
-        made({}, others, file),
+        made({setting.name: True if text == "true" else text}, others, task=task),
+        made({}, [*others, f"{setting.name}={text}"], task=task),
+        made({}, others, file, task=task),
     ]
     assert configs[0] == configs[1] == configs[2]
     value = configs[0]
     for part in setting.target.split("."):
         value = value[part] if isinstance(value, dict) else getattr(value, part)
-    default = made()
+    default = made(task=task)
     for part in setting.target.split("."):
         default = default.get(part) if isinstance(default, dict) else getattr(default, part)
     assert value != default
@@ -162,7 +168,7 @@ def test_filters_can_be_switched_off():
     [
         (
             "seed = 3",
-            "'seed' stands outside of a section; sections are run, prompt, sampling, image, cluster.",
+            "'seed' stands outside of a section; sections are run, prompt, sampling, source, image, cluster.",
         ),
         ("[sampling]\ncfg = true", "sampling.cfg in {path} is True, but must be a number."),
         ("[run]\nseed = 1.0", "run.seed in {path} is 1.0, but must be a whole number."),
@@ -193,7 +199,49 @@ def test_the_example_names_every_setting(run_file):
     whole = re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE).replace('"png"', '"jpeg"')
     named = {f"{section}.{key}" for section, table in tomllib.loads(whole).items() for key in table}
     made(file=run_file(whole))
-    assert named | {"prompt.template_zh"} == {setting.name for setting in SETTINGS}
+    mine = {setting.name for setting in SETTINGS if setting.serves("generate")}
+    assert named | {"prompt.template_zh"} == mine
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_a_setting_of_another_task_is_refused(setting):
+    value = {"image.format": "webp", "prompt.template_en": "a {prompt}", "prompt.template_zh": "{prompt}"}
+    value |= {"prompt.text": "red", "source.root": "pictures", "image.width": "64", "image.height": "64"}
+    beside = {"image.width": ["image.height=64"], "image.height": ["image.width=64"]}
+    beside["image.quality"] = ["image.format=jpeg"]
+    text = value.get(setting.name, "5" if setting.metavar else "true")
+    for task in TASKS:
+        if not setting.serves(task):
+            with pytest.raises(InputError, match=f"is for .*, but this is {task}: leave it out"):
+                made({}, [*beside.get(setting.name, ()), f"{setting.name}={text}"], task=task)
+
+
+def test_a_preset_sets_sampling_and_samples_and_nothing_else():
+    for task, name in (("generate", "geneval"), ("generate", "dpg"), ("edit", "imgedit")):
+        config, plain = made({"run.preset": name}, task=task), made(task=task)
+        wanted = {"geneval": Sampling(3, 1, 1000, 1), "dpg": Sampling(4, 1, 1000, 0.95)}
+        assert config.sampling == wanted.get(name, Sampling(3, 1, 1000, 1))
+        same = {"sampling": plain.sampling, "samples": plain.samples, "preset": None}
+        assert dataclasses.replace(config, **same) == plain
+        assert config.samples == (4 if task == "generate" else 1)
+        # What a preset is called is no part of what a row is.
+        spelt = dataclasses.replace(config, preset=None)
+        assert spelt.config_digest_fields("") == config.config_digest_fields("")
+        assert config.to_dict()["preset"] == name
+    assert made({"run.preset": "dpg", "sampling.cfg": "5"}).sampling == Sampling(5, 1, 1000, 0.95)
+    assert RunConfig("", "", preset="dpg").sampling == Sampling(4, 1, 1000, 0.95)
+    with pytest.raises(InputError, match="preset 'imgedit' is for edit, but this is generate"):
+        made({"run.preset": "imgedit"})
+    with pytest.raises(InputError, match="did you mean 'geneval'"):
+        made({"run.preset": "genevall"})
+
+
+def test_answers_are_greedy_unless_told_otherwise():
+    assert made(task="understand").sampling == Sampling(1, 1, 1, 1)
+    assert made({"sampling.top_k": "0"}, task="understand").sampling == Sampling(1, 1, 0, 1)
+    assert RunConfig("", "", task="understand").sampling == Sampling(1, 1, 1, 1)
+    with pytest.raises(InputError, match="answers have no guidance"):
+        made({"sampling.cfg": "3"}, task="understand")
 
 
 def test_headings_cover_all_sections():

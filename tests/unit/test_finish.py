@@ -7,6 +7,7 @@ import pytest
 
 from model.errors import InputError
 from workflows import finish, results
+from workflows.cells import parse_cell
 
 
 def lines(output):
@@ -126,3 +127,27 @@ def test_a_success_of_another_kind_is_one_sentence(tmp_path, content):
     (tmp_path / "_SUCCESS").write_bytes(content)
     with pytest.raises(InputError, match="_SUCCESS"):
         finish.read_success(str(tmp_path))
+
+
+@pytest.mark.parametrize("task", ["edit", "understand"])
+def test_errors_of_a_task_with_pictures_name_the_picture_again(outputs, tmp_path, task):
+    plan = outputs.make_task_output(tmp_path / "out", task, bad=(2, 3), failed=(5,))
+    counts = finish.finish(str(tmp_path / "out"), plan)
+    assert (counts.ok, counts.errors) == (3, {"image": 2, "engine": 1})
+    first, last = lines(tmp_path / "out")
+    assert (first["id"], first["samples"], first["kind"]) == ("p1", 2, "image")
+    assert first["image"] == f"{tmp_path}/sources/s1.png" and "does not exist" in first["message"]
+    assert (last["id"], last["kind"], last["image"]) == ("p2/1", "engine", f"{tmp_path}/sources/s2.png")
+    # Sizes follow from the picture; a manifest of these tasks has none.
+    assert not {"width", "height", "source", "text"} & (set(first) | set(last))
+    assert counts.folders == {str(tmp_path / "sources") + "/": 3}
+    assert counts.sizes == ({(64, 48): 3} if task == "edit" else {})
+
+
+def test_a_picture_within_a_file_is_named_by_its_row(outputs, tmp_path):
+    within = lambda n: {"source": {"uri": "s3://b/data/shard-00000003.parquet", "row_id": 800 + n}}  # noqa: E731
+    plan = outputs.make_task_output(tmp_path / "out", "edit", failed=(1,), more=within)
+    finish.finish(str(tmp_path / "out"), plan)
+    [line] = lines(tmp_path / "out")
+    assert line["image"] == "s3://b/data/shard-00000003.parquet#801"
+    assert parse_cell(line["image"]) == ("s3://b/data/shard-00000003.parquet", 801)

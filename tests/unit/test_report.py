@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -297,3 +298,98 @@ def test_the_configuration_is_in_the_report(outputs, tmp_path):
     text = write(tmp_path).text
     assert "sampling.cfg 3.5" in text and "x" * 299 + "…" in text and "x" * 300 not in text
     assert json.loads((tmp_path / "run.json").read_text())["config"]["templates"]["en"] == "x" * 1000
+
+
+def test_edits_stand_beside_their_sources(outputs, tmp_path):
+    outputs.make_task_output(tmp_path / "out", "edit", bad=(1,))
+    page = write(tmp_path / "out")
+    pictures = [Image.open(io.BytesIO(base64.b64decode(i["src"].split(",")[1]))) for i in page.all("img")]
+    assert [picture.size for picture in pictures] == [(60, 40), (64, 48)] * 5
+    own, other = (np.asarray(Image.open(tmp_path / "sources" / f"s{n}.png")).astype(int) for n in (0, 1))
+    small = np.asarray(pictures[0]).astype(int)
+    assert abs(small - own).mean() < 0.8 * abs(small - other).mean()
+    assert "All 5 edits." in page.text and "could not be" not in page.text
+    assert "a cat, number 0" in page.text and "64×48 · en · cfg 3" in page.text
+
+
+def test_an_answer_stands_below_its_picture_and_question(outputs, tmp_path):
+    outputs.make_task_output(tmp_path / "out", "understand")
+    page = write(tmp_path / "out")
+    assert page.all("img")[0]["alt"] == f"Source: {tmp_path}/sources/s0.png"
+    assert len(page.all("img")) == 6 and "All 6 answers." in page.text
+    assert re.search(r"a cat, number 1\s+Score 3/10: row 1, ein Känguru 袋鼠\s+p0/1\s+60×40 · en", page.text)
+    assert "understand en 60×40 6 6" in page.text
+
+
+def test_sources_that_are_gone_or_changed_are_named(outputs, tmp_path):
+    outputs.make_task_output(tmp_path / "out", "understand")
+    (tmp_path / "sources" / "s0.png").unlink()
+    (tmp_path / "sources" / "s1.png").write_bytes((tmp_path / "sources" / "s2.png").read_bytes())
+    page = write(tmp_path / "out")
+    assert len(page.all("img")) == 2
+    assert f"{tmp_path}/sources/s0.png" in page.text and f"{tmp_path}/sources/s1.png" in page.text
+    assert "The sources of 4 shown here could not be" in page.text
+
+
+def test_each_source_is_asked_for_once_and_only_if_it_is_shown(outputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MAX_PICTURES", 8)
+    outputs.make_task_output(tmp_path / "out", "edit", rows=40, samples=20)
+    asked = []
+
+    def read(uri):
+        asked.append(uri)
+        return (tmp_path / "sources" / uri.rpartition("/")[2]).read_bytes() if "s0" in uri else b"<html>"
+
+    report.write_report(str(tmp_path / "out"), read)
+    page = Page((tmp_path / "out" / "report.html").read_bytes())
+    assert sorted(asked) == [f"{tmp_path}/sources/s{n}.png" for n in range(2)]
+    # Two thumbnails an edit.
+    assert "4 of 40 edits, drawn by a hash" in page.text and 4 <= len(page.all("img")) <= 8
+
+
+def test_a_slow_store_does_not_hold_a_report_up(outputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SOURCE_SECONDS", 0.0)
+    outputs.make_task_output(tmp_path / "out", "understand")
+    report.write_report(str(tmp_path / "out"), lambda uri: pytest.fail("asked"))
+    page = Page((tmp_path / "out" / "report.html").read_bytes())
+    assert not page.all("img") and "Score 3/10" in page.text
+
+
+def test_hostile_answers_and_names_of_sources_stay_words(outputs, tmp_path):
+    source = {"uri": HOSTILE, "row_id": None}
+    plan = outputs.make_task_output(
+        tmp_path / "out", "understand", more=lambda n: {"prompt": HOSTILE, "source": source}
+    )
+    finish(str(tmp_path / "out"), plan)
+    page = write(tmp_path / "out")
+    assert len(page.all("script")) == 1 and not page.all("img") and not page.all("textarea")
+    assert page.text.count("<script>alert(1)</script>") == 12
+
+
+def test_the_gallery_is_turned_page_by_page(outputs, tmp_path):
+    outputs.make_output(tmp_path, tables(outputs, 10, 1))
+    page = write(tmp_path)
+    assert [attrs.get("id") for attrs in page.all("button")][-3:-1] == ["back", "on"]
+    assert [attrs["class"] for attrs in page.all("nav")] == ["pages"] and "hidden" in page.all("nav")[0]
+
+
+def test_sources_within_the_rows_of_another_output_are_shown(outputs, tmp_path):
+    finish(
+        str(tmp_path / "first"), outputs.make_output(tmp_path / "first", tables(outputs, 6, 1, errors=(1,)))
+    )
+    shard = tmp_path / "first" / "data" / "shard-00000000.parquet"
+    made = {row["row_id"]: row["image"] for row in pq.read_table(shard).to_pylist()}
+    outputs.make_task_output(
+        tmp_path / "out", "edit", rows=4, more=lambda n: {"source": {"uri": str(shard), "row_id": n}}
+    )
+    path = tmp_path / "out" / "data" / "shard-00000000.parquet"
+    rows = pq.read_table(path)
+    edited = rows.to_pylist()
+    for row in edited[:3]:
+        # The third names a row that has no picture now, the last one another picture than it was made of.
+        row["source"]["sha256"] = hashlib.sha256((made[row["row_id"]] or {}).get("bytes", b"")).hexdigest()
+    results.write_shard(str(tmp_path / "out"), 0, pa.Table.from_pylist(edited, rows.schema))
+    page = write(tmp_path / "out")
+    sizes = [Image.open(io.BytesIO(base64.b64decode(i["src"].split(",")[1]))).size for i in page.all("img")]
+    assert sizes == [(80, 64), (64, 48), (64, 48), (64, 64), (64, 48), (64, 48)]
+    assert f"{shard}#1" in page.text and f"{shard}#3" in page.text

@@ -319,3 +319,53 @@ def test_what_is_wrong_with_the_storage_is_not_taken_for_a_broken_file(tmp_path)
     (tmp_path / "_SUCCESS").mkdir()
     with pytest.raises(InputError, match=r"_SUCCESS cannot be used, it is a folder"):
         read_success(str(tmp_path))
+
+
+def test_an_edit_keeps_its_source_and_an_answer_is_a_text_with_a_hash(outputs, tmp_path):
+    outputs.make_task_output(tmp_path / "edit", "edit", bad=(1,))
+    outputs.make_task_output(tmp_path / "understand", "understand", bad=(1,))
+    for task in ("edit", "understand"):
+        table = pq.read_table(results.shard_path(str(tmp_path / task), 0))
+        assert table.schema.equals(result_schema(outputs.CARRIED), check_metadata=True)
+        rows = table.to_pylist()
+        assert [row["status"] for row in rows] == ["ok", "error", "ok", "ok", "ok", "ok"]
+        for number, row in enumerate(rows):
+            source, uri = row["source"], tmp_path / "sources" / f"s{number // 2}.png"
+            assert (source["uri"], source["row_id"]) == (str(uri), None)
+            if row["status"] == "error":
+                assert row["error_type"] == "image" and source["sha256"] is None and row["image"] is None
+                continue
+            assert source["sha256"] == hashlib.sha256(uri.read_bytes()).hexdigest()
+            assert (source["width"], source["height"]) == (60, 40)
+            if task == "edit":
+                assert (row["width"], row["height"], row["text"]) == (64, 48, "")
+                assert row["sha256"] == hashlib.sha256(row["image"]["bytes"]).hexdigest()
+            else:
+                assert row["text"].startswith(f"Score {3 * number % 10}/10: row {number}, ein Känguru")
+                assert row["sha256"] == hashlib.sha256(row["text"].encode()).hexdigest()
+                assert (row["image"], row["mime_type"], row["width"]) == (None, "", None)
+                assert (row["finish_reason"], row["output_tokens"]) == ("stop", 2)
+
+
+def test_a_text_needs_something_that_decodes_it(outputs):
+    plan, schema = outputs.plan_table(rows=1), result_schema(outputs.CARRIED)
+    run = RunConstants("understand", "m" * 64, "c" * 64)
+    given = Outcome(0, outputs.STARTED, 0.5, tokens=np.array([1], np.int32))
+    with pytest.raises(ValueError, match="nothing decodes it"):
+        build_result_table(plan, [given], run, Made(), schema)
+    with pytest.raises(ValueError, match="no text"):
+        build_result_table(plan, outputs.outcomes(plan), run, Made(), schema, decode=str)
+
+
+def test_the_content_of_an_answer_is_that_of_its_source_and_length(outputs):
+    def digest_of(sha256="0" * 64, **changes):
+        row = outputs.plan_table(rows=1).to_pylist()[0] | {"source": {"sha256": sha256}}
+        schema = outputs.plan_table(1).schema.append(pa.field("source", results.SOURCE_TYPE))
+        given = Outcome(0, outputs.STARTED, 0.5, tokens=np.array([1], np.int32))
+        run = RunConstants("understand", "m" * 64, "c" * 64, **changes)
+        plan = pa.Table.from_pylist([row], schema)
+        table = build_result_table(plan, [given], run, Made(), result_schema(outputs.CARRIED), decode=str)
+        return table.column("content_digest")[0].as_py()
+
+    assert digest_of() == digest_of(image_format="jpeg")
+    assert len({digest_of(), digest_of("1" * 64), digest_of(max_new_tokens=7)}) == 3

@@ -210,3 +210,35 @@ def test_of_many_faults_the_first_are_told(whole):
 def test_a_folder_that_is_no_output_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"has no run\.json"):
         verify(str(tmp_path))
+
+
+@pytest.mark.parametrize("task", ["edit", "understand"])
+def test_tasks_with_sources_are_verified_too(outputs, tmp_path, task):
+    output = tmp_path / "out"
+    plan = outputs.make_task_output(output, task, bad=(1,), failed=(3,))
+    finish(str(output), plan)
+    verdict, said = judged(output)
+    assert (verdict.state, verdict.ok, verdict.errors) == ("complete", 4, {"image": 1, "engine": 1}), said
+    path = output / "data" / "shard-00000000.parquet"
+    kept = path.read_bytes()
+    tamperings = [
+        (lambda row: row["source"].update(row_id=77), "source.row_id is 77, but None was planned"),
+        (lambda row: row["source"].update(sha256=""), "its source lacks one of sha256"),
+        (lambda row: row.update(task="generate"), "which is not that of run.json"),
+    ]
+    if task == "understand":
+        tamperings += [
+            (lambda row: row.update(text="other"), "its text has another sha256"),
+            (lambda row: row.update(mime_type="image/png"), "its result is a text, but it has a picture"),
+        ]
+    for change, words in tamperings:
+        rewrite(output, 0, lambda rows, change=change: change(rows[0]))
+        verdict, said = judged(output)
+        assert verdict.state == "broken" and any(words in sentence for sentence in said), said
+        path.write_bytes(kept)
+
+
+def test_the_card_is_no_stray_file(whole):
+    assert (whole / "README.md").exists()
+    verdict, said = judged(whole)
+    assert verdict.state == "complete" and len(said) == 1

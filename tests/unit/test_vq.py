@@ -83,5 +83,8 @@ def test_the_names_of_attention_and_resampling_levels(vq: VQModel):
     names = set(vq.state_dict())
     assert {"encoder.conv_blocks.4.attn.1.q.weight", "decoder.conv_blocks.0.attn.2.q.weight"} <= names
     assert not any("conv_blocks.3.attn" in name or "decoder.conv_blocks.1.attn" in name for name in names)
-    assert {"encoder.conv_blocks.3.downsample.conv.weight", "decoder.conv_blocks.3.upsample.conv.bias"} <= names
+    assert {
+        "encoder.conv_blocks.3.downsample.conv.weight",
+        "decoder.conv_blocks.3.upsample.conv.bias",
+    } <= names
     assert not any("conv_blocks.4.downsample" in name or "conv_blocks.4.upsample" in name for name in names)

@@ -1,0 +1,49 @@
+"""What the tasks differ in, as plain values: options that only some have, defaults, published presets.
+
+Imports nothing, since the command line reads it for its help.
+"""
+
+from typing import Any, NamedTuple
+
+PICTURE_TASKS = frozenset({"edit", "understand"})
+"""Tasks that start from a picture."""
+
+ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "width": ("generate",),
+    "height": ("generate",),
+    "templates": ("generate", "edit"),
+    "image_format": ("generate", "edit"),
+    "image_quality": ("generate", "edit"),
+    "prompt": ("edit", "understand"),
+    "image_root": ("edit", "understand"),
+    "allow_https": ("edit", "understand"),
+    "max_source_bytes": ("edit", "understand"),
+    "max_source_pixels": ("edit", "understand"),
+    "restore_size": ("edit",),
+    "max_new_tokens": ("understand",),
+}
+"""Options of a run that not every task has."""
+
+SAMPLING: dict[str, dict[str, Any]] = {
+    "generate": {},
+    "edit": {},
+    # The likeliest token, always.
+    "understand": {"cfg": 1.0, "top_k": 1},
+}
+"""Task -> sampling parameters that differ from those of `model.sampling.Sampling`."""
+
+
+class Preset(NamedTuple):
+    """Parameters of a published evaluation."""
+
+    task: str
+    sampling: dict[str, Any]
+    samples: int = 1
+
+
+PRESETS = {
+    "geneval": Preset("generate", {"cfg": 3.0, "temperature": 1.0, "top_k": 1000, "top_p": 1.0}, 4),
+    "dpg": Preset("generate", {"cfg": 4.0, "temperature": 1.0, "top_k": 1000, "top_p": 0.95}, 4),
+    "imgedit": Preset("edit", {"cfg": 3.0, "temperature": 1.0, "top_k": 1000, "top_p": 1.0}),
+}
+"""The published settings. The size is not among them: theirs is the default of the checkpoint they used."""
