@@ -406,7 +406,7 @@ class Engine:
             features.append((np.arange(*prompt.semantic), seen))
         if prompt.pixel is not None:
             assert model.vq is not None and model.pixel_adapter is not None and pending.pixels is not None
-            picture = torch.from_numpy(pending.pixels).to(model.device)[None]
+            picture = torch.tensor(pending.pixels, device=model.device)[None]
             latents = model.vq.encode(to_float(picture))[0].flatten(1).T
             features.append((prompt.pixel, model.pixel_adapter(latents.to(model.dtype))))
         return features

@@ -323,7 +323,8 @@ def plan_rows(
 
     folder: where relative paths of pictures start, unless the settings say. origin, numbers: the file
     the rows are from and their numbers in it, for ids and messages (0, 1, ... if None). faults: number ->
-    why the row cannot be read. duplicates: numbers of rows whose id belongs to an earlier one. `row_id` counts from 0 and `shard` is 0: whoever puts tables together renumbers.
+    why the row cannot be read. duplicates: numbers of rows whose id belongs to an earlier one. `row_id`
+    counts from 0 and `shard` is 0: whoever puts tables together renumbers.
     """
     numbers = range(table.num_rows) if numbers is None else numbers
     faults = faults or {}

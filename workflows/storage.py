@@ -1,7 +1,8 @@
 """Every path of the product: a local one or `s3://bucket/key`, read and written alike.
 
-Which library does what on S3: pyarrow's filesystem reads and writes Parquet; s3fs lists, and opens
-sources; boto3 does single objects, conditional puts and the clean-up of multipart uploads. All three
+Which library does what on S3: pyarrow's filesystem reads Parquet; s3fs lists, and opens sources; boto3
+does single objects, conditional puts, and multipart uploads with their clean-up, through which pyarrow
+writes (its own stream to S3 makes an object of whatever it has when a task breaks off). All three
 use the endpoint and credentials that botocore finds in the standard AWS variables and profiles, so a
 run never holds one of them itself. Knows nothing of what is in the files.
 
@@ -515,7 +516,6 @@ def write_stream(path: str) -> "Iterator[pyarrow.NativeFile]":
     import pyarrow
 
     with explained(path, writing=True):
-        # pyarrow's own stream to S3 would make an object of whatever it has when it is closed.
         opened: AbstractContextManager[Any] = _uploading(path) if is_s3(path) else _replacing(path)
         with opened as file, pyarrow.PythonFile(file, "w") as stream:
             yield stream

@@ -83,9 +83,8 @@ def main() -> int:
             small, large = (measure(Path(folder), form, rows) for rows in (SMALL, LARGE))
         bound = 1.2 * small + 8 * LARGE
         holds = large <= bound
-        print(
-            f"{form:8s} bound {bound / 2**20:.1f} MiB (1.2 x the smaller + 8 bytes a row): {'holds' if holds else 'BROKEN'}"
-        )
+        verdict = "holds" if holds else "BROKEN"
+        print(f"{form:8s} bound {bound / 2**20:.1f} MiB (1.2 x the smaller + 8 bytes a row): {verdict}")
         broken |= not holds
     return int(broken)
 

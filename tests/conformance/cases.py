@@ -4,7 +4,7 @@ Of every case the conditional branch, the null branch and both together are serv
 tokens forced, for their logits; then greedily without and with guidance.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -111,8 +111,9 @@ def understand_requests(case: dict, min_pixels: int, max_pixels: int) -> list[Re
     ]
 
 
-def serve(server: str, model: Wallaroo, task: str, requests: Iterable[Request]) -> dict[tuple, Result]:
-    """Key -> result with logits. The engine takes all requests at once, the plain loop one by one."""
+def serve(server: str, model: Wallaroo, task: str, requests: Sequence[Request]) -> dict[tuple, Result]:
+    """Key -> result with logits. The engine takes all requests at once; the plain loop texts one by one,
+    and together the pictures that share size and sampling."""
     if server == "engine":
         options = EngineOptions(slots=16, group_rows=4, decode_vq=False, trace=True)
         results = list(Engine(model, task, options).run(requests))
@@ -121,6 +122,9 @@ def serve(server: str, model: Wallaroo, task: str, requests: Iterable[Request]) 
         results = [plain.text(request, trace=True) for request in requests]
     else:
         plain = Reference(model)
-        results = [plain.images(task, [request], trace=True, decode_vq=False)[0] for request in requests]
+        results = []
+        for size, sampling in dict.fromkeys((request.size, request.sampling) for request in requests):
+            same = [request for request in requests if (request.size, request.sampling) == (size, sampling)]
+            results += plain.images(task, same, trace=True, decode_vq=False)
     assert all(not result.error for result in results), [result.error for result in results]
     return {result.key: result for result in results}

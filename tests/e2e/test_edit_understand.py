@@ -1,0 +1,306 @@
+"""Runs that start from pictures, on a real Ray: good and bad files, chains of tasks, and what they promise."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs import cli
+from model.checkpoint import TINY, load_config
+from model.errors import InputError
+from tests.e2e.test_generate import read_data, write_jsonl
+from tests.pictures import real_pictures, save, write_pictures
+from workflows import storage
+from workflows.edit import edit
+from workflows.generate import plan, run
+from workflows.results import VOLATILE, list_done
+from workflows.run_config import RunConfig
+from workflows.sources import decode, restore_size
+from workflows.understand import understand
+from workflows.verify import verify
+
+CONFIG = load_config(TINY)
+
+
+def rows_of(output):
+    """Rows of a data set, in the order of the plan, after `verify` has found it complete."""
+    said = []
+    assert verify(output, said.append).state == "complete", said
+    return read_data(output).to_pylist()
+
+
+def command(*arguments):
+    """Exit code of the command, in this process."""
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(argument) for argument in arguments])
+    return left.value.code
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Name -> what a loader must make of the file; the folder holds real pictures too."""
+    folder = tmp_path_factory.mktemp("pictures") / "all"
+    made = {one.path.name: one for one in write_pictures(folder)}
+    return folder, made
+
+
+def test_a_folder_of_pictures_is_described_and_bad_ones_are_error_rows(pictures, tmp_path, local_ray):
+    folder, made = pictures
+    output = tmp_path / "out"
+    code = command("understand", folder, output, "--max-new-tokens", 4, "--device", "cpu", "--language", "zh")
+    assert code == 3
+    rows = rows_of(str(output))
+    # A file with the name of no picture is left out, with a warning.
+    assert [row["id"] for row in rows] == sorted(made.keys() - {"drawing.eps"})
+    for row in rows:
+        one = made[row["id"]]
+        if one.reason:
+            assert (row["status"], row["error_type"]) == ("error", "image"), row["id"]
+            assert re.search(one.reason, row["error_message"]), row["error_message"]
+            assert row["source"]["uri"] == str(one.path)
+            continue
+        assert (row["status"], row["error_message"]) == ("ok", ""), row["id"]
+        assert 0 < row["output_tokens"] <= 4 and row["finish_reason"] in ("length", "stop")
+        assert row["image"] is None and row["prompt"] == "请详细描述这张图片。"
+        height, width, _ = one.pixels.shape
+        assert row["source"] == {
+            "uri": str(one.path),
+            "sha256": hashlib.sha256(one.path.read_bytes()).hexdigest(),
+            "width": width,
+            "height": height,
+            "row_id": None,
+        }
+    # Equal pixels, equal question: equal answers, whatever the format.
+    same = {row["text"] for row in rows if row["id"] in ("plain.png", "plain.bmp", "lzw.tif", "exif-6.png")}
+    assert len(same) == 1
+    errors = [json.loads(line) for line in (output / "errors.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in errors} == {name for name, one in made.items() if one.reason} - {
+        "drawing.eps"
+    }
+    # What it lists is a manifest for a second try, with the same answer while nothing is mended.
+    again = dataclasses.replace(
+        RunConfig(str(output / "errors.jsonl"), str(tmp_path / "again"), "understand", device="cpu"),
+        limit=3,
+    )
+    assert run(again).errors == 3
+
+
+def test_pictures_are_edited_and_their_neighbours_do_not_suffer(pictures, tmp_path, local_ray):
+    folder, made = pictures
+    real = real_pictures()
+    lines = [
+        {"id": one.name, "image": one.name, "prompt": f"改成红色 {n}", "tag": n}
+        for n, one in enumerate(one.path for one in made.values())
+    ]
+    lines += [{"image": str(path), "prompt": "make it red", "samples": 1} for path in real]
+    lines += [
+        {"id": "twice", "image": "plain.png", "prompt": "make it blue", "seed": 3, "samples": 2},
+        {"id": "no prompt", "image": "plain.png", "prompt": " "},
+        {"id": "no image", "prompt": "make it blue"},
+        {"id": "web", "image": "https://example.org/a.png?secret=1", "prompt": "make it blue"},
+        {"id": "outside", "image": "../../a.png", "prompt": "make it blue"},
+        {"id": "absent", "image": "absent.png", "prompt": "make it blue"},
+    ]
+    manifest = write_jsonl(folder / "edits.jsonl", lines)
+    config = RunConfig(manifest, str(tmp_path / "out"), "edit", device="cpu", slots=32, restore_size=False)
+    summary = run(config)
+    rows = rows_of(config.output)
+    by_id = {(row["id"], row["sample"]): row for row in rows}
+    bad = [one for one in made.values() if one.reason]
+    assert summary.rows == len(rows) == len(lines) + 1
+    assert summary.errors == len(bad) + 5
+    for name, one in made.items():
+        row = by_id[name, 0]
+        if one.reason:
+            assert (row["error_type"], row["image"]) == ("image", None)
+            assert re.search(one.reason, row["error_message"]), row["error_message"]
+        else:
+            height, width, _ = one.pixels.shape
+            assert (row["height"], row["width"]) == CONFIG.bucket(height, width)
+            assert decode(row["image"]["bytes"]).size == (row["width"], row["height"])
+    reasons = {
+        "no prompt": ("prompt", "says nothing"),
+        "no image": ("image", "image is missing"),
+        "web": ("image", "does not allow https"),
+        "outside": ("image", "leads out of"),
+        "absent": ("image", "does not exist"),
+    }
+    for name, (kind, words) in reasons.items():
+        row = by_id[name, 0]
+        assert row["error_type"] == kind and words in row["error_message"]
+        assert "secret" not in json.dumps({key: str(value) for key, value in row.items()})
+    two = [by_id["twice", sample] for sample in range(2)]
+    assert [row["seed"] for row in two] == [3, 4] and two[0]["sha256"] != two[1]["sha256"]
+    assert all(row["status"] == "ok" for row in rows if row["source"]["uri"] in map(str, real))
+
+    # Begun anew with other slots and from the middle, at the sources' sizes: the same pictures, larger.
+    few = dataclasses.replace(
+        config,
+        output=str(tmp_path / "restored"),
+        where="id IN ('twice', 'plain.jpg', 'exif-6.png')",
+        restore_size=True,
+        slots=16,
+    )
+    run(few)
+    for row in rows_of(few.output):
+        small = by_id[row["id"], row["sample"]]
+        assert (row["height"], row["width"]) == (row["source"]["height"], row["source"]["width"])
+        wanted = restore_size(np.array(decode(small["image"]["bytes"])), row["height"], row["width"])
+        np.testing.assert_array_equal(np.array(decode(row["image"]["bytes"])), wanted)
+
+
+def test_a_run_that_lost_shards_makes_the_same_ones_again(pictures, tmp_path, local_ray):
+    folder, _ = pictures
+    lines = [
+        {"id": str(n), "image": "plain.png" if n % 3 else "empty.jpg", "prompt": f"number {n}"}
+        for n in range(20)
+    ]
+    manifest = write_jsonl(folder / "resume.jsonl", lines)
+    config = RunConfig(manifest, str(tmp_path / "out"), "edit", device="cpu")
+    run(config)
+    before = read_data(config.output)
+    shards = sorted(list_done(config.output))
+    assert len(shards) == 3
+    storage.delete(storage.join(config.output, "data", f"shard-{shards[1]:08d}.parquet"))
+    storage.delete(storage.join(config.output, "_SUCCESS"))
+    summary = run(config)
+    assert (summary.before, summary.errors) == (12, 7)
+    assert read_data(config.output).drop_columns(VOLATILE).equals(before.drop_columns(VOLATILE))
+    with pytest.raises(InputError, match="restore_size is false there and true here"):
+        run(dataclasses.replace(config, restore_size=True))
+
+
+def resolved(source):
+    """The bytes that a row of a Parquet file has as its picture, by a reader of its own."""
+    filesystem, inner = storage.parquet_filesystem(source["uri"])
+    table = pq.read_table(inner, filesystem=filesystem, columns=["row_id", "image"])
+    (place,) = np.flatnonzero(table.column("row_id").to_numpy() == source["row_id"])
+    return table.column("image")[place].as_py()["bytes"]
+
+
+def test_generate_understand_edit_on_s3_loses_no_row(s3, local_ray):
+    prompts = [
+        {"id": f"p{n}", "prompt": f"a cat, number {n}", "samples": 2 if n % 5 == 0 else 1, "tag": n}
+        for n in range(50)
+    ]
+    manifest = write_jsonl(f"{s3}/prompts.jsonl", [*prompts, {"id": "bad", "prompt": " ", "tag": 0}])
+    size = {"width": 128, "height": 64}
+    made = RunConfig(manifest, f"{s3}/made", device="cpu", **size)
+    run(made)
+    with pytest.raises(InputError, match="is the output of a run"):
+        run(RunConfig(made.output, f"{s3}/none", device="cpu"))
+    told = RunConfig(made.output, f"{s3}/told", "understand", device="cpu", max_new_tokens=6)
+    run(told)
+    edited = RunConfig(told.output, f"{s3}/edited", "edit", device="cpu", prompt_column="text")
+    with pytest.raises(InputError, match="give one instruction for all rows"):
+        run(dataclasses.replace(edited, prompt_column=None))
+    run(edited)
+
+    pictures, texts, edits = (rows_of(one.output) for one in (made, told, edited))
+    ok = [row for row in pictures if row["status"] == "ok"]
+    assert (len(pictures), len(ok)) == (61, 60)
+    names = [f"{row['id']}/{row['sample']}" if int(row["id"][1:]) % 5 == 0 else row["id"] for row in ok]
+    assert [row["id"] for row in texts] == [row["id"] for row in edits] == names
+    assert Counter(row["error_type"] for row in texts) == {"": 60}
+    # An answer of blanks alone is no instruction.
+    assert {row["error_type"] for row in edits} <= {"", "prompt"}
+    for picture, text, edited_row in zip(ok, texts, edits, strict=True):
+        for row in (text, edited_row):
+            source = row["source"]
+            assert source["row_id"] == picture["row_id"]
+            assert re.fullmatch(rf"{made.output}/data/shard-\d{{8}}\.parquet", source["uri"])
+            if row["status"] == "ok":
+                assert source["sha256"] == picture["sha256"]
+                assert (source["width"], source["height"]) == (picture["width"], picture["height"])
+        assert text["in_prompt"] == picture["prompt"] and text["in_tag"] == picture["tag"]
+        assert text["in_seed"] == picture["seed"] != text["seed"]
+        assert edited_row["prompt"] == text["text"] and edited_row["in_in_tag"] == picture["tag"]
+    for row in edits[::20]:
+        assert hashlib.sha256(resolved(row["source"])).hexdigest() == ok[row["row_id"]]["sha256"]
+
+
+def test_pictures_within_parquet_files_are_referred_to_not_copied(pictures, tmp_path, local_ray):
+    folder, made = pictures
+    data = made["plain.png"].path.read_bytes()
+    huge = save(Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)), "PNG")
+    cells = [
+        {"bytes": data, "path": "a.png"},
+        {"bytes": None, "path": str(made["plain.jpg"].path)},
+        {"bytes": None, "path": None},
+        None,
+        {"bytes": b"no picture", "path": None},
+        {"bytes": huge, "path": None},
+    ]
+    table = pa.table({"image": cells, "label": [0, 1, 2, 3, 4, 5]})
+    pq.write_table(table, tmp_path / "hf" / "train.parquet") if (tmp_path / "hf").mkdir() is None else None
+    config = RunConfig(
+        str(tmp_path / "hf"), str(tmp_path / "out"), "understand", device="cpu", max_new_tokens=2
+    )
+    planned = plan(config)
+    assert planned.rows == 6 and planned.sizes == {}
+    run(config)
+    rows = rows_of(config.output)
+    assert [row["status"] for row in rows] == ["ok", "ok", "error", "error", "error", "ok"]
+    assert [row["label"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    uri = str(tmp_path / "hf" / "train.parquet")
+    assert [(row["source"]["uri"], row["source"]["row_id"]) for row in rows] == [(uri, n) for n in range(6)]
+    assert rows[0]["source"]["sha256"] == hashlib.sha256(data).hexdigest()
+    size = sum(file.size for file in storage.list_files(config.output))
+    assert size < len(huge)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [f"{uri}#{n}" for n in (2, 3, 4)]
+    # The same rows as a Dataset, whose pictures travel along.
+    import ray.data
+
+    ds = ray.data.from_arrow(table)
+    found = sorted(understand(ds, device="cpu", max_new_tokens=2).take_all(), key=lambda row: row["row_id"])
+    assert [row["text"] for row in found] == [row["text"] for row in rows]
+    assert [row["error_type"] for row in found] == [row["error_type"] for row in rows]
+    edits = edit(ds.limit(2), device="cpu", prompt="make it red", restore_size=True).take_all()
+    assert {(row["status"], row["width"], row["height"]) for row in edits} == {("ok", 300, 200)}
+    with pytest.raises(InputError, match="width is for generate, but this is edit"):
+        edit(ds, prompt="make it red", width=64, height=64)
+
+
+def test_formats_of_benchmarks_are_manifests(pictures, tmp_path, local_ray):
+    folder, _ = pictures
+    entries = {
+        "k1": {"id": "plain.png", "prompt": "make it red", "edit_type": "color"},
+        "k2": {"id": "plain.jpg", "prompt": "remove the cat", "edit_type": "remove"},
+    }
+    (tmp_path / "imgedit.json").write_text(json.dumps(entries))
+    options = ["--image-root", folder, "--preset", "imgedit", "--device", "cpu", "--image-format", "webp"]
+    assert command("edit", tmp_path / "imgedit.json", tmp_path / "bench", *options) == 0
+    rows = rows_of(str(tmp_path / "bench"))
+    assert [(row["id"], row["prompt"], row["edit_type"]) for row in rows] == [
+        (key, entry["prompt"], entry["edit_type"]) for key, entry in entries.items()
+    ]
+    assert {(row["cfg"], row["temperature"], row["top_k"], row["top_p"]) for row in rows} == {(3, 1, 1000, 1)}
+    assert json.loads((tmp_path / "bench" / "run.json").read_text())["options"]["preset"] == "imgedit"
+    assert "imgedit" in (tmp_path / "bench" / "report.html").read_text()
+
+    url = "/v1/images/generations"
+    requests = [
+        {"custom_id": "r1", "method": "POST", "url": url, "body": {"prompt": "a cat", "n": 2}},
+        {"custom_id": "r2", "method": "POST", "url": url, "body": {"prompt": "a dog", "size": "1536x1024"}},
+        {"custom_id": "r3", "method": "POST", "url": "/v1/responses", "body": {"input": "a dog"}},
+    ]
+    manifest = write_jsonl(tmp_path / "requests.jsonl", requests)
+    assert command("generate", manifest, tmp_path / "batch", "--device", "cpu") == 3
+    rows = rows_of(str(tmp_path / "batch"))
+    assert [(row["id"], row["sample"], row["error_type"]) for row in rows] == [
+        ("r1", 0, ""),
+        ("r1", 1, ""),
+        ("r2", 0, ""),
+        ("r3", 0, "manifest"),
+    ]
+    assert (rows[2]["width"], rows[2]["height"]) == (96, 64)
+    assert Image.open(io.BytesIO(rows[2]["image"]["bytes"])).size == (96, 64)
