@@ -67,7 +67,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python -m model.bench --model mid
+	@for script in tests/benchmarks/*.py; do \
+	    echo "== $$script"; $(BIN)/python -m tests.benchmarks.$$(basename $$script .py) || exit 1; \
+	done
 
 tiny: $(STAMP)
 	$(BIN)/python -m jobs.make_tiny

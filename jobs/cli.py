@@ -547,9 +547,8 @@ def _say_summary(config: "RunConfig", summary: "RunSummary") -> None:
 def _plan_text(plan: "Plan") -> str:
     """Counts of a plan as a few lines for people."""
     errors = "1 error" if plan.error_rows == 1 else f"{plan.error_rows:,} errors"
-    lines = [
-        f"{plan.rows:,} rows in {len(plan.shards):,} shards: {plan.rows - plan.error_rows:,} to make, {errors}"
-    ]
+    to_make = plan.rows - plan.error_rows
+    lines = [f"{plan.rows:,} rows in {len(plan.shards):,} shards: {to_make:,} to make, {errors}"]
     for size, count in sorted(plan.sizes.items(), key=lambda item: -item[1]):
         rows, columns = size.grid
         tokens = count * rows * columns

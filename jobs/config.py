@@ -188,7 +188,8 @@ def resolve(
         name, separator, value = assignment.partition("=")
         if not separator or "." not in name:
             raise InputError(f"--set {assignment} must read section.key=value, such as sampling.cfg=4.")
-        setting = _known(*name.strip().split(".", 1), where="--set")
+        section, key = name.strip().split(".", 1)
+        setting = _known(section, key, "--set")
         values[setting.name] = _value(setting, value.strip(), f"--set {setting.name}")
     for name, value in flags.items():
         if value is not None:

@@ -1,0 +1,312 @@
+"""Manifests of tasks that start from pictures: where these are, and what is planned of them."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from model.checkpoint import TINY, load_config, load_tokenizer
+from model.config import ModelConfig
+from model.errors import InputError, RowError
+from model.prompts import DEFAULT_QUESTION
+from model.sampling import Sampling
+from workflows.cells import Cell, parse_cell, read_cells
+from workflows.manifest import Columns, discover, read, scan
+from workflows.plan_rows import PlanSettings, carried_schema, check_columns, plan_rows, plan_schema
+from workflows.planning import shard_rows
+from workflows.results import RESULT_FIELDS, result_schema
+
+CONFIG = load_config(TINY)
+TOKENIZER = load_tokenizer(TINY)
+GREEDY = Sampling(cfg=1.0, top_k=1)
+
+
+def load(path, task="edit", columns=None):
+    """Schema and rows of a manifest."""
+    files = discover(str(path), task).files
+    found, rows = Columns(), []
+    scans = [scan(file) for file in files]
+    for number, (file, seen) in enumerate(zip(files, scans, strict=True)):
+        found.add(number, file.path, seen)
+    schema = found.schema()
+    for seen in scans:
+        for piece in seen.pieces:
+            for batch in read(piece, schema, columns):
+                assert columns or batch.table.schema.equals(schema, check_metadata=True)
+                assert not batch.faults
+                rows += batch.table.to_pylist()
+    return schema, rows
+
+
+def plan(table, task="edit", folder="/data", **options):
+    if task == "understand":
+        options.setdefault("sampling", GREEDY)
+    settings = PlanSettings(task=task, **options)
+    table = pa.table(table) if isinstance(table, dict) else table
+    check_columns(table.schema, settings)
+    planned = plan_rows(table, settings, CONFIG, TOKENIZER, origin="m", folder=folder)
+    planned.validate(full=True)
+    carried = carried_schema(table.schema, settings)
+    assert planned.schema.equals(plan_schema(carried, task), check_metadata=True)
+    return planned.to_pylist()
+
+
+# Cells
+
+
+def test_a_cell_is_a_file_and_a_row():
+    assert parse_cell("/a/b.parquet#17") == Cell("/a/b.parquet", 17)
+    assert parse_cell("s3://b/c#d.PQ#0") == Cell("s3://b/c#d.PQ", 0)
+    assert str(Cell("/a/b.parquet", 17)) == "/a/b.parquet#17"
+    for other in ("/a/b.parquet", "/a/b.png#3", "/a/b.parquet#-1", "/a/b.parquet#x", "#3", ""):
+        assert parse_cell(other) is None
+
+
+def test_cells_are_read_by_number_whatever_the_row_groups(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    images = [b"%d" % row if row % 5 else None for row in range(40)]
+    pq.write_table(pa.table({"image": images, "x": range(40)}), path, row_group_size=12)
+    assert dict(read_cells(path, [3, 0, 39, 12])) == {3: b"3", 0: None, 39: b"39", 12: b"12"}
+    found = dict(read_cells(path, [1, 40]))
+    assert found[1] == b"1" and isinstance(found[40], RowError)
+    pq.write_table(pa.table({"x": [1]}), path)
+    assert isinstance(dict(read_cells(path, [0]))[0], RowError)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="is corrupt"):
+        list(read_cells(path, [0]))
+    with pytest.raises(InputError, match="is gone"):
+        list(read_cells(str(tmp_path / "b.parquet"), [0]))
+
+
+# Manifests
+
+
+def test_a_folder_of_pictures_is_a_manifest(tmp_path):
+    for name in ("b.png", "a/c.JPG", ".hidden.png", "_x/d.png", "notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    found = discover(str(tmp_path), "understand")
+    assert found.ignored == ("notes.txt",)
+    wanted = [{"id": name, "image": str(tmp_path / name)} for name in ("a/c.JPG", "b.png")]
+    assert load(tmp_path)[1] == wanted
+    assert load(f"{tmp_path}/*.png")[1] == [{"id": "b.png", "image": str(tmp_path / "b.png")}]
+    assert load(tmp_path / "b.png")[1] == [{"id": "b.png", "image": str(tmp_path / "b.png")}]
+    (tmp_path / "b.png").write_bytes(b"xy")
+    assert discover(str(tmp_path), "understand").identity() != found.identity()
+    with pytest.raises(InputError, match="no Parquet, CSV or JSON Lines file"):
+        discover(str(tmp_path), "generate")
+    # What names pictures comes before the pictures that it names.
+    (tmp_path / "rows.jsonl").write_text('{"image": "b.png"}\n')
+    found = discover(str(tmp_path), "edit")
+    assert ([file.relative for file in found.files], found.ignored) == (["rows.jsonl"], ("notes.txt",))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])],
+)
+def test_bytes_in_parquet_are_given_as_references(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"prompt": ["x", "y"], "image": pa.nulls(2, kind)})
+    pq.write_table(table, path, row_group_size=1)
+    schema, rows = load(path)
+    assert schema.field("image").type == pa.string()
+    assert rows == [{"prompt": x, "image": f"{path}#{n}"} for n, x in enumerate("xy")]
+    assert load(path, columns={"prompt"})[1] == [{"prompt": "x"}, {"prompt": "y"}]
+    assert load(path, columns={"image"})[1] == [{"image": f"{path}#0"}, {"image": f"{path}#1"}]
+    # Where they have no meaning they are carried as they are.
+    assert load(path, "generate")[0].field("image").type == kind
+
+
+def test_paths_in_parquet_stay_paths_and_other_types_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": pa.array(["a.png"]).dictionary_encode()}), path)
+    assert load(path)[1] == [{"image": "a.png"}]
+    pq.write_table(pa.table({"image": [1]}), path)
+    with pytest.raises(InputError, match=r"Column 'image' of .* is int64, but must hold paths, bytes"):
+        load(path)
+
+
+def test_the_json_of_imgedit_is_a_manifest_of_edit_alone(tmp_path):
+    path = tmp_path / "a.json"
+    entry = {"id": "a/1.jpg", "prompt": "make it red", "edit_type": "color"}
+    path.write_text(json.dumps({"1082": entry}))
+    assert load(path)[1] == [{**entry, "id": "1082", "image": "a/1.jpg"}]
+    with pytest.raises(InputError, match="write one object a line"):
+        discover(str(path), "generate")
+    for text in ('[{"id": 1}]', '{"a": 1}', "{"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="is not an object of keys"):
+            load(path)
+
+
+def test_requests_of_a_batch_are_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    body = {"prompt": "a cat", "n": 2, "size": "1024x1792", "model": "m"}
+    line = {"custom_id": "r1", "method": "POST", "url": "/v1/images/generations", "body": body}
+    auto = {**line, "custom_id": "r2", "body": {"prompt": "a dog", "size": "auto"}}
+    path.write_text(f"{json.dumps(line)}\n{json.dumps(auto)}\n")
+    none = {"samples": None, "aspect_ratio": None, "model": None}
+    assert load(path, "generate")[1] == [
+        {"id": "r1", "prompt": "a cat", "model": "m", "samples": 2, "aspect_ratio": "1024:1792"},
+        {"id": "r2", "prompt": "a dog", **none},
+    ]
+
+
+def write_output(folder, shards, carried=None):
+    """The files that a reader of a finished output looks at; shards: rows of each."""
+    carried = carried or pa.schema([("tag", pa.string())], {b"wallaroo.json": b'["tag"]'})
+    schema = result_schema(carried)
+    (folder / "data").mkdir(parents=True)
+    (folder / "plan").mkdir()
+    (folder / "run.json").write_text("{}")
+    (folder / "plan" / "part-00000.json").write_text("{}")
+    empty = dict.fromkeys(field.name for field in RESULT_FIELDS)
+    row_id = 0
+    for number, rows in enumerate(shards):
+        values = []
+        for row in rows:
+            values.append({**empty, "tag": '{"a": 1}', "task": "generate", "status": "ok", **row})
+            values[-1]["row_id"] = row_id
+            row_id += 1
+        table = pa.Table.from_pylist(values, schema)
+        pq.write_table(table, folder / "data" / f"shard-{number:08d}.parquet")
+    (folder / "_SUCCESS").write_text(json.dumps({"parts": ["part-00000"]}))
+    return folder
+
+
+def test_the_ok_rows_of_an_output_are_a_manifest(tmp_path):
+    out = write_output(
+        tmp_path / "out",
+        [
+            [
+                {"id": "a", "sample": 0, "prompt": "a cat", "cfg": 3.0},
+                {"id": "b", "sample": 0, "status": "error"},
+                {"id": "c", "sample": 0},
+            ],
+            [{"id": "c", "sample": 1, "status": "error"}, {"id": "d", "sample": 0}],
+        ],
+    )
+    schema, rows = load(out, "understand")
+    first, second = (str(out / "data" / f"shard-{n:08d}.parquet") for n in range(2))
+    assert [(row["id"], row["image"]) for row in rows] == [
+        ("a", f"{first}#0"),
+        ("c/0", f"{first}#2"),
+        ("d", f"{second}#4"),
+    ]
+    assert set(schema.names) == {"id", "image", "in_tag"} | {
+        f"in_{field.name}" for field in RESULT_FIELDS if field.name != "image"
+    }
+    assert schema.metadata == {b"wallaroo.json": b'["in_tag"]'}
+    # None of its columns is a parameter.
+    (row,) = plan(pa.Table.from_pylist(rows[:1], schema), prompt="make it red", folder="")
+    assert (row["prompt"], row["in_prompt"], row["cfg"], row["in_cfg"]) == ("make it red", "a cat", 3.0, 3.0)
+    assert row["source"]["uri"] == first and row["source"]["row_id"] == 0
+    (row,) = plan(pa.Table.from_pylist(rows[:1], schema), prompt_column="prompt", folder="")
+    assert row["prompt"] == "a cat" and "in_prompt" not in row
+    with pytest.raises(InputError, match="is the output of a run, not a manifest"):
+        discover(str(out), "generate")
+    (out / "_SUCCESS").write_text(json.dumps({"parts": []}))
+    with pytest.raises(InputError, match="is not finished"):
+        discover(str(out), "edit")
+    (out / "_SUCCESS").unlink()
+    with pytest.raises(InputError, match="is not finished"):
+        discover(str(out), "edit")
+
+
+def test_the_picture_of_a_text_is_the_one_that_it_is_about(tmp_path):
+    source = {"uri": "/x/shard-00000001.parquet", "sha256": "", "width": 1, "height": 1, "row_id": 7}
+    rows = [
+        {"id": "a", "sample": 0, "task": "understand", "source": source},
+        {"id": "b", "sample": 0, "task": "understand", "source": {**source, "uri": "/y.png", "row_id": None}},
+    ]
+    out = write_output(tmp_path / "out", [rows])
+    assert [row["image"] for row in load(out)[1]] == ["/x/shard-00000001.parquet#7", "/y.png"]
+
+
+# Rows
+
+
+def test_pictures_are_located_beside_the_manifest_or_below_the_root(tmp_path):
+    images = ["a.png", "/b.png", "s3://c/d.png", "e.parquet#3", "s3://f/g.parquet#4"]
+    table = {"image": images, "prompt": ["x"] * 5}
+    rows = plan(table)
+    assert all(row["status"] == "planned" for row in rows)
+    assert [(row["source"]["uri"], row["source"]["row_id"]) for row in rows] == [
+        ("/data/a.png", None),
+        ("/b.png", None),
+        ("s3://c/d.png", None),
+        ("/data/e.parquet", 3),
+        ("s3://f/g.parquet", 4),
+    ]
+    assert [row["width"] for row in rows] == [None] * 5
+    assert plan(table, folder="s3://x/y")[0]["source"]["uri"] == "s3://x/y/a.png"
+    assert plan(table, image_root="/root")[0]["source"]["uri"] == "/root/a.png"
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (None, "image is missing"),
+        ("", "image is missing"),
+        ("../a.png", "leads out of the manifest's folder"),
+        ("https://x.org/a.png?key=1", "does not allow https://"),
+        ("ftp://x.org/a.png", "is of the scheme ftp"),
+        ("s3://bucket", "names no object"),
+    ],
+)
+def test_a_picture_that_cannot_be_located_is_an_error_row(image, words):
+    (row,) = plan({"image": pa.array([image], pa.string()), "prompt": ["x"]})
+    assert (row["status"], row["error_type"]) == ("error", "image")
+    assert words in row["error_message"]
+    assert "key=1" not in str(row)
+
+
+def test_the_web_is_read_where_it_is_allowed():
+    (row,) = plan({"image": ["https://x.org/a.png?key=1"], "prompt": ["x"]}, allow_https=True)
+    # The fetch needs the query; what comes of it does not tell it.
+    assert (row["status"], row["source"]["uri"]) == ("planned", "https://x.org/a.png?key=1")
+
+
+def test_a_picture_without_a_question_is_described_in_its_language():
+    table = {"image": ["a"] * 5, "prompt": ["why?", None, " ", None, "为什么"]}
+    table["language"] = [None, None, "zh", "en", None]
+    rows = plan(table, "understand")
+    en, zh = DEFAULT_QUESTION["en"], DEFAULT_QUESTION["zh"]
+    assert [row["prompt"] for row in rows] == ["why?", en, zh, en, "为什么"]
+    assert [row["language"] for row in rows] == ["en", "en", "zh", "en", "zh"]
+    assert [row["prompt"] for row in plan({"image": ["a"]}, "understand", language="zh")] == [zh]
+    assert [row["prompt"] for row in plan({"image": ["a"]}, "understand", prompt="how?")] == ["how?"]
+    rows = plan(
+        {"image": ["a"] * 2, "q": ["what?", "who?"], "prompt": ["x", "y"]}, "understand", prompt_column="q"
+    )
+    assert [(row["prompt"], row["in_prompt"]) for row in rows] == [("what?", "x"), ("who?", "y")]
+    assert {row["cfg"] for row in rows} == {1.0}
+    rows = plan({"image": ["a"], "cfg": [3]}, "understand")
+    assert rows[0]["error_type"] == "sampling" and "answers have no guidance" in rows[0]["error_message"]
+
+
+def test_an_instruction_is_needed():
+    with pytest.raises(InputError, match="give one instruction for all rows"):
+        plan({"image": ["a"]})
+    with pytest.raises(InputError, match="no column 'image'; did you mean 'images'"):
+        plan({"images": ["a"], "prompt": ["x"]})
+    with pytest.raises(InputError, match="no column 'q'"):
+        plan({"image": ["a"], "prompt": ["x"]}, prompt_column="q")
+    rows = plan({"image": ["a"] * 2, "prompt": ["x", None]}, prompt="make it red")
+    assert [row["prompt"] for row in rows] == ["x", "make it red"]
+    (row,) = plan({"image": ["a"], "prompt": [None]})
+    assert row["error_type"] == "prompt" and row["source"]["uri"] == "/data/a"
+    # A size follows from the picture, so such a column means nothing.
+    (row,) = plan({"image": ["a"], "prompt": ["x"], "width": [70]})
+    assert (row["status"], row["width"], row["in_width"]) == ("planned", None, 70)
+
+
+def test_a_shard_s_pixels_in_and_out_stay_under_64_mib():
+    config = ModelConfig()
+    most = max(size.height * size.width for size in config.size_list())
+    for task, pixels in (("edit", 2 * most + 188160), ("understand", 188160)):
+        rows = shard_rows(10**7, config, task)
+        assert 3 * pixels * rows <= 64 << 20 < 3 * pixels * (rows + 1)
