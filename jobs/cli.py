@@ -553,6 +553,9 @@ def _plan_text(plan: "Plan") -> str:
         rows, columns = size.grid
         tokens = count * rows * columns
         lines.append(f"  {size.width} x {size.height} pixels: {count:,}, which is {tokens:,} image tokens")
+    unsized = to_make - sum(plan.sizes.values())
+    if unsized:
+        lines.append(f"  {unsized:,} start from pictures, whose sizes are learnt when they are loaded")
     lines += [f"  error rows of kind {kind}: {count:,}" for kind, count in sorted(plan.errors.items())]
     return "\n".join(lines)
 

@@ -68,7 +68,7 @@ def plan_dataset(
     outputs[duplicates] = 1
     starts = np.cumsum([0, *outputs], dtype=np.int64)
     total = int(starts[-1])
-    shard = shard_rows(total, config, settings.task)
+    shard = shard_rows(total, config, settings.task, settings.restore_size)
     layout = ray.put((starts, frozenset(duplicates.tolist()), shard))
     plans = (
         rows.map_batches(

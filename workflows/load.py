@@ -18,7 +18,7 @@ from model.config import Size
 from model.errors import RowError
 from model.prompts import Prompt, edit_prompt, generate_prompt, understand_prompt
 from workflows.cells import COLUMN, read_cells
-from workflows.https import without_query
+from workflows.plan_rows import kept_uri
 from workflows.planning import folder_of, read_checkpoint
 from workflows.results import RESULT_NAMES, RunConstants
 from workflows.sources import Reference, Source, SourceOptions, load_many
@@ -53,7 +53,8 @@ def load_requests(
                 made.append(_from_picture(position, values, source, model, run))
             except RowError as error:
                 values |= {"status": "error", "error_type": error.kind, "error_message": str(error)}
-                values["source"] |= {"uri": without_query(values["source"]["uri"])}
+    for values in rows:
+        values["source"]["uri"] = kept_uri(values["source"]["uri"])
     return _loaded(plan, rows), requests_table(made)
 
 

@@ -103,9 +103,10 @@ class PlanSettings:
     seed: of the run. width, height: pixels; both, or neither for the size whose ratio is nearest to 1.
     language: None to detect it row by row. prompt: of rows that do not say; prompt_column: the column
     with the prompts, if not `prompt`. image_root: where relative paths of pictures start, if not in the
-    folder of the file that names them; allow_https: whether they may be on the web. limit, where: plan
-    at most so many manifest rows, and only those for which an SQL expression over the manifest's columns
-    holds; the others may follow later.
+    folder of the file that names them; allow_https: whether they may be on the web.
+    restore_size: whether edited pictures get the sizes of their sources. limit, where: plan at most so many
+    manifest rows, and only those for which an SQL expression over the manifest's columns holds; the others
+    may follow later.
     """
 
     task: str = "generate"
@@ -120,6 +121,7 @@ class PlanSettings:
     prompt_column: str | None = None
     image_root: str | None = None
     allow_https: bool = False
+    restore_size: bool = False
     limit: int | None = None
     where: str | None = None
 
@@ -173,7 +175,10 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     for column in needed:
         if column in schema.names:
             continue
-        hint = did_you_mean(column, [name for name in schema.names if name not in known])
+        others = [name for name in schema.names if name not in known]
+        # A column that an earlier run's output had is not a misspelt one.
+        others = [name for name in others if not re.fullmatch(f"(in_)+{re.escape(column)}", name)]
+        hint = did_you_mean(column, others)
         if not hint and any("\t" in name or ";" in name for name in schema.names):
             hint = "; a CSV file must be separated by commas."
         elif not hint:
@@ -465,9 +470,14 @@ def _question(language: Any, settings: PlanSettings) -> str | None:
 
 
 def _source(reference: Reference) -> dict[str, Any]:
-    """What can be told of a row's picture before it is looked for. An address stays without its query."""
+    """What can be told of a row's picture before it is looked for."""
     path = reference.get("path") if isinstance(reference, Mapping) else reference
-    return {"uri": without_query(path) if isinstance(path, str) else "", "row_id": None}
+    return {"uri": kept_uri(path) if isinstance(path, str) else "", "row_id": None}
+
+
+def kept_uri(path: str) -> str:
+    """What a result says of a path or address; the query of a web address may hold a key and is left out."""
+    return without_query(path) if "://" in path and not path.startswith("s3://") else path
 
 
 def _locate(source: dict[str, Any], reference: Reference, allowed: SourceOptions) -> None:

@@ -54,6 +54,7 @@ from workflows.results import TEXT_TASKS
 PART_SHARDS = 1024
 SHARD_ROWS = (8, 256)
 SHARD_TEXTS = 4096
+RESTORED_PIXELS = 4 << 20
 SHARDS_WANTED = 32
 SHARD_PIXEL_BYTES = 64 << 20
 MOST_BLOCKS = 256
@@ -474,7 +475,7 @@ class _Planner:
         carried = carried_schema(self.source.schema, self.settings)
         now = old or Round(
             rows,
-            shard_rows(rows, checkpoint.config, self.settings.task),
+            shard_rows(rows, checkpoint.config, self.settings.task, self.settings.restore_size),
             selected,
             self.settings.meaning(),
             checkpoint.digest,
@@ -561,15 +562,16 @@ def _changed(path: str) -> InputError:
     return InputError(f"The manifest {path} changed while it was read: start again when it is complete.")
 
 
-def shard_rows(rows: int, config: ModelConfig, task: str = "generate") -> int:
+def shard_rows(rows: int, config: ModelConfig, task: str = "generate", restored: bool = False) -> int:
     """Rows of a shard in a round of so many rows: enough shards for every replica to get several.
 
-    No more than are 64 MiB of pixels, in and out, in the largest sizes of the checkpoint.
+    No more than are 64 MiB of pixels, in and out, in the largest sizes of the checkpoint. restored: whether
+    pictures get the sizes of their sources, which nobody knows yet: RESTORED_PIXELS are reckoned.
     """
     largest = max(size.height * size.width for size in config.size_list())
     pixels = {
         "generate": largest,
-        "edit": 2 * largest + config.edit_pixels[1],
+        "edit": largest + config.edit_pixels[1] + (RESTORED_PIXELS if restored else largest),
         "understand": config.understand_pixels[1],
     }[task]
     least, most = SHARD_ROWS

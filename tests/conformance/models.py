@@ -1,5 +1,6 @@
 """Our model with the synthetic weights of the published numbers."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from functools import cache
@@ -8,7 +9,7 @@ import torch
 
 from model.checkpoint import disk_tensors, empty_model
 from model.config import DecoderConfig, ModelConfig, VisionConfig, VQConfig
-from model.convert import rename, rename_vq
+from model.convert import rename
 from model.vq import VQModel
 from model.wallaroo import Wallaroo
 from tests.conformance import weights
@@ -45,16 +46,23 @@ def vq_model() -> VQModel:
 @cache
 def tiny(line_break: bool = True) -> Wallaroo:
     """Two layers and all three tasks; the image tokenizer is `vq_model`."""
-    return _model("tiny_model", line_break)
+    return _model("tiny_model") if line_break else _square(tiny())
 
 
 @cache
 def mid(line_break: bool = True) -> Wallaroo:
     """Eight layers, for text to image; of its image tokenizer the codebook alone means something."""
-    return _model("mid_model", line_break)
+    return _model("mid_model") if line_break else _square(mid())
 
 
-def config_of(manifest: str, line_break: bool = True) -> ModelConfig:
+def _square(model: Wallaroo) -> Wallaroo:
+    """The same weights without line ends."""
+    square = copy.copy(model)
+    square.config = dataclasses.replace(model.config, line_break=False)
+    return square
+
+
+def config_of(manifest: str) -> ModelConfig:
     """The configuration that a manifest describes."""
     content = metadata(manifest)
     theirs = content["config"]
@@ -78,29 +86,24 @@ def config_of(manifest: str, line_break: bool = True) -> ModelConfig:
         vision=VisionConfig(**vision),
         vq=VQConfig(codebook_size=vq["codebook_size"], codebook_dim=vq["codebook_embed_dim"], **layers),
         name=manifest,
-        line_break=line_break,
         sizes={key: tuple(size) for key, size in metadata("i2i_meta")["bucket_table"].items()},
         token_ids=ids,
     )
 
 
 @torch.inference_mode(False)
-def _model(manifest: str, line_break: bool) -> Wallaroo:
-    config = config_of(manifest, line_break)
-    model = empty_model(config, None, "cpu", torch.float32)
+def _model(manifest: str) -> Wallaroo:
+    model = empty_model(config_of(manifest), None, "cpu", torch.float32).eval().requires_grad_(False)
     places = disk_tensors(model)
     tensors = {rename(name): values for name, values in published_tensors(manifest)}
-    content = metadata(manifest)
+    assert tensors.keys() == {name for name in places if not name.startswith("vq.")}
+    for name, values in tensors.items():
+        places[name].copy_(values)
     if manifest == "tiny_model":
-        tensors |= {rename_vq(name): values for name, values in published_tensors("vq_model")}
-        assert tensors.pop(None) is not None  # the buffer that inference ignores
+        model.vq = vq_model()
     else:
+        content = metadata(manifest)
         codebook, shape = content["vq"]["codebook_key"], content["vq"]["codebook_shape"]
-        tensors |= {name: torch.zeros_like(x) for name, x in places.items() if name.startswith("vq.")}
         values = weights.tensor(content["salt"], codebook, shape)
-        tensors[f"vq.{codebook}"] = torch.from_numpy(values)
-    assert set(tensors) == set(places), set(tensors) ^ set(places)
-    with torch.no_grad():
-        for name, place in places.items():
-            place.copy_(tensors[name])
-    return model.eval().requires_grad_(False)
+        places[f"vq.{codebook}"].copy_(torch.from_numpy(values))
+    return model

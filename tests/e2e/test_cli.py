@@ -1,5 +1,6 @@
 """What is wrong with an input, told by the command: one sentence, the right exit code, no replica."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -15,7 +16,11 @@ import pytest
 import safetensors.numpy
 
 from jobs import cli
-from model.checkpoint import TINY
+from jobs.make_tiny import tokenizer_json
+from jobs.make_tiny import weights as random_weights
+from model.checkpoint import TINY, load_config
+from model.config import VQConfig
+from tests.conformance.released import flat_config, split, write_backbone, write_vq, write_wallaroo
 
 GOOD = {"id": "good", "prompt": "a red circle", "width": 64, "height": 96}
 
@@ -301,3 +306,22 @@ def test_ctrl_c_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path):
     assert err.splitlines()[-1] == "wallaroo: stopped; the same command goes on where this one was."
     assert "Traceback" not in err
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_from_the_published_files_to_a_picture(wallaroo, local_ray, manifest, tmp_path):
+    """The way that the README shows, with small random weights in the published layout."""
+    config = dataclasses.replace(load_config(TINY), vq=VQConfig(channels=32, codebook_size=512))
+    weights, vq = split(random_weights(config))
+    qwen = flat_config(config.decoder, config.vision)
+    files = (
+        *("--wallaroo", write_wallaroo(tmp_path / "wallaroo.ckpt", weights)),
+        *("--vq", write_vq(tmp_path / "vq_ds16_t2i.pt", vq)),
+        *("--backbone", write_backbone(tmp_path / "qwen", qwen, tokenizer_json(controls=False))),
+    )
+    model = tmp_path / "converted"
+    assert wallaroo("convert", *files, model) == (0, f"{model}\n", "")
+    write_lines(manifest, [{"prompt": "a red circle on a white background"}])
+    assert wallaroo("generate", manifest, tmp_path / "out", "--model", model)[0] == 0
+    [row] = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    assert (row["width"], row["height"], row["output_tokens"]) == (512, 512, 1024)
+    assert wallaroo("verify", tmp_path / "out")[0] == 0

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -23,7 +24,7 @@ from workflows.edit import edit
 from workflows.generate import plan, run
 from workflows.results import VOLATILE, list_done
 from workflows.run_config import RunConfig
-from workflows.sources import decode, restore_size
+from workflows.sources import decode
 from workflows.understand import understand
 from workflows.verify import verify
 
@@ -90,14 +91,15 @@ def test_a_folder_of_pictures_is_described_and_bad_ones_are_error_rows(pictures,
     assert (planned.rows, planned.error_rows) == (len(errors), 0)
 
 
-def test_pictures_are_edited_and_their_neighbours_do_not_suffer(pictures, tmp_path, local_ray):
+@pytest.fixture(scope="module")
+def edited(pictures, tmp_path_factory, local_ray):
+    """A run over all pictures, and rows that are at fault in other ways: its configuration and summary."""
     folder, made = pictures
-    real = real_pictures()
     lines = [
         {"id": one.name, "image": one.name, "prompt": f"改成红色 {n}", "tag": n}
         for n, one in enumerate(one.path for one in made.values())
     ]
-    lines += [{"id": str(path), "image": str(path), "prompt": "make it red"} for path in real]
+    lines += [{"id": str(path), "image": str(path), "prompt": "make it red"} for path in real_pictures()]
     lines += [
         {"id": "twice", "image": "plain.png", "prompt": "make it blue", "seed": 3, "samples": 2},
         {"id": "no prompt", "image": "plain.png", "prompt": " "},
@@ -107,12 +109,19 @@ def test_pictures_are_edited_and_their_neighbours_do_not_suffer(pictures, tmp_pa
         {"id": "absent", "image": "absent.png", "prompt": "make it blue"},
     ]
     manifest = write_jsonl(folder / "edits.jsonl", lines)
-    config = RunConfig(manifest, str(tmp_path / "out"), "edit", device="cpu", slots=32)
-    summary = run(config)
+    output = tmp_path_factory.mktemp("edited") / "out"
+    config = RunConfig(manifest, str(output), "edit", device="cpu", slots=32)
+    return config, run(config)
+
+
+def test_pictures_are_edited_and_their_neighbours_do_not_suffer(pictures, edited):
+    _, made = pictures
+    config, summary = edited
     rows = rows_of(config.output)
+    real = {str(path) for path in real_pictures()}
     by_id = {(row["id"], row["sample"]): row for row in rows}
     bad = [one for one in made.values() if one.reason]
-    assert summary.rows == len(rows) == len(lines) + 1
+    assert summary.rows == len(rows) == len(made) + len(real) + 7
     assert summary.errors == len(bad) + 5
     for name, one in made.items():
         row = by_id[name, 0]
@@ -136,43 +145,22 @@ def test_pictures_are_edited_and_their_neighbours_do_not_suffer(pictures, tmp_pa
         assert "secret" not in json.dumps({key: str(value) for key, value in row.items()})
     two = [by_id["twice", sample] for sample in range(2)]
     assert [row["seed"] for row in two] == [3, 4] and two[0]["sha256"] != two[1]["sha256"]
-    assert all(row["status"] == "ok" for row in rows if row["source"]["uri"] in map(str, real))
-
-    # Begun anew with other slots and from the middle, at the sources' sizes: the same pictures, larger.
-    few = dataclasses.replace(
-        config,
-        output=str(tmp_path / "restored"),
-        where="id IN ('twice', 'plain.jpg', 'exif-6.png')",
-        restore_size=True,
-        slots=16,
-    )
-    run(few)
-    for row in rows_of(few.output):
-        small = by_id[row["id"], row["sample"]]
-        assert (row["height"], row["width"]) == (row["source"]["height"], row["source"]["width"])
-        wanted = restore_size(np.array(decode(small["image"]["bytes"])), row["height"], row["width"])
-        np.testing.assert_array_equal(np.array(decode(row["image"]["bytes"])), wanted)
+    assert all(by_id[path, 0]["status"] == "ok" for path in real)
 
 
-def test_a_run_that_lost_shards_makes_the_same_ones_again(pictures, tmp_path, local_ray):
-    folder, _ = pictures
-    lines = [
-        {"id": str(n), "image": "plain.png" if n % 3 else "empty.jpg", "prompt": f"number {n}"}
-        for n in range(20)
-    ]
-    manifest = write_jsonl(folder / "resume.jsonl", lines)
-    config = RunConfig(manifest, str(tmp_path / "out"), "edit", device="cpu")
-    run(config)
+def test_a_run_that_lost_a_shard_makes_the_same_one_again(edited, tmp_path):
+    config, _ = edited
     before = read_data(config.output)
-    shards = sorted(list_done(config.output))
-    assert len(shards) == 3
-    storage.delete(storage.join(config.output, "data", f"shard-{shards[1]:08d}.parquet"))
-    storage.delete(storage.join(config.output, "_SUCCESS"))
-    summary = run(config)
-    assert (summary.before, summary.errors) == (12, 7)
-    assert read_data(config.output).drop_columns(VOLATILE).equals(before.drop_columns(VOLATILE))
+    again = dataclasses.replace(config, output=str(tmp_path / "out"), slots=16)
+    shutil.copytree(config.output, again.output)
+    shards = sorted(list_done(again.output))
+    storage.delete(storage.join(again.output, "data", f"shard-{shards[1]:08d}.parquet"))
+    storage.delete(storage.join(again.output, "_SUCCESS"))
+    summary = run(again)
+    assert len(before) - summary.before == 8
+    assert read_data(again.output).drop_columns(VOLATILE).equals(before.drop_columns(VOLATILE))
     with pytest.raises(InputError, match="restore_size is false there and true here"):
-        run(dataclasses.replace(config, restore_size=True))
+        run(dataclasses.replace(again, restore_size=True))
 
 
 def resolved(source):
@@ -218,7 +206,7 @@ def test_generate_understand_edit_on_s3_loses_no_row(s3, local_ray):
                 assert source["sha256"] == picture["sha256"]
                 assert (source["width"], source["height"]) == (picture["width"], picture["height"])
         assert text["in_prompt"] == picture["prompt"] and text["in_tag"] == picture["tag"]
-        assert text["in_seed"] == picture["seed"] != text["seed"]
+        assert text["in_seed"] == picture["seed"]
         assert edited_row["prompt"] == text["text"] and edited_row["in_in_tag"] == picture["tag"]
     for row in edits[::20]:
         assert hashlib.sha256(resolved(row["source"])).hexdigest() == ok[row["row_id"]]["sha256"]
@@ -262,8 +250,6 @@ def test_pictures_within_parquet_files_are_referred_to_not_copied(pictures, tmp_
     found = sorted(understand(ds, device="cpu", max_new_tokens=2).take_all(), key=lambda row: row["row_id"])
     assert [row["text"] for row in found] == [row["text"] for row in rows]
     assert [row["error_type"] for row in found] == [row["error_type"] for row in rows]
-    edits = edit(ds.limit(2), device="cpu", prompt="make it red", restore_size=True).take_all()
-    assert {(row["status"], row["width"], row["height"]) for row in edits} == {("ok", 300, 200)}
     with pytest.raises(InputError, match="width is for generate, but this is edit"):
         edit(ds, prompt="make it red", width=64, height=64)
 
@@ -275,13 +261,14 @@ def test_formats_of_benchmarks_are_manifests(pictures, tmp_path, local_ray):
         "k2": {"id": "plain.jpg", "prompt": "remove the cat", "edit_type": "remove"},
     }
     (tmp_path / "imgedit.json").write_text(json.dumps(entries))
-    options = ["--image-root", folder, "--preset", "imgedit", "--device", "cpu", "--image-format", "webp"]
+    options = ["--image-root", folder, "--preset", "imgedit", "--device", "cpu", "--restore-size"]
     assert command("edit", tmp_path / "imgedit.json", tmp_path / "bench", *options) == 0
     rows = rows_of(str(tmp_path / "bench"))
     assert [(row["id"], row["prompt"], row["edit_type"]) for row in rows] == [
         (key, entry["prompt"], entry["edit_type"]) for key, entry in entries.items()
     ]
     assert {(row["cfg"], row["temperature"], row["top_k"], row["top_p"]) for row in rows} == {(3, 1, 1000, 1)}
+    assert all(decode(row["image"]["bytes"]).size == (300, 200) for row in rows)
     assert json.loads((tmp_path / "bench" / "run.json").read_text())["options"]["preset"] == "imgedit"
     assert "imgedit" in (tmp_path / "bench" / "report.html").read_text()
 

@@ -2,20 +2,26 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from actors.rows import requests
 from model.checkpoint import TINY, load_config, load_tokenizer
 from model.config import ModelConfig
 from model.errors import InputError, RowError
-from model.prompts import DEFAULT_QUESTION
+from model.prompts import DEFAULT_QUESTION, edit_prompt
 from model.sampling import Sampling
 from workflows.cells import Cell, parse_cell, read_cells
+from workflows.load import load_requests
 from workflows.manifest import Columns, discover, read, scan
 from workflows.plan_rows import PlanSettings, carried_schema, check_columns, plan_rows, plan_schema
 from workflows.planning import shard_rows
-from workflows.results import RESULT_FIELDS, result_schema
+from workflows.results import RESULT_FIELDS, RunConstants, result_schema
+from workflows.sources import SourceOptions
 
 CONFIG = load_config(TINY)
 TOKENIZER = load_tokenizer(TINY)
@@ -264,10 +270,43 @@ def test_a_picture_that_cannot_be_located_is_an_error_row(image, words):
     assert "key=1" not in str(row)
 
 
-def test_the_web_is_read_where_it_is_allowed():
-    (row,) = plan({"image": ["https://x.org/a.png?key=1"], "prompt": ["x"]}, allow_https=True)
-    # The fetch needs the query; what comes of it does not tell it.
-    assert (row["status"], row["source"]["uri"]) == ("planned", "https://x.org/a.png?key=1")
+def test_only_the_fetch_gets_the_query_of_a_web_address():
+    table = {"image": ["https://x.org/a.png?key=1", "/a?b#c.png", "a.png"], "prompt": ["x", "x", " "]}
+    settings = PlanSettings(task="edit", allow_https=True)
+    planned = plan_rows(pa.table(table), settings, CONFIG, TOKENIZER, folder="/none")
+    uris = pc.struct_field(planned.column("source"), "uri").to_pylist()
+    assert uris == ["https://x.org/a.png?key=1", "/a?b#c.png", "/none/a.png"]
+    # Now the web is not allowed, and the file is not there.
+    loaded, asked = load_requests(planned, str(TINY), RunConstants("edit", "", ""), SourceOptions("/"))
+    assert loaded.column("error_type").to_pylist() == ["image", "image", "prompt"] and not len(asked)
+    uris = pc.struct_field(loaded.column("source"), "uri").to_pylist()
+    assert uris == ["https://x.org/a.png", "/a?b#c.png", "/none/a.png"]
+
+
+def test_rows_of_one_source_become_requests_and_a_bad_one_an_error_row(tmp_path):
+    for name, size in (("a.png", (300, 200)), ("b.png", (200, 300))):
+        Image.new("RGB", size, "red").save(tmp_path / name)
+    pq.write_table(pa.table({"image": [(tmp_path / "b.png").read_bytes(), b"x"]}), tmp_path / "c.parquet")
+    images = ["a.png", "b.png", "none.png", "c.parquet#0", "c.parquet#1", "c.parquet#0", "a.png"]
+    table = pa.table({"image": images, "prompt": list("abcdefg"), "cfg": [3.0] * 6 + [1.0]})
+    settings = PlanSettings(task="edit")
+    planned = plan_rows(table, settings, CONFIG, TOKENIZER, folder=str(tmp_path))
+    loaded, asked = load_requests(planned, str(TINY), RunConstants("edit", "", ""), SourceOptions("/"))
+    assert loaded.schema.equals(planned.schema, check_metadata=True)
+    rows = loaded.to_pylist()
+    assert [row["error_type"] for row in rows] == ["", "", "image", "", "image", "", ""]
+    wide, high = CONFIG.bucket(200, 300), CONFIG.bucket(300, 200)
+    sizes = {0: wide, 1: high, 3: high, 5: high, 6: wide}
+    assert {n: (row["height"], row["width"]) for n, row in enumerate(rows) if row["height"]} == sizes
+    assert rows[1]["source"]["sha256"] == rows[3]["source"]["sha256"]
+    made = {one.key: one for one in requests(asked, asked.column("row").to_pylist())}
+    assert {key: one.size for key, one in made.items()} == sizes
+    np.testing.assert_array_equal(made[1].pixels, made[5].pixels)
+    assert made[6].null is None and len(made[0].null.ids) < len(made[0].prompt.ids)
+    wanted = edit_prompt(
+        TOKENIZER, CONFIG, "a", wide, tuple(s // 28 for s in made[0].semantic.shape[:2]), "en"
+    )
+    assert made[0].prompt.ids.tolist() == wanted.ids.tolist()
 
 
 def test_a_picture_without_a_question_is_described_in_its_language():
@@ -310,3 +349,4 @@ def test_a_shard_s_pixels_in_and_out_stay_under_64_mib():
     for task, pixels in (("edit", 2 * most + 188160), ("understand", 188160)):
         rows = shard_rows(10**7, config, task)
         assert 3 * pixels * rows <= 64 << 20 < 3 * pixels * (rows + 1)
+    assert shard_rows(10**7, config, "edit", restored=True) < shard_rows(10**7, config, "edit") // 4
