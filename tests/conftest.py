@@ -171,8 +171,12 @@ def s3(s3_server: S3Server) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def local_ray(s3_server: S3Server) -> Iterator[None]:
-    """A local Ray of two CPUs for the session; its workers find the S3 server too."""
+    """A local Ray for the session; its workers find the S3 server too.
+
+    It counts more CPUs than a test asks for: after a run that failed, Ray may keep its replicas, and their
+    CPUs, for as long as it likes, and the next run of the same process would wait for them.
+    """
     from workflows.cluster import connected
 
-    with connected(cpus=2):
+    with connected(cpus=12):
         yield
