@@ -248,8 +248,11 @@ def test_a_killed_run_on_s3_keeps_its_finished_shards_and_goes_on(base, folder, 
         process.wait()
     shards = set(read_plan(output).shards)
     assert finished < shards
+    # Ray's agents may take minutes to see that they are alone; nothing that writes rows may stay behind.
     _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive
+    for agent in alive:
+        assert "Agent" in agent.name()
+        agent.kill()
     left = storage.list_files(f"{output}/data")
     assert set(finished) <= list_done(output) < shards
     assert read_success(output) is None
