@@ -100,7 +100,8 @@ def _start(program: str, folder: Path) -> S3Server | None:
                 "-master.volumeSizeLimitMB=64",
                 f"-volume.port={volume}",
                 f"-volume.port.grpc={grpc[1]}",
-                "-volume.max=100",
+                # A bucket takes several volumes, which are files that grow.
+                "-volume.max=10000",
                 "-filer",
                 f"-filer.port={filer}",
                 f"-filer.port.grpc={grpc[2]}",
