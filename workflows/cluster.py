@@ -113,6 +113,8 @@ def _quieten() -> None:
     for handler in list(logger.handlers):
         if handler.name == "console":
             logger.removeHandler(handler)
+    # A handler further up would print its errors, or keep them with all that their tracebacks hold.
+    logger.propagate = False
 
 
 @contextmanager
