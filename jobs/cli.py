@@ -218,7 +218,7 @@ is taken, always.
 def plan(task: str, manifest: str, output: str | None, **options: Any) -> int:
     config = _configure(task, manifest, output or "", options)
     from jobs.progress import Display
-    from workflows.generate import plan as make
+    from workflows.pipeline import plan as make
 
     with Display() as display:
         made = make(config, display)
@@ -505,7 +505,7 @@ def _run(task: str, manifest: str, output: str, options: dict[str, Any]) -> int:
     """Does a run and says how it ended."""
     config = _configure(task, manifest, output, options)
     from jobs.progress import Display
-    from workflows.generate import run
+    from workflows.pipeline import run
 
     with Display() as display:
         summary = run(config, display)

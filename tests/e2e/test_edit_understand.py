@@ -21,7 +21,7 @@ from tests.e2e.test_generate import read_data, write_jsonl
 from tests.pictures import real_pictures, save, write_pictures
 from workflows import storage
 from workflows.edit import edit
-from workflows.generate import plan, run
+from workflows.pipeline import plan, run
 from workflows.results import VOLATILE, list_done
 from workflows.run_config import RunConfig
 from workflows.sources import decode

@@ -24,7 +24,7 @@ from model.checkpoint import TINY
 from model.errors import InputError
 from workflows import storage
 from workflows.finish import read_success
-from workflows.generate import generate, run
+from workflows.pipeline import generate, run
 from workflows.plan import read_plan
 from workflows.results import VOLATILE, list_done
 from workflows.run_config import RunConfig
@@ -150,7 +150,7 @@ def test_a_finished_run_does_no_work_again_and_starts_no_ray(base):
     config, _, _ = base
     before = storage.list_files(config.output)
     program = (
-        "import pickle, sys; from workflows.generate import run; "
+        "import pickle, sys; from workflows.pipeline import run; "
         "summary = run(pickle.load(sys.stdin.buffer)); "
         "print(summary.rows, summary.before, summary.ok, summary.errors, 'ray' in sys.modules)"
     )
@@ -359,8 +359,9 @@ STRANGER = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
 with connected():
     import ray
     family = psutil.Process().children(recursive=True)
+    # A dual-stack socket shows an IPv4 address as one of IPv6.
     addresses = {
-        connection.laddr.ip
+        connection.laddr.ip.removeprefix("::ffff:")
         for process in [psutil.Process(), *family]
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
