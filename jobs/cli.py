@@ -8,7 +8,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -36,6 +36,8 @@ usual AWS variables and profiles."""
 PICTURES = """A picture is a path, relative to the manifest or absolute, s3://, https:// with --allow-https,
 or bytes in a Parquet file, also as {bytes, path}. MANIFEST may also be a folder of pictures, or the
 output of a finished run: of that the ok rows, with their pictures."""
+
+DASHBOARD = "Of the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS)."
 
 
 class SettingOption(click.Option):
@@ -278,6 +280,130 @@ def verify(output: str) -> int:
     return OK if check(output, click.echo).state == "complete" else FATAL
 
 
+@cli.command(
+    short_help="Run a command on a cluster.",
+    epilog=EXIT_CODES,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.option("--address", metavar="URL", help=DASHBOARD)
+@click.option("--name", metavar="NAME", help="By which `wallaroo jobs` finds the run, beside its id.")
+@click.option("--follow", is_flag=True, help="Show what it says until it ends, and end as it does.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def submit(address: str | None, name: str | None, follow: bool, command: tuple[str, ...]) -> int:
+    """Run COMMAND (generate, edit or understand, with its arguments) as a job of a Ray cluster.
+
+    \b
+      wallaroo submit --address http://127.0.0.1:8265 --follow -- \\
+          generate prompts.jsonl s3://bucket/pictures --model s3://bucket/wallaroo-7b --replicas 8
+
+    The job brings its code along, and a manifest or run file that is given by a relative path; output
+    and model must be where the cluster reaches them. A run that is submitted again while it is at work is
+    found, not started twice; after it ended a new job goes on where it was. A token is taken from
+    RAY_AUTH_TOKEN or ~/.ray/auth_token. Ctrl-C ends --follow, not the job.
+    """
+    from jobs import submit as remote
+    from model.config import TASKS
+
+    task, *words = command
+    if task not in TASKS:
+        raise click.UsageError(f"'{task}' cannot be submitted, but {', '.join(TASKS)} can.")
+    inner = cli.commands[task]
+    with inner.make_context(task, list(words), parent=click.Context(cli, info_name="wallaroo")) as context:
+        options = dict(context.params)
+    config = _configure(task, options.pop("manifest"), options.pop("output"), options, environment={})
+    files = remote.carried(config, command)
+    client = remote.connect(address)
+    job, new = remote.submit(client, config, command, files, name)
+    click.echo(f"{job}: submitted" if new else f"{job}: at work already, submitted before")
+    click.echo(f"  output  {config.output}")
+    if not follow:
+        click.echo(f"`wallaroo jobs status {job}` says how far it is.")
+        return OK
+    return _follow(client, job)
+
+
+def _follow(client: Any, job: str) -> int:
+    from jobs import submit as remote
+
+    try:
+        ended = remote.follow(client, job, functools.partial(click.echo, nl=False))
+    except KeyboardInterrupt:
+        _complain(f"the job goes on; `wallaroo jobs stop {job}` ends it.")
+        return INTERRUPTED
+    click.echo(f"{job}: {ended.state.lower()}" + (f", {ended.message}" if ended.state == "FAILED" else ""))
+    if ended.exit_code is not None:
+        return ended.exit_code
+    return {"SUCCEEDED": OK, "STOPPED": INTERRUPTED}.get(ended.state, FATAL)
+
+
+@cli.group(short_help="Runs on a cluster: list, status, logs, stop.")
+def jobs() -> None:
+    """Runs that were given to a cluster by `wallaroo submit`. JOB is an id, a name, or an output."""
+
+
+@jobs.command(name="list", short_help="All runs that the cluster knows.")
+@click.option("--address", metavar="URL", help=DASHBOARD)
+def jobs_list(address: str | None) -> int:
+    """List the runs of a cluster, newest first, each with its own count of rows."""
+    from jobs import submit as remote
+
+    found = remote.jobs(remote.connect(address))
+    for job in found:
+        told = remote.progress(job)
+        click.echo(f"{job.id}  {job.state:<9}  {job.output}" + (f"  ({job.name})" if job.name else ""))
+        click.echo(
+            f"    {told.line() if told else 'its output cannot be read from here, or is not there yet'}"
+        )
+    if not found:
+        click.echo("The cluster knows no run.")
+    return OK
+
+
+@jobs.command(name="status", short_help="How far one is.")
+@click.argument("job")
+@click.option("--address", metavar="URL", help=DASHBOARD)
+def jobs_status(job: str, address: str | None) -> int:
+    """Say what the cluster knows of JOB, and how far it is by its own records."""
+    from jobs import submit as remote
+
+    found = remote.find(remote.connect(address), job)
+    click.echo(f"{found.id}: {found.state}" + (f", {found.message}" if found.message else ""))
+    told = remote.progress(found)
+    click.echo(told.text() if told else f"{found.output} cannot be read from here, or is not there.")
+    return OK
+
+
+@jobs.command(name="logs", short_help="What one said.")
+@click.argument("job")
+@click.option("--follow", is_flag=True, help="Go on until it ends, and end as it does.")
+@click.option("--address", metavar="URL", help=DASHBOARD)
+def jobs_logs(job: str, follow: bool, address: str | None) -> int:
+    """Show what JOB said. Once the cluster is gone, it stands in OUTPUT/runs/*.log."""
+    from jobs import submit as remote
+
+    client = remote.connect(address)
+    found = remote.find(client, job)
+    if follow:
+        return _follow(client, found.id)
+    click.echo(remote.logs(client, found.id), nl=False)
+    return OK
+
+
+@jobs.command(name="stop", short_help="Stop one; submitted again, it goes on.")
+@click.argument("job")
+@click.option("--address", metavar="URL", help=DASHBOARD)
+def jobs_stop(job: str, address: str | None) -> int:
+    """Stop JOB and wait until it has stopped; what it finished is kept.
+
+    Exit codes: 0 it is over; 1 it does not stop.
+    """
+    from jobs import submit as remote
+
+    ended = remote.stop(remote.connect(address), job)
+    click.echo(f"{ended.id}: {ended.state.lower()}" + ("" if ended.over else " still"))
+    return OK if ended.over else FATAL
+
+
 @cli.command(short_help="Turn the published files into a checkpoint folder.")
 @click.argument("output")
 @click.option(
@@ -513,12 +639,18 @@ def _run(task: str, manifest: str, output: str, options: dict[str, Any]) -> int:
     return ERROR_ROWS if summary.errors else OK
 
 
-def _configure(task: str, manifest: str, output: str, options: dict[str, Any]) -> "RunConfig":
+def _configure(
+    task: str,
+    manifest: str,
+    output: str,
+    options: dict[str, Any],
+    environment: Mapping[str, str] = os.environ,
+) -> "RunConfig":
     """The configuration of a run, from the options that `run_options` added."""
     file, assignments = options.pop("file"), options.pop("assignments")
     flags = {name.replace("__", "."): value for name, value in options.items()}
     try:
-        return resolve(task, manifest, output, flags, assignments, file)
+        return resolve(task, manifest, output, flags, assignments, file, environment)
     except InputError as error:
         raise click.UsageError(str(error)) from None
 

@@ -6,12 +6,14 @@ A record is for people and graphs: what is done is known from `data/` alone. Kno
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
 import re
 import socket
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,6 +29,9 @@ RUNS_FOLDER = "runs"
 WRITE_SECONDS = 10.0
 WINDOW_SECONDS = 60.0
 """The current rate is the mean over so many seconds."""
+
+LOG_LINES = 10_000
+"""Lines that the log of a start keeps, the last ones; at one in ten seconds that is more than a day."""
 
 MAX_SAMPLES = 500
 """Points of a record's throughput graph; when there are more, every second one goes."""
@@ -105,8 +110,25 @@ def _like(value: Any) -> type | tuple[type, ...]:
     return (int, float) if isinstance(value, float) else type(value)
 
 
+class _Lines(logging.Handler):
+    """Keeps what is logged, and what it is told, as lines with their time."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: deque[str] = deque(maxlen=LOG_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.add(record.created, f"{record.levelname} {record.getMessage()}")
+
+    def add(self, seconds: float, text: str) -> None:
+        self.lines.extend(f"{_iso(seconds)} {line}" for line in text.splitlines())
+
+
 class RunLog:
     """Keeps the record of this start, and rewrites it every WRITE_SECONDS while it is told numbers.
+
+    Beside it, as `runs/NNNN.log`, stands what there was to say: how far the run was, warnings, and how it
+    ended, with the traceback of what nobody expected. The log of a job is gone with its cluster.
 
     A context manager: leaving it writes how the run ended, `failed` with the reason if by an exception
     and `stopped` if by Ctrl-C. clock: seconds since the epoch.
@@ -121,6 +143,7 @@ class RunLog:
         self._written = self._start
         self._every = 1.0
         self._recent: deque[tuple[float, int]] = deque()
+        self._said = _Lines()
         now = _iso(self._start)
         self.record = RunRecord(
             run=0,
@@ -167,10 +190,14 @@ class RunLog:
             self._sample()
         if now - self._written >= WRITE_SECONDS:
             self._written = now
+            record = self.record
+            counts = f"{record.done:,} of {record.rows:,} rows, {sum(record.errors.values()):,} errors"
+            self._said.add(now, f"{counts}, {record.rate:.3g} rows/s")
             # A missed rewrite loses nothing: the next one says more. A store that is really gone stops
             # the run where it writes rows.
             with suppress(OSError, InputError):
                 storage.write_atomic(self._path, self._stamped(now))
+                self._write_log()
 
     def end(self, state: str, message: str = "") -> None:
         """Writes the last state: `finished`, `stopped` or `failed`, and the reason in words."""
@@ -181,18 +208,29 @@ class RunLog:
         self.record.seconds = now - self._start
         self._rates(now)
         self._sample()
+        self._said.add(now, f"{state}: {message}" if message else state)
         storage.write_atomic(self._path, self._stamped(now))
+        self._write_log()
+
+    def _write_log(self) -> None:
+        path = self._path.removesuffix(".json") + ".log"
+        storage.write_atomic(path, "".join(f"{line}\n" for line in self._said.lines).encode())
 
     def __enter__(self) -> "RunLog":
+        self._said.add(self._start, f"run {self.record.run} on {self.record.host}")
+        logging.getLogger().addHandler(self._said)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        logging.getLogger().removeHandler(self._said)
         if error is None:
             if self.record.state == "running":
                 self.end("finished")
             return
+        if not isinstance(error, InputError | KeyboardInterrupt):
+            self._said.add(self._clock(), "".join(traceback.format_exception(error)))
         state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         words = str(error).strip().splitlines() or [type(error).__name__]
         message = words[0] if isinstance(error, InputError) else f"{type(error).__name__}: {words[0]}"
@@ -305,6 +343,26 @@ class Status:
     unreadable: list[str]
     heard: float | None
 
+    def line(self) -> str:
+        """The status in one line: `42 of 60 rows, 2 errors, 3.1 rows/s, 6 s left: running`."""
+        record = self.record
+        done = "?" if self.done is None else f"{self.done:,}"
+        parts = [f"{done} of {'?' if self.planned is None else f'{self.planned:,}'} rows"]
+        parts.append(f"{sum(self.errors.values()):,} errors")
+        if record is not None:
+            parts.append(f"{record.rate if self.state == 'running' else record.overall_rate:.3g} rows/s")
+            left = self._left()
+            if left is not None:
+                parts.append(f"{duration(left)} left")
+        return f"{', '.join(parts)}: {self.state}"
+
+    def _left(self) -> float | None:
+        """Seconds that a run at work still takes, if it can be told."""
+        if self.record is None or self.state != "running" or not self.record.rate:
+            return None
+        rows = (self.planned or 0) - self.record.done
+        return rows / self.record.rate if rows > 0 else None
+
     def text(self) -> str:
         """The status as a few lines for people."""
         lines = [f"{self.output}: {_STATES[self.state]}"]
@@ -322,9 +380,9 @@ class Status:
                 f"  speed   {record.rate if self.state == 'running' else record.overall_rate:.3g} rows/s"
                 + (f", the first row after {duration(first)}" if first is not None else "")
             )
-            left = (self.planned or 0) - record.done
-            if self.state == "running" and record.rate > 0 and left > 0:
-                lines[-1] += f", {duration(left / record.rate)} left"
+            left = self._left()
+            if left is not None:
+                lines[-1] += f", {duration(left)} left"
             start = f"{record.started[:16].replace('T', ' ')} UTC on {record.host}"
             took = duration(record.seconds)
             lines.append(f"  run     {record.run} of {self.runs}, started {start}, took {took}")

@@ -1,0 +1,149 @@
+"""Runs given to a cluster: a real head with a dashboard and a token, and commands in shells of their own."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.clusters import Head, started_head
+
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with started_head(["--num-cpus=2"]) as head:
+        yield head
+
+
+@pytest.fixture
+def shell(head, tmp_path):
+    """Starts a command as from a shell of a laptop: its own process, in a folder with a manifest."""
+    rows = [{"id": f"r{i}", "prompt": f"a red circle {i}", "aspect_ratio": "1:1"} for i in range(ROWS)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def start(*arguments, token=head.token, **options) -> subprocess.Popen:
+        environment = {
+            **head.environment,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "HOME": str(tmp_path),
+        }
+        environment.pop("RAY_AUTH_MODE")
+        environment.pop("RAY_AUTH_TOKEN")
+        if token:
+            environment["RAY_AUTH_TOKEN"] = token
+        environment["RAY_API_SERVER_ADDRESS"] = head.address
+        return subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+        )
+
+    return start
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def test_a_run_from_its_submission_to_its_report(shell, tmp_path):
+    output = tmp_path / "out"
+    # A few rows at a time, so that there is something left to stop.
+    run = ("generate", "prompts.jsonl", output, "--slots", 3)
+    command = ("submit", "--name", "nightly", "--follow", "--", *run)
+
+    # Whoever may not is told so in a sentence, and nothing is started.
+    for token, words in (("", "asks for a token and none was found"), ("0" * 64, "refuses the token")):
+        code, _, complaint = ended(shell(*command, token=token))
+        assert (code, complaint.count("\n")) == (1, 1)
+        assert words in complaint and "RAY_AUTH_TOKEN" in complaint
+    assert ended(shell("jobs", "list"))[1] == "The cluster knows no run.\n"
+
+    first = shell(*command)
+    started = first.stdout.readline()
+    job = started.partition(":")[0]
+    assert started == f"{job}: submitted\n" and job.startswith("generate-") and job.endswith("-1")
+
+    # The same again, while it is at work, is no second run; faster or slower does not make it another.
+    code, again, _ = ended(shell("submit", "--", *run, "--replicas", "1:2"))
+    assert (code, again.splitlines()[0]) == (0, f"{job}: at work already, submitted before")
+
+    while not (output / "runs" / "0001.json").exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.5)
+    code, status, _ = ended(shell("jobs", "status", "nightly"))
+    assert code == 0
+    assert status.startswith(f"{job}: RUNNING"), status
+    assert f"of {ROWS}, 0 errors" in status, status
+    assert job in ended(shell("jobs", "list"))[1]
+
+    code, stopped, _ = ended(shell("jobs", "stop", job))
+    assert (code, stopped) == (0, f"{job}: stopped\n")
+    assert ended(first)[0] == 130
+    assert json.loads((output / "runs" / "0001.json").read_text())["state"] == "stopped"
+    assert not (output / "lock.json").exists()
+
+    # After it ended the same submission goes on where it was, and ends as the run does.
+    code, said, complaint = ended(shell(*command))
+    assert code == 0, said + complaint
+    second = f"{job.removesuffix('-1')}-2"
+    assert said.startswith(f"{second}: submitted\n") and said.endswith(f"{second}: succeeded\n")
+    assert f"{ROWS} rows: {ROWS} ok, 0 errors" in said
+    assert f"{ROWS} rows: {ROWS} ok" in ended(shell("jobs", "logs", second))[1]
+    listed = ended(shell("jobs", "list"))[1]
+    assert f"{ROWS} of {ROWS} rows, 0 errors" in listed
+    assert listed.index(second) < listed.index(job)
+
+    # What outlives the cluster.
+    assert (output / "report.html").exists() and (output / "_SUCCESS").exists()
+    assert " stopped" in (output / "runs" / "0001.log").read_text().splitlines()[-1]
+    assert (output / "runs" / "0002.log").read_text().splitlines()[-1].endswith("finished")
+    rows = pq.read_table(output / "data", columns=["id", "status"]).to_pydict()
+    assert sorted(rows["id"]) == sorted(f"r{i}" for i in range(ROWS)) and set(rows["status"]) == {"ok"}
+
+
+def test_what_a_cluster_cannot_read_is_not_submitted(shell, tmp_path):
+    for arguments, words in (
+        (("prompts.jsonl", "out"), "OUTPUT is out, a path of this machine"),
+        (
+            ("prompts.jsonl", tmp_path / "x", "--model", "weights"),
+            "--model is weights, a path of this machine",
+        ),
+        (("absent.jsonl", tmp_path / "x"), "absent.jsonl cannot be read"),
+        (("prompts.jsonl", tmp_path / "x", "--address", "auto"), "leave it out there"),
+    ):
+        code, _, complaint = ended(shell("submit", "--", "generate", *arguments))
+        assert (code, words in complaint) == (1, True), complaint
+    (tmp_path / "big.jsonl").write_bytes(b"\n" * (65 << 20))
+    code, _, complaint = ended(shell("submit", "--", "generate", "big.jsonl", tmp_path / "x"))
+    assert code == 1 and "65 MiB, but at most 64 MiB" in complaint
+
+
+def test_what_is_sent_along(shell, head, tmp_path, monkeypatch):
+    """Code and the files that were named; nothing else of the folder, and no weights."""
+    from jobs.config import resolve
+    from jobs.submit import _stage, carried
+
+    (tmp_path / "secret.txt").write_text("x")
+    (tmp_path / "run.toml").write_text("[run]\nmodel = 's3://bucket/model'\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "prompts.jsonl", "s3://bucket/out", "--config", "run.toml"]
+    config = resolve("generate", *command[1:3], {}, (), "run.toml", environment={})
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    _stage(folder, config, carried(config, command))
+    staged = sorted(one.relative_to(folder) for one in folder.rglob("*") if one.is_file())
+    assert {one.parts[0] for one in staged} == {
+        "model", "actors", "workflows", "jobs", "prompts.jsonl", "run.toml"
+    }  # fmt: skip
+    assert not [one for one in staged if one.suffix in (".pyc", ".safetensors")]
+    assert sum((folder / one).stat().st_size for one in staged) < 4 << 20
