@@ -16,17 +16,22 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors import metrics
 from actors.rows import Outcome, from_ipc, outcomes_table, requests, to_ipc
 from model.errors import InputError
 
 # A driver names this class without using it, so torch waits until there is an engine to run.
 if TYPE_CHECKING:
     from model.engine import Engine, Request
+
+GAUGE_SECONDS = 1.0
+"""How often a replica says how full it is; metrics are read every few seconds at most."""
 
 EXIT_DEVICE = 70
 """Exit status of a process that ended itself because its engine failed."""
@@ -47,6 +52,45 @@ class _Call:
         self.outcomes.append(outcome)
         if len(self.outcomes) == len(self.rows):
             self.loop.call_soon_threadsafe(self.finished.set_result, None)
+
+
+class _Meter:
+    """Counts what an engine does, in sums that go out every GAUGE_SECONDS."""
+
+    def __init__(self, engine: "Engine", replica: str):
+        self._engine, self._replica, self._task = engine, replica, engine.task
+        self._sums: Counter[tuple[str, str]] = Counter()
+        self._prefilled = 0
+        self._said = time.perf_counter()
+
+    def round(self, seconds: float, queued: int) -> None:
+        """A round of the engine took so long, with so many rows left in the replica's inbox."""
+        prefilled = self._engine.counts["prefill_forwards"]
+        phase = "prefill" if prefilled > self._prefilled else "decode"
+        self._prefilled = prefilled
+        self._sums["wallaroo_engine_seconds_total", phase] += seconds  # type: ignore[assignment]
+        if time.perf_counter() - self._said >= GAUGE_SECONDS:
+            self.say(queued)
+
+    def finished(self, outcome: Outcome) -> None:
+        """The engine gave a row back."""
+        self._sums["wallaroo_images_total", ""] += outcome.pixels is not None
+        self._sums["wallaroo_prompt_tokens_total", ""] += outcome.prompt_tokens
+        self._sums["wallaroo_output_tokens_total", ""] += len(
+            () if outcome.tokens is None else outcome.tokens
+        )
+
+    def say(self, queued: int) -> None:
+        """Sends what has gathered."""
+        self._said = time.perf_counter()
+        for (name, phase), amount in self._sums.items():
+            metrics.count(name, amount, task=self._task, **({"phase": phase} if phase else {}))
+        self._sums.clear()
+        engine, labels = self._engine, {"task": self._task, "replica": self._replica}
+        busy = min(engine.pending, engine.slots)
+        metrics.gauge("wallaroo_slots", engine.slots, **labels)
+        metrics.gauge("wallaroo_slots_busy", busy, **labels)
+        metrics.gauge("wallaroo_queue_rows", queued + engine.pending - busy, **labels)
 
 
 class Replica:
@@ -172,16 +216,24 @@ class Replica:
     def _turn(self, engine: "Engine") -> None:
         """Feeds the engine and gives its results back, for ever."""
         at_work: dict[Hashable, tuple[_Call, int, datetime, float]] = {}
+        meter = _Meter(engine, self.name)
         while True:
+            if self._inbox.empty() and not engine.pending:
+                meter.say(0)  # it waits for rows now, and would say nothing until they come
             while not (engine.pending and self._inbox.empty()):
                 call, number, request = self._inbox.get()
                 at_work[request.key] = call, number, datetime.now(UTC), time.perf_counter()
                 engine.submit(request)
             done = []
-            for result in engine.step():
+            round_started = time.perf_counter()
+            results = engine.step()
+            meter.round(time.perf_counter() - round_started, self._inbox.qsize())
+            for result in results:
                 call, number, started_at, started = at_work.pop(result.key)
                 seconds = time.perf_counter() - started
-                done.append((call, Outcome.of_result(number, result, started_at, seconds)))
+                outcome = Outcome.of_result(number, result, started_at, seconds)
+                meter.finished(outcome)
+                done.append((call, outcome))
             if done and self._watch is not None:
                 self._watch.note_done.remote(
                     self.name, [(call.shard, outcome.row, not outcome.error_type) for call, outcome in done]

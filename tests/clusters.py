@@ -21,11 +21,12 @@ START_SECONDS = 180
 
 @dataclass(frozen=True)
 class Head:
-    """address: of its dashboard. gcs: for `ray.init`. token: that it demands. folder: of its sessions.
-    environment: for commands that talk to it."""
+    """address: of its dashboard. gcs: for `ray.init`. metrics: where Prometheus would look. token: that it
+    demands. folder: of its sessions. environment: for commands that talk to it."""
 
     address: str
     gcs: str
+    metrics: str
     token: str
     folder: Path
     environment: dict[str, str]
@@ -80,7 +81,14 @@ def started_head(
         address = f"http://127.0.0.1:{dashboard}"
         try:
             _wait(process, f"{address}/api/version", token, log)
-            yield Head(address, f"127.0.0.1:{gcs}", token, Path(folder) / "ray", variables)
+            yield Head(
+                address,
+                f"127.0.0.1:{gcs}",
+                f"http://127.0.0.1:{metrics}/metrics",
+                token,
+                Path(folder) / "ray",
+                variables,
+            )
         finally:
             _end(process, folder)
 

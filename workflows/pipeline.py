@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from actors import metrics
 from actors.replica import Replica
 from actors.rows import from_ipc, outcomes, to_ipc
 from model import checkpoint
@@ -106,7 +107,9 @@ def load(row: dict[str, Any], job: Job, output: str) -> dict[str, Any]:
 
 def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """Adds `requests` to a `shard` with its `plan`, which is then as it is after loading."""
+    started = time.perf_counter()
     plan, asked = load_requests(from_ipc(row["plan"]), job.model, job.run, job.sources)
+    metrics.count("wallaroo_fetch_seconds_total", time.perf_counter() - started, task=job.run.task)
     return {**row, "plan": to_ipc(plan), "requests": to_ipc(asked)}
 
 
@@ -115,6 +118,7 @@ def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
 
     Raises InputError if the run is strict and the rows were made in another environment.
     """
+    started = time.perf_counter()
     where = digest(environment(**json.loads(row["environment"])))
     if job.environments and where not in job.environments:
         raise InputError(
@@ -126,14 +130,22 @@ def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
     table = build_result_table(
         from_ipc(row["plan"]), outcomes(from_ipc(row["outcomes"])), job.run, made, job.schema, decode
     )
+    metrics.count("wallaroo_encode_seconds_total", time.perf_counter() - started, task=job.run.task)
     return {"shard": row["shard"], "result": to_ipc(table)}
 
 
 def write(row: dict[str, Any], output: str) -> dict[str, Any]:
     """Writes a shard's file; what is left of it are counts for the driver, under `tally`."""
     table = from_ipc(row["result"])
-    write_shard(output, row["shard"], table)
-    return {"shard": row["shard"], "tally": json.dumps(dataclasses.asdict(_tally(table)))}
+    started = time.perf_counter()
+    size = write_shard(output, row["shard"], table)
+    tally, task = _tally(table), table.column("task")[0].as_py()
+    metrics.count("wallaroo_write_seconds_total", time.perf_counter() - started, task=task)
+    metrics.count("wallaroo_written_bytes_total", size, task=task)
+    metrics.count("wallaroo_rows_total", tally.rows, task=task)
+    for kind, number in tally.errors.items():
+        metrics.count("wallaroo_errors_total", number, task=task, kind=kind)
+    return {"shard": row["shard"], "tally": json.dumps(dataclasses.asdict(tally))}
 
 
 def refuse(row: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -565,6 +577,14 @@ def _make_missing(
                 waiting="" if counts.replicas or made.rows else up,
             )
         )
+        for name, number in (
+            ("rows", plan.rows),
+            ("done_rows", before + made.refused + counts.rows),
+            ("error_rows", sum(known.errors.values())),
+            ("replicas", counts.replicas),
+            ("replica_deaths", counts.deaths),
+        ):
+            metrics.gauge(f"wallaroo_run_{name}", number, task=config.task, output=config.output)
         run_log.update(
             rows=plan.rows,
             done=known.rows,

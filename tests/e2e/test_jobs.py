@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from actors.metrics import METRICS
 from tests.clusters import Head, started_head
 
 ROWS = 60
@@ -17,7 +19,7 @@ ROWS = 60
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with started_head(["--num-cpus=2"]) as head:
+    with started_head(["--num-cpus=2"], {"RAY_metrics_report_interval_ms": "1000"}) as head:
         yield head
 
 
@@ -55,7 +57,14 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_a_run_from_its_submission_to_its_report(shell, tmp_path):
+def metric_names(head: Head) -> set[str]:
+    """Names of our metrics as Prometheus would find them."""
+    with urllib.request.urlopen(head.metrics, timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return {line.partition("{")[0] for line in lines if line.startswith("ray_wallaroo_")}
+
+
+def test_a_run_from_its_submission_to_its_report(head, shell, tmp_path):
     output = tmp_path / "out"
     # A few rows at a time, so that there is something left to stop.
     run = ("generate", "prompts.jsonl", output, "--slots", 3)
@@ -93,8 +102,15 @@ def test_a_run_from_its_submission_to_its_report(shell, tmp_path):
     assert not (output / "lock.json").exists()
 
     # After it ended the same submission goes on where it was, and ends as the run does.
-    code, said, complaint = ended(shell(*command))
+    going_on = shell(*command)
+    exported: set[str] = set()
+    while going_on.poll() is None:
+        exported |= metric_names(head)
+        time.sleep(1)
+    code, said, complaint = ended(going_on)
     assert code == 0, said + complaint
+    # No row of this run is an error; all else that is defined can be read from outside.
+    assert exported == {f"ray_{name}" for name in METRICS} - {"ray_wallaroo_errors_total"}
     second = f"{job.removesuffix('-1')}-2"
     assert said.startswith(f"{second}: submitted\n") and said.endswith(f"{second}: succeeded\n")
     assert f"{ROWS} rows: {ROWS} ok, 0 errors" in said
