@@ -37,6 +37,8 @@ PICTURES = """A picture is a path, relative to the manifest or absolute, s3://, 
 or bytes in a Parquet file, also as {bytes, path}. MANIFEST may also be a folder of pictures, or the
 output of a finished run: of that the ok rows, with their pictures."""
 
+SCHEDULED = "End with 0 also if rows are errors, or another run is at work, as schedulers want it."
+ON_FINISH = "POST to a URL, or run a command, with how it ended as JSON."
 DASHBOARD = "Of the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS)."
 
 
@@ -132,8 +134,10 @@ def cli() -> None:
 @click.argument("manifest")
 @click.argument("output")
 @run_options("generate")
-def generate(manifest: str, output: str, **options: Any) -> int:
-    return _run("generate", manifest, output, options)
+@click.option("--scheduled", is_flag=True, help=SCHEDULED)
+@click.option("--on-finish", metavar="URL|COMMAND", help=ON_FINISH)
+def generate(manifest: str, output: str, scheduled: bool, on_finish: str | None, **options: Any) -> int:
+    return _run("generate", manifest, output, options, scheduled, on_finish)
 
 
 generate.help = f"""Make pictures from a manifest of prompts.
@@ -159,8 +163,10 @@ cannot be served becomes an error row with its reason; it stops nobody else's.
 @click.argument("manifest")
 @click.argument("output")
 @run_options("edit")
-def edit(manifest: str, output: str, **options: Any) -> int:
-    return _run("edit", manifest, output, options)
+@click.option("--scheduled", is_flag=True, help=SCHEDULED)
+@click.option("--on-finish", metavar="URL|COMMAND", help=ON_FINISH)
+def edit(manifest: str, output: str, scheduled: bool, on_finish: str | None, **options: Any) -> int:
+    return _run("edit", manifest, output, options, scheduled, on_finish)
 
 
 edit.help = f"""Edit pictures as a manifest instructs.
@@ -188,8 +194,10 @@ the source's ratio. ImgEdit's JSON of keys, each with id, prompt and edit_type, 
 @click.argument("manifest")
 @click.argument("output")
 @run_options("understand")
-def understand(manifest: str, output: str, **options: Any) -> int:
-    return _run("understand", manifest, output, options)
+@click.option("--scheduled", is_flag=True, help=SCHEDULED)
+@click.option("--on-finish", metavar="URL|COMMAND", help=ON_FINISH)
+def understand(manifest: str, output: str, scheduled: bool, on_finish: str | None, **options: Any) -> int:
+    return _run("understand", manifest, output, options, scheduled, on_finish)
 
 
 understand.help = f"""Describe pictures, or answer questions about them.
@@ -310,6 +318,7 @@ def submit(address: str | None, name: str | None, follow: bool, command: tuple[s
     inner = cli.commands[task]
     with inner.make_context(task, list(words), parent=click.Context(cli, info_name="wallaroo")) as context:
         options = dict(context.params)
+    del options["scheduled"], options["on_finish"]
     config = _configure(task, options.pop("manifest"), options.pop("output"), options, environment={})
     files = remote.carried(config, command)
     client = remote.connect(address)
@@ -627,16 +636,45 @@ def _pair(text: str) -> tuple[str, str]:
     return name.strip(), value
 
 
-def _run(task: str, manifest: str, output: str, options: dict[str, Any]) -> int:
+def _run(
+    task: str,
+    manifest: str,
+    output: str,
+    options: dict[str, Any],
+    scheduled: bool,
+    on_finish: str | None,
+) -> int:
     """Does a run and says how it ended."""
     config = _configure(task, manifest, output, options)
     from jobs.progress import Display
+    from workflows.lock import RunInProgress
     from workflows.pipeline import run
 
-    with Display() as display:
-        summary = run(config, display)
+    news: dict[str, Any] = {"task": task, "output": output, "state": "failed", "message": ""}
+    try:
+        with Display() as display:
+            summary = run(config, display)
+        news |= {name: getattr(summary, name) for name in ("rows", "ok", "errors", "before", "seconds")}
+        news["state"] = "finished"
+    except RunInProgress as error:
+        on_finish = None  # it is not this run that will finish
+        if not scheduled:
+            raise
+        click.echo(f"{error} This one ends, as --scheduled asks; the next one looks again.")
+        return OK
+    except KeyboardInterrupt:
+        news["state"] = "stopped"
+        raise
+    except BaseException as error:
+        news["message"] = str(error) if isinstance(error, InputError) else type(error).__name__
+        raise
+    finally:
+        if on_finish:
+            from jobs.notify import notify
+
+            notify(on_finish, news)
     _say_summary(config, summary)
-    return ERROR_ROWS if summary.errors else OK
+    return ERROR_ROWS if summary.errors and not scheduled else OK
 
 
 def _configure(

@@ -151,6 +151,8 @@ SETTINGS = (
     Setting("cluster.threads", "threads", _integer, "N", "CPU threads of a replica (default 1)."),
     Setting("cluster.address", "address", _text, "ADDRESS",
             "A running Ray cluster (default: $RAY_ADDRESS, or a local Ray)."),
+    Setting("cluster.price_per_hour", "price_per_hour", _number, "PRICE",
+            "Of one replica; then status and report say what the run cost."),
 )
 # fmt: on
 

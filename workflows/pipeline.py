@@ -354,6 +354,7 @@ _OF_A_RUN = {
     "max_error_rate",
     "strict",
     "address",
+    "price_per_hour",
 }
 
 
@@ -591,6 +592,7 @@ def _make_missing(
             before=before,
             errors=known.errors,
             images=made.ok,
+            replicas=counts.replicas,
             retries={"replicas that died": counts.deaths} if counts.deaths else {},
             waits={"first replica": waited or time.monotonic() - started},
         )

@@ -81,6 +81,7 @@ class RunConfig:
     device: `auto` is `cuda` where Ray has GPUs.
     threads: CPU threads of a replica; part of what rounds a result, so never derived from `replicas`.
     address: of a running Ray cluster; None starts a local one and ends it.
+    price_per_hour: of one replica with its device, in whatever currency; None where nobody asks.
     """
 
     manifest: str
@@ -116,6 +117,7 @@ class RunConfig:
     device: str = "auto"
     threads: int = 1
     address: str | None = None
+    price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -180,6 +182,9 @@ class RunConfig:
         rate = self.max_error_rate
         if rate is not None and not (math.isfinite(rate) and 0 <= rate <= 1):
             raise InputError(f"max_error_rate is {rate}, but must be from 0 to 1 (0.05 is 5 %).")
+        price = self.price_per_hour
+        if price is not None and not (math.isfinite(price) and price >= 0):
+            raise InputError(f"price_per_hour is {price}, but must be a number of at least 0.")
         quality = self.image_quality
         if quality is not None:
             if self.image_format == "png":

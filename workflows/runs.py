@@ -52,7 +52,8 @@ class RunRecord:
     the output, `before` of them there already at the start; images: made by this run. errors: kind ->
     rows. retries: what was tried again, by name; waits: seconds spent waiting, by name.
     rate, overall_rate: rows/s over the last WINDOW_SECONDS and over the whole run. first_row_seconds:
-    from the start to this run's first row. samples: [seconds since the start, done, error rows].
+    from the start to this run's first row. replica_seconds: replicas that were up, times how long.
+    samples: [seconds since the start, done, error rows].
     """
 
     run: int
@@ -76,7 +77,14 @@ class RunRecord:
     rate: float = 0.0
     overall_rate: float = 0.0
     first_row_seconds: float | None = None
+    replica_seconds: float = 0.0
     samples: list[list[float]] = field(default_factory=list)
+
+    @property
+    def cost(self) -> float | None:
+        """Price of the replicas so far, where the run was told what one costs an hour."""
+        price = self.options.get("price_per_hour")
+        return None if price is None else price * self.replica_seconds / 3600
 
     def to_json(self) -> bytes:
         """The record as a JSON file."""
@@ -97,6 +105,7 @@ class RunRecord:
                 raise ValueError(f"{name} is {value!r:.60}")
         datetime.fromisoformat(record.updated)
         numbers = [record.first_row_seconds or 0.0, record.seconds, record.rate, record.overall_rate]
+        numbers += [record.replica_seconds]
         numbers += [*record.errors.values(), *record.retries.values()]
         numbers += [*record.waits.values(), *(number for sample in record.samples for number in sample)]
         if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
@@ -173,11 +182,13 @@ class RunLog:
         before: int,
         errors: Mapping[str, int],
         images: int,
+        replicas: int = 0,
         retries: Mapping[str, int] | None = None,
         waits: Mapping[str, float] | None = None,
     ) -> None:
         """Takes the numbers as they are now (see RunRecord); cheap, so call it as often as they change."""
         record, now = self.record, self._clock()
+        record.replica_seconds += replicas * max(0.0, now - self._start - record.seconds)
         record.seconds = now - self._start
         record.rows, record.done, record.before, record.images = rows, done, before, images
         record.errors = dict(errors)
@@ -328,7 +339,7 @@ class Status:
     `failed`, `finished` or `unfinished` (no run at work, shards missing). planned: rows, or None while the
     plan is not finished. shards, done_shards: files planned and there. done, errors: rows in all, None if
     nobody has counted them, and error rows by kind. record: the last run, if any. heard: seconds since its
-    last sign of life.
+    last sign of life. cost: of all runs that were told a price; None if none was.
     """
 
     output: str
@@ -342,6 +353,7 @@ class Status:
     runs: int
     unreadable: list[str]
     heard: float | None
+    cost: float | None = None
 
     def line(self) -> str:
         """The status in one line: `42 of 60 rows, 2 errors, 3.1 rows/s, 6 s left: running`."""
@@ -354,6 +366,8 @@ class Status:
             left = self._left()
             if left is not None:
                 parts.append(f"{duration(left)} left")
+        if self.cost is not None:
+            parts.append(f"cost {self.cost:.2f}")
         return f"{', '.join(parts)}: {self.state}"
 
     def _left(self) -> float | None:
@@ -386,6 +400,8 @@ class Status:
             start = f"{record.started[:16].replace('T', ' ')} UTC on {record.host}"
             took = duration(record.seconds)
             lines.append(f"  run     {record.run} of {self.runs}, started {start}, took {took}")
+            if self.cost is not None:
+                lines.append(f"  cost    {self.cost:.2f}")
             if record.retries:
                 words = ", ".join(f"{name} {times:,}" for name, times in record.retries.items())
                 lines.append(f"  again   {words}")
@@ -452,6 +468,7 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
         runs=len(records),
         unreadable=unreadable,
         heard=heard,
+        cost=sum(costs) if (costs := [one.cost for one in records if one.cost is not None]) else None,
     )
 
 
