@@ -1,0 +1,686 @@
+"""Training: the losses of the image tokenizer and of the four stages, and one loop for all of them.
+
+Rows, losses and what is frozen follow the published recipe (arXiv 2603.04980); `python -m model.train
+RECIPE.toml` runs one stage. A batch depends on the seed and the step alone, so a run that was killed goes
+on to the same losses. Knows nothing of Ray or Parquet: rows are dicts.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from model.attention import causal_attention
+from model.checkpoint import disk_tensors, empty_model, load
+from model.config import ModelConfig, Size
+from model.decoder import rope, rope_frequencies
+from model.engine import END_OF_LINE
+from model.errors import InputError, did_you_mean
+from model.images import patchify, pixel_image, semantic_image
+from model.prompts import TEMPLATES, Prompt, edit_prompt, generate_prompt, understand_prompt
+from model.tokenizer import Control, Tokenizer
+from model.vq import VQModel, to_float
+from model.wallaroo import Wallaroo
+
+NO_LATENT = -1.0
+"""What stands in each number of a source latent that is masked in training."""
+
+LARGEST_LOSS = 15.0
+"""Steps with a text-to-image loss above it, or one that is not finite, are skipped."""
+
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of training, as a run file has it.
+
+    stage: `vq` or `lm`. data: task -> JSONL file of its rows. start: checkpoint folder to start from;
+    parts that it lacks are drawn anew. size: side in pixels of a square stage, 0 for the sizes of the
+    configuration. tasks: those of a step. learn: prefixes of the parameters that learn, all but the
+    image tokenizer by default. rows: task -> rows a step. accumulate: pieces that a step's rows are
+    taken in. warmup: steps in which the rate rises from 0; decay: steps at the end in which it falls
+    to a tenth. drop: share of prompts that become empty. masked: largest share of source latents that
+    are kept is drawn below this. VQ alone: plain: steps without quantisation, before the codebook is
+    set; revive: steps after which entries that nobody used get a new place.
+    """
+
+    stage: str
+    folder: str
+    start: str
+    data: dict[str, str]
+    steps: int
+    rows: dict[str, int]
+    rate: float
+    seed: int = 0
+    size: int = 0
+    warmup: int = 0
+    decay: int = 0
+    accumulate: int = 1
+    drop: float = 0.1
+    masked: float = 0.4
+    learn: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ("vq.", "visual.")
+    threads: int = 0
+    log_every: int = 20
+    save_every: int = 200
+    sample_every: int = 0
+    plain: int = 0
+    revive: int = 0
+    templates: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Recipe":
+        """Raises InputError for a file that cannot be read or holds an unknown key."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"{path} is no run file of training ({error}).") from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Raises InputError for an unknown, missing or impossible value."""
+        known = {entry.name: entry for entry in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise InputError(f"The recipe has an unknown key '{name}'{did_you_mean(name, known) or '.'}")
+        for name, entry in known.items():
+            given = name in values or entry.default is not dataclasses.MISSING
+            if not given and entry.default_factory is dataclasses.MISSING:
+                raise InputError(f"The recipe lacks '{name}', which every stage needs.")
+        made = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        recipe = cls(**made)
+        if recipe.stage not in ("vq", "lm"):
+            raise InputError(f"The recipe's stage is '{recipe.stage}', but must be vq or lm.")
+        for name in ("steps", "accumulate", "log_every", "save_every"):
+            if getattr(recipe, name) < 1:
+                raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but must be at least 1.")
+        if set(recipe.rows) != set(recipe.data):
+            raise InputError(
+                f"The recipe has rows for {', '.join(recipe.rows) or 'nothing'} and data for "
+                f"{', '.join(recipe.data) or 'nothing'}; both must name the same tasks."
+            )
+        return recipe
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rate = self.rate * min(1.0, (step + 1) / self.warmup) if self.warmup else self.rate
+        left = self.steps - step
+        if left <= self.decay:
+            rate *= 0.1 + 0.9 * left / (self.decay + 1)
+        return rate
+
+
+Row = Mapping[str, Any]
+"""prompt, and by task: picture (generate), image and picture (edit), image and answer (understand); pictures
+are encoded files."""
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a JSONL file, pictures in base64. Raises InputError if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} holds no rows to train on ({error}).") from None
+    if not rows:
+        raise InputError(f"{path} holds no rows to train on: it is empty.")
+    for row in rows:
+        for name in ("image", "picture"):
+            if name in row:
+                row[name] = base64.b64decode(row[name])
+    return rows
+
+
+# -- the image tokenizer --------------------------------------------------------------------------------
+
+
+class VQLosses(nn.Module):
+    """Reconstruction and quantisation losses of a batch of pictures `(B, 3, H, W)` from -1 to 1.
+
+    Straight-through estimator and commitment of weight 0.25 (van den Oord et al. 2017) on normalised
+    vectors; reconstruction is the sum of mean absolute and mean squared error.
+    """
+
+    def __init__(self, vq: VQModel):
+        super().__init__()
+        self.vq = vq
+        self.last = torch.zeros(0, vq.quantize.embedding.embedding_dim)
+
+    def forward(self, pixels: Tensor, quantised: bool = True) -> tuple[dict[str, Tensor], int]:
+        """Losses to be added, and how many image tokens the batch has; `last` are their latents `(n, 8)`."""
+        latents = self.vq.encode(pixels)
+        losses = {}
+        fed = latents
+        if quantised:
+            with torch.no_grad():
+                tokens = self.vq.quantise(latents)
+            entries = F.embedding(tokens, self.vq.codebook()).movedim(-1, 1)
+            losses["codebook"] = F.mse_loss(entries, latents.detach())
+            losses["commitment"] = 0.25 * F.mse_loss(latents, entries.detach())
+            fed = latents + (entries - latents).detach()
+        made = self.vq.decoder(self.vq.post_quant_conv(fed.contiguous()))
+        losses["absolute"], losses["squared"] = F.l1_loss(made, pixels), F.mse_loss(made, pixels)
+        self.last = latents.detach().movedim(1, -1).flatten(0, 2)
+        return losses, len(self.last)
+
+
+def spread_codebook(latents: Tensor, entries: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
+    """Unit vectors `(entries, 8)` that cover unit vectors `(n, 8)`: k-means on the sphere.
+
+    It starts from vectors far from each other (Arthur and Vassilvitskii 2007); entries that lose their
+    members keep their place.
+    """
+    first = int(torch.randint(len(latents), (1,), generator=generator))
+    chosen = [latents[first]]
+    distance = (latents - chosen[0]).square().sum(-1)
+    for _ in range(entries - 1):
+        draw = torch.multinomial(distance.clamp_min(1e-9), 1, generator=generator)
+        chosen.append(latents[int(draw)])
+        distance = torch.minimum(distance, (latents - chosen[-1]).square().sum(-1))
+    centres = torch.stack(chosen)
+    for _ in range(rounds):
+        nearest = (latents @ centres.T).argmax(-1)
+        total = torch.zeros_like(centres).index_add_(0, nearest, latents)
+        used = torch.bincount(nearest, minlength=entries) > 0
+        centres[used] = F.normalize(total[used], dim=-1)
+    return centres
+
+
+# -- the loop ---------------------------------------------------------------------------------------------
+
+
+class Job(Protocol):
+    """What a stage gives the loop.
+
+    module: its forward takes a batch and returns losses by name, and counts of tokens seen.
+    """
+
+    module: nn.Module
+
+    def batch(self, step: int, piece: int) -> tuple[Any, ...]:
+        """Arguments of the module's forward, the same for the same step and piece."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called when the parameters have moved; numbers for the log."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside parameters and optimizer."""
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `extra_state` gave."""
+
+
+def optimise(
+    job: Job,
+    recipe: Recipe,
+    report: Callable[[int, dict[str, float]], None],
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    after: Callable[[int], None] = lambda step: None,
+    writes: bool = True,
+) -> None:
+    """Trains from the last saved step of `recipe.folder`, if any, to `recipe.steps`.
+
+    AdamW 0.9/0.95 without weight decay, gradient norm 1.0. report: gets step and metrics every
+    `log_every` steps; wrap: makes the module one of several processes; after: called after each step;
+    writes: whether this process saves the state.
+    """
+    module = wrap(job.module)
+    learning = [parameter for parameter in job.module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=recipe.rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    file = Path(recipe.folder) / STATE
+    step = 0
+    if file.is_file():
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        job.module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        job.load_extra_state(state["extra"])
+        step = state["step"]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    since, tokens, skipped = time.monotonic(), 0, 0
+    while step < recipe.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        sound = True
+        for piece in range(recipe.accumulate):
+            losses, seen = module(*job.batch(step, piece))
+            total = torch.stack(list(losses.values())).sum()
+            (total / recipe.accumulate).backward()
+            tokens += seen
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(loss.detach()) / recipe.accumulate
+        sound = all(math.isfinite(value) and value <= LARGEST_LOSS for value in sums.values())
+        norm = float(nn.utils.clip_grad_norm_(learning, 1.0))
+        if sound and math.isfinite(norm):
+            optimizer.step()
+        else:
+            skipped += 1
+        step += 1
+        more = job.after_step(step)
+        if step % recipe.log_every == 0 or step == recipe.steps:
+            seconds = time.monotonic() - since
+            numbers = {
+                **sums,
+                "loss": sum(sums.values()),
+                "gradient_norm": norm,
+                "rate": recipe.rate_at(step - 1),
+            }
+            numbers |= {"tokens_per_second": tokens / seconds, "skipped_steps": float(skipped), **more}
+            report(step, numbers)
+            since, tokens = time.monotonic(), 0
+        if writes and (step % recipe.save_every == 0 or step == recipe.steps):
+            state = {"module": job.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            partial = file.with_suffix(".partial")
+            torch.save({**state, "extra": job.extra_state()}, partial)
+            partial.rename(file)
+        after(step)
+
+
+def shuffled(count: int, size: int, seed: int, number: int) -> np.ndarray:
+    """Indices of batch `number` of `size` among `count` rows: each epoch takes every row once, in an order of
+    its own."""
+    places = np.arange(number * size, (number + 1) * size)
+    epochs, within = places // count, places % count
+    orders = {epoch: np.random.default_rng((seed, int(epoch))).permutation(count) for epoch in set(epochs)}
+    return np.array([orders[epoch][place] for epoch, place in zip(epochs, within, strict=True)])
+
+
+class VQJob:
+    """Trains the image tokenizer of a model on pictures, a size a batch.
+
+    The first `plain` steps train encoder and decoder alone; then the codebook is spread over the latents
+    of the last steps. Every `revive` steps the entries that none of the last latents took are put on
+    latents that are far from their entry. pictures: uint8 `(H, W, 3)`.
+    """
+
+    KEPT = 40000
+    """Latents that are remembered."""
+
+    def __init__(
+        self, vq: VQModel, pictures: Sequence[np.ndarray], recipe: Recipe, rank: int = 0, world: int = 1
+    ):
+        self.module = VQLosses(vq)
+        self.recipe, self.rank, self.world = recipe, rank, world
+        self.by_size: dict[tuple[int, ...], list[np.ndarray]] = {}
+        for picture in pictures:
+            self.by_size.setdefault(picture.shape[:2], []).append(picture)
+        self.latents = torch.zeros(0, vq.quantize.embedding.embedding_dim)
+
+    def batch(self, step: int, piece: int) -> tuple[Any, ...]:
+        number = (step * self.recipe.accumulate + piece) * self.world + self.rank
+        sizes = sorted(self.by_size)
+        pictures = self.by_size[sizes[number % len(sizes)]]
+        chosen = shuffled(len(pictures), self.recipe.rows["vq"], self.recipe.seed, number // len(sizes))
+        pixels = to_float(torch.from_numpy(np.stack([pictures[index] for index in chosen])))
+        return pixels, step >= self.recipe.plain
+
+    def after_step(self, step: int) -> dict[str, float]:
+        vq, recipe = self.module.vq, self.recipe
+        self.latents = torch.cat((self.latents, self.module.last.cpu()))[-self.KEPT :]
+        if (
+            step % recipe.log_every
+            and step != recipe.plain
+            and not (recipe.revive and step % recipe.revive == 0)
+        ):
+            return {}
+        generator = torch.Generator().manual_seed(recipe.seed * 1000003 + step)
+        with torch.no_grad():
+            codebook = vq.quantize.embedding.weight
+            if step == recipe.plain:
+                codebook.copy_(spread_codebook(self.latents, len(codebook), generator))
+            points = self.latents[-self.KEPT // 2 :]
+            nearest = (points @ vq.codebook().T).max(-1)
+            counts = torch.bincount(nearest.indices, minlength=len(codebook))
+            used = counts > 0
+            revive = recipe.revive and step > recipe.plain and step % recipe.revive == 0
+            if revive and step < 0.8 * recipe.steps and not bool(used.all()):
+                away = (1 - nearest.values).clamp_min(1e-6)
+                taken = torch.multinomial(away, int((~used).sum()), generator=generator)
+                codebook[~used] = points[taken]
+        return {"codebook_used": float(used.float().mean())}
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"latents": self.latents}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.latents = state["latents"]
+
+
+# -- rows of the language model -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """A row ready for a batch, `L` places long.
+
+    ids: text tokens; image: image tokens, -1 where there is none; positions: `(3, L)`; target: places
+    whose token is to be predicted, by the image head where `image` is set, else by the text head.
+    semantic: first and last place, exclusive, of the vision tower's embeddings; pixel: places of the
+    source's latents, `(n,)`, and latents those, `(n, 8)`; patches and grid: of the source.
+    """
+
+    ids: np.ndarray
+    image: np.ndarray
+    positions: np.ndarray
+    target: np.ndarray
+    semantic: tuple[int, int] | None = None
+    patches: np.ndarray | None = None
+    grid: tuple[int, int] | None = None
+    pixel: np.ndarray | None = None
+    latents: np.ndarray | None = None
+
+
+def response_row(prompt: Prompt, first: int, ids: np.ndarray, image: np.ndarray) -> TrainingRow:
+    """A prompt and its response; what is to be predicted begins at place `first`.
+
+    ids, image: of the response, as in TrainingRow.
+    """
+    start, length = len(prompt.ids), len(prompt.ids) + len(ids)
+    after = prompt.next_position + np.arange(len(ids))
+    return TrainingRow(
+        np.concatenate((prompt.ids, ids)),
+        np.concatenate((np.full(start, -1), image)),
+        np.concatenate((prompt.positions, np.tile(after, (3, 1))), axis=1),
+        np.arange(length) >= first,
+        prompt.semantic,
+        pixel=prompt.pixel,
+    )
+
+
+class Rows:
+    """Makes training rows from rows of data, with the image tokenizer of a model.
+
+    Tokens and latents of a picture are computed once, each picture alone, and kept.
+    """
+
+    def __init__(self, model: Wallaroo, tokenizer: Tokenizer, recipe: Recipe):
+        assert model.vq is not None
+        self.vq, self.config, self.tokenizer, self.recipe = model.vq, model.config, tokenizer, recipe
+        self.known: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+        ids = self.config.token_ids
+        self.line_end = ids[END_OF_LINE]
+        self.end = tokenizer.encode([Control("<|generate_end|>"), Control("<|im_end|>"), "\n"])
+
+    def make(self, task: str, row: Row, generator: np.random.Generator) -> TrainingRow:
+        """A training row; `generator` decides what is dropped and masked, and the template."""
+        if task == "understand":
+            return self._answer(row)
+        prompt = "" if generator.random() < self.recipe.drop else str(row["prompt"])
+        language = str(row["language"])
+        templates = self.recipe.templates.get(f"{task}_{language}") or [TEMPLATES[task, language]]
+        template = templates[int(generator.integers(len(templates)))]
+        if task == "generate":
+            picture = _open(row["picture"])
+            size = self.config.bucket(picture.height, picture.width)
+            made = generate_prompt(self.tokenizer, self.config, prompt, size, language, template)
+            return self._picture_row(made, picture, size)
+        source = _open(row["image"])
+        if not prompt:
+            source = Image.new("RGB", source.size)
+        size = self.config.bucket(source.height, source.width)
+        patches, grid = patchify(semantic_image(source, *self.config.edit_pixels))
+        merged = (grid[0] // 2, grid[1] // 2)
+        made = edit_prompt(self.tokenizer, self.config, prompt, size, merged, language, template)
+        latents = self._codes(source, size)[1].copy()
+        kept = (
+            int(generator.integers(max(1, int(self.recipe.masked * len(latents)))))
+            if self.recipe.masked
+            else 0
+        )
+        if self.recipe.masked:
+            latents[generator.permutation(len(latents))[kept:]] = NO_LATENT
+        row_ = self._picture_row(made, _open(row["picture"]), size)
+        return dataclasses.replace(row_, patches=patches, grid=grid, latents=latents)
+
+    def _picture_row(self, prompt: Prompt, picture: Image.Image, size: Size) -> TrainingRow:
+        tokens = self._codes(picture, size)[0]
+        if self.config.line_break:
+            ends = np.full((len(tokens), 1), -1, tokens.dtype)
+            tokens = np.concatenate((tokens, ends), axis=1).reshape(-1)[:-1]
+        image = np.concatenate((tokens.reshape(-1), np.full(len(self.end), -1)))
+        ids = np.where(image < 0, self.line_end, 0)
+        ids[-len(self.end) :] = self.end
+        # The prompt ends with the token that opens the picture, which the text head learns too.
+        return response_row(prompt, len(prompt.ids) - 1, ids, image)
+
+    def _answer(self, row: Row) -> TrainingRow:
+        picture = _open(row["image"])
+        patches, grid = patchify(semantic_image(picture, *self.config.understand_pixels))
+        merged = (grid[0] // 2, grid[1] // 2)
+        prompt = understand_prompt(self.tokenizer, self.config, str(row["prompt"]), merged)
+        ids = np.array(self.tokenizer.encode([str(row["answer"]), Control("<|im_end|>"), "\n"]))
+        made = response_row(prompt, len(prompt.ids), ids, np.full(len(ids), -1))
+        return dataclasses.replace(made, patches=patches, grid=grid)
+
+    @torch.no_grad()
+    def _codes(self, picture: Image.Image, size: Size) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 `(h, w)` and latents float32 `(h * w, 8)` of a picture at a size."""
+        pixels = pixel_image(picture, size)
+        key = hashlib.sha256(str(size).encode() + pixels.tobytes()).digest()
+        if key not in self.known:
+            device = self.vq.quant_conv.weight.device
+            latents = self.vq.encode(to_float(torch.from_numpy(pixels).to(device)[None]))
+            tokens = self.vq.quantise(latents)[0].cpu().numpy()
+            self.known[key] = tokens, latents[0].flatten(1).T.cpu().numpy()
+        return self.known[key]
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one task, padded right to `T` places.
+
+    ids, image: int64 `(B, T)`; positions: int64 `(3, B, T)`; target: bool `(B, T)`; patches of all
+    sources and their grids int64 `(B, 3)`; semantic, pixel: places of their embeddings in the flattened
+    `B * T`; latents: `(n, 8)`.
+    """
+
+    ids: Tensor
+    image: Tensor
+    positions: Tensor
+    target: Tensor
+    patches: Tensor | None = None
+    grids: Tensor | None = None
+    semantic: Tensor | None = None
+    pixel: Tensor | None = None
+    latents: Tensor | None = None
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> "Batch":
+        longest = max(len(row.ids) for row in rows)
+        shape = (len(rows), longest)
+        ids, image, target = np.zeros(shape, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, bool)
+        positions = np.zeros((3, *shape), np.int64)
+        semantic, pixel = [], []
+        for index, row in enumerate(rows):
+            length = len(row.ids)
+            ids[index, :length], image[index, :length] = row.ids, row.image
+            target[index, :length], positions[:, index, :length] = row.target, row.positions
+            if row.semantic is not None:
+                semantic.append(index * longest + np.arange(*row.semantic))
+            if row.pixel is not None:
+                pixel.append(index * longest + row.pixel.astype(np.int64))
+
+        def put(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
+            found = [array for array in arrays if array is not None]
+            return torch.from_numpy(np.concatenate(found)).to(device) if found else None
+
+        return cls(
+            *(torch.from_numpy(array).to(device) for array in (ids, image, positions, target)),
+            patches=put([row.patches for row in rows]),
+            grids=put([np.array([[1, *row.grid]]) for row in rows if row.grid is not None]),
+            semantic=put(semantic),
+            pixel=put(pixel),
+            latents=put([row.latents for row in rows]),
+            tokens=sum(len(row.ids) for row in rows),
+        )
+
+
+class LMLosses(nn.Module):
+    """Next-token losses of all tasks of a step; everything is computed by the parts of one Wallaroo."""
+
+    def __init__(self, model: Wallaroo):
+        super().__init__()
+        self.model = model
+        self.register_buffer(
+            "frequencies", rope_frequencies(model.config.decoder, model.device), persistent=False
+        )
+
+    def forward(self, batches: Mapping[str, Batch]) -> tuple[dict[str, Tensor], int]:
+        """Losses by task and head, each a mean, and how many tokens were seen."""
+        losses: dict[str, Tensor] = {}
+        for task, batch in batches.items():
+            hidden = self.hidden(task, batch)[:, :-1]
+            image, wanted = batch.image[:, 1:], batch.target[:, 1:]
+            text = wanted & (image < 0)
+            assert self.model.lm_head is not None
+            logits = self.model.lm_head(hidden[text]).float()
+            losses[f"{task}_text"] = F.cross_entropy(logits, batch.ids[:, 1:][text])
+            if task != "understand":
+                drawn = image >= 0
+                _, head = self.model.image_parts(task)
+                losses[f"{task}_image"] = F.cross_entropy(head(hidden[drawn]).float(), image[drawn])
+        return losses, sum(batch.tokens for batch in batches.values())
+
+    def hidden(self, task: str, batch: Batch) -> Tensor:
+        """The decoder's output `(B, T, H)` after the final norm."""
+        model = self.model
+        decoder = model.language_model
+        x = decoder.embed_tokens(batch.ids)
+        rows, places = batch.ids.shape
+        if task != "understand":
+            drawn = batch.image >= 0
+            adapter, _ = model.image_parts(task)
+            assert model.vq is not None
+            codebook = model.vq.codebook().to(x.dtype)
+            x = x.masked_scatter(drawn.unsqueeze(-1), adapter(codebook[batch.image[drawn]]))
+        flat = x.flatten(0, 1)
+        if batch.semantic is not None:
+            assert model.visual is not None and batch.patches is not None
+            tower = model.visual
+            seen = tower(batch.patches.to(x.dtype), grid_thw=batch.grids).pooler_output
+            flat = flat.index_copy(0, batch.semantic, seen)
+        if batch.pixel is not None:
+            assert model.pixel_adapter is not None and batch.latents is not None
+            flat = flat.index_copy(0, batch.pixel, model.pixel_adapter(batch.latents.to(x.dtype)))
+        positions = batch.positions.flatten(1)
+        cos, sin = rope(positions, self.frequencies, model.config.decoder.mrope_section, x.dtype)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # Pads stand at the right, where no token that counts can see them.
+            q, k, v = (part.unflatten(0, (rows, places)) for part in (q, k, v))
+            return causal_attention(q, k, v).flatten(0, 1)
+
+        return decoder(flat, cos, sin, attend).unflatten(0, (rows, places))
+
+
+class LMJob:
+    """Trains decoder, heads and adapters (and what else the recipe does not freeze) on rows of data."""
+
+    def __init__(
+        self,
+        model: Wallaroo,
+        tokenizer: Tokenizer,
+        data: Mapping[str, Sequence[Row]],
+        recipe: Recipe,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.module = LMLosses(model)
+        self.data, self.recipe, self.rank, self.world = data, recipe, rank, world
+        self.rows = Rows(model, tokenizer, recipe)
+        for name, parameter in model.named_parameters():
+            learns = name.startswith(recipe.learn) if recipe.learn else True
+            parameter.requires_grad_(learns and not name.startswith(recipe.frozen))
+
+    def batch(self, step: int, piece: int) -> tuple[Any, ...]:
+        number = (step * self.recipe.accumulate + piece) * self.world + self.rank
+        batches = {}
+        for index, (task, rows) in enumerate(sorted(self.data.items())):
+            generator = np.random.default_rng((self.recipe.seed, index, number))
+            size = max(1, self.recipe.rows[task] // (self.recipe.accumulate * self.world))
+            chosen = shuffled(len(rows), size, self.recipe.seed + index, number)
+            made = [self.rows.make(task, rows[at], generator) for at in chosen]
+            batches[task] = Batch.of(made, self.module.model.device)
+        return (batches,)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        return None
+
+
+# -- where weights come from ----------------------------------------------------------------------------
+
+
+def fresh_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> Wallaroo:
+    """A model to train from nothing; each tensor's numbers depend on `seed` and its name alone."""
+    model = empty_model(config, None, "cpu", dtype)
+    with torch.no_grad():
+        for name, tensor in disk_tensors(model).items():
+            key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+            generator = torch.Generator().manual_seed(key)
+            if name.endswith(".bias"):
+                tensor.zero_()
+            elif tensor.dim() == 1:
+                tensor.fill_(1.0)
+            else:
+                scale = _gain(name) / math.sqrt(math.prod(tensor.shape[1:]))
+                if name.endswith(("embed_tokens.weight", "quantize.embedding.weight")):
+                    scale = 0.3
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+    return model
+
+
+def _gain(name: str) -> float:
+    """Size of a matrix's products in the units of what it is given, at the start of training."""
+    if not name.startswith("vq."):
+        return 0.5
+    # Blocks begin close to the identity: with torch's own start the tokenizer stays at flat pictures.
+    return 0.4 if name.endswith(("conv2.weight", "proj_out.weight")) else math.sqrt(2)
+
+
+def start_model(config: ModelConfig, start: str, seed: int, dtype: torch.dtype = torch.float32) -> Wallaroo:
+    """A model of `config` with the weights of the checkpoint `start`; parts that it lacks are drawn by seed.
+
+    Raises InputError if a tensor that both have differs in shape.
+    """
+    model = fresh_model(config, seed, dtype)
+    if not start:
+        return model
+    mine, theirs = disk_tensors(model), disk_tensors(load(start, dtype=dtype))
+    with torch.no_grad():
+        for name, tensor in theirs.items():
+            if name in mine:
+                if mine[name].shape != tensor.shape:
+                    raise InputError(
+                        f"Tensor '{name}' of {start} is {list(tensor.shape)}, but this stage needs "
+                        f"{list(mine[name].shape)}; start from a checkpoint of the same architecture."
+                    )
+                mine[name].copy_(tensor)
+    return model
