@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed.")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt setuptools
-	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test,train,dev]'
 	@touch $@
 
 demo: $(STAMP)

@@ -570,6 +570,71 @@ def expand(
     return OK
 
 
+@cli.group(short_help="Make data sets.")
+def data() -> None:
+    """Make data sets."""
+
+
+@data.command(short_help="A world of drawn scenes, with captions, edits and questions.")
+@click.argument("output")
+@click.option("--rows", type=int, default=24_000, metavar="N", help="To train on, a task (default 24000).")
+@click.option("--held-out", type=int, default=600, metavar="N", help="To evaluate on, a task (default 600).")
+@click.option("--seed", type=int, default=0, metavar="N", help="Same seed, same data (default 0).")
+@click.option(
+    "--model", default="tiny", metavar="FOLDER", help="Checkpoint whose sizes to draw (default tiny)."
+)
+@click.option("--square", type=int, metavar="PIXELS", help="Draw one size, of this side, instead.")
+@click.option("--lines", is_flag=True, help="Also as JSON lines, which `python -m model.train` reads.")
+def shapes(
+    output: str, rows: int, held_out: int, seed: int, model: str, square: int | None, lines: bool
+) -> int:
+    """Write drawn scenes of one to three objects to the folder OUTPUT: train/ and held-out/, each with
+    generate.parquet, edit.parquet and understand.parquet, which are manifests of those tasks.
+
+    One combination in eight of objects, relation and background is held out, by a hash.
+
+    \b
+      wallaroo data shapes out/shapes
+      wallaroo generate out/shapes/held-out/generate.parquet out/drawn
+      wallaroo evaluate shapes out/drawn
+    """
+    from model.checkpoint import TINY, load_config
+    from model.config import VQ_FACTOR, Size
+    from workflows.shapes import SPANS, write
+
+    least = VQ_FACTOR * 2 * SPANS["small"]
+    if square is not None and (square % VQ_FACTOR or square < least):
+        raise click.UsageError(f"--square is {square}, but must be a multiple of {VQ_FACTOR} from {least}.")
+    sizes = [Size(square, square)] if square else load_config(TINY if model == "tiny" else model).size_list()
+    for path in write(output, rows, held_out, seed, sizes, lines):
+        click.echo(path)
+    return OK
+
+
+@cli.group(short_help="Score results.")
+def evaluate() -> None:
+    """Score results."""
+
+
+@evaluate.command("shapes", short_help="Whether pictures and answers are right, of drawn scenes.")
+@click.argument("output")
+def evaluate_shapes(output: str) -> int:
+    """Look at the results in OUTPUT, of a run on manifests of `wallaroo data shapes`, and count what is
+    right: of pictures number of objects, shape, colour, background and relation; of edits whether they
+    were done and the rest kept; of answers whether they are the same but for case and punctuation.
+
+    A checker that knows colours and forms looks; nothing in it learns. The table is printed, written
+    to OUTPUT/evaluation.json, and is part of the report from then on. Rows of combinations that
+    occur in training are counted apart.
+    """
+    from workflows.evaluate import evaluate, to_text
+    from workflows.report import write_report
+
+    click.echo(to_text(evaluate(output)))
+    write_report(output)
+    return OK
+
+
 @cli.command(short_help="Copy the rows of a data set that are worth keeping.")
 @click.argument("source")
 @click.argument("dest")

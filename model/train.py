@@ -103,7 +103,9 @@ class Recipe:
             given = name in values or entry.default is not dataclasses.MISSING
             if not given and entry.default_factory is dataclasses.MISSING:
                 raise InputError(f"The recipe lacks '{name}', which every stage needs.")
-        made = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        made: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         recipe = cls(**made)
         if recipe.stage not in ("vq", "lm"):
             raise InputError(f"The recipe's stage is '{recipe.stage}', but must be vq or lm.")
@@ -527,7 +529,10 @@ class Batch:
             return torch.from_numpy(np.concatenate(found)).to(device) if found else None
 
         return cls(
-            *(torch.from_numpy(array).to(device) for array in (ids, image, positions, target)),
+            ids=torch.from_numpy(ids).to(device),
+            image=torch.from_numpy(image).to(device),
+            positions=torch.from_numpy(positions).to(device),
+            target=torch.from_numpy(target).to(device),
             patches=put([row.patches for row in rows]),
             grids=put([np.array([[1, *row.grid]]) for row in rows if row.grid is not None]),
             semantic=put(semantic),
@@ -539,6 +544,8 @@ class Batch:
 
 class LMLosses(nn.Module):
     """Next-token losses of all tasks of a step; everything is computed by the parts of one Wallaroo."""
+
+    frequencies: Tensor
 
     def __init__(self, model: Wallaroo):
         super().__init__()

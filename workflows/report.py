@@ -10,6 +10,7 @@ import base64
 import hashlib
 import heapq
 import io
+import json
 import math
 import time
 from collections import Counter
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 REPORT_FILE = "report.html"
+EVALUATION_FILE = "evaluation.json"
+"""The table of `wallaroo evaluate`."""
 MAX_BYTES = 8_000_000
 MAX_PICTURES = 400
 """Thumbnails of the gallery; an edit has two."""
@@ -217,6 +220,7 @@ def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
         "runs": shown,
         "earlier_runs": len(records) - len(shown),
         "chart": draw_chart(shown),
+        "scores": _scores(output),
         "seconds": sum(record.seconds for record in records),
         "images": sum(record.images for record in records),
         "nouns": NOUNS.get(str(config.get("task")), NOUNS["generate"]),
@@ -235,6 +239,22 @@ def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
         # Of fewer rows each is among those of more.
         rows //= 2
         chosen = survey.choose(rows)
+
+
+def _scores(output: str) -> list[dict[str, Any]]:
+    """Lines of the table of `wallaroo evaluate`, if there is one: where they are of, and shares by name."""
+    path = storage.join(output, EVALUATION_FILE)
+    if not storage.exists(path):
+        return []
+    try:
+        lines = json.loads(storage.read_bytes(path))["lines"]
+        return [
+            {name: line[name] for name in ("task", "kind", "language", "size", "rows")}
+            | {"right": {name: hits / of for name, (hits, of) in line["right"].items()}}
+            for line in lines
+        ]
+    except (ValueError, TypeError, KeyError, ZeroDivisionError):
+        raise InputError(f"{path} is no table of scores; `wallaroo evaluate` writes it anew.") from None
 
 
 # What there is

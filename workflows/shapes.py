@@ -8,17 +8,21 @@ models; the checker of pictures is `workflows.evaluate`.
 import base64
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from model.config import VQ_FACTOR, Size
 from model.errors import InputError
 from model.prompts import DEFAULT_QUESTION
+from workflows import storage
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -319,10 +323,14 @@ def _edit(generator: np.random.Generator, size: Size, kind: str, language: str) 
     elif kind == "move":
         rows, columns = size.grid
         span = SPANS[thing.size]
-        ends = {"left": ("column", 0), "right": ("column", columns - span), "top": ("row", 0)}
-        ends["bottom"] = ("row", rows - span)
-        side = _choice(generator, [side for side in _SIDES if getattr(thing, ends[side][0]) != ends[side][1]])
-        scene = changed(replace(thing, **{ends[side][0]: ends[side][1]}))
+        ends = {
+            "left": replace(thing, column=0),
+            "right": replace(thing, column=columns - span),
+            "top": replace(thing, row=0),
+            "bottom": replace(thing, row=rows - span),
+        }
+        side = _choice(generator, [side for side in _SIDES if ends[side] != thing])
+        scene = changed(ends[side])
         if language == "en":
             prompt = f"move the {name} to the {side}"
         else:
@@ -440,3 +448,59 @@ def to_line(values: dict[str, Any]) -> str:
     """A row as a line of JSON, its pictures in base64, as `python -m model.train` reads it."""
     plain = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in values.items()}
     return json.dumps(plain, ensure_ascii=False)
+
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+_COLUMNS = {"image": _IMAGE, "picture": pa.binary(), "width": pa.int32(), "height": pa.int32()}
+"""Types of the columns that are no text."""
+
+GROUP_ROWS = 1000
+
+
+def write(
+    output: str, rows: int, held_out_rows: int, seed: int, sizes: list[Size], lines: bool = False
+) -> list[str]:
+    """Writes the data set into a folder: for each task `train/TASK.parquet` with `rows` rows, and
+    `held-out/TASK.parquet` with `held_out_rows`, combinations that the former lack; gives their paths.
+
+    Each file is a manifest of its task. lines: also `train/TASK.jsonl`, which `python -m model.train`
+    reads. Raises InputError for a number below one.
+    """
+    if rows < 1 or held_out_rows < 1:
+        raise InputError(
+            f"There would be {rows} rows and {held_out_rows} held out; ask for at least one of each."
+        )
+    written = []
+    for folder, count, held in (("train", rows, False), ("held-out", held_out_rows, True)):
+        for task in KINDS:
+            numbered = enumerate(examples(count, seed, sizes, held, (task,)))
+            values = (to_values(example, f"{folder}-{task}-{number}") for number, example in numbered)
+            path = storage.join(output, folder, f"{task}.parquet")
+            with storage.write_stream(path) as stream:
+                text = io.StringIO() if lines and not held else None
+                _write_parquet(stream, values, text)
+            written.append(path)
+            if text is not None:
+                written.append(storage.join(output, folder, f"{task}.jsonl"))
+                storage.write_atomic(written[-1], text.getvalue().encode())
+    return written
+
+
+def _write_parquet(stream: Any, values: Iterator[dict[str, Any]], text: io.StringIO | None) -> None:
+    writer = None
+    while batch := list(itertools.islice(values, GROUP_ROWS)):
+        if text is not None:
+            text.writelines(to_line(row) + "\n" for row in batch)
+        if writer is None:
+            writer = pq.ParquetWriter(
+                stream,
+                pa.schema([(name, _COLUMNS.get(name, pa.string())) for name in batch[0]]),
+                compression="zstd",
+            )
+        for row in batch:
+            if "image" in row:
+                row["image"] = {"bytes": row["image"], "path": None}
+        writer.write_table(pa.Table.from_pylist(batch, writer.schema))
+    if writer is not None:
+        writer.close()

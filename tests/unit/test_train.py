@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 
 import numpy as np
 import pytest
@@ -16,7 +15,18 @@ from model.errors import InputError
 from model.images import pixel_image, semantic_image
 from model.prompts import edit_prompt, generate_prompt, understand_prompt
 from model.sampling import Sampling
-from model.train import NO_LATENT, Batch, LMJob, LMLosses, Recipe, Rows, VQJob, fresh_model, optimise, shuffled
+from model.train import (
+    NO_LATENT,
+    Batch,
+    LMJob,
+    LMLosses,
+    Recipe,
+    Rows,
+    VQJob,
+    fresh_model,
+    optimise,
+    shuffled,
+)
 from model.vq import to_float
 
 
@@ -111,3 +121,150 @@ def test_the_training_forward_is_the_cached_decode(model, tokenizer, task):
             continue
         request = dataclasses.replace(request, forced=taken.astype(np.int32), max_new_tokens=len(taken))
         assert torch.allclose(logits.detach(), forced(engine, request)[: len(taken)], atol=2e-4, rtol=1e-4)
+
+
+def test_response_places_and_targets(model, tokenizer):
+    """What each head is to predict, and nothing of the prompt."""
+    ids = model.config.token_ids
+    maker = Rows(model, tokenizer, recipe(drop=0.0))
+    data = rows()
+    row = maker.make("generate", data["generate"][0], np.random.default_rng(0))
+    height, width = 64 // 16, 96 // 16
+    assert (row.image >= 0).sum() == height * width
+    text = row.ids[row.target & (row.image < 0)]
+    # One token opens the picture, one stands between rows, three close it.
+    assert len(text) == height + 3
+    ends = [ids["<|generate_start|>"], *[ids["<|end_of_line>|"]] * (height - 1), ids["<|generate_end|>"]]
+    assert list(text[:-1]) == [*ends, ids["<|im_end|>"]]
+    assert tokenizer.decode(text[-1:]) == "\n"
+    answer = maker.make("understand", data["understand"][2], np.random.default_rng(0))
+    assert tokenizer.decode(answer.ids[answer.target]) == "redred\n"
+
+
+def test_dropped_prompts_and_masked_latents(model, tokenizer):
+    """A dropped edit has an empty prompt and a black source, and keeps its target."""
+    data = rows()["edit"][0]
+    kept = Rows(model, tokenizer, recipe(drop=0.0, masked=0.0)).make("edit", data, np.random.default_rng(0))
+    dropped = Rows(model, tokenizer, recipe(drop=1.0, masked=0.0)).make(
+        "edit", data, np.random.default_rng(0)
+    )
+    assert len(dropped.ids) < len(kept.ids)
+    assert np.array_equal(dropped.image[dropped.image >= 0], kept.image[kept.image >= 0])
+    black = Image.new("RGB", (96, 64))
+    with torch.no_grad():
+        latents = model.vq.encode(to_float(torch.from_numpy(np.array(black)))[None])[0].flatten(1).T
+    assert np.array_equal(dropped.latents, latents.numpy())
+    maker = Rows(model, tokenizer, recipe(drop=0.0, masked=0.4))
+    shares = [
+        (maker.make("edit", data, np.random.default_rng(n)).latents != NO_LATENT).any(1).mean()
+        for n in range(60)
+    ]
+    assert min(shares) == 0 and 0.3 < max(shares) < 0.4
+
+
+def learning(folder, **values):
+    """A job on the small model that learns three tasks for a few steps, and the losses it reports."""
+    made = recipe(
+        folder=str(folder),
+        data=dict.fromkeys(("generate", "edit", "understand"), "unused"),
+        rows={"generate": 4, "edit": 4, "understand": 4},
+        accumulate=2,
+        warmup=2,
+        log_every=1,
+        save_every=2,
+        frozen=["vq."],
+        **values,
+    )
+    job = LMJob(fresh_model(load(TINY).config, 5), load_tokenizer(TINY), rows(), made)
+    said: dict[int, dict[str, float]] = {}
+    return job, made, said, lambda step, numbers: said.__setitem__(step, numbers)
+
+
+NOT_COMPARED = ("tokens_per_second",)
+
+
+def losses_of(said):
+    return {step: {k: v for k, v in line.items() if k not in NOT_COMPARED} for step, line in said.items()}
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
+    job, made, whole, report = learning(tmp_path / "whole", steps=6)
+    optimise(job, made, report)
+    job, made, first, report = learning(tmp_path / "parts", steps=6)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step):
+        if step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        optimise(job, made, report, after=kill)
+    # A new process: nothing is left but the folder.
+    job, made, second, report = learning(tmp_path / "parts", steps=6)
+    optimise(job, made, report)
+    assert min(second) == 3
+    assert losses_of(first | second) == losses_of(whole)
+
+
+def test_the_losses_fall_and_what_is_frozen_stays(tmp_path):
+    job, made, said, report = learning(tmp_path, steps=12, rate=3e-3)
+    before = {name: value.clone() for name, value in job.module.model.state_dict().items()}
+    optimise(job, made, report)
+    assert said[12]["loss"] < 0.8 * said[1]["loss"]
+    moved = {
+        name for name, value in job.module.model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert moved and not any(name.startswith("vq.") for name in moved)
+    assert {name.split(".")[0] for name in moved} == {
+        "language_model", "lm_head", "visual", "gen_input_adapter", "gen_image_head", "edit_input_adapter",
+        "edit_image_head", "pixel_adapter",
+    }  # fmt: skip
+
+
+def test_the_image_tokenizer_learns_and_goes_on_exactly(tmp_path):
+    pictures = [np.array(Image.open(io.BytesIO(picture(n, 32, 32)))) for n in range(40)]
+
+    def train(folder, stop=None):
+        made = recipe(
+            stage="vq", folder=str(folder), data={"vq": ""}, rows={"vq": 8}, steps=24, plain=8, revive=4,
+            rate=2e-3, log_every=1, save_every=6,
+        )  # fmt: skip
+        vq = fresh_model(load(TINY).config, 1).vq
+        said: dict[int, dict[str, float]] = {}
+
+        def after(step):
+            if step == stop:
+                raise KeyboardInterrupt
+
+        try:
+            optimise(VQJob(vq, pictures, made), made, said.__setitem__, after=after)
+        except KeyboardInterrupt:
+            assert stop
+        return said
+
+    whole = train(tmp_path / "whole")
+    assert whole[24]["absolute"] < 0.8 * whole[1]["absolute"]
+    assert "codebook" in whole[9] and "codebook" not in whole[8]
+    assert losses_of(train(tmp_path / "parts", stop=13) | train(tmp_path / "parts")) == losses_of(whole)
+
+
+def test_every_row_once_an_epoch():
+    seen = np.concatenate([shuffled(10, 4, 3, number) for number in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert list(seen[:10]) != list(seen[10:])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"stepps": 3}, "unknown key 'stepps'.*steps"),
+        ({"stage": "five"}, "'five'"),
+        ({"rows": {"edit": 3}}, "same tasks"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_wrong_recipes_are_refused(values, words):
+    with pytest.raises(InputError, match=words):
+        recipe(**values)

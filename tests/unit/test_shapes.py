@@ -1,0 +1,73 @@
+"""The data set of drawn scenes as files, and its commands."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from jobs.cli import cli
+from model.train import read_rows
+from workflows.shapes import KINDS, Scene, draw, held_out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    output = tmp_path_factory.mktemp("shapes")
+    arguments = ["data", "shapes", str(output), "--rows", "40", "--held-out", "20", "--seed", "4", "--lines"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert len(result.output.splitlines()) == 9
+    return output
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_files_are_manifests_with_scenes(folder, task):
+    for part, count, held in (("train", 40, False), ("held-out", 20, True)):
+        rows = pq.read_table(folder / part / f"{task}.parquet").to_pylist()
+        assert len({row["id"] for row in rows}) == count == len(rows)
+        assert {row["kind"] for row in rows} == set(KINDS[task])
+        assert {row["language"] for row in rows} == {"en", "zh"}
+        for row in rows:
+            scene = Scene.from_json(row["scene"])
+            assert held_out(scene) == held
+            shown = row["image"]["bytes"] if task == "understand" else row["picture"]
+            assert np.array_equal(np.array(Image.open(io.BytesIO(shown))), draw(scene))
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_lines_hold_the_same_rows(folder, task):
+    rows = pq.read_table(folder / "train" / f"{task}.parquet").to_pylist()
+    lines = read_rows(folder / "train" / f"{task}.jsonl")
+    assert [line["prompt"] for line in lines] == [row["prompt"] for row in rows]
+    for name in ("picture", "image"):
+        for line, row in zip(lines, rows, strict=True):
+            value = row.get(name)
+            assert line.get(name) == (value["bytes"] if isinstance(value, dict) else value)
+
+
+def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
+    arguments = ["data", "shapes", str(tmp_path), "--rows", "40", "--held-out", "20", "--seed", "4"]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    for path in tmp_path.rglob("*.parquet"):
+        assert path.read_bytes() == (folder / path.relative_to(tmp_path)).read_bytes()
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_small_squares_have_room_for_two(tmp_path):
+    arguments = ["data", "shapes", str(tmp_path), "--rows", "30", "--held-out", "1", "--square", "64"]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    scenes = [
+        json.loads(t) for t in pq.read_table(tmp_path / "train" / "generate.parquet")["scene"].to_pylist()
+    ]
+    assert {(scene["height"], scene["width"]) for scene in scenes} == {(64, 64)}
+    assert {len(scene["things"]) for scene in scenes} == {1, 2}
+
+
+@pytest.mark.parametrize("wrong", [["--square", "70"], ["--square", "32"], ["--rows", "0"]])
+def test_impossible_sizes_and_counts_are_refused(tmp_path, wrong):
+    result = CliRunner().invoke(cli, ["data", "shapes", str(tmp_path / "out"), *wrong])
+    assert result.exit_code != 0 and not (tmp_path / "out").exists()
