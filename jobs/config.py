@@ -111,6 +111,8 @@ SETTINGS = (
             "Published sampling parameters: geneval, dpg or imgedit; others given here win."),
     Setting("run.limit", "limit", _integer, "N", "Only N manifest rows for now; the whole run reuses them."),
     Setting("run.where", "where", _text, "EXPR", "Only rows for which this SQL expression holds, likewise."),
+    Setting("run.incremental", "incremental", _switch, "",
+            "MANIFEST grows: make what is new in it, each time."),
     Setting("run.max_error_rate", "max_error_rate", _number, "SHARE",
             "Stop when more of the rows are errors (0.05 is 5 %)."),
     Setting("run.strict", "strict", _switch, "", "Refuse to go on where rounding may differ."),

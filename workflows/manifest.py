@@ -246,7 +246,7 @@ def _picture_manifest(
     return Manifest(path, (ManifestFile(path, "pictures", "pictures", size, etag),), ignored)
 
 
-def _pictures(path: str) -> list[storage.FileInfo]:
+def list_pictures(path: str) -> list[storage.FileInfo]:
     """The pictures of such a manifest, looked for anew."""
     single = storage.info(path)
     if single is not None:
@@ -601,14 +601,14 @@ def _read_imgedit(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
 
 
 def _scan_pictures(file: ManifestFile) -> Scan:
-    count = len(_pictures(file.path))
+    count = len(list_pictures(file.path))
     starts = range(0, count, PIECE_ROWS)
     pieces = [Piece(file, start, min(PIECE_ROWS, count - start), start, start) for start in starts]
     return Scan(pieces, pa.schema([("id", pa.string()), (COLUMN, pa.string())]))
 
 
 def _read_pictures(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
-    files = _pictures(piece.file.path)[piece.first_row : piece.first_row + piece.rows]
+    files = list_pictures(piece.file.path)[piece.first_row : piece.first_row + piece.rows]
     for start in range(0, len(files), BATCH_ROWS):
         few = files[start : start + BATCH_ROWS]
         faults: dict[int, str] = {}

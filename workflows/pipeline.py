@@ -351,6 +351,7 @@ _OF_A_RUN = {
     "replicas",
     "limit",
     "where",
+    "incremental",
     "max_error_rate",
     "strict",
     "address",

@@ -67,6 +67,10 @@ class Round:
 
     selected: bool [rows of the manifest]. settings, model_digest, manifest: what all rounds of a plan
     must share. carried: schema of the carried columns.
+
+    Of an incremental plan each round has a manifest of its own, of which selected are the rows; known names
+    the file of what it planned (see `workflows.increments`), empty otherwise. schema: of the manifest's
+    rows, encoded.
     """
 
     rows: int
@@ -77,6 +81,8 @@ class Round:
     manifest: list[list[Any]]
     carried: pa.Schema
     warnings: list[str]
+    known: str = ""
+    schema: str = ""
 
     @property
     def shards(self) -> int:
@@ -138,6 +144,11 @@ class Plan:
     def complete(self) -> bool:
         """Whether every row that was asked for is planned."""
         return bool(self.parts) and self.parts[-1].complete
+
+    @property
+    def incremental(self) -> bool:
+        """Whether its rounds plan what is new in a manifest that grows."""
+        return bool(self.rounds and self.rounds[0].known)
 
     @property
     def carried(self) -> pa.Schema:

@@ -106,7 +106,7 @@ class PlanSettings:
     folder of the file that names them; allow_https: whether they may be on the web.
     restore_size: whether edited pictures get the sizes of their sources. limit, where: plan at most so many
     manifest rows, and only those for which an SQL expression over the manifest's columns holds; the others
-    may follow later.
+    may follow later. incremental: the manifest grows, and what is new in it is planned.
     """
 
     task: str = "generate"
@@ -124,6 +124,7 @@ class PlanSettings:
     restore_size: bool = False
     limit: int | None = None
     where: str | None = None
+    incremental: bool = False
 
     def check(self, config: ModelConfig) -> None:
         """Raises OptionError if a value breaks a rule, or the checkpoint has no such size."""
@@ -148,7 +149,9 @@ class PlanSettings:
     def meaning(self) -> dict[str, Any]:
         """The values that decide what a planned row is, so that all parts of a plan must share them."""
         values = asdict(self)
-        return {name: value for name, value in values.items() if name not in ("limit", "where")}
+        return {
+            name: value for name, value in values.items() if name not in ("limit", "where", "incremental")
+        }
 
 
 # Columns
@@ -322,13 +325,15 @@ def plan_rows(
     numbers: Sequence[int] | None = None,
     faults: Mapping[int, str] | None = None,
     duplicates: Collection[int] = (),
+    versions: Mapping[int, int] | None = None,
     folder: str = "",
 ) -> pa.Table:
     """The planned rows of some manifest rows, in the schema `plan_schema(carried_schema(table.schema))`.
 
     folder: where relative paths of pictures start, unless the settings say. origin, numbers: the file
     the rows are from and their numbers in it, for ids and messages (0, 1, ... if None). faults: number ->
-    why the row cannot be read. duplicates: numbers of rows whose id belongs to an earlier one. `row_id`
+    why the row cannot be read. duplicates: numbers of rows whose id belongs to an earlier one. versions:
+    number -> how often the row of this id was another one before, 0 for rows that are not named. `row_id`
     counts from 0 and `shard` is 0: whoever puts tables together renumbers.
     """
     numbers = range(table.num_rows) if numbers is None else numbers
@@ -354,18 +359,21 @@ def plan_rows(
     take = np.repeat(np.arange(table.num_rows), counts)
     samples = np.arange(len(take)) - np.repeat(np.cumsum(counts) - counts, counts)
     columns["id"] = ids
+    version = np.array([(versions or {}).get(number, 0) for number in numbers], np.int64)
     carried = carried_schema(table.schema, settings)
     arrays = []
     for one in PLAN_FIELDS:
         if one.name == "row_id":
             arrays.append(pa.array(np.arange(len(take)), one.type))
-        elif one.name in ("shard", "version"):
+        elif one.name == "shard":
             arrays.append(pa.array(np.zeros(len(take), np.int64), one.type))
+        elif one.name == "version":
+            arrays.append(pa.array(version[take], one.type))
         elif one.name == "sample":
             arrays.append(pa.array(samples, one.type))
         elif one.name == "seed":
             seeds = [
-                _seed(rows[index]["seed"], rows[index]["status"], settings.seed, ids[index], sample)
+                _seed(rows[index], settings.seed, ids[index], int(version[index]), sample)
                 for index, sample in zip(take.tolist(), samples.tolist(), strict=True)
             ]
             arrays.append(pa.array(seeds, one.type))
@@ -378,13 +386,12 @@ def plan_rows(
     return pa.Table.from_arrays(arrays, schema=plan_schema(carried, settings.task))
 
 
-def _seed(given: int | None, status: str, run_seed: int, row_id: str, sample: int) -> int | None:
-    if given is not None:
-        return (given + sample) % SEEDS
-    if status == "error":
+def _seed(row: dict[str, Any], run_seed: int, row_id: str, version: int, sample: int) -> int | None:
+    if row["seed"] is not None:
+        return (row["seed"] + sample) % SEEDS
+    if row["status"] == "error":
         return None
-    # The version of a row counts its changes; a row that is planned anew has none yet.
-    return derived_seed(run_seed, row_id, 0, sample)
+    return derived_seed(run_seed, row_id, version, sample)
 
 
 def derived_seed(run_seed: int, row_id: str, version: int, sample: int) -> int:

@@ -13,8 +13,9 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,17 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from workflows import storage
+from workflows.increments import (
+    PAIR,
+    Known,
+    joined_schema,
+    picture_pairs,
+    read_known,
+    row_pairs,
+    unseen,
+    write_known,
+    write_pictures,
+)
 from workflows.manifest import (
     Columns,
     Filter,
@@ -37,6 +49,7 @@ from workflows.manifest import (
     decode_schema,
     discover,
     encode_schema,
+    list_pictures,
     read,
     scan,
 )
@@ -50,6 +63,7 @@ from workflows.plan_rows import (
     sample_counts,
 )
 from workflows.results import TEXT_TASKS
+from workflows.run_config import OptionError
 
 PART_SHARDS = 1024
 SHARD_ROWS = (8, 256)
@@ -74,7 +88,10 @@ def make_plan(manifest: str, settings: PlanSettings, model: str, output: str | N
     checkpoint = read_checkpoint(model)
     settings.check(checkpoint.config)
     _refuse_inside(manifest, output)
-    source = _Source(discover(manifest, settings.task))
+    found = discover(manifest, settings.task)
+    if settings.incremental:
+        return _make_increment(found, settings, model, output)
+    source = _Source(found)
     while True:
         plan = read_plan(output) if output else Plan()
         _check_same(plan, source.manifest, settings, checkpoint.digest)
@@ -93,12 +110,53 @@ def existing_plan(manifest: str, settings: PlanSettings, model: str, output: str
     """
     _refuse_inside(manifest, output)
     plan = read_plan(output)
-    _check_same(plan, discover(manifest, settings.task), settings, read_checkpoint(model).digest)
+    found = discover(manifest, settings.task)
+    _check_same(plan, found, settings, read_checkpoint(model).digest)
+    if settings.incremental:
+        return plan if plan.rounds and not unseen(found, plan.rounds, settings).files else None
     return plan if _covers(plan, settings) else None
 
 
 class _LostRace(Exception):
     pass
+
+
+def _make_increment(found: Manifest, settings: PlanSettings, model: str, output: str | None) -> Plan:
+    """`make_plan` for a manifest that grows: rounds of one part each, until nothing is new.
+
+    One JSON then decides for a whole round, and who loses the race for it looks again for what is new.
+    """
+    if output is None:
+        raise OptionError("incremental is set, but there is no output to go on from: give OUTPUT.")
+    while True:
+        plan = read_plan(output)
+        _check_same(plan, found, settings, read_checkpoint(model).digest)
+        known, left = read_known(output, plan.rounds), unseen(found, plan.rounds, settings)
+        identity, pairs = left.identity(), None
+        if any(file.format == "pictures" for file in left.files):
+            left, pairs = _new_pictures(left, known, output)
+        added = None
+        if left.files:
+            try:
+                source = _Source(left, plan.rounds, settings)
+                added = _Increment(source, settings, model, output, known, identity).added(plan, pairs)
+            except _LostRace:
+                continue
+        if added is None:
+            if not plan.parts:
+                raise InputError(
+                    f"The manifest {found.path} gives nothing to do, it has no rows: correct it."
+                )
+            return plan
+
+
+def _new_pictures(found: Manifest, known: Known, output: str) -> tuple[Manifest, np.ndarray]:
+    """In place of a folder of pictures a manifest of those that are new, and PAIR of each."""
+    files = list_pictures(found.path)
+    pairs = picture_pairs(files)
+    new = np.flatnonzero(known.new(pairs)[0])
+    one = [write_pictures(output, [files[index] for index in new])] if len(new) else []
+    return Manifest(found.path, tuple(one), found.ignored), pairs[new]
 
 
 def _covers(plan: Plan, settings: PlanSettings) -> bool:
@@ -127,9 +185,17 @@ def _check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_di
     there = first.settings | first.settings["sampling"] | {"model_digest": first.model_digest}
     here = settings.meaning() | settings.meaning()["sampling"] | {"model_digest": model_digest}
     differing = [key for key in here if key != "sampling" and there.get(key) != here[key]]
+    if plan.incremental != settings.incremental:
+        there_words, here_words = ("with", "without") if plan.incremental else ("without", "with")
+        raise InputError(
+            f"The plan there was made {there_words} --incremental, but this run is {here_words}: "
+            f"give it as before, or give a new output."
+        )
     if differing:
         words = "; ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing)
         raise InputError(f"The plan belongs to another run: {words}; give another output, or these values.")
+    if plan.incremental:
+        return
     old = {name: tuple(rest) for name, *rest in first.manifest}
     new = {name: tuple(rest) for name, *rest in manifest.identity()}
     changes = [
@@ -217,8 +283,11 @@ def _unpack(data: bytes, count: int) -> np.ndarray:
 class _Source:
     """A manifest, and what is learnt of it: pieces in order, and one schema. Each is found out once."""
 
-    def __init__(self, manifest: Manifest):
-        self.manifest = manifest
+    def __init__(
+        self, manifest: Manifest, rounds: Sequence[Round] = (), settings: PlanSettings | None = None
+    ):
+        """rounds: those before, whose schema this one must share; settings: of the plan, with rounds."""
+        self.manifest, self.rounds, self.settings = manifest, rounds, settings
         self.warnings: list[str] = []
         if manifest.ignored:
             more = f" and {len(manifest.ignored) - 1} more" if len(manifest.ignored) > 1 else ""
@@ -239,9 +308,10 @@ class _Source:
     def pieces(self) -> list[Piece]:
         return self._scanned[0]
 
-    @property
+    @functools.cached_property
     def schema(self) -> pa.Schema:
-        return self._scanned[1]
+        found = self._scanned[1]
+        return joined_schema(found, self.rounds, self.settings) if self.settings else found
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
@@ -437,6 +507,7 @@ class _Planner:
 
     def __init__(self, source: _Source, settings: PlanSettings, model: str, output: str | None):
         self.source, self.settings, self.model, self.output = source, settings, model, output
+        self.versions: np.ndarray | None = None
         # A file without rows may show no columns either, and that is not what is wrong with it.
         self.warnings = source.warnings + (check_columns(source.schema, settings) if source.rows else [])
 
@@ -465,7 +536,9 @@ class _Planner:
         old: the last round of the plan, if it is that one which lacks parts and is to be finished.
         """
         earlier = plan.rounds[:-1] if old else plan.rounds
-        taken = np.logical_or.reduce([one.selected for one in earlier] or [np.zeros_like(selected)])
+        # Rounds of a manifest that grows have rows of their own each.
+        same = [one.selected for one in earlier if not one.known]
+        taken = np.logical_or.reduce(same or [np.zeros_like(selected)])
         counts = _counted(self.source, selected, taken, self.settings)
         ends = np.cumsum(counts.outputs)
         rows = int(ends[-1])
@@ -474,14 +547,14 @@ class _Planner:
         checkpoint = read_checkpoint(self.model)
         carried = carried_schema(self.source.schema, self.settings)
         now = old or Round(
-            rows,
-            shard_rows(rows, checkpoint.config, self.settings.task, self.settings.restore_size),
-            selected,
-            self.settings.meaning(),
-            checkpoint.digest,
-            self.source.manifest.identity(),
-            carried,
-            self.warnings,
+            rows=rows,
+            shard_rows=shard_rows(rows, checkpoint.config, self.settings.task, self.settings.restore_size),
+            selected=selected,
+            settings=self.settings.meaning(),
+            model_digest=checkpoint.digest,
+            carried=carried,
+            warnings=self.warnings,
+            **self._decided(),
         )
         number = len(earlier)
         before = [part for part in plan.parts if part.round < number]
@@ -541,11 +614,19 @@ class _Planner:
                         "piece": self.source.pieces[index].to_json(),
                         "bits": base64.b64encode(_pack(selected[self.source.slice(index)])).decode(),
                         "duplicates": sorted(counts.duplicates.get(index, ())),
+                        "versions": self._versions(index),
                         "skip": max(0, start - begin),
                         "take": min(stop, int(ends[index])) - max(start, begin),
                     }
                 )
         return work
+
+    def _versions(self, index: int) -> dict[int, int]:
+        """Row in the piece -> version, of those that are not the first of their id."""
+        if self.versions is None:
+            return {}
+        mine = self.versions[self.source.slice(index)]
+        return {int(row): int(mine[row]) for row in np.flatnonzero(mine)}
 
     def _commit(self, part: PlanPart, opening: Round | None) -> None:
         if self.output is None:
@@ -556,6 +637,82 @@ class _Planner:
         path = storage.join(self.output, FOLDER, f"{part.name}.json")
         if not storage.put_if_absent(path, json.dumps(document, ensure_ascii=False).encode() + b"\n"):
             raise _LostRace
+
+    def _decided(self) -> dict[str, Any]:
+        """Fields of a Round that say what it was planned from."""
+        return {"manifest": self.source.manifest.identity()}
+
+
+class _Increment(_Planner):
+    """Adds a round of what is new in a manifest that grows."""
+
+    def __init__(
+        self,
+        source: _Source,
+        settings: PlanSettings,
+        model: str,
+        output: str,
+        known: Known,
+        identity: list[list[Any]],
+    ):
+        """identity: of the files that are read, and need not be again once all that is new is planned."""
+        super().__init__(source, settings, model, output)
+        self.folder, self.known, self.identity, self.file = output, known, identity, ""
+
+    def added(self, plan: Plan, pairs: np.ndarray | None) -> Plan | None:
+        """The plan with a round of what is new; None if nothing is.
+
+        pairs: PAIR of the source's rows, None if that is to be found out. Raises _LostRace.
+        """
+        source = self.source
+        if not source.rows:
+            return None
+        pairs = self._pairs() if pairs is None else pairs
+        selected, self.versions = self.known.new(pairs)
+        whole = selected.sum()
+        if not whole:
+            return None
+        config = read_checkpoint(self.model).config
+        while True:
+            counts = _counted(source, selected, np.zeros_like(selected), self.settings)
+            rows = int(counts.outputs.sum())
+            most = PART_SHARDS * shard_rows(rows, config, self.settings.task, self.settings.restore_size)
+            if rows <= most:
+                break
+            # What is left over is new to the next round.
+            chosen = np.flatnonzero(selected)
+            selected = selected.copy()
+            selected[chosen[max(1, len(chosen) * most // (rows + 1)) :]] = False
+        if selected.sum() < whole:
+            self.identity = []
+        self.file = write_known(self.folder, pairs[selected], self.versions[selected])
+        return self._with_round(plan, selected)
+
+    def _decided(self) -> dict[str, Any]:
+        schema = encode_schema(self.source.schema)
+        return {"manifest": self.identity, "known": self.file, "schema": schema}
+
+    def _pairs(self) -> np.ndarray:
+        pairs = np.empty(self.source.rows, PAIR)
+        every = np.ones(self.source.rows, bool)
+        constants = {
+            "schema": encode_schema(self.source.schema),
+            "settings": self.settings,
+            "when": secrets.token_hex(8),
+        }
+        for index, _, data in _each(self.source.items(every), _pair, **constants):
+            pairs[self.source.slice(index)] = np.frombuffer(data, PAIR)
+        return pairs
+
+
+def _pair(row: dict[str, Any], schema: str, settings: PlanSettings, when: str) -> dict[str, Any]:
+    """PAIR of all rows of a piece."""
+    found = []
+    for rows in _considered(row, schema, set(decode_schema(schema).names)):
+        faults = [rows.faults.get(number, "") for number in rows.numbers]
+        folder = folder_of(rows.piece.file.path)
+        found.append(row_pairs(rows.table, _ids(rows), settings, folder, faults, when))
+    return {"data": np.concatenate(found).tobytes()}
 
 
 def _changed(path: str) -> InputError:
@@ -633,6 +790,8 @@ def _planned(
         bits = {"piece": one["piece"], "bits": base64.b64decode(one["bits"])}
         for rows in _considered(bits, schema, names):
             duplicates = {rows.piece.first_row + row for row in one["duplicates"]}
+            # The keys of JSON are text.
+            versions = {rows.piece.first_row + int(row): n for row, n in one["versions"].items()}
             counts = sample_counts(rows.table, settings, rows.numbers, rows.faults, duplicates)
             for start, stop in _few(counts):
                 given = int(counts[start:stop].sum())
@@ -648,6 +807,7 @@ def _planned(
                         numbers=few.numbers,
                         faults=rows.faults,
                         duplicates=duplicates,
+                        versions=versions,
                     ).slice(skip, take)
                     yield table
                     take -= table.num_rows

@@ -74,6 +74,7 @@ class RunConfig:
     restore_size: give edited pictures the size of their source. max_new_tokens: bound of an answer.
     limit, where: a look before the whole run: at most so many manifest rows; only those for which a
         DuckDB expression over the manifest's columns holds.
+    incremental: plan what is new in a manifest that grows, each time the run is started.
     max_error_rate: share of error rows, 0 to 1, past which the run stops; None for never.
     strict: refuse to go on where a rounding difference to earlier rows is possible.
     replicas: least and most model replicas.
@@ -110,6 +111,7 @@ class RunConfig:
     max_new_tokens: int = 256
     limit: int | None = None
     where: str | None = None
+    incremental: bool = False
     max_error_rate: float | None = None
     strict: bool = False
     replicas: tuple[int, int] = (1, 1)
@@ -200,6 +202,9 @@ class RunConfig:
                 raise InputError(
                     f"the template of '{language}' lacks {{prompt}}: put it where the prompt shall stand."
                 )
+        if self.incremental and (self.limit is not None or self.where is not None):
+            given = "limit" if self.limit is not None else "where"
+            raise InputError(f"{given} chooses rows, but incremental plans all that are new: leave one out.")
         self.sampling.validate()
         if self.task == "understand" and self.sampling.cfg > 1:
             raise InputError(f"cfg is {self.sampling.cfg:g}, but answers have no guidance: give at most 1.")

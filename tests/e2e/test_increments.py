@@ -1,0 +1,159 @@
+"""A manifest that grows under a schedule: each version of each row is made exactly once."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from model.errors import InputError
+from workflows import storage
+from workflows.pipeline import plan
+from workflows.plan import read_plan
+from workflows.results import list_done, open_shard
+from workflows.run_config import RunConfig
+from workflows.verify import verify
+
+SAMPLES = 2
+
+
+def planned(output) -> list[tuple]:
+    """Id, version, sample, shard and status of every planned row, in the order of its parts."""
+    rows: list[tuple] = []
+    for part in read_plan(str(output)).parts:
+        table = pq.read_table(Path(output) / "plan" / part.file)
+        names = ("row_id", "id", "version", "sample", "shard", "status")
+        found = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+        assert [row[0] for row in found] == list(range(len(rows), len(rows) + len(found)))
+        rows += [row[1:] for row in found]
+    return rows
+
+
+def test_what_is_new_in_lines(local_ray, tmp_path):
+    """Rows that are new or say something new are planned, under numbers that go on; the others are not."""
+    source, output = tmp_path / "prompts", tmp_path / "out"
+    source.mkdir()
+
+    def write(name, *rows):
+        (source / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def look() -> list[tuple]:
+        before = planned(output)
+        plan(RunConfig(str(source), str(output), incremental=True, samples=SAMPLES))
+        now = planned(output)
+        assert now[: len(before)] == before
+        return now[len(before) :]
+
+    a, b = {"id": "a", "prompt": "a boat"}, {"id": "b", "prompt": "a bird"}
+    write("1.jsonl", a, b)
+    assert look() == [
+        ("a", 0, 0, 0, "planned"),
+        ("a", 0, 1, 0, "planned"),
+        ("b", 0, 0, 0, "planned"),
+        ("b", 0, 1, 0, "planned"),
+    ]
+    assert look() == []
+    write("2.jsonl", {"id": "c", "prompt": "a cup", "cfg": 2})
+    assert look() == [("c", 0, 0, 1, "planned"), ("c", 0, 1, 1, "planned")]
+    # Changed, unchanged, and two new ones of one id.
+    write("1.jsonl", a | {"prompt": "two boats"}, b, {"id": "d", "prompt": "x"}, {"id": "d", "prompt": "y"})
+    assert look() == [
+        ("a", 1, 0, 2, "planned"),
+        ("a", 1, 1, 2, "planned"),
+        ("d", 0, 0, 2, "planned"),
+        ("d", 0, 1, 2, "planned"),
+        ("d", 0, 0, 2, "error"),
+    ]
+    # What it once was is no news.
+    write("1.jsonl", a)
+    assert look() == []
+    write("3.jsonl", {"id": "e", "prompt": "x", "topic": "new"})
+    with pytest.raises(InputError, match="has the new column 'topic', but all rows of an output"):
+        look()
+    with pytest.raises(InputError, match="was made with --incremental, but this run is without"):
+        plan(RunConfig(str(source), str(output), samples=SAMPLES))
+
+
+def picture(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (shade, 255 - shade, 7 * shade % 256)).save(file, "png")
+    return file.getvalue()
+
+
+def test_five_scheduled_runs_of_a_growing_source(s3, local_ray, tmp_path):
+    """Two of them overlap and one is killed; sources that are done with are gone, and nobody misses them."""
+    source, output = f"{s3}/photos", f"{s3}/winter"
+    expected: set[tuple[str, int, int]] = set()
+
+    def put(name: str, shade: int, version: int = 0) -> None:
+        storage.write_atomic(f"{source}/{name}", picture(shade))
+        expected.update((name, version, sample) for sample in range(SAMPLES))
+
+    def start() -> subprocess.Popen:
+        command = ["edit", source, output, "--prompt", "make it winter", "--samples", str(SAMPLES)]
+        return subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", *command, "--slots", "1", "--incremental", "--scheduled"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            start_new_session=True,
+        )
+
+    def finish(process: subprocess.Popen) -> str:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        return said
+
+    for index in range(3):
+        put(f"2026/{index}.png", index)
+    finish(start())
+    # They are done, and need not be there for a later run.
+    storage.delete(f"{source}/2026/0.png")
+
+    # The second and the third overlap.
+    put("2026/1.png", 101, version=1)
+    for index in range(3, 9):
+        put(f"2026/{index}.png", index)
+    second = start()
+    while not storage.exists(f"{output}/plan/part-00001.json"):
+        assert second.poll() is None, second.communicate()
+        time.sleep(0.2)
+    third = start()
+    assert "is at work on" in finish(third)
+    finish(second)
+
+    # The fourth is killed at work, with its Ray.
+    for index in range(9, 18):
+        put(f"2026/{index}.png", index)
+    before = len(list_done(output))
+    fourth = start()
+    while len(list_done(output)) == before:
+        assert fourth.poll() is None, fourth.communicate()
+        time.sleep(0.2)
+    os.killpg(fourth.pid, signal.SIGKILL)
+    fourth.communicate()
+    assert len(read_plan(output).parts) == 3
+
+    # The fifth makes what the fourth left, and what came since.
+    put("2026/2.png", 102, version=1)
+    finish(start())
+    made: list[tuple[str, int, int]] = []
+    for shard in sorted(list_done(output)):
+        with open_shard(output, shard) as parquet:
+            table = parquet.read(columns=["id", "version", "sample", "status"])
+        assert set(table.column("status").to_pylist()) == {"ok"}
+        made += zip(*(table.column(name).to_pylist() for name in ("id", "version", "sample")), strict=True)
+    assert len(made) == len(set(made)) and set(made) == expected
+    assert len(read_plan(output).parts) == 4
+    assert verify(output, lambda line: None).state == "complete"
+
+    # Nothing is new, so nothing is done.
+    assert "nothing to do" in finish(start())
