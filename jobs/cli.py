@@ -225,7 +225,13 @@ is taken, always.
 @click.argument("manifest")
 @click.argument("output", required=False)
 @run_options()
-def plan(task: str, manifest: str, output: str | None, **options: Any) -> int:
+@click.option("--estimate", is_flag=True, help="Add time, memory, bytes and, with --price-per-hour, cost.")
+@click.option(
+    "--rate", metavar="N|OUTPUT", help="For it: rows a second of one replica, or an output that measured it."
+)
+def plan(
+    task: str, manifest: str, output: str | None, estimate: bool, rate: str | None, **options: Any
+) -> int:
     config = _configure(task, manifest, output or "", options)
     from jobs.progress import Display
     from workflows.pipeline import plan as make
@@ -233,6 +239,10 @@ def plan(task: str, manifest: str, output: str | None, **options: Any) -> int:
     with Display() as display:
         made = make(config, display)
     click.echo(_plan_text(made))
+    if estimate or rate:
+        from workflows.estimate import estimate as reckon
+
+        click.echo("\n".join(reckon(made, config, rate).lines()))
     if output:
         click.echo(f"Written to {output}; `wallaroo {task}` with the same options goes on with it.")
     return OK
@@ -246,6 +256,7 @@ Options are those of the task.
 \b
   wallaroo plan generate prompts.jsonl
   wallaroo plan generate prompts.jsonl out/first --samples 4
+  wallaroo plan generate prompts.jsonl --estimate --rate out/look --replicas 8
   wallaroo plan understand photos/
 """
 

@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from tests.conftest import _free_ports
 
@@ -34,9 +37,12 @@ class Head:
 
 @contextmanager
 def started_head(
-    arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None, gpu_nodes: int = 0
 ) -> Iterator[Head]:
-    """A head with dashboard and token, and all of its processes ended after it."""
+    """A head with dashboard and token, and all of its processes ended after it.
+
+    gpu_nodes: how many nodes with a GPU, in name only, Ray's autoscaler may add on this machine.
+    """
     token = secrets.token_hex(32)
     with tempfile.TemporaryDirectory(prefix="head-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         gcs, dashboard, client, agent, grpc, metrics, runtime = _free_ports(7)
@@ -45,6 +51,7 @@ def started_head(
             **os.environ,
             # The `python` of a job is that of the head's PATH.
             "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            "PYTHONPATH": "",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": token,
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -52,8 +59,12 @@ def started_head(
             "OMP_NUM_THREADS": "1",
             **(environment or {}),
         }
-        for name in ("RAY_ADDRESS", "PYTHONPATH"):
-            variables.pop(name, None)
+        variables.pop("RAY_ADDRESS", None)
+        if gpu_nodes:
+            config = Path(folder) / "autoscaling.yaml"
+            config.write_text(yaml.safe_dump(_autoscaling(gcs, gpu_nodes)))
+            arguments = [*arguments, f"--autoscaling-config={config}"]
+            variables |= _AUTOSCALER
         command = [
             f"{bin_folder}/ray",
             "start",
@@ -91,6 +102,58 @@ def started_head(
             )
         finally:
             _end(process, folder)
+
+
+HEAD_NODE = "f" * 51 + "00000"
+"""The id that Ray's provider of nodes on one machine gives its head."""
+
+_AUTOSCALER = {
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": HEAD_NODE,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE,
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    # A lost node is given up in a second or two.
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "2000",
+}
+
+
+def _autoscaling(gcs: int, gpu_nodes: int) -> dict[str, Any]:
+    """The configuration of Ray's own autoscaler, whose machines are processes of this one."""
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    return {
+        # Without defaults of its own an external provider is told all that is not.
+        **{f"{name}_commands": [] for name in commands},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "auth": {},
+        "cluster_name": "test",
+        "max_workers": gpu_nodes,
+        "idle_timeout_minutes": 0.1,
+        "provider": {
+            # The provider by its name needs a file that Ray's package lacks.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": f"127.0.0.1:{gcs}",
+            "head_node_id": HEAD_NODE,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+            "gpu": {
+                "resources": {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": gpu_nodes,
+            },
+        },
+        "head_node_type": "ray.head.default",
+    }
 
 
 def _wait(process: subprocess.Popen, url: str, token: str, log: Path) -> None:

@@ -19,6 +19,9 @@ from model.errors import InputError
 _TOKEN = secrets.token_hex(32)
 """Of every local Ray of this process; Ray reads it once a process, so it cannot change."""
 
+LOST_WHILE_LOADING = 10
+"""Replicas in a row that may end before one is up; with more the cause is no lost node."""
+
 _LOCAL_ENVIRONMENT: dict[str, str | None] = {
     # Given like this, the token is on no disk; Ray's default would leave it in a file that all may read.
     "RAY_AUTH_TOKEN": _TOKEN,
@@ -102,13 +105,17 @@ def reason(error: BaseException) -> BaseException:
 
 
 def _quieten() -> None:
-    """Ray Data writes to its log file only, shows no bars, and gives our exceptions back as they are."""
+    """Ray Data writes to its log file only, shows no bars, is patient, and gives our exceptions back as they
+    are."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
+    # A run waits for its first GPU for as long as it takes, and a node may be lost while it loads.
+    context.execution_no_progress_timeout_s = -1
+    context.max_consecutive_actor_init_deaths = LOST_WHILE_LOADING
     logger = logging.getLogger("ray.data")
     for handler in list(logger.handlers):
         if handler.name == "console":

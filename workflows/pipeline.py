@@ -60,7 +60,7 @@ from workflows.results import (
     write_shard,
 )
 from workflows.run_config import Progress, RunConfig, RunSummary
-from workflows.runs import RunLog
+from workflows.runs import RunLog, duration
 from workflows.sources import SourceOptions
 from workflows.tasks import PICTURE_TASKS
 
@@ -481,7 +481,7 @@ def _meaning(config: RunConfig) -> dict[str, Any]:
 
 
 def choose_device(device: str) -> str:
-    """`cpu` or `cuda`: what was asked for, and for `auto` what the Ray cluster has."""
+    """`cpu` or `cuda`: what was asked for, and for `auto` what the Ray cluster has now."""
     import ray
 
     if device != "auto":
@@ -545,6 +545,8 @@ def _make_missing(
     meaning = _meaning(config)
     job = make_job(config, meaning, plan.carried, known.environments if config.strict else ())
     pool = make_pool(config, device, plan.rows, len(plan.shards), replica)
+    # All at once: a node asked for after the other would come up after the other. None that gets no rows.
+    pool = dataclasses.replace(pool, size=min(pool.size, len(missing)))
     eyes = watch.start()
 
     def pipeline() -> ray.data.Dataset:
@@ -569,14 +571,15 @@ def _make_missing(
             known.add(tally)
         if waited is None and counts.replicas:
             waited = time.monotonic() - started
-        up = f"waiting for a replica: {counts.replicas} of {pool.size} up"
+        idle = not (counts.replicas or made.rows)
+        up = _waiting(config, pool, time.monotonic() - started) if idle else ""
         report(
             Progress(
                 rows=plan.rows,
                 done=before + made.refused + counts.rows,
                 before=before,
                 errors=sum(known.errors.values()) - sum(made.errors.values()) + made.refused + counts.errors,
-                waiting="" if counts.replicas or made.rows else up,
+                waiting=up,
             )
         )
         for name, number in (
@@ -604,6 +607,20 @@ def _make_missing(
             len(known.environments),
         )
     return before
+
+
+def _waiting(config: RunConfig, pool: Pool, seconds: float) -> str:
+    """What a run without a replica waits for, in words."""
+    import ray
+
+    least = min(config.replicas[0], pool.size)
+    if pool.device == "cpu":
+        return f"waiting for a replica: 0 of {pool.size} up, {duration(seconds)}"
+    up = int(ray.cluster_resources().get("GPU", 0))
+    if up < least:
+        gpus = "1 GPU" if least == 1 else f"{least} GPUs"
+        return f"waiting for {gpus}: {up} of {pool.size} up, {duration(seconds)}"
+    return f"waiting for the model: {min(up, pool.size)} of {pool.size} GPUs up, {duration(seconds)}"
 
 
 def _check_health(config: RunConfig, counts: Any, made: Tally) -> None:

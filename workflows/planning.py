@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from model.checkpoint import CONFIG, FILE_LIST, TOKENIZER, digest, parse_file_list
+from model.checkpoint import CONFIG, FILE_LIST, TOKENIZER, FileEntry, digest, parse_file_list
 from model.config import ModelConfig
 from model.errors import InputError
 from model.tokenizer import Tokenizer
@@ -225,15 +225,19 @@ class Checkpoint(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def read_checkpoint(model: str) -> Checkpoint:
     """What planning needs of a checkpoint, once a process: its weights are neither read nor fetched."""
-    folder = storage.fetch_folder(model, (CONFIG, TOKENIZER))
-    where = folder / FILE_LIST
+    folder, files = storage.fetch_folder(model, (CONFIG, TOKENIZER)), read_files(model)
+    return Checkpoint(ModelConfig.from_file(folder / CONFIG), Tokenizer.from_folder(folder), digest(files))
+
+
+def read_files(model: str) -> dict[str, FileEntry]:
+    """Size and sha256 of every file of a checkpoint, by name."""
+    where = storage.fetch_folder(model, ()) / FILE_LIST
     try:
-        files = parse_file_list(where.read_bytes(), str(where))
+        return parse_file_list(where.read_bytes(), str(where))
     except OSError:
         raise InputError(
             f"The model {model} is not a checkpoint, since it has no {FILE_LIST}: give the folder of one."
         ) from None
-    return Checkpoint(ModelConfig.from_file(folder / CONFIG), Tokenizer.from_folder(folder), digest(files))
 
 
 # Ray Data

@@ -26,6 +26,7 @@ import pyarrow as pa
 from model.errors import InputError, RowError
 from workflows import storage
 from workflows.cells import Cell, parse_cell, read_cells
+from workflows.estimate import compare
 from workflows.plan import read_plan
 from workflows.results import TEXT_TASKS, flat, list_done, map_shards, open_shard, read_run, shard_path
 from workflows.runs import RunRecord, duration, read_records
@@ -221,6 +222,7 @@ def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
         "earlier_runs": len(records) - len(shown),
         "chart": draw_chart(shown),
         "scores": _scores(output),
+        "estimate": compare(output),
         "seconds": sum(record.seconds for record in records),
         "images": sum(record.images for record in records),
         "nouns": NOUNS.get(str(config.get("task")), NOUNS["generate"]),

@@ -245,7 +245,7 @@ class Progress:
     done: rows finished so far, error rows and those of earlier runs included.
     before: how many of `done` were there when this run started.
     errors: error rows among `done`.
-    waiting: what the run is waiting for, in words (`waiting for a replica: 0 of 2 up`), or empty.
+    waiting: what the run is waiting for, in words (`waiting for 1 GPU: 0 of 4 up, 3 min`), or empty.
     """
 
     rows: int = 0

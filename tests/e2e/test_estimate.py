@@ -1,0 +1,53 @@
+"""What a run will take, from a look that measured it, and beside it what it took."""
+
+import json
+import re
+
+import pytest
+
+from model.errors import InputError
+from workflows.estimate import compare, estimate
+from workflows.pipeline import plan, run
+from workflows.run_config import RunConfig
+from workflows.runs import read_records
+
+ROWS = 24
+
+
+def test_a_look_tells_what_the_whole_run_takes(local_ray, tmp_path):
+    rows = [{"prompt": f"a red circle {i}", "width": 96, "height": 64} for i in range(ROWS)]
+    manifest = tmp_path / "prompts.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    look, output = str(tmp_path / "look"), str(tmp_path / "out")
+    config = RunConfig(str(manifest), output, price_per_hour=7200.0)
+
+    found = estimate(plan(RunConfig(str(manifest), "", replicas=(1, 2))), config, "4")
+    assert (found.rows, found.replicas, found.rate, found.seconds) == (ROWS, 1, 4, ROWS / 4)
+    assert found.cost == pytest.approx(2 * ROWS / 4)
+    assert found.output_bytes == ROWS * 96 * 64 * 3
+    assert compare(look) == []
+
+    run(RunConfig(str(manifest), look, limit=8))
+    (record,) = read_records(look)[0]
+    found = estimate(plan(config), config, look)
+    assert found.rate == pytest.approx(8 / record.replica_seconds)
+    assert found.bytes_from == look and found.output_bytes > 0
+    assert any(f"as in {look}" in line for line in found.lines())
+
+    run(config)
+    (record,) = read_records(output)[0]
+    lines = {line["name"]: line for line in compare(output)}
+    assert lines["cost"]["happened"] == f"{2 * record.replica_seconds:,.2f}"
+    assert lines["rows a second of a replica"]["estimated"] == f"{found.rate:.3g}"
+    assert re.search(
+        r"<h2>Estimate</h2>.*replica-hours", (tmp_path / "out" / "report.html").read_text(), re.S
+    )
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "inf", "nan", "nowhere"])
+def test_a_rate_that_is_none(rate, tmp_path, monkeypatch):
+    from workflows.plan import Plan
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rate):
+        estimate(Plan(), RunConfig("m.jsonl", ""), rate)
