@@ -20,11 +20,11 @@ import io
 import os
 import re
 import secrets
-import shutil
 import stat
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -44,6 +44,8 @@ ATTEMPTS = 4
 """Bounds of one request to S3: an endpoint that nobody answers at is given up within half a minute."""
 
 COPY_BYTES = 1 << 20
+RANGE_BYTES = 16 << 20
+RANGES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -783,33 +785,75 @@ def fetch_folder(path: str, names: Sequence[str] | None = None, cache: Path | No
 
 
 def _fetch_file(path: str, target: Path, size: int, sha256: str) -> None:
+    """Brings a file to this machine, unless it is there. What a killed process had of it is gone on with."""
     with open(target.with_name(f".{target.name}.lock"), "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if target.exists():
             return  # somebody else fetched it while we waited
-        try:
-            with (
-                open_source(path) as source,
-                explained(str(target), writing=True),
-                _replacing(str(target)) as file,
-            ):
-                digest = hashlib.sha256()
-                shutil.copyfileobj(source, _Hashing(file, digest), COPY_BYTES)
-                if (file.tell(), digest.hexdigest()) != (size, sha256):
-                    raise InputError(
-                        f"{path} is not the file that its checkpoint lists, since size or sha256 differ: "
-                        f"copy the checkpoint anew."
-                    )
-        except FileNotFoundError:
-            raise InputError(f"{path} is absent, but its checkpoint lists it: copy it there.") from None
+        part = target.with_name(f".{target.name}.part")
+        ranges = target.with_name(f".{target.name}.ranges")
+        while True:
+            resumed = ranges.exists()
+            try:
+                whole = _fetch_ranges(path, part, ranges, size) and _sha256(part) == sha256
+            except FileNotFoundError:
+                raise InputError(f"{path} is absent, but its checkpoint lists it: copy it there.") from None
+            if whole:
+                os.replace(part, target)
+                ranges.unlink()
+                return
+            part.unlink()
+            ranges.unlink()
+            # What lay on the disk may be at fault, where a machine lost its power; the next try is all new.
+            if not resumed:
+                raise InputError(
+                    f"{path} is not the file that its checkpoint lists, since size or sha256 differ: "
+                    f"copy the checkpoint anew."
+                )
 
 
-class _Hashing:
-    """Writes on, and digests what it writes."""
+def _fetch_ranges(path: str, part: Path, ranges: Path, size: int) -> bool:
+    """Fetches what is not there of a file, several ranges at once; False if it has not the size it should.
 
-    def __init__(self, file: IO[bytes], digest: Any):
-        self.file, self.digest = file, digest
+    ranges: a file of the numbers of the ranges that are there, a line each.
+    """
+    done = set(ranges.read_text().split()) if ranges.exists() else set()
+    starts = [start for start in range(0, size, RANGE_BYTES) if str(start) not in done]
 
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
+    def fetch(start: int) -> bool:
+        stop = min(start + RANGE_BYTES, size)
+        with explained(path):
+            data = _read_range(path, start, stop)
+        if len(data) != stop - start:
+            return False
+        with explained(str(part), writing=True):
+            os.pwrite(file.fileno(), data, start)
+        # One short line, so that two threads cannot mix theirs.
+        os.write(record.fileno(), f"{start}\n".encode())
+        return True
+
+    found = info(path)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    with ExitStack() as stack:
+        with explained(str(part), writing=True):
+            file = stack.enter_context(open(part, "r+b" if part.exists() else "w+b"))
+            record = stack.enter_context(open(ranges, "ab", 0))
+        with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
+            return found.size == size and all(pool.map(fetch, starts))
+
+
+def _read_range(path: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of an object on S3, fewer where it ends."""
+    bucket, key = _split(path)
+    try:
+        answer = _client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+        return answer["Body"].read()
+    except Exception as error:
+        _raise_if_missing(path, error)
+        raise
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

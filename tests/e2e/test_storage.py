@@ -191,6 +191,44 @@ def test_a_checkpoint_is_fetched_once_and_verified(s3, tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == kept
 
 
+def test_a_fetch_that_was_cut_off_goes_on(s3, tmp_path, monkeypatch):
+    """Ranges that are there are not fetched again; where the disk lost them, all are."""
+    for file in TINY.iterdir():
+        storage.write_atomic(f"{s3}/model/{file.name}", file.read_bytes())
+    monkeypatch.setattr(storage, "RANGE_BYTES", 1 << 20)
+    size = (TINY / "model.safetensors").stat().st_size
+    every = range(0, size, 1 << 20)
+    read, asked = storage._read_range, []
+
+    def cut_off(path, start, stop):
+        if start >= 3 << 20:
+            raise ConnectionError
+        return read(path, start, stop)
+
+    def noted(path, start, stop):
+        asked.append(start)
+        return read(path, start, stop)
+
+    def fetch(cache, way):
+        monkeypatch.setattr(storage, "_read_range", way)
+        return storage.fetch_folder(f"{s3}/model", ("model.safetensors",), cache=cache) / "model.safetensors"
+
+    for name in ("kept", "lost"):
+        with pytest.raises(InputError, match="no answer from its endpoint"):
+            fetch(tmp_path / name, cut_off)
+        assert not list((tmp_path / name).glob("*/model.safetensors"))
+    whole = fetch(tmp_path / "kept", noted)
+    assert sorted(asked) == [start for start in every if start >= 3 << 20]
+    assert whole.read_bytes() == (TINY / "model.safetensors").read_bytes()
+
+    (part,) = (tmp_path / "lost").glob("*/.model.safetensors.part")
+    part.write_bytes(bytes(3 << 20))
+    asked.clear()
+    whole = fetch(tmp_path / "lost", noted)
+    assert set(asked) == set(every)
+    assert whole.read_bytes() == (TINY / "model.safetensors").read_bytes()
+
+
 def test_a_damaged_checkpoint_is_refused(s3, tmp_path):
     listing = json.loads((TINY / "checkpoint.json").read_text())
     listing["files"]["config.json"]["sha256"] = "0" * 64
