@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs import cli
 from model.errors import InputError
 from workflows import storage
 from workflows.pipeline import plan
@@ -157,3 +158,23 @@ def test_five_scheduled_runs_of_a_growing_source(s3, local_ray, tmp_path):
 
     # Nothing is new, so nothing is done.
     assert "nothing to do" in finish(start())
+
+
+def test_what_a_scheduler_is_told(local_ray, tmp_path):
+    """Error rows are no failure to it, and a command is given how the run ended, well or not."""
+    manifest, output = tmp_path / "prompts.jsonl", tmp_path / "out"
+    manifest.write_text('{"prompt": "a boat"}\n{"prompt": " "}\n')
+
+    def command(*arguments) -> int:
+        with pytest.raises(SystemExit) as left:
+            cli.main([*map(str, arguments), "--on-finish", f"cat > {tmp_path}/news"])
+        return left.value.code
+
+    assert command("generate", manifest, output, "--scheduled") == 0
+    news = json.loads((tmp_path / "news").read_text())
+    assert (news["state"], news["rows"], news["ok"], news["errors"]) == ("finished", 2, 1, 1)
+    assert command("generate", manifest, output) == 3
+
+    assert command("generate", tmp_path / "absent.jsonl", tmp_path / "other", "--scheduled") == 1
+    news = json.loads((tmp_path / "news").read_text())
+    assert news["state"] == "failed" and "absent.jsonl cannot be read" in news["message"]
