@@ -261,6 +261,22 @@ Options are those of the task.
 """
 
 
+@cli.command(short_help="Merge the small files of many increments.")
+@click.argument("output")
+def compact(output: str) -> int:
+    """Merge the many small shards that starts with --incremental left in OUTPUT. Rows stay as they are; new
+    files come first, and old ones go when the plan names the new. OUTPUT must be finished.
+
+    Exit codes: 0; 1 OUTPUT cannot be compacted; 4 a run is at work on it.
+    """
+    from workflows.compact import compact as merge
+
+    found = merge(output)
+    words = f"{found.before:,} shards became {found.after:,}"
+    click.echo(f"{output}: {words if found.after < found.before else 'its shards are large enough'}")
+    return OK
+
+
 @cli.command(short_help="Say how far a run is.")
 @click.argument("output")
 def status(output: str) -> int:

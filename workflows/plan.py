@@ -41,6 +41,8 @@ class PlanPart:
     file: name of its Parquet file. round: number of the round it belongs to. shard_rows: rows of every
     shard but the last of the round. error_rows: rows that are refused; errors: how many of each kind.
     sizes: "WIDTHxHEIGHT" in pixels -> rows to be made. complete: whether it ends its round.
+    compacted: whether it stands for all parts before it too (see `workflows.compact`), and its shards begin
+    at any number.
     """
 
     part: int
@@ -55,10 +57,16 @@ class PlanPart:
     errors: dict[str, int]
     sizes: dict[str, int]
     complete: bool
+    compacted: bool = False
 
     @property
     def name(self) -> str:
         return part_name(self.part)
+
+    @property
+    def end(self) -> int:
+        """The number after that of its last shard."""
+        return self.first_shard + self.shards
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ class Plan:
     @property
     def shards(self) -> range:
         """The numbers of all shards."""
-        return range(sum(part.shards for part in self.parts))
+        return range(self.parts[0].first_shard, self.parts[-1].end) if self.parts else range(0)
 
     @property
     def complete(self) -> bool:
@@ -189,8 +197,12 @@ def read_plan(output: str) -> Plan:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} cannot be read ({error}): restore it, or give a new output.") from None
-        shards, rows = sum(one.shards for one in parts), sum(one.rows for one in parts)
-        if (part.part, part.first_shard, part.first_row_id) != (len(parts), shards, rows):
+        if part.compacted:
+            parts, rounds = [], rounds[-1:]
+        part = dataclasses.replace(part, round=len(rounds) - 1)
+        rows, last = sum(one.rows for one in parts), parts[-1] if parts else None
+        follows = (last.part + 1, last.end) if last else (0, 0)
+        if part.first_row_id != rows or not (part.compacted or (part.part, part.first_shard) == follows):
             raise InputError(f"{path} does not follow the parts before it: restore those that are missing.")
         parts.append(part)
     return Plan(tuple(parts), tuple(rounds))

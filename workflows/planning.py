@@ -570,7 +570,8 @@ class _Planner:
             "output": self.output,
             "shard_rows": now.shard_rows,
         }
-        first_row_id, first_shard = sum(part.rows for part in before), sum(part.shards for part in before)
+        first_row_id, first_shard = sum(part.rows for part in before), before[-1].end if before else 0
+        first_part = before[-1].part + 1 if before else 0
         step = PART_SHARDS * now.shard_rows
         items: list[dict[str, Any]] = []
         for start in range(len(done) * step, rows, step):
@@ -578,7 +579,7 @@ class _Planner:
             work = self._work(selected, counts, ends, start, stop)
             items.append(
                 {
-                    "index": len(before) + start // step,
+                    "index": first_part + start // step,
                     "first_row_id": first_row_id + start,
                     "first_shard": first_shard + start // now.shard_rows,
                     "rows": stop - start,
@@ -588,7 +589,7 @@ class _Planner:
         waiting: dict[int, PlanPart] = {}
         parts = [*before, *done]
         for index, answer, _ in _each(items, _write_part, **constants):
-            item = items[index - len(before) - len(done)]
+            item = items[index - first_part - len(done)]
             waiting[index] = PlanPart(
                 part=index,
                 round=number,
@@ -599,7 +600,7 @@ class _Planner:
                 **answer,
             )
             # Parts become valid in order, so that what is valid is always a plan as far as it goes.
-            while (ready := waiting.pop(len(parts), None)) is not None:
+            while (ready := waiting.pop(first_part + len(parts) - len(before), None)) is not None:
                 self._commit(ready, now if len(parts) == len(before) else None)
                 parts.append(ready)
         return Plan(tuple(parts), (*earlier, now))
@@ -765,13 +766,14 @@ def _write_part(
     if output is None:
         rows = sum(table.num_rows for table in shards)
     else:
-        rows = _write_shards(storage.join(output, FOLDER, file), shards)
+        rows = write_shards(storage.join(output, FOLDER, file), shards)
     if rows != row["rows"]:
         raise InputError("The manifest changed while it was read: start again when it is complete.")
     return {"file": file, "error_rows": errors.total(), "errors": dict(errors), "sizes": dict(sizes)}
 
 
-def _write_shards(path: str, shards: Iterator[pa.Table]) -> int:
+def write_shards(path: str, shards: Iterator[pa.Table]) -> int:
+    """Writes the Parquet file of a part, a row group a shard; how many rows it has."""
     rows = 0
     first = next(shards)
     with (

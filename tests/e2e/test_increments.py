@@ -1,8 +1,10 @@
 """A manifest that grows under a schedule: each version of each row is made exactly once."""
 
+import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +18,12 @@ from PIL import Image
 from jobs import cli
 from model.errors import InputError
 from workflows import storage
-from workflows.pipeline import plan
+from workflows.compact import Compacted, compact
+from workflows.pipeline import plan, run
 from workflows.plan import read_plan
 from workflows.results import list_done, open_shard
 from workflows.run_config import RunConfig
+from workflows.runs import status
 from workflows.verify import verify
 
 SAMPLES = 2
@@ -178,3 +182,107 @@ def test_what_a_scheduler_is_told(local_ray, tmp_path):
     assert command("generate", tmp_path / "absent.jsonl", tmp_path / "other", "--scheduled") == 1
     news = json.loads((tmp_path / "news").read_text())
     assert news["state"] == "failed" and "absent.jsonl cannot be read" in news["message"]
+
+
+def grow(folder: Path, number: int):
+    """One more file of the manifest, and one more run: three rows, one that changes, and one that is bad."""
+    size = {"width": 96, "height": 64}
+    rows = [{"id": f"{number}-{i}", "prompt": f"a boat {i}"} | size for i in range(3)]
+    rows += [{"id": "a", "prompt": f"version {number}"} | size, {"id": f"bad {number}", "prompt": " "} | size]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "prompts" / f"{number}.jsonl").write_text(lines)
+    return run(RunConfig(str(folder / "prompts"), str(folder / "out"), incremental=True))
+
+
+@pytest.fixture(scope="module")
+def four_increments(local_ray, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("increments")
+    (folder / "prompts").mkdir()
+    for number in range(4):
+        grow(folder, number)
+    return folder
+
+
+@pytest.fixture
+def increments(four_increments, tmp_path):
+    """A copy of an output of four increments, and what makes one more."""
+    shutil.copytree(four_increments, tmp_path, dirs_exist_ok=True)
+    return str(tmp_path / "out"), functools.partial(grow, tmp_path)
+
+
+def contents(output: str) -> list[dict]:
+    """All rows but for the shard that they are in, in their order."""
+    rows: list[dict] = []
+    for shard in sorted(list_done(output)):
+        with open_shard(output, shard) as parquet:
+            rows += parquet.read().drop_columns(["shard"]).to_pylist()
+    return rows
+
+
+def is_complete(output: str) -> bool:
+    return verify(output, lambda line: None).state == "complete" and status(output).state == "finished"
+
+
+def test_increments_are_compacted(increments):
+    output, one_more = increments
+    before = contents(output)
+    assert len(list_done(output)) == 4 and len(before) == 20
+    assert compact(output) == Compacted(4, 1)
+    assert is_complete(output)
+    assert contents(output) == before
+    assert len(list((Path(output) / "data").iterdir())) == 1
+    assert sorted(path.suffix for path in (Path(output) / "plan").iterdir()) == [
+        ".json",
+        ".parquet",
+        ".parquet",
+    ]
+    assert compact(output) == Compacted(1, 1)
+
+    # The next increment goes on, and knows what the merged ones had.
+    summary = one_more(4)
+    assert (summary.rows, summary.before) == (25, 20)
+    rows = contents(output)
+    assert rows[:20] == before
+    assert [(row["id"], row["version"]) for row in rows if row["id"] == "a"] == [("a", i) for i in range(5)]
+    assert is_complete(output)
+    assert compact(output) == Compacted(2, 1)
+    assert is_complete(output) and contents(output) == rows
+
+
+@pytest.mark.parametrize("moment", ["_replace_plan", "finish", "_remove_others"])
+def test_a_compaction_that_is_cut_off(increments, monkeypatch, moment):
+    """Whenever it ends, nothing is lost, an increment goes on, and the next try brings it to its end."""
+    from workflows import compact as module
+
+    output, one_more = increments
+    before = contents(output)
+    done = getattr(module, moment)
+    calls = []
+
+    def cut_off(*arguments):
+        calls.append(moment)
+        # Files are removed twice: of an earlier try, and at the end.
+        if moment == "_remove_others" and len(calls) == 1:
+            return done(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, moment, cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            compact(output)
+    assert one_more(4).rows == 25
+    compact(output)
+    assert is_complete(output)
+    assert contents(output)[:20] == before and len(contents(output)) == 25
+    assert len(list_done(output)) <= 2
+
+
+def test_what_cannot_be_compacted(local_ray, tmp_path):
+    manifest, output = tmp_path / "prompts.jsonl", str(tmp_path / "out")
+    manifest.write_text('{"prompt": "a boat", "width": 96, "height": 64}\n')
+    plan(RunConfig(str(manifest), output, incremental=True))
+    with pytest.raises(InputError, match="is not finished"):
+        compact(output)
+    run(RunConfig(str(manifest), str(tmp_path / "other")))
+    with pytest.raises(InputError, match="is not of a run with --incremental"):
+        compact(str(tmp_path / "other"))
