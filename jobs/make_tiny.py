@@ -1,14 +1,18 @@
 """Makes the small checkpoint in `model/tiny`: `python -m jobs.make_tiny [FOLDER]`.
 
 Its configuration stands here. Its merges are trained on captions written below; its weights are drawn
-by name, the same on every machine. Knows nothing of training.
+by name, the same on every machine. `python -m jobs.make_tiny --to-train FOLDER` writes where its training
+begins: the words of the drawn scenes as merges, and weights of a size that training wants.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import math
+import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +20,11 @@ import tokenizers
 import torch
 
 from model.checkpoint import FILE_LIST, TINY, expected_shapes, save
-from model.config import DecoderConfig, ModelConfig, VisionConfig, VQConfig
+from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
 from model.prompts import SYSTEM, TEMPLATES
 from model.tokenizer import QWEN_TOKENS, Tokenizer, add_control_tokens, added_tokens, build
+from model.train import fresh_model
+from workflows import shapes
 
 TEXT_TOKENS = 1000
 """Tokens of the vocabulary that stand for text: 256 bytes, the others merged."""
@@ -116,15 +122,33 @@ def captions() -> list[str]:
     return texts
 
 
-def tokenizer_json(controls: bool = True) -> str:
-    """The vocabulary: bytes, merges learnt from `captions`, then the control tokens or only Qwen2.5's."""
+def scene_words() -> list[str]:
+    """The texts of the drawn scenes, the Chinese ones cut into words, so that no merge joins two."""
+    sizes = [Size(*size) for size in SIZES.values()]
+    between = ["的", "在", "背景", "上的", "把", "移到", "换成", "变成", "去掉", "和", "、", "加", "一个"]
+    words = sorted({*shapes.CHINESE.values(), *between}, key=len, reverse=True)
+    cut = re.compile(f"({'|'.join(words)})")
+    texts: list[str] = []
+    for example in shapes.examples(6000, 9, sizes, False):
+        prompt = example.prompt
+        if example.task != "understand":
+            values = {"target_w": example.scene.width, "target_h": example.scene.height}
+            prompt = TEMPLATES[example.task, example.language].format(prompt=prompt, **values)
+        for text in (prompt, example.answer):
+            texts += filter(None, cut.split(text) if example.language == "zh" else [text])
+    chinese = [word for items in CHINESE.values() for word in items.split("|")]
+    return texts + [text for text in captions() if text.isascii()] + 3 * chinese
+
+
+def tokenizer_json(controls: bool = True, texts: Callable[[], list[str]] = captions) -> str:
+    """The vocabulary: bytes, merges learnt from `texts`, then the control tokens or only Qwen2.5's."""
     learner = build({}, [])
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=TEXT_TOKENS,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    learner.train_from_iterator(captions(), trainer)
+    learner.train_from_iterator(texts(), trainer)
     add_control_tokens(learner, added_tokens(SIZES) if controls else QWEN_TOKENS)
     return learner.to_str(pretty=True)
 
@@ -195,8 +219,32 @@ def make(folder: str | Path) -> None:
     save(weights(config), config, text, folder, dtype=torch.bfloat16)
 
 
+def make_to_train(folder: str | Path, seed: int = 0) -> None:
+    """Write into a new folder the checkpoint with which training begins.
+
+    Rotary frequencies and image tokenizer are those of short rows and of pictures of few colours.
+    """
+    text = tokenizer_json(texts=scene_words)
+    config = tiny_config(Tokenizer(text).token_ids)
+    vq = VQConfig(
+        channels=8,
+        channel_multipliers=(1, 2, 2, 4, 8),
+        residual_blocks=1,
+        norm_groups=4,
+        z_channels=32,
+        codebook_size=1024,
+    )
+    decoder = dataclasses.replace(config.decoder, rope_theta=1000.0)
+    config = dataclasses.replace(config, decoder=decoder, vq=vq)
+    save(fresh_model(config, seed), config, text, folder)
+
+
 def main() -> None:
     """Make the checkpoint anew in the folder that is named, or in its place in the program."""
+    if sys.argv[1:2] == ["--to-train"]:
+        if len(sys.argv) != 3:
+            sys.exit("usage: python -m jobs.make_tiny --to-train FOLDER")
+        return make_to_train(sys.argv[2])
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else TINY
     if (folder / FILE_LIST).is_file():
         shutil.rmtree(folder)

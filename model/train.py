@@ -1,19 +1,22 @@
 """Training: the losses of the image tokenizer and of the four stages, and one loop for all of them.
 
 Rows, losses and what is frozen follow the published recipe (arXiv 2603.04980); `python -m model.train
-RECIPE.toml` runs one stage. A batch depends on the seed and the step alone, so a run that was killed goes
-on to the same losses. Knows nothing of Ray or Parquet: rows are dicts.
+RECIPES.toml STAGE` runs one stage. A batch depends on the seed and the step alone, so a run that was
+killed goes on to the same losses. Knows nothing of Ray or Parquet: rows are dicts.
 """
 
 import base64
 import dataclasses
 import hashlib
+import importlib.util
 import io
+import itertools
 import json
 import math
+import sys
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,15 +28,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.attention import causal_attention
-from model.checkpoint import disk_tensors, empty_model, load
+from model.checkpoint import TOKENIZER, disk_tensors, empty_model, load, load_config, load_tokenizer, save
 from model.config import ModelConfig, Size
 from model.decoder import rope, rope_frequencies
-from model.engine import END_OF_LINE
+from model.engine import END_OF_LINE, Engine, EngineOptions, Request
 from model.errors import InputError, did_you_mean
 from model.images import patchify, pixel_image, semantic_image
 from model.prompts import TEMPLATES, Prompt, edit_prompt, generate_prompt, understand_prompt
+from model.sampling import Sampling
 from model.tokenizer import Control, Tokenizer
-from model.vq import VQModel, to_float
+from model.vq import VQModel, to_float, to_uint8
 from model.wallaroo import Wallaroo
 
 NO_LATENT = -1.0
@@ -43,29 +47,37 @@ LARGEST_LOSS = 15.0
 """Steps with a text-to-image loss above it, or one that is not finite, are skipped."""
 
 STATE = "state.pt"
+RESULT = "checkpoint"
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One stage of training, as a run file has it.
 
-    stage: `vq` or `lm`. data: task -> JSONL file of its rows. start: checkpoint folder to start from;
-    parts that it lacks are drawn anew. size: side in pixels of a square stage, 0 for the sizes of the
-    configuration. tasks: those of a step. learn: prefixes of the parameters that learn, all but the
-    image tokenizer by default. rows: task -> rows a step. accumulate: pieces that a step's rows are
-    taken in. warmup: steps in which the rate rises from 0; decay: steps at the end in which it falls
-    to a tenth. drop: share of prompts that become empty. masked: largest share of source latents that
-    are kept is drawn below this. VQ alone: plain: steps without quantisation, before the codebook is
-    set; revive: steps after which entries that nobody used get a new place.
+    part: what learns, `vq` or `lm`. folder: gets the state, metrics and the result, `checkpoint`. base:
+    checkpoint folder whose configuration and tokenizer the result has; start: that of its first weights
+    (default base); parts that it lacks are drawn anew. tasks: those of the result (default all of base).
+    size: side in pixels of a square stage, 0 for the sizes of base. data: task -> file of its rows
+    (part `vq`: of rows with pictures, under the name vq); rows: task -> rows a step; accumulate: pieces
+    that a step's rows are taken in. learn: prefixes of the parameters that learn (part `vq`: within the
+    image tokenizer), all by default; frozen: of those that do not, image tokenizer and vision tower by
+    default. warmup: steps in which the rate rises from 0; decay: steps at the end in which it falls to a
+    tenth. drop: share of prompts that become empty. masked: bound on the share of source latents that are
+    kept in an edit; 0 keeps all. templates: TASK_LANGUAGE -> texts around a prompt, drawn at random.
+    threads: of torch, 0 for its own choice. log_every, save_every, sample_every: in steps.
+    Part `vq` alone: plain: steps without quantisation, before the codebook is set; revive: steps after
+    which entries that nobody used get a new place.
     """
 
-    stage: str
+    part: str
     folder: str
-    start: str
+    base: str
     data: dict[str, str]
     steps: int
     rows: dict[str, int]
     rate: float
+    start: str = ""
+    tasks: tuple[str, ...] = ()
     seed: int = 0
     size: int = 0
     warmup: int = 0
@@ -84,13 +96,21 @@ class Recipe:
     templates: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Recipe":
-        """Raises InputError for a file that cannot be read or holds an unknown key."""
+    def from_file(cls, path: str | Path, stage: str) -> "Recipe":
+        """The recipe of one stage, which is a table of a TOML file; what stands above all tables is of each.
+
+        Raises InputError for a file that cannot be read, lacks the stage or holds an unknown key.
+        """
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InputError(f"{path} is no run file of training ({error}).") from None
-        return cls.from_dict(values)
+            raise InputError(f"{path} is no file of recipes ({error}).") from None
+        stages = {name: table for name, table in values.items() if name not in cls.__dataclass_fields__}
+        if not isinstance(stages.get(stage), dict):
+            near = did_you_mean(stage, stages) or f"; it has {', '.join(stages) or 'none'}."
+            raise InputError(f"{path} has no stage '{stage}'{near}")
+        common = {name: value for name, value in values.items() if name not in stages}
+        return cls.from_dict(common | stages[stage])
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -107,8 +127,8 @@ class Recipe:
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         recipe = cls(**made)
-        if recipe.stage not in ("vq", "lm"):
-            raise InputError(f"The recipe's stage is '{recipe.stage}', but must be vq or lm.")
+        if recipe.part not in ("vq", "lm"):
+            raise InputError(f"The recipe's part is '{recipe.part}', but must be vq or lm.")
         for name in ("steps", "accumulate", "log_every", "save_every"):
             if getattr(recipe, name) < 1:
                 raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but must be at least 1.")
@@ -208,12 +228,11 @@ def spread_codebook(latents: Tensor, entries: int, generator: torch.Generator, r
 
 
 class Job(Protocol):
-    """What a stage gives the loop.
+    """What a stage gives the loop."""
 
-    module: its forward takes a batch and returns losses by name, and counts of tokens seen.
-    """
-
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """Its forward takes a batch and returns losses by name, to be added, and how many tokens it saw."""
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
         """Arguments of the module's forward, the same for the same step and piece."""
@@ -245,6 +264,7 @@ def optimise(
     module = wrap(job.module)
     learning = [parameter for parameter in job.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=recipe.rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    half = recipe.part == "lm" and learning[0].is_cuda
     file = Path(recipe.folder) / STATE
     step = 0
     if file.is_file():
@@ -262,7 +282,10 @@ def optimise(
         sums: dict[str, float] = {}
         sound = True
         for piece in range(recipe.accumulate):
-            losses, seen = module(*job.batch(step, piece))
+            arguments = job.batch(step, piece)
+            # Weights stay in float32; where the device has bfloat16, products are made in it.
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                losses, seen = module(*arguments)
             total = torch.stack(list(losses.values())).sum()
             (total / recipe.accumulate).backward()
             tokens += seen
@@ -295,6 +318,20 @@ def optimise(
         after(step)
 
 
+Source = Callable[[str, int, int], Sequence[Row]]
+"""(task, size, number) -> the rows of batch `number` of that size, always the same ones."""
+
+
+def from_memory(data: Mapping[str, Sequence[Row]], seed: int) -> Source:
+    """Rows that are all in memory, in an order of their own each epoch."""
+
+    def rows(task: str, size: int, number: int) -> Sequence[Row]:
+        place = sorted(data).index(task)
+        return [data[task][index] for index in shuffled(len(data[task]), size, seed + place, number)]
+
+    return rows
+
+
 def shuffled(count: int, size: int, seed: int, number: int) -> np.ndarray:
     """Indices of batch `number` of `size` among `count` rows: each epoch takes every row once, in an order of
     its own."""
@@ -319,6 +356,8 @@ class VQJob:
         self, vq: VQModel, pictures: Sequence[np.ndarray], recipe: Recipe, rank: int = 0, world: int = 1
     ):
         self.module = VQLosses(vq)
+        for name, parameter in vq.named_parameters():
+            parameter.requires_grad_(name.startswith(recipe.learn) if recipe.learn else True)
         self.recipe, self.rank, self.world = recipe, rank, world
         self.by_size: dict[tuple[int, ...], list[np.ndarray]] = {}
         for picture in pictures:
@@ -581,16 +620,16 @@ class LMLosses(nn.Module):
             adapter, _ = model.image_parts(task)
             assert model.vq is not None
             codebook = model.vq.codebook().to(x.dtype)
-            x = x.masked_scatter(drawn.unsqueeze(-1), adapter(codebook[batch.image[drawn]]))
+            x = x.masked_scatter(drawn.unsqueeze(-1), adapter(codebook[batch.image[drawn]]).to(x.dtype))
         flat = x.flatten(0, 1)
         if batch.semantic is not None:
             assert model.visual is not None and batch.patches is not None
             tower = model.visual
-            seen = tower(batch.patches.to(x.dtype), grid_thw=batch.grids).pooler_output
+            seen = tower(batch.patches.to(x.dtype), grid_thw=batch.grids).pooler_output.to(x.dtype)
             flat = flat.index_copy(0, batch.semantic, seen)
         if batch.pixel is not None:
             assert model.pixel_adapter is not None and batch.latents is not None
-            flat = flat.index_copy(0, batch.pixel, model.pixel_adapter(batch.latents.to(x.dtype)))
+            flat = flat.index_copy(0, batch.pixel, model.pixel_adapter(batch.latents.to(x.dtype)).to(x.dtype))
         positions = batch.positions.flatten(1)
         cos, sin = rope(positions, self.frequencies, model.config.decoder.mrope_section, x.dtype)
 
@@ -609,26 +648,28 @@ class LMJob:
         self,
         model: Wallaroo,
         tokenizer: Tokenizer,
-        data: Mapping[str, Sequence[Row]],
+        source: Source,
         recipe: Recipe,
         rank: int = 0,
         world: int = 1,
     ):
         self.module = LMLosses(model)
-        self.data, self.recipe, self.rank, self.world = data, recipe, rank, world
+        self.source, self.recipe, self.rank, self.world = source, recipe, rank, world
         self.rows = Rows(model, tokenizer, recipe)
+        self.latest: dict[str, Sequence[Row]] = {}
         for name, parameter in model.named_parameters():
             learns = name.startswith(recipe.learn) if recipe.learn else True
             parameter.requires_grad_(learns and not name.startswith(recipe.frozen))
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
         number = (step * self.recipe.accumulate + piece) * self.world + self.rank
-        batches = {}
-        for index, (task, rows) in enumerate(sorted(self.data.items())):
+        batches: dict[str, Batch] = {}
+        for index, task in enumerate(sorted(self.recipe.rows)):
             generator = np.random.default_rng((self.recipe.seed, index, number))
             size = max(1, self.recipe.rows[task] // (self.recipe.accumulate * self.world))
-            chosen = shuffled(len(rows), size, self.recipe.seed + index, number)
-            made = [self.rows.make(task, rows[at], generator) for at in chosen]
+            rows = self.source(task, size, number)
+            self.latest[task] = rows
+            made = [self.rows.make(task, row, generator) for row in rows]
             batches[task] = Batch.of(made, self.module.model.device)
         return (batches,)
 
@@ -672,15 +713,22 @@ def _gain(name: str) -> float:
     return 0.4 if name.endswith(("conv2.weight", "proj_out.weight")) else math.sqrt(2)
 
 
-def start_model(config: ModelConfig, start: str, seed: int, dtype: torch.dtype = torch.float32) -> Wallaroo:
-    """A model of `config` with the weights of the checkpoint `start`; parts that it lacks are drawn by seed.
+def stage_config(base: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """The configuration of what a stage makes; square stages have neither line ends nor indicators."""
+    changes: dict[str, Any] = {"tasks": recipe.tasks} if recipe.tasks else {}
+    if recipe.size:
+        changes |= {"sizes": {"1.0": (recipe.size, recipe.size)}, "line_break": False}
+    return dataclasses.replace(base, **changes)
 
-    Raises InputError if a tensor that both have differs in shape.
+
+def start_model(recipe: Recipe) -> Wallaroo:
+    """The model with which a stage begins; parts that its start lacks are drawn by seed.
+
+    Raises InputError if base or start is no checkpoint, or they differ in a tensor's shape.
     """
-    model = fresh_model(config, seed, dtype)
-    if not start:
-        return model
-    mine, theirs = disk_tensors(model), disk_tensors(load(start, dtype=dtype))
+    model = fresh_model(stage_config(load_config(recipe.base), recipe), recipe.seed)
+    start = recipe.start or recipe.base
+    mine, theirs = disk_tensors(model), disk_tensors(load(start))
     with torch.no_grad():
         for name, tensor in theirs.items():
             if name in mine:
@@ -691,3 +739,149 @@ def start_model(config: ModelConfig, start: str, seed: int, dtype: torch.dtype =
                     )
                 mine[name].copy_(tensor)
     return model
+
+
+def pictures_of(rows: Iterable[Row]) -> list[np.ndarray]:
+    """The pictures of rows, uint8 `(H, W, 3)`, for the image tokenizer."""
+    return [np.array(_open(row[name])) for row in rows for name in ("picture", "image") if row.get(name)]
+
+
+def make_job(
+    model: Wallaroo,
+    recipe: Recipe,
+    source: Source,
+    pictures: Callable[[], Iterable[Row]],
+    rank: int = 0,
+    world: int = 1,
+) -> "VQJob | LMJob":
+    """The job of a stage; pictures: gives all rows, which the image tokenizer keeps in memory."""
+    if recipe.part == "vq":
+        assert model.vq is not None
+        return VQJob(model.vq, pictures_of(pictures()), recipe, rank, world)
+    return LMJob(model, load_tokenizer(recipe.base), source, recipe, rank, world)
+
+
+def finish(model: Wallaroo, recipe: Recipe) -> Path:
+    """Writes the stage's result, a checkpoint folder, unless it is there; gives its path."""
+    folder = Path(recipe.folder) / RESULT
+    if not folder.exists():
+        tokenizer = (Path(recipe.base) / TOKENIZER).read_text(encoding="utf-8")
+        save(model, model.config, tokenizer, folder)
+    return folder
+
+
+class Log:
+    """Metrics of a stage: a line of JSON each time in `metrics.jsonl`, and TensorBoard's files where that is
+    installed. After a resume the lines of steps that are made again are there twice."""
+
+    def __init__(self, folder: str | Path):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.file = Path(folder) / "metrics.jsonl"
+        self.board: Any = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder))
+
+    def __call__(self, step: int, numbers: dict[str, float]) -> None:
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        for name, number in numbers.items() if self.board else ():
+            self.board.add_scalar(name, number, step)
+
+    def picture(self, step: int, pixels: np.ndarray) -> None:
+        """A sample, uint8 `(H, W, 3)`."""
+        Image.fromarray(pixels).save(self.file.with_name(f"sample-{step:06}.png"))
+        if self.board:
+            self.board.add_image("sample", pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
+
+def due(recipe: Recipe, step: int) -> bool:
+    """Whether samples are to be drawn after a step."""
+    wanted = bool(recipe.sample_every) and step % recipe.sample_every == 0
+    return wanted and (recipe.part == "vq" or "generate" in recipe.rows)
+
+
+def samples(job: Job, step: int) -> np.ndarray:
+    """A strip of pictures, uint8 `(H, W, 3)`: of the image tokenizer what it is given over what it makes of
+    it, of the language model pictures drawn for prompts of the latest batch."""
+    count = 8
+    with torch.no_grad():
+        if isinstance(job, VQJob):
+            vq = job.module.vq
+            pixels = job.batch(step, 0)[0][:count]
+            strips = [to_uint8(pixels), to_uint8(vq.decode(vq.quantise(vq.encode(pixels))))]
+            return np.concatenate([np.concatenate(list(strip.cpu().numpy()), 1) for strip in strips])
+    assert isinstance(job, LMJob)
+    model, task = job.module.model, "generate"
+    engine = Engine(model, task, EngineOptions(slots=count, group_rows=count))
+    config, tokenizer = model.config, job.rows.tokenizer
+    size = config.bucket(1, 1)
+    requests = []
+    for key, row in enumerate(job.latest[task][:count]):
+        prompt, null = (
+            generate_prompt(tokenizer, config, words, size, str(row["language"]))
+            for words in (row["prompt"], "")
+        )
+        requests.append(Request(key, prompt, null, size, key, Sampling()))
+    results = sorted(engine.run(requests), key=lambda result: int(str(result.key)))
+    model.train()
+    return np.concatenate([result.pixels for result in results if result.pixels is not None], axis=1)
+
+
+def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
+    """Runs one stage in this process, on from where it was, and gives the folder of its checkpoint."""
+    result = Path(recipe.folder) / RESULT
+    if result.exists():
+        say(f"{result} is there already, so there is nothing to do")
+        return result
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    model = start_model(recipe).to("cuda" if torch.cuda.is_available() else "cpu")
+    data = {task: read_rows(Path(path).with_suffix(".jsonl")) for task, path in recipe.data.items()}
+    every = itertools.chain.from_iterable
+    job = make_job(model, recipe, from_memory(data, recipe.seed), lambda: every(data.values()))
+    log = Log(recipe.folder)
+
+    def report(step: int, numbers: dict[str, float]) -> None:
+        log(step, numbers)
+        say(progress(step, recipe.steps, numbers))
+
+    def after(step: int) -> None:
+        if due(recipe, step):
+            log.picture(step, samples(job, step))
+
+    optimise(job, recipe, report, after=after)
+    log.close()
+    return finish(model, recipe)
+
+
+def progress(step: int, steps: int, numbers: Mapping[str, float]) -> str:
+    """One line for people."""
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if name not in _NO_LOSS)
+    speed = numbers["tokens_per_second"]
+    return f"step {step:,} of {steps:,}: loss {numbers['loss']:.4f} ({losses}), {speed:,.0f} tokens/s"
+
+
+_NO_LOSS = ("loss", "gradient_norm", "rate", "tokens_per_second", "skipped_steps")
+
+
+def main() -> None:
+    """`python -m model.train RECIPES.toml STAGE`: one stage without Ray.
+
+    Of each file of rows it reads the JSON lines beside it.
+    """
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m model.train RECIPES.toml STAGE")
+    try:
+        print(train(Recipe.from_file(*sys.argv[1:])))
+    except InputError as error:
+        sys.exit(f"model.train: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,16 @@
 """Training: its forward is the engine's, its rows and losses are the recipe's, and it goes on exactly."""
 
+import base64
 import dataclasses
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from model.checkpoint import TINY, load, load_tokenizer
+from model.checkpoint import TINY, load, load_config, load_tokenizer, save
 from model.config import Size
 from model.engine import Engine, EngineOptions, Request
 from model.errors import InputError
@@ -24,8 +26,10 @@ from model.train import (
     Rows,
     VQJob,
     fresh_model,
+    from_memory,
     optimise,
     shuffled,
+    train,
 )
 from model.vq import to_float
 
@@ -41,7 +45,7 @@ def tokenizer():
 
 
 def recipe(**values):
-    given = {"stage": "lm", "folder": "unused", "start": "", "data": {}, "rows": {}, "steps": 4, "rate": 1e-3}
+    given = {"part": "lm", "folder": "unused", "base": "", "data": {}, "rows": {}, "steps": 4, "rate": 1e-3}
     return Recipe.from_dict(given | values)
 
 
@@ -175,7 +179,7 @@ def learning(folder, **values):
         frozen=["vq."],
         **values,
     )
-    job = LMJob(fresh_model(load(TINY).config, 5), load_tokenizer(TINY), rows(), made)
+    job = LMJob(fresh_model(load(TINY).config, 5), load_tokenizer(TINY), from_memory(rows(), made.seed), made)
     said: dict[int, dict[str, float]] = {}
     return job, made, said, lambda step, numbers: said.__setitem__(step, numbers)
 
@@ -226,9 +230,9 @@ def test_the_losses_fall_and_what_is_frozen_stays(tmp_path):
 def test_the_image_tokenizer_learns_and_goes_on_exactly(tmp_path):
     pictures = [np.array(Image.open(io.BytesIO(picture(n, 32, 32)))) for n in range(40)]
 
-    def train(folder, stop=None):
+    def run(folder, stop=None):
         made = recipe(
-            stage="vq", folder=str(folder), data={"vq": ""}, rows={"vq": 8}, steps=24, plain=8, revive=4,
+            part="vq", folder=str(folder), data={"vq": ""}, rows={"vq": 8}, steps=24, plain=8, revive=4,
             rate=2e-3, log_every=1, save_every=6,
         )  # fmt: skip
         vq = fresh_model(load(TINY).config, 1).vq
@@ -244,10 +248,10 @@ def test_the_image_tokenizer_learns_and_goes_on_exactly(tmp_path):
             assert stop
         return said
 
-    whole = train(tmp_path / "whole")
+    whole = run(tmp_path / "whole")
     assert whole[24]["absolute"] < 0.8 * whole[1]["absolute"]
     assert "codebook" in whole[9] and "codebook" not in whole[8]
-    assert losses_of(train(tmp_path / "parts", stop=13) | train(tmp_path / "parts")) == losses_of(whole)
+    assert losses_of(run(tmp_path / "parts", stop=13) | run(tmp_path / "parts")) == losses_of(whole)
 
 
 def test_every_row_once_an_epoch():
@@ -260,7 +264,7 @@ def test_every_row_once_an_epoch():
     ("values", "words"),
     [
         ({"stepps": 3}, "unknown key 'stepps'.*steps"),
-        ({"stage": "five"}, "'five'"),
+        ({"part": "five"}, "'five'"),
         ({"rows": {"edit": 3}}, "same tasks"),
         ({"steps": 0}, "steps is 0"),
     ],
@@ -268,3 +272,64 @@ def test_every_row_once_an_epoch():
 def test_wrong_recipes_are_refused(values, words):
     with pytest.raises(InputError, match=words):
         recipe(**values)
+
+
+RECIPES = """
+base = "{base}"
+rows.generate = 2
+data.generate = "{data}"
+rate = 1e-3
+log_every = 1
+
+[first]
+part = "lm"
+folder = "{folder}/first"
+tasks = ["generate", "understand"]
+size = 64
+steps = 2
+sample_every = 2
+
+[second]
+part = "lm"
+folder = "{folder}/second"
+start = "{folder}/first/checkpoint"
+steps = 2
+"""
+
+
+def test_stages_follow_each_other_from_a_file_without_ray(tmp_path):
+    """A square stage, then all sizes with the parts for editing drawn anew; each gives a checkpoint."""
+    lines = tmp_path / "generate.jsonl"
+    with open(lines, "w", encoding="utf-8") as file:
+        for row in rows()["generate"]:
+            file.write(json.dumps({**row, "picture": base64.b64encode(row["picture"]).decode()}) + "\n")
+    text = RECIPES.format(base=TINY, data=lines.with_suffix(".parquet"), folder=tmp_path)
+    (tmp_path / "recipes.toml").write_text(text)
+    said: list[str] = []
+    first = train(Recipe.from_file(tmp_path / "recipes.toml", "first"), said.append)
+    assert said[-1].startswith("step 2 of 2: loss ") and said[-1].endswith("tokens/s")
+    config = load_config(first)
+    assert (config.size_list(), config.line_break) == ([Size(64, 64)], False)
+    assert config.tasks == ("generate", "understand")
+    assert Image.open(first.parent / "sample-000002.png").size == (2 * 64, 64)
+    metrics = (first.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 2]
+    second = train(Recipe.from_file(tmp_path / "recipes.toml", "second"), said.append)
+    assert load_config(second).size_list() == load_config(TINY).size_list()
+    before, after = load(first).language_model.state_dict(), load(second).language_model.state_dict()
+    assert not all(torch.equal(before[name], after[name]) for name in after)
+    assert all(torch.allclose(before[name], after[name], atol=0.01) for name in after)
+    assert train(Recipe.from_file(tmp_path / "recipes.toml", "second"), said.append) == second
+    assert "nothing to do" in said[-1]
+    with pytest.raises(InputError, match=r"no stage 'secnd'.*second"):
+        Recipe.from_file(tmp_path / "recipes.toml", "secnd")
+
+
+def test_a_start_of_another_architecture_is_refused(tmp_path):
+    config = load_config(TINY)
+    other = dataclasses.replace(config, vq=dataclasses.replace(config.vq, codebook_size=256))
+    tokenizer_json = (TINY / "tokenizer.json").read_text(encoding="utf-8")
+    save(fresh_model(other, 0), other, tokenizer_json, tmp_path / "other")
+    made = recipe(folder=str(tmp_path / "out"), base=str(TINY), start=str(tmp_path / "other"))
+    with pytest.raises(InputError, match="same architecture"):
+        train(made)
