@@ -59,17 +59,22 @@ def look(picture: np.ndarray) -> tuple[str, list[Seen]]:
     )
     border = np.concatenate((border, pixels[:, -2:].reshape(-1, 3)))
     ground = np.median(border, axis=0)
-    differs = np.linalg.norm(pixels - ground, axis=-1) > FOREGROUND
+    distance = np.linalg.norm(pixels - ground, axis=-1)
     found = []
-    for region in regionprops(label(differs, connectivity=2)):
-        if region.area < LEAST_PIXELS:
+    for whole in regionprops(label(distance > FOREGROUND, connectivity=2)):
+        if whole.area < LEAST_PIXELS:
             continue
-        inside = pixels[region.slice][region.image]
-        top, left, bottom, right = region.bbox
-        centre, side = region.centroid_local, max(bottom - top, right - left)
-        row, column = top + centre[0], left + centre[1]
-        colour = _nearest(np.median(inside, axis=0), COLOURS)
-        found.append(Seen(_shape(region), colour, float(row), float(column), float(side)))
+        # A soft rim belongs to the object as far as it is nearer to it than to the background.
+        near = distance[whole.slice]
+        core = whole.image & (near > np.median(near[whole.image]) / 2)
+        region = max(regionprops(label(core, connectivity=2)), key=lambda part: part.area)
+        top, left = (edge.start for edge in whole.slice)
+        first, second, last, end = region.bbox
+        centre, side = region.centroid, max(last - first, end - second)
+        colour = _nearest(np.median(pixels[whole.slice][core], axis=0), COLOURS)
+        found.append(
+            Seen(_shape(region), colour, float(top + centre[0]), float(left + centre[1]), float(side))
+        )
     return _nearest(ground, BACKGROUNDS), found
 
 
