@@ -333,7 +333,7 @@ def from_memory(data: Mapping[str, Sequence[Row]], seed: int) -> Source:
 
 
 def shuffled(count: int, size: int, seed: int, number: int) -> np.ndarray:
-    """Indices of batch `number` of `size` among `count` rows: each epoch takes every row once, in an order of
+    """Indices `(size,)` of batch `number` among `count` rows: each epoch takes every row once, in an order of
     its own."""
     places = np.arange(number * size, (number + 1) * size)
     epochs, within = places // count, places % count
@@ -431,7 +431,7 @@ class TrainingRow:
 def response_row(prompt: Prompt, first: int, ids: np.ndarray, image: np.ndarray) -> TrainingRow:
     """A prompt and its response; what is to be predicted begins at place `first`.
 
-    ids, image: of the response, as in TrainingRow.
+    ids, image: of the response, `(n,)`, as in TrainingRow.
     """
     start, length = len(prompt.ids), len(prompt.ids) + len(ids)
     after = prompt.next_position + np.arange(len(ids))

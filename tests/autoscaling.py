@@ -4,6 +4,7 @@ The GPUs are in name only, and the nodes are processes of this machine; head, au
 are the real ones. `tests/faults/test_autoscaling.py` asserts what `tests/benchmarks/autoscaling.py` prints.
 """
 
+import asyncio
 import json
 import os
 import subprocess
@@ -20,14 +21,24 @@ from tests.clusters import HEAD_NODE, Head, started_head
 
 GPU_NODES = 4
 ROWS = 120
-LIMIT_SECONDS = 400
+LIMIT_SECONDS = 500
+GATE = "GATE_OF_REPLICAS"
+"""Variable of the cluster: the file whose presence lets replicas begin."""
 
 
 class OnCpu(Replica):
-    """A replica that holds a GPU of the cluster, and computes on the CPU."""
+    """A replica that holds a GPU of the cluster, computes on the CPU, and waits at the gate.
+
+    Without a gate a quick run would be over before all nodes are up, or before a lost one is replaced.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(**options | {"device": "cpu"})
+
+    async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        while not os.path.exists(os.environ[GATE]):
+            await asyncio.sleep(0.2)
+        return await super().__call__(row)
 
 
 @dataclass
@@ -53,14 +64,16 @@ class TimeLine:
 def watched_run(folder: Path, say: Callable[[str], None] = lambda words: None) -> TimeLine:
     """A run with `--replicas 1:4` from no GPU node at all until the last one is gone again.
 
-    folder: gets manifest and output. When all nodes work one of them is killed. say: gets each event.
+    folder: gets manifest and output. When all nodes have a replica one of them is killed; the rows, which
+    its replica already holds, begin when another node has taken its place. say: gets each event.
     """
     manifest, output = folder / "prompts.jsonl", folder / "out"
     rows = [{"id": f"r{i}", "prompt": f"a red circle {i}", "aspect_ratio": "1:1"} for i in range(ROWS)]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = TimeLine()
     root = str(Path(__file__).parents[1])
-    with started_head(["--num-cpus=2"], {"PYTHONPATH": root}, gpu_nodes=GPU_NODES) as head:
+    gate = folder / "gate"
+    with started_head(["--num-cpus=2"], {"PYTHONPATH": root, GATE: str(gate)}, gpu_nodes=GPU_NODES) as head:
         started = time.monotonic()
 
         def event(words: str) -> None:
@@ -77,7 +90,7 @@ def watched_run(folder: Path, say: Callable[[str], None] = lambda words: None) -
         )
         event(f"a run of {ROWS} rows starts, with --replicas 1:{GPU_NODES}")
         try:
-            _watch(head, run, line, event)
+            _watch(head, run, gate, line, event)
         finally:
             run.kill()
             line.said = run.communicate()[0]
@@ -87,7 +100,9 @@ def watched_run(folder: Path, say: Callable[[str], None] = lambda words: None) -
     return line
 
 
-def _watch(head: Head, run: subprocess.Popen, line: TimeLine, event: Callable[[str], None]) -> None:
+def _watch(
+    head: Head, run: subprocess.Popen, gate: Path, line: TimeLine, event: Callable[[str], None]
+) -> None:
     alive: set[str] = set()
     ended = False
     deadline = time.monotonic() + LIMIT_SECONDS
@@ -102,10 +117,14 @@ def _watch(head: Head, run: subprocess.Popen, line: TimeLine, event: Callable[[s
             event(f"node {node[-5:]} is gone, {len(now)} GPU nodes")
         alive = set(now)
         line.most, line.left = max(line.most, len(alive)), len(alive)
-        if not line.killed and len(alive) == GPU_NODES and len(replicas(head)) == GPU_NODES:
-            line.killed = max(alive)
-            event(f"{GPU_NODES} nodes have a replica each; SIGKILL to node {line.killed[-5:]}")
-            kill(head, now[line.killed])
+        if not gate.exists() and replicas(head) == alive and len(alive) == GPU_NODES:
+            if not line.killed:
+                line.killed = max(alive)
+                event(f"{GPU_NODES} nodes have a replica each; SIGKILL to node {line.killed[-5:]}")
+                kill(head, now[line.killed])
+            elif line.killed not in alive:
+                event("another node has a replica in its place; the rows begin")
+                gate.touch()
         if not ended and run.poll() is not None:
             ended = True
             event(f"the run ends with {run.returncode}")
