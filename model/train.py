@@ -16,7 +16,7 @@ import math
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,14 +29,15 @@ from torch import Tensor, nn
 
 from model.attention import causal_attention
 from model.checkpoint import TOKENIZER, disk_tensors, empty_model, load, load_config, load_tokenizer, save
-from model.config import ModelConfig, Size
+from model.config import ModelConfig, Size, VisionConfig
 from model.decoder import rope, rope_frequencies
 from model.engine import END_OF_LINE, Engine, EngineOptions, Request
 from model.errors import InputError, did_you_mean
-from model.images import patchify, pixel_image, semantic_image
+from model.images import FRAMES, MEAN, PATCH, STD, patchify, pixel_image, semantic_image
 from model.prompts import TEMPLATES, Prompt, edit_prompt, generate_prompt, understand_prompt
 from model.sampling import Sampling
 from model.tokenizer import Control, Tokenizer
+from model.vision import take_many, tower_plan
 from model.vq import VQModel, to_float, to_uint8
 from model.wallaroo import Wallaroo
 
@@ -64,7 +65,8 @@ class Recipe:
     default. warmup: steps in which the rate rises from 0; decay: steps at the end in which it falls to a
     tenth. drop: share of prompts that become empty. masked: bound on the share of source latents that are
     kept in an edit; 0 keeps all. templates: TASK_LANGUAGE -> texts around a prompt, drawn at random.
-    threads: of torch, 0 for its own choice. log_every, save_every, sample_every: in steps.
+    threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device that
+    would wait for them. log_every, save_every, sample_every: in steps.
     Part `vq` alone: plain: steps without quantisation, before the codebook is set; revive: steps after
     which entries that nobody used get a new place.
     """
@@ -88,6 +90,7 @@ class Recipe:
     learn: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ("vq.", "visual.")
     threads: int = 0
+    workers: int = 0
     log_every: int = 20
     save_every: int = 200
     sample_every: int = 0
@@ -186,6 +189,7 @@ class VQLosses(nn.Module):
 
     def forward(self, pixels: Tensor, quantised: bool = True) -> tuple[dict[str, Tensor], int]:
         """Losses to be added, and how many image tokens the batch has; `last` are their latents `(n, 8)`."""
+        pixels = pixels.to(self.vq.quant_conv.weight.device, non_blocking=True)
         latents = self.vq.encode(pixels)
         losses = {}
         fed = latents
@@ -275,14 +279,15 @@ def optimise(
         step = state["step"]
     file.parent.mkdir(parents=True, exist_ok=True)
     since, tokens, skipped = time.monotonic(), 0, 0
+    batches = _batches(job, recipe, step)
     while step < recipe.steps:
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         sound = True
-        for piece in range(recipe.accumulate):
-            arguments = job.batch(step, piece)
+        for _ in range(recipe.accumulate):
+            arguments = next(batches)
             # Weights stay in float32; where the device has bfloat16, products are made in it.
             with torch.autocast("cuda", torch.bfloat16, enabled=half):
                 losses, seen = module(*arguments)
@@ -316,6 +321,35 @@ def optimise(
             torch.save({**state, "extra": job.extra_state()}, partial)
             partial.rename(file)
         after(step)
+
+
+@dataclass(frozen=True)
+class _Pieces(torch.utils.data.Dataset[tuple[Any, ...]]):
+    """All batches of a stage, in order."""
+
+    job: Job
+    accumulate: int
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self.job.batch(*divmod(index, self.accumulate))
+
+
+def _batches(job: Job, recipe: Recipe, step: int) -> Iterator[tuple[Any, ...]]:
+    """The batches from a step on, made ahead by `recipe.workers` processes or, without any, when asked."""
+    places = range(step * recipe.accumulate, recipe.steps * recipe.accumulate)
+    return iter(
+        torch.utils.data.DataLoader(
+            _Pieces(job, recipe.accumulate),
+            batch_size=None,
+            sampler=places,
+            num_workers=recipe.workers,
+            collate_fn=_as_it_is,
+        )
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 Source = Callable[[str, int, int], Sequence[Row]]
@@ -387,14 +421,14 @@ class VQJob:
             if step == recipe.plain:
                 codebook.copy_(spread_codebook(self.latents, len(codebook), generator))
             points = self.latents[-self.KEPT // 2 :]
-            nearest = (points @ vq.codebook().T).max(-1)
+            nearest = (points @ vq.codebook().cpu().T).max(-1)
             counts = torch.bincount(nearest.indices, minlength=len(codebook))
             used = counts > 0
             revive = recipe.revive and step > recipe.plain and step % recipe.revive == 0
             if revive and step < 0.8 * recipe.steps and not bool(used.all()):
                 away = (1 - nearest.values).clamp_min(1e-6)
                 taken = torch.multinomial(away, int((~used).sum()), generator=generator)
-                codebook[~used] = points[taken]
+                codebook[~used.to(codebook.device)] = points[taken].to(codebook.device)
         return {"codebook_used": float(used.float().mean())}
 
     def extra_state(self) -> dict[str, Any]:
@@ -448,16 +482,38 @@ def response_row(prompt: Prompt, first: int, ids: np.ndarray, image: np.ndarray)
 class Rows:
     """Makes training rows from rows of data, with the image tokenizer of a model.
 
-    Tokens and latents of a picture are computed once, each picture alone, and kept.
+    What a picture becomes is kept for the next time, up to KEPT_BYTES in all; `prepare` makes it for many
+    pictures at once, after which `make` needs neither model nor device.
     """
+
+    KEPT_BYTES = 4 << 30
+
+    SLICE = 64
+    """Pictures that go through the image tokenizer together."""
 
     def __init__(self, model: Wallaroo, tokenizer: Tokenizer, recipe: Recipe):
         assert model.vq is not None
         self.vq, self.config, self.tokenizer, self.recipe = model.vq, model.config, tokenizer, recipe
-        self.known: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+        self.codes: dict[tuple[bytes, Size], tuple[np.ndarray, np.ndarray]] = {}
+        self.seen: dict[tuple[bytes, tuple[int, int]], np.ndarray] = {}
+        self.prompts: dict[tuple[Any, ...], Prompt] = {}
+        self.kept = 0
         ids = self.config.token_ids
         self.line_end = ids[END_OF_LINE]
         self.end = tokenizer.encode([Control("<|generate_end|>"), Control("<|im_end|>"), "\n"])
+
+    def prepare(self, data: Mapping[str, Sequence[Row]]) -> None:
+        """Encodes all pictures of rows by task, SLICE of a size at a time, as far as there is room."""
+        wanted: dict[Size, dict[bytes, None]] = {}
+        for task, rows in data.items():
+            for row in rows if task != "understand" else ():
+                for name in ("picture", "image") if task == "edit" else ("picture",):
+                    wanted.setdefault(self._size(row[name]), {})[row[name]] = None
+        for size, files in wanted.items():
+            # Sources of dropped prompts are black.
+            waiting = [b"", *files] if "edit" in data else list(files)
+            for first in range(0, len(waiting), self.SLICE):
+                self._encode(waiting[first : first + self.SLICE], size)
 
     def make(self, task: str, row: Row, generator: np.random.Generator) -> TrainingRow:
         """A training row; `generator` decides what is dropped and masked, and the template."""
@@ -468,29 +524,23 @@ class Rows:
         templates = self.recipe.templates.get(f"{task}_{language}") or [TEMPLATES[task, language]]
         template = templates[int(generator.integers(len(templates)))]
         if task == "generate":
-            picture = _open(row["picture"])
-            size = self.config.bucket(picture.height, picture.width)
-            made = generate_prompt(self.tokenizer, self.config, prompt, size, language, template)
-            return self._picture_row(made, picture, size)
-        source = _open(row["image"])
+            size = self._size(row["picture"])
+            made = self._prompt(generate_prompt, prompt, size, language, template)
+            return self._picture_row(made, row["picture"], size)
+        size = self._size(row["image"])
+        patches, grid = patchify(self._semantic(row["image"], self.config.edit_pixels))
         if not prompt:
-            source = Image.new("RGB", source.size)
-        size = self.config.bucket(source.height, source.width)
-        patches, grid = patchify(semantic_image(source, *self.config.edit_pixels))
+            patches = np.broadcast_to(BLACK_PATCH, patches.shape)
         merged = (grid[0] // 2, grid[1] // 2)
-        made = edit_prompt(self.tokenizer, self.config, prompt, size, merged, language, template)
-        latents = self._codes(source, size)[1].copy()
-        kept = (
-            int(generator.integers(max(1, int(self.recipe.masked * len(latents)))))
-            if self.recipe.masked
-            else 0
-        )
+        made = self._prompt(edit_prompt, prompt, size, merged, language, template)
+        latents = self._codes(row["image"] if prompt else b"", size)[1].copy()
         if self.recipe.masked:
+            kept = int(generator.integers(max(1, int(self.recipe.masked * len(latents)))))
             latents[generator.permutation(len(latents))[kept:]] = NO_LATENT
-        row_ = self._picture_row(made, _open(row["picture"]), size)
+        row_ = self._picture_row(made, row["picture"], size)
         return dataclasses.replace(row_, patches=patches, grid=grid, latents=latents)
 
-    def _picture_row(self, prompt: Prompt, picture: Image.Image, size: Size) -> TrainingRow:
+    def _picture_row(self, prompt: Prompt, picture: bytes, size: Size) -> TrainingRow:
         tokens = self._codes(picture, size)[0]
         if self.config.line_break:
             ends = np.full((len(tokens), 1), -1, tokens.dtype)
@@ -502,25 +552,56 @@ class Rows:
         return response_row(prompt, len(prompt.ids) - 1, ids, image)
 
     def _answer(self, row: Row) -> TrainingRow:
-        picture = _open(row["image"])
-        patches, grid = patchify(semantic_image(picture, *self.config.understand_pixels))
-        merged = (grid[0] // 2, grid[1] // 2)
-        prompt = understand_prompt(self.tokenizer, self.config, str(row["prompt"]), merged)
+        patches, grid = patchify(self._semantic(row["image"], self.config.understand_pixels))
+        prompt = self._prompt(understand_prompt, str(row["prompt"]), (grid[0] // 2, grid[1] // 2))
         ids = np.array(self.tokenizer.encode([str(row["answer"]), Control("<|im_end|>"), "\n"]))
         made = response_row(prompt, len(prompt.ids), ids, np.full(len(ids), -1))
         return dataclasses.replace(made, patches=patches, grid=grid)
 
+    def _prompt(self, make: Callable[..., Prompt], *arguments: Any) -> Prompt:
+        key = (make.__name__, *arguments)
+        if key not in self.prompts:
+            made = make(self.tokenizer, self.config, *arguments)
+            return self._keep(self.prompts, key, made, made.ids.nbytes + made.positions.nbytes)
+        return self.prompts[key]
+
+    def _size(self, picture: bytes) -> Size:
+        with Image.open(io.BytesIO(picture)) as image:
+            return self.config.bucket(image.height, image.width)
+
+    def _semantic(self, picture: bytes, bounds: tuple[int, int]) -> np.ndarray:
+        key = (picture, bounds)
+        if key not in self.seen:
+            made = semantic_image(_open(picture), *bounds)
+            return self._keep(self.seen, key, made, made.nbytes)
+        return self.seen[key]
+
+    def _codes(self, picture: bytes, size: Size) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 `(h, w)` and latents float32 `(h * w, 8)` of a picture (black if empty) at a size."""
+        found = self.codes.get((picture, size))
+        return found if found is not None else self._encode([picture], size)[0]
+
     @torch.no_grad()
-    def _codes(self, picture: Image.Image, size: Size) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 `(h, w)` and latents float32 `(h * w, 8)` of a picture at a size."""
-        pixels = pixel_image(picture, size)
-        key = hashlib.sha256(str(size).encode() + pixels.tobytes()).digest()
-        if key not in self.known:
-            device = self.vq.quant_conv.weight.device
-            latents = self.vq.encode(to_float(torch.from_numpy(pixels).to(device)[None]))
-            tokens = self.vq.quantise(latents)[0].cpu().numpy()
-            self.known[key] = tokens, latents[0].flatten(1).T.cpu().numpy()
-        return self.known[key]
+    def _encode(self, pictures: Sequence[bytes], size: Size) -> list[tuple[np.ndarray, np.ndarray]]:
+        black = np.zeros((*size, 3), np.uint8)
+        pixels = np.stack([pixel_image(_open(one), size) if one else black for one in pictures])
+        device = self.vq.quant_conv.weight.device
+        latents = self.vq.encode(to_float(torch.from_numpy(pixels).to(device)))
+        tokens, points = self.vq.quantise(latents).cpu().numpy(), latents.flatten(2).mT.cpu().numpy()
+        made = [(tokens[index].copy(), points[index].copy()) for index in range(len(pictures))]
+        for one, codes in zip(pictures, made, strict=True):
+            self._keep(self.codes, (one, size), codes, codes[0].nbytes + codes[1].nbytes)
+        return made
+
+    def _keep(self, cache: dict[Any, Any], key: Hashable, made: Any, size: int) -> Any:
+        if self.kept + size <= self.KEPT_BYTES:
+            cache[key] = made
+            self.kept += size
+        return made
+
+
+BLACK_PATCH = (-MEAN / STD).repeat(FRAMES * PATCH * PATCH)
+"""A patch of a black picture, `(1176,)`."""
 
 
 def _open(data: bytes) -> Image.Image:
@@ -533,7 +614,7 @@ class Batch:
 
     ids, image: int64 `(B, T)`; positions: int64 `(3, B, T)`; target: bool `(B, T)`; patches of all
     sources and their grids int64 `(B, 3)`; semantic, pixel: places of their embeddings in the flattened
-    `B * T`; latents: `(n, 8)`.
+    `B * T`; latents: `(n, 8)`; tower: what the vision tower works out from the grids.
     """
 
     ids: Tensor
@@ -545,10 +626,11 @@ class Batch:
     semantic: Tensor | None = None
     pixel: Tensor | None = None
     latents: Tensor | None = None
+    tower: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
 
     @classmethod
-    def of(cls, rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> "Batch":
+    def of(cls, rows: Sequence[TrainingRow], config: VisionConfig) -> "Batch":
         longest = max(len(row.ids) for row in rows)
         shape = (len(rows), longest)
         ids, image, target = np.zeros(shape, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, bool)
@@ -565,20 +647,32 @@ class Batch:
 
         def put(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
             found = [array for array in arrays if array is not None]
-            return torch.from_numpy(np.concatenate(found)).to(device) if found else None
+            return torch.from_numpy(np.concatenate(found)) if found else None
 
+        grids = put([np.array([[1, *row.grid]]) for row in rows if row.grid is not None])
         return cls(
-            ids=torch.from_numpy(ids).to(device),
-            image=torch.from_numpy(image).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            target=torch.from_numpy(target).to(device),
+            ids=torch.from_numpy(ids),
+            image=torch.from_numpy(image),
+            positions=torch.from_numpy(positions),
+            target=torch.from_numpy(target),
             patches=put([row.patches for row in rows]),
-            grids=put([np.array([[1, *row.grid]]) for row in rows if row.grid is not None]),
+            grids=grids,
             semantic=put(semantic),
             pixel=put(pixel),
             latents=put([row.latents for row in rows]),
+            tower=tower_plan(config, grids) if grids is not None else {},
             tokens=sum(len(row.ids) for row in rows),
         )
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        moved["tower"] = {name: value.to(device, non_blocking=True) for name, value in self.tower.items()}
+        return dataclasses.replace(self, **moved)
 
 
 class LMLosses(nn.Module):
@@ -589,6 +683,8 @@ class LMLosses(nn.Module):
     def __init__(self, model: Wallaroo):
         super().__init__()
         self.model = model
+        if model.visual is not None:
+            take_many(model.visual)
         self.register_buffer(
             "frequencies", rope_frequencies(model.config.decoder, model.device), persistent=False
         )
@@ -596,7 +692,8 @@ class LMLosses(nn.Module):
     def forward(self, batches: Mapping[str, Batch]) -> tuple[dict[str, Tensor], int]:
         """Losses by task and head, each a mean, and how many tokens were seen."""
         losses: dict[str, Tensor] = {}
-        for task, batch in batches.items():
+        for task, given in batches.items():
+            batch = given.to(self.model.device)
             hidden = self.hidden(task, batch)[:, :-1]
             image, wanted = batch.image[:, 1:], batch.target[:, 1:]
             text = wanted & (image < 0)
@@ -625,7 +722,8 @@ class LMLosses(nn.Module):
         if batch.semantic is not None:
             assert model.visual is not None and batch.patches is not None
             tower = model.visual
-            seen = tower(batch.patches.to(x.dtype), grid_thw=batch.grids).pooler_output.to(x.dtype)
+            seen = tower(batch.patches.to(x.dtype), grid_thw=batch.grids, **batch.tower).pooler_output
+            seen = seen.to(x.dtype)
             flat = flat.index_copy(0, batch.semantic, seen)
         if batch.pixel is not None:
             assert model.pixel_adapter is not None and batch.latents is not None
@@ -656,7 +754,6 @@ class LMJob:
         self.module = LMLosses(model)
         self.source, self.recipe, self.rank, self.world = source, recipe, rank, world
         self.rows = Rows(model, tokenizer, recipe)
-        self.latest: dict[str, Sequence[Row]] = {}
         for name, parameter in model.named_parameters():
             learns = name.startswith(recipe.learn) if recipe.learn else True
             parameter.requires_grad_(learns and not name.startswith(recipe.frozen))
@@ -667,10 +764,8 @@ class LMJob:
         for index, task in enumerate(sorted(self.recipe.rows)):
             generator = np.random.default_rng((self.recipe.seed, index, number))
             size = max(1, self.recipe.rows[task] // (self.recipe.accumulate * self.world))
-            rows = self.source(task, size, number)
-            self.latest[task] = rows
-            made = [self.rows.make(task, row, generator) for row in rows]
-            batches[task] = Batch.of(made, self.module.model.device)
+            made = [self.rows.make(task, row, generator) for row in self.source(task, size, number)]
+            batches[task] = Batch.of(made, self.rows.config.vision)
         return (batches,)
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -822,7 +917,7 @@ def samples(job: Job, step: int) -> np.ndarray:
     config, tokenizer = model.config, job.rows.tokenizer
     size = config.bucket(1, 1)
     requests = []
-    for key, row in enumerate(job.latest[task][:count]):
+    for key, row in enumerate(job.source(task, count, 0)):
         prompt, null = (
             generate_prompt(tokenizer, config, words, size, str(row["language"]))
             for words in (row["prompt"], "")
@@ -845,6 +940,8 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
     data = {task: read_rows(Path(path).with_suffix(".jsonl")) for task, path in recipe.data.items()}
     every = itertools.chain.from_iterable
     job = make_job(model, recipe, from_memory(data, recipe.seed), lambda: every(data.values()))
+    if isinstance(job, LMJob):
+        job.rows.prepare(data)
     log = Log(recipe.folder)
 
     def report(step: int, numbers: dict[str, float]) -> None:

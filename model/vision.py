@@ -4,10 +4,13 @@ Knows nothing of prompts; where its embeddings go is the caller's matter.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+import itertools
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from model.config import VisionConfig
 
@@ -38,3 +41,48 @@ def encode_image(
     """Normalised patches [n, 1176] of one picture and their grid (h/14, w/14) -> embeddings [n / 4, H]."""
     shape = torch.tensor([[1, *grid]], device=patches.device)
     return tower(patches.to(tower.dtype), grid_thw=shape).pooler_output
+
+
+BY_LENGTH = "flash_by_length"
+"""Name of `attend_by_length` for transformers, which gives all windows at once where it reads `flash`."""
+
+
+def take_many(tower: "Qwen2_5_VisionTransformerPretrainedModel") -> None:
+    """Makes the tower quick with many pictures at once; each window is one call of a kernel otherwise."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(BY_LENGTH, attend_by_length)
+    tower.config._attn_implementation = BY_LENGTH
+
+
+def attend_by_length(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, cu_seq_lens_q: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention within windows, one call for all windows of a length: q, k, v `(1, heads, n, head_dim)` and
+    ends of the windows `(windows + 1,)` -> `(1, n, heads, head_dim)`."""
+    ends = cu_seq_lens_q.tolist()
+    starts: dict[int, list[int]] = defaultdict(list)
+    for start, end in itertools.pairwise(ends):
+        starts[end - start].append(start)
+    out = torch.empty_like(v[0].transpose(0, 1))
+    for length, places in starts.items():
+        index = torch.tensor(places, device=q.device).unsqueeze(1) + torch.arange(length, device=q.device)
+        # (windows, heads, length, head_dim)
+        query, key, value = (x[0][:, index].transpose(0, 1) for x in (q, k, v))
+        made = F.scaled_dot_product_attention(query, key, value, scale=scaling)
+        out = out.index_copy(0, index.flatten(), made.transpose(1, 2).flatten(0, 1).to(out.dtype))
+    return out.unsqueeze(0), None
+
+
+def tower_plan(config: VisionConfig, grids: Tensor) -> dict[str, Tensor]:
+    """What the tower works out from the grids of its pictures, int64 `(B, 3)`, for its call; it takes
+    longer on the host than the tower on a GPU."""
+    from transformers import vision_utils as theirs
+
+    merge, patch = config.spatial_merge_size, config.patch_size
+    index, windows = theirs.get_vision_window_index(grids, merge, config.window_size, patch)
+    return {
+        "position_ids": theirs.get_vision_position_ids(grids, merge),
+        "window_index": index,
+        "cu_window_seqlens": windows,
+    }

@@ -6,11 +6,13 @@ models; the checker of pictures is `workflows.evaluate`.
 """
 
 import base64
+import functools
 import hashlib
 import io
-import itertools
 import json
-from collections.abc import Callable, Iterator
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -174,15 +176,16 @@ def sample(generator: np.random.Generator, size: Size, task: str, kind: str, lan
 
 
 def examples(
-    rows: int, seed: int, sizes: list[Size], held: bool, tasks: tuple[str, ...] = tuple(KINDS)
+    rows: int, seed: int, sizes: list[Size], held: bool, tasks: tuple[str, ...] = tuple(KINDS), first: int = 0
 ) -> Iterator[Example]:
-    """Rows of all tasks, kinds, languages and sizes in turn; row n depends on `seed` and n alone.
+    """Rows of all tasks, kinds, languages and sizes in turn; row n depends on `seed` and n alone. It begins
+    with row `first`.
 
     held: whether the combinations (of an edit, that of its result) are the held-out ones or the others.
     In training both sides of an edit are of the others.
     """
     cells = [(task, kind) for task in tasks for kind in KINDS[task]]
-    for number in range(rows):
+    for number in range(first, rows):
         generator = np.random.default_rng((seed, int(held), number))
         task, kind = cells[number % len(cells)]
         turn = number // len(cells)
@@ -472,24 +475,34 @@ def write(
             f"There would be {rows} rows and {held_out_rows} held out; ask for at least one of each."
         )
     written = []
-    for folder, count, held in (("train", rows, False), ("held-out", held_out_rows, True)):
-        for task in KINDS:
-            numbered = enumerate(examples(count, seed, sizes, held, (task,)))
-            values = (to_values(example, f"{folder}-{task}-{number}") for number, example in numbered)
-            path = storage.join(output, folder, f"{task}.parquet")
-            with storage.write_stream(path) as stream:
-                text = io.StringIO() if lines and not held else None
-                _write_parquet(stream, values, text)
-            written.append(path)
-            if text is not None:
-                written.append(storage.join(output, folder, f"{task}.jsonl"))
-                storage.write_atomic(written[-1], text.getvalue().encode())
+    # No more processes than cores; they are started anew, since a fork would copy the locks of threads.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for folder, count, held in (("train", rows, False), ("held-out", held_out_rows, True)):
+            for task in KINDS:
+                make = functools.partial(_group, folder, count, seed, sizes, held, task)
+                path = storage.join(output, folder, f"{task}.parquet")
+                with storage.write_stream(path) as stream:
+                    text = io.StringIO() if lines and not held else None
+                    _write_parquet(stream, pool.map(make, range(0, count, GROUP_ROWS)), text)
+                written.append(path)
+                if text is not None:
+                    written.append(storage.join(output, folder, f"{task}.jsonl"))
+                    storage.write_atomic(written[-1], text.getvalue().encode())
     return written
 
 
-def _write_parquet(stream: Any, values: Iterator[dict[str, Any]], text: io.StringIO | None) -> None:
+def _group(
+    folder: str, rows: int, seed: int, sizes: list[Size], held: bool, task: str, first: int
+) -> list[dict[str, Any]]:
+    """The rows of one group of a file, which begins with row `first`."""
+    last = min(rows, first + GROUP_ROWS)
+    numbered = enumerate(examples(last, seed, sizes, held, (task,), first), first)
+    return [to_values(example, f"{folder}-{task}-{number}") for number, example in numbered]
+
+
+def _write_parquet(stream: Any, groups: Iterable[list[dict[str, Any]]], text: io.StringIO | None) -> None:
     writer = None
-    while batch := list(itertools.islice(values, GROUP_ROWS)):
+    for batch in groups:
         if text is not None:
             text.writelines(to_line(row) + "\n" for row in batch)
         if writer is None:

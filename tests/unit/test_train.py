@@ -86,7 +86,7 @@ def test_the_training_forward_is_the_cached_decode(model, tokenizer, task):
     made = [maker.make(task, row, np.random.default_rng(0)) for row in data]
     losses = LMLosses(model)
     with torch.no_grad():
-        hidden = losses.hidden(task, Batch.of(made))
+        hidden = losses.hidden(task, Batch.of(made, config.vision))
     engine = Engine(model, task, EngineOptions(slots=2, group_rows=2, trace=True))
     greedy = Sampling(cfg=1.0, temperature=1.0, top_k=1, top_p=1.0)
     for index, (row, values) in enumerate(zip(made, data, strict=True)):
@@ -311,7 +311,7 @@ def test_stages_follow_each_other_from_a_file_without_ray(tmp_path):
     config = load_config(first)
     assert (config.size_list(), config.line_break) == ([Size(64, 64)], False)
     assert config.tasks == ("generate", "understand")
-    assert Image.open(first.parent / "sample-000002.png").size == (2 * 64, 64)
+    assert Image.open(first.parent / "sample-000002.png").size == (8 * 64, 64)
     metrics = (first.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in metrics] == [1, 2]
     second = train(Recipe.from_file(tmp_path / "recipes.toml", "second"), said.append)
