@@ -1,11 +1,15 @@
 """Makes the small checkpoint in `model/tiny`: `python -m jobs.make_tiny [FOLDER]`.
 
 Its configuration stands here. Its merges are trained on captions written below; its weights are drawn
-by name, the same on every machine. `python -m jobs.make_tiny --to-train FOLDER` writes where its training
-begins: the words of the drawn scenes as merges, and weights of a size that training wants.
+by name, the same on every machine.
+
+`python -m jobs.make_tiny --train FOLDER` makes a trained one: from the words of the drawn scenes as merges
+and weights of a size that training wants, by the stages of `jobs/train/tiny.toml`, which takes hours. A run
+that was cut off goes on.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -19,11 +23,11 @@ import numpy as np
 import tokenizers
 import torch
 
-from model.checkpoint import FILE_LIST, TINY, expected_shapes, save
+from model.checkpoint import FILE_LIST, TINY, TOKENIZER, expected_shapes, load, load_config, save
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
 from model.prompts import SYSTEM, TEMPLATES
 from model.tokenizer import QWEN_TOKENS, Tokenizer, add_control_tokens, added_tokens, build
-from model.train import fresh_model
+from model.train import Recipe, fresh_model, train
 from workflows import shapes
 
 TEXT_TOKENS = 1000
@@ -43,6 +47,20 @@ SIZES = {
 """Height/width ratio -> (height, width) in pixels."""
 
 SALT = "wallaroo-tiny-1"
+
+RECIPES = Path(__file__).parent / "train" / "tiny.toml"
+
+WORK = Path("out/tiny")
+"""Where base, data and stages of a training are kept; RECIPES name it too."""
+
+STAGES = ("vq", "stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-4")
+
+DATA = (
+    ("shapes-64", 8000, [(64, 64)]),
+    ("shapes-96", 8000, [(96, 96)]),
+    ("shapes", 24000, list(SIZES.values())),
+)
+"""Folder in WORK, rows a task, sizes."""
 
 ENGLISH = {
     "count": "a|one|two|three|four|several|many|a pair of",
@@ -239,12 +257,26 @@ def make_to_train(folder: str | Path, seed: int = 0) -> None:
     save(fresh_model(config, seed), config, text, folder)
 
 
+def make_trained(folder: str | Path) -> None:
+    """Train a checkpoint from nothing, or on from where that was, and write it into a new folder."""
+    if not (WORK / "base").exists():
+        make_to_train(WORK / "base")
+    for name, rows, sizes in DATA:
+        if not (WORK / name / "held-out" / "understand.parquet").exists():
+            print(f"drawing {WORK / name}", flush=True)
+            shapes.write(str(WORK / name), rows, 600, 0, [Size(*size) for size in sizes], lines=True)
+    for stage in STAGES:
+        trained = train(Recipe.from_file(RECIPES, stage), functools.partial(print, flush=True))
+    text = (trained / TOKENIZER).read_text(encoding="utf-8")
+    save(load(trained), load_config(trained), text, folder, dtype=torch.bfloat16)
+
+
 def main() -> None:
     """Make the checkpoint anew in the folder that is named, or in its place in the program."""
-    if sys.argv[1:2] == ["--to-train"]:
+    if sys.argv[1:2] == ["--train"]:
         if len(sys.argv) != 3:
-            sys.exit("usage: python -m jobs.make_tiny --to-train FOLDER")
-        return make_to_train(sys.argv[2])
+            sys.exit("usage: python -m jobs.make_tiny --train FOLDER")
+        return make_trained(sys.argv[2])
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else TINY
     if (folder / FILE_LIST).is_file():
         shutil.rmtree(folder)

@@ -279,7 +279,7 @@ def optimise(
         step = state["step"]
     file.parent.mkdir(parents=True, exist_ok=True)
     since, tokens, skipped = time.monotonic(), 0, 0
-    batches = _batches(job, recipe, step)
+    ahead = batches(job, recipe, step)
     while step < recipe.steps:
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
@@ -287,7 +287,7 @@ def optimise(
         sums: dict[str, float] = {}
         sound = True
         for _ in range(recipe.accumulate):
-            arguments = next(batches)
+            arguments = next(ahead)
             # Weights stay in float32; where the device has bfloat16, products are made in it.
             with torch.autocast("cuda", torch.bfloat16, enabled=half):
                 losses, seen = module(*arguments)
@@ -334,7 +334,7 @@ class _Pieces(torch.utils.data.Dataset[tuple[Any, ...]]):
         return self.job.batch(*divmod(index, self.accumulate))
 
 
-def _batches(job: Job, recipe: Recipe, step: int) -> Iterator[tuple[Any, ...]]:
+def batches(job: Job, recipe: Recipe, step: int) -> Iterator[tuple[Any, ...]]:
     """The batches from a step on, made ahead by `recipe.workers` processes or, without any, when asked."""
     places = range(step * recipe.accumulate, recipe.steps * recipe.accumulate)
     return iter(

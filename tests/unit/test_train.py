@@ -25,12 +25,14 @@ from model.train import (
     Recipe,
     Rows,
     VQJob,
+    batches,
     fresh_model,
     from_memory,
     optimise,
     shuffled,
     train,
 )
+from model.vision import encode_image, take_many, tower_plan
 from model.vq import to_float
 
 
@@ -125,6 +127,35 @@ def test_the_training_forward_is_the_cached_decode(model, tokenizer, task):
             continue
         request = dataclasses.replace(request, forced=taken.astype(np.int32), max_new_tokens=len(taken))
         assert torch.allclose(logits.detach(), forced(engine, request)[: len(taken)], atol=2e-4, rtol=1e-4)
+
+
+def test_many_pictures_at_once_are_seen_as_each_alone(tokenizer):
+    """The tower with all windows of a length in one call, and what it works out of the grids made ahead."""
+    tower = load(TINY, "understand").visual
+    assert tower is not None
+    grids = torch.tensor([[1, 6, 6], [1, 10, 4], [1, 8, 10], [1, 6, 6]])
+    patches = torch.randn(int(grids.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone = [
+            encode_image(tower, part, (int(grid[1]), int(grid[2])))
+            for part, grid in zip(patches.split(grids.prod(1).tolist()), grids, strict=True)
+        ]
+        take_many(tower)
+        plan = tower_plan(load_config(TINY).vision, grids)
+        together = tower(patches, grid_thw=grids, **plan).pooler_output
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+
+def test_batches_made_ahead_by_other_processes_are_the_same(model, tokenizer):
+    made = recipe(data={"edit": ""}, rows={"edit": 3}, steps=3, accumulate=2, seed=2)
+    data = {"edit": rows()["edit"]}
+    job = LMJob(model, tokenizer, from_memory(data, made.seed), made)
+    job.rows.prepare(data)
+    ahead = batches(job, dataclasses.replace(made, workers=2), 1)
+    for (theirs,), (ours,) in zip(ahead, batches(job, made, 1), strict=True):
+        for name, value in vars(ours["edit"]).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, getattr(theirs["edit"], name)), name
 
 
 def test_response_places_and_targets(model, tokenizer):
