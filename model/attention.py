@@ -3,6 +3,7 @@
 Knows nothing of slots, prompts or layers.
 """
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -47,6 +48,12 @@ class Visible:
         return cls(torch.tensor(rows, device=device), limits, stops, max(stops))
 
 
+@functools.cache
+def _index(count: int, device: torch.device) -> Tensor:
+    """The numbers below `count`, int64 `(count,)`; made once, since steps make no tensors of their own."""
+    return torch.arange(count, device=device)
+
+
 class Attention(Protocol):
     """Attention of one forward: q `(n, t, heads, head_dim)` over the keys and values of a cache layer
     `(rows, kv_heads, capacity, head_dim)`, those of the queries' own tokens included ->
@@ -66,14 +73,10 @@ class BlockAttention:
     def __init__(self, visible: Visible, kv_heads: int, dtype: torch.dtype):
         self.rows = visible.rows
         limits = visible.limits
-        index = torch.arange(KEY_BLOCK, device=limits.device)
-        self.masks = []
-        for first in range(0, visible.longest, KEY_BLOCK):
-            hidden = index + first >= limits.unsqueeze(-1)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=limits.device).masked_fill_(
-                hidden, -math.inf
-            )
-            self.masks.append(mask.repeat_interleave(kv_heads, dim=0))
+        keys = -(-visible.longest // KEY_BLOCK) * KEY_BLOCK
+        hidden = _index(keys, limits.device) >= limits.unsqueeze(-1)
+        mask = hidden.to(dtype).masked_fill_(hidden, -math.inf).unsqueeze(1)
+        self.masks = mask.expand(-1, kv_heads, -1, -1).flatten(0, 1).split(KEY_BLOCK, dim=-1)
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         runs, tokens, heads, dim = q.shape
@@ -121,7 +124,7 @@ class SdpaAttention:
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if self.rows is not None:
             keys, values = keys[self.rows], values[self.rows]
-        index = torch.arange(keys.shape[2], device=q.device)
+        index = _index(keys.shape[2], q.device)
         runs, tokens, heads, dim = q.shape
         if tokens == 1:
             # The queries of a key head as one sequence: keys are not repeated, and no key head idles.

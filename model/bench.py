@@ -32,8 +32,18 @@ from model.wallaroo import Wallaroo
 
 PROMPT_TOKENS, NULL_TOKENS = 40, 24
 SAMPLING = Sampling(cfg=3.0, temperature=1.0, top_k=100, top_p=1.0)
-SYNCHRONISING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")
-"""Operators that make the host wait for the device."""
+SYNCHRONISING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique")
+"""Operators that make the host wait for the device; indexing by a mask is one too."""
+FACTORIES = (
+    "aten.empty",
+    "aten.zeros",
+    "aten.ones",
+    "aten.full",
+    "aten.new_",
+    "aten.arange",
+    "aten.scalar_tensor",
+)
+"""Operators that make a tensor from none."""
 
 MODELS = {
     "tiny": ModelConfig(
@@ -225,7 +235,7 @@ def minimal_flops(config: ModelConfig, requests: Iterable[Request]) -> float:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run, and those that wait for the device."""
+    """Counts the operators that run, those of them that wait for the device, and those that make buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +243,12 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counts["views" if func.is_view else "operators"] += 1
-        self.counts["synchronisations"] += str(func).startswith(SYNCHRONISING)
+        name = str(func)
+        masked = name.startswith("aten.index.") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        self.counts["synchronisations"] += masked or name.startswith(SYNCHRONISING)
+        self.counts["buffers"] += name.startswith(FACTORIES)
         return func(*args, **(kwargs or {}))
 
 

@@ -9,6 +9,7 @@ thread at a time may use an engine.
 
 import hashlib
 import itertools
+import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ class _Picture:
 class Engine:
     """Serves rows of one task with one model on one device.
 
-    `submit` rows, then call `step` until `pending` is 0; each row is given back exactly once.
+    `submit` rows, then call `step` until `pending` is 0; each row is given back exactly once. Where
+    memory runs out, half of the groups go on, and the rows that were in slots begin again.
     `counts` says what was done: steps, forwards, slot_steps (slots times steps), row_steps (of them in
     use), prefill_forwards, prefill_tokens, prefixes_shared, vq_slices, pictures.
     """
@@ -180,22 +182,20 @@ class Engine:
                 self.vocabulary = len(self.table)
                 self.line_end = embed(torch.tensor(ids[END_OF_LINE], device=model.device))
                 self.stops = []
-            pieces = self.options.prefill_pieces
-            # The last row takes the pads of unused pieces.
-            self.scratch = KVCache(model.config.decoder, pieces + 1, 0, model.device, model.dtype)
-            self.scratch_free = list(range(pieces))
+        self.most_groups = -(-self.options.slots // self.options.group_rows)
         self.groups: list[_Group] = []
+        self._clear_scratch()
         self.waiting: deque[_Row] = deque()
         self.prefixes: OrderedDict[Hashable, _PendingPrefix] = OrderedDict()
         self.pictures: dict[Size, list[_Picture]] = {}
-        self.refused: list[Result] = []
+        self.done: list[Result] = []
         self.pending = 0
         self._private = 0
 
     @property
     def slots(self) -> int:
         """Guided rows that can decode at once."""
-        return -(-self.options.slots // self.options.group_rows) * self.options.group_rows
+        return self.most_groups * self.options.group_rows
 
     def submit(self, request: Request) -> None:
         """Queues a row. One that cannot be served comes back from `step` with its error."""
@@ -203,7 +203,7 @@ class Engine:
         try:
             self.waiting.append(self._row(request))
         except RowError as error:
-            self.refused.append(Result(request.key, np.zeros(0, np.int32), error=str(error)))
+            self.done.append(Result(request.key, np.zeros(0, np.int32), error=str(error)))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Serves all of `requests`, yielding results as they finish, in no fixed order."""
@@ -212,19 +212,34 @@ class Engine:
         while self.pending:
             yield from self.step()
 
-    @torch.inference_mode()
     def step(self) -> list[Result]:
         """One round: fill free slots, prefill a chunk, decode a token in every slot.
 
         Returns the rows that are finished.
         """
-        results, self.refused = self.refused, []
+        try:
+            self._round()
+            lacking = ""
+        except torch.OutOfMemoryError as error:
+            if self.most_groups == 1:
+                raise
+            lacking = str(error).partition("\n")[0]
+        if lacking:
+            # Only here does no frame of the round hold its tensors any more.
+            self._halve(lacking)
+        results, self.done = self.done, []
+        self.pending -= len(results)
+        return results
+
+    @torch.inference_mode()
+    def _round(self) -> None:
+        """What `step` does; rows that are finished are in `done`, also if memory runs out on the way."""
         self._fill()
         decoding = [group for group in self.groups if group.active]
         for group in decoding:
             for row, tokens, logits in group.step():
                 if self.task == "understand":
-                    results.append(self._text(row, tokens, logits))
+                    self.done.append(self._text(row, tokens, logits))
                 else:
                     size = row.request.size
                     assert size is not None
@@ -233,9 +248,34 @@ class Engine:
             self.counts["steps"] += 1
             self.counts["row_steps"] += sum(group.active_before for group in decoding)
             self.counts["slot_steps"] += max(self.slots, sum(group.rows for group in self.groups))
-        results += self._decode_pictures(flush=not (decoding or self.waiting))
-        self.pending -= len(results)
-        return results
+        self._decode_pictures(flush=not (decoding or self.waiting))
+
+    def _halve(self, lacking: str) -> None:
+        """Gives up half of the groups and starts the rows in slots anew: their draws are the same again."""
+        before = self.slots
+        self.most_groups = max(1, self.most_groups // 2)
+        warnings.warn(
+            f"out of memory with {before} slots ({lacking}): going on with {self.slots}, no picture changes",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        started = [row.request for group in self.groups for row in group.members if row is not None]
+        self.groups.clear()
+        self._clear_scratch()
+        for pending in self.prefixes.values():
+            if pending.prefix is None:
+                pending.done, pending.scratch, pending.features = 0, -1, None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.waiting.extendleft([self._row(request) for request in started][::-1])
+        self.counts["halvings"] += 1
+
+    def _clear_scratch(self) -> None:
+        """Room for prompts on their way; the last row takes the pads of unused pieces."""
+        pieces, model = self.options.prefill_pieces, self.model
+        with torch.inference_mode():
+            self.scratch = KVCache(model.config.decoder, pieces + 1, 0, model.device, model.dtype)
+        self.scratch_free = list(range(pieces))
 
     # -- rows and their prompts ---------------------------------------------------------------------
 
@@ -295,8 +335,8 @@ class Engine:
                 return self._prefill(only_full=True)
             while not all(pending.prefix for pending in row.prefixes):
                 self._prefill(only_full=False)
-            self.waiting.popleft()
             group.admit(row)
+            self.waiting.popleft()
             for pending in row.prefixes:
                 pending.waiting -= 1
             row.prefixes.clear()
@@ -313,7 +353,7 @@ class Engine:
             if not group.active:
                 self.groups[index] = _Group(self, guided)
                 return self.groups[index]
-        if len(self.groups) < self.slots // self.options.group_rows:
+        if len(self.groups) < self.most_groups:
             self.groups.append(_Group(self, guided))
             return self.groups[-1]
         return None
@@ -424,14 +464,12 @@ class Engine:
             logits=logits,
         )
 
-    def _decode_pictures(self, flush: bool) -> list[Result]:
-        """Pictures whose slice is full, or all of them; a slice is padded with its first picture."""
-        results = []
+    def _decode_pictures(self, flush: bool) -> None:
+        """Ends pictures whose slice is full, or all of them; a slice is padded with its first picture."""
         width = self.options.vq_slice
         for size, ready in self.pictures.items():
             while len(ready) >= width or (flush and ready):
                 taken = ready[:width]
-                del ready[:width]
                 pixels: list[np.ndarray] | None = None
                 if self.options.decode_vq:
                     assert self.model.vq is not None
@@ -441,9 +479,10 @@ class Engine:
                     decoded = to_uint8(self.model.vq.decode(tokens)).cpu().numpy()
                     pixels = [np.ascontiguousarray(decoded[index]) for index in range(len(taken))]
                     self.counts["vq_slices"] += 1
+                del ready[:width]
                 for index, picture in enumerate(taken):
                     request = picture.row.request
-                    results.append(
+                    self.done.append(
                         Result(
                             request.key,
                             picture.tokens,
@@ -454,7 +493,6 @@ class Engine:
                         )
                     )
                 self.counts["pictures"] += len(taken)
-        return results
 
 
 class _Group:
@@ -482,6 +520,7 @@ class _Group:
         self.position = torch.zeros(sequences, dtype=torch.int64, device=device)
         self.advance = torch.zeros(sequences, dtype=torch.int64, device=device)
         self.sequence = torch.arange(sequences, device=device)
+        self.token = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self.taken = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self.line = torch.ones(self.rows, dtype=torch.int64, device=device)
         self.uniform = torch.zeros(self.rows, 0, dtype=torch.float64, device=device)
@@ -506,7 +545,6 @@ class _Group:
         """Puts a row whose prompts are ready into a free slot."""
         request, sampling = row.request, row.request.sampling
         slot = row.slot = self.members.index(None)
-        self.members[slot] = row
         self.cache.grow(row.length)
         if self.tokens.shape[1] < row.steps:
             missing = row.steps - self.tokens.shape[1]
@@ -538,6 +576,7 @@ class _Group:
         self.cfg[slot], self.temperature[slot] = sampling.cfg, sampling.temperature
         # A bound beyond the vocabulary is none, and the tensor could not hold every whole number.
         self.top_k[slot], self.top_p[slot] = min(sampling.top_k, 2**31), sampling.top_p
+        self.members[slot] = row
         samplings = (member.request.sampling for member in self.members if member)
         self.filters = Filters.of(samplings, self.engine.vocabulary)
 
@@ -548,17 +587,19 @@ class _Group:
         for row in rows:
             row.step += 1
         self.active_before = len(rows)
-        token = self._draw()
+        if self.engine.options.trace or any(row.step % self._line(row) for row in rows):
+            self._draw()
+        # Where all rows are at the end of a line, which is not drawn, the tokens before stand in.
         self.taken += self.advance[: self.rows]
         # Nobody needs what comes after a last token; where all rows are at theirs, it is not computed.
         if any(row.step < row.steps for row in rows):
-            self._feed(token, max(row.length - row.steps + row.step for row in rows))
+            self._feed(max(row.length - row.steps + row.step for row in rows))
         return self._finished()
 
-    def _feed(self, token: Tensor, longest: int) -> None:
-        """Takes a token of every slot, int64 `(rows,)`, through the decoder; `longest` bounds the keys."""
+    def _feed(self, longest: int) -> None:
+        """Takes `token` of every slot through the decoder; `longest` bounds the keys."""
         engine, model = self.engine, self.engine.model
-        x = engine.table[token]
+        x = engine.table[self.token]
         if engine.line_end is not None:
             # The last token of a line is fed like any other; then a line end is fed, not drawn.
             x = torch.where((self.taken % self.line == 0).unsqueeze(-1), engine.line_end, x)
@@ -575,13 +616,13 @@ class _Group:
             values[self.sequence, :, self.length] = v
             return attention(q.unsqueeze(1), keys, values).squeeze(1)
 
-        self.hidden = model.language_model(x, cos, sin, attend)
+        self.hidden.copy_(model.language_model(x, cos, sin, attend))
         self.length += self.advance
         self.position += self.advance
         engine.counts["forwards"] += 1
 
-    def _draw(self) -> Tensor:
-        """The next token of every slot, int64 `(rows,)`, kept in `tokens`."""
+    def _draw(self) -> None:
+        """Puts the next token of every slot into `token`, and into its place in `tokens`."""
         engine, model = self.engine, self.engine.model
         if engine.task == "understand":
             assert model.lm_head is not None
@@ -602,8 +643,8 @@ class _Group:
             token = torch.where(forced >= 0, forced, token)
             for slot, trace in self.traces.items():
                 trace.append(logits[slot].clone())
+        self.token.copy_(token)
         self.tokens.scatter_(1, step, token.unsqueeze(1))
-        return token
 
     def _finished(self) -> list[tuple[_Row, np.ndarray, np.ndarray | None]]:
         ended = [row for row in self.members if row is not None and row.step == row.steps]
@@ -618,19 +659,21 @@ class _Group:
                 if row is not None and row not in ended:
                     ended.append(row)
         results = []
+        # All are read before one is released, since memory may run out on the way.
         for row in ended:
             where = self._token_steps(row)
             tokens = self.tokens[row.slot].cpu().numpy()[where].astype(np.int32)
             logits = None
             if self.engine.options.trace:
-                trace = torch.stack(self.traces.pop(row.slot))
-                logits = trace.cpu().numpy()[where]
-            self._release(row)
+                logits = torch.stack(self.traces[row.slot]).cpu().numpy()[where]
             results.append((row, tokens, logits))
+        for row in ended:
+            self._release(row)
         return results
 
     def _release(self, row: _Row) -> None:
         self.members[row.slot] = None
+        self.traces.pop(row.slot, None)
         for sequence in (row.slot, row.slot + self.rows)[: 2 if self.guided else 1]:
             self.length[sequence] = self.position[sequence] = self.advance[sequence] = 0
         self.taken[row.slot] = 0

@@ -117,7 +117,7 @@ def kept_logits(
     before[:, 0] = 0
     # Rounding may carry the sum past 1, so 1 must switch the filter off and not only be compared.
     dropped = (before > top_p.unsqueeze(-1)) & (top_p < 1).unsqueeze(-1)
-    return logits.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -math.inf)
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
 
 
 def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -143,6 +143,6 @@ def sample(
     cumulative = weight.cumsum(-1)
     total = cumulative[:, -1]
     # A product that rounds up to the total would point past the last kept token.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = torch.minimum(uniform * total, torch.nextafter(total, -total))
     drawn = torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
     return torch.where(top_k == 1, logits.argmax(-1), drawn)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.bench import Operators
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
 from model.engine import Engine, EngineOptions, Request, Result
 from model.prompts import Prompt
@@ -268,3 +269,104 @@ def test_texts_end_at_a_stop_token_or_at_their_bound() -> None:
     assert len(results["one"].tokens) <= 1
     # The row that stopped left its slot within the few steps between two looks at the flags.
     assert engine.counts["row_steps"] <= 6 + 1 + engine.groups[0].STOP_CHECK + 11 + 1
+
+
+def test_a_thousand_random_rows_are_the_same_in_two_engines(model: Wallaroo) -> None:
+    """Every row meets other neighbours, slots, groups and prefills, and may be the first of its prompt."""
+    requests = random_requests(1000, seed=11)
+    one = serve(model, requests, slots=16)
+    order = np.random.default_rng(12).permutation(len(requests))
+    other = serve(model, [requests[index] for index in order], slots=40, prefix_sharing=False)
+    assert set(one) == set(other) == set(range(1000))
+    assert_same(one, other)
+
+
+class Exhausted(TorchDispatchMode):
+    """A device whose memory runs out at certain operators, counted from the first."""
+
+    def __init__(self, *at: int) -> None:
+        super().__init__()
+        self.at, self.number = set(at), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.number += 1
+        if self.number in self.at:
+            raise torch.OutOfMemoryError("tried to allocate too much\nand more words")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_where_memory_runs_out_fewer_groups_make_the_same_pictures(
+    model: Wallaroo, expected: dict[int, Result], seed: int
+) -> None:
+    requests = REQUESTS[:30]
+    engine = Engine(model, "generate", EngineOptions(slots=16, group_rows=4))
+    with Exhausted() as counted:
+        list(engine.run(requests))
+    at = np.random.default_rng(seed).integers(1, counted.number, 2)
+    engine = Engine(model, "generate", EngineOptions(slots=16, group_rows=4))
+    with Exhausted(*at.tolist()), pytest.warns(RuntimeWarning, match="out of memory with"):
+        results = list(engine.run(requests))
+    assert engine.slots == (4 if len(set(at)) == 2 else 8)
+    assert engine.pending == 0
+    assert sorted(result.key for result in results) == list(range(30))
+    eight = serve(model, requests, slots=16, group_rows=4)
+    assert_same({result.key: result for result in results}, eight)
+
+
+def test_with_one_group_left_lack_of_memory_is_an_error(model: Wallaroo) -> None:
+    engine = Engine(model, "generate", EngineOptions(slots=4, group_rows=4))
+    with Exhausted(50), pytest.raises(torch.OutOfMemoryError):
+        list(engine.run(REQUESTS[:2]))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(3.0, 1.0, 20, 1.0), Sampling(1.0, 1.0, 0, 0.9)], ids=str)
+def test_a_warm_step_waits_for_nothing_and_makes_no_buffers(model: Wallaroo, sampling: Sampling) -> None:
+    rows = [dataclasses.replace(row, size=Size(64, 48), sampling=sampling) for row in REQUESTS[:8]]
+    engine = Engine(model, "generate", EngineOptions(slots=8, group_rows=8))
+    for row in rows:
+        engine.submit(row)
+    for _ in range(2):
+        engine.step()
+    with Operators() as seen:
+        for _ in range(12 + 3 - 1 - 3):  # up to the step before the last
+            assert engine.step() == []
+    assert seen.counts["operators"] > 500
+    assert (seen.counts["synchronisations"], seen.counts["buffers"]) == (0, 0)
+
+
+def test_operators_that_wait_or_make_buffers_are_seen() -> None:
+    numbers = torch.arange(4)
+    for waits in (lambda: numbers.max().item(), lambda: numbers[numbers > 1], lambda: numbers.nonzero()):
+        with Operators() as seen:
+            waits()
+        assert seen.counts["synchronisations"] == 1
+    for makes in (lambda: torch.zeros(3), lambda: numbers.new_empty(2), lambda: torch.empty_like(numbers)):
+        with Operators() as seen:
+            makes()
+        assert seen.counts["buffers"] >= 1
+
+
+def test_rows_with_seeds_of_their_own_cost_no_operator_more(model: Wallaroo) -> None:
+    rows = [dataclasses.replace(row, size=Size(48, 48), sampling=Sampling(2.0)) for row in REQUESTS[:16]]
+    counts = []
+    for seeds in (range(16), [0] * 16):
+        engine = Engine(model, "generate", EngineOptions(slots=16, group_rows=8))
+        with Operators() as seen:
+            list(engine.run(dataclasses.replace(r, seed=s) for r, s in zip(rows, seeds, strict=True)))
+        counts.append(seen.counts)
+    assert counts[0] == counts[1]
+
+
+def test_the_slots_stay_full_until_the_last_refill(model: Wallaroo) -> None:
+    """Counted from the rows that the groups hold at each step, 200 rows of mixed sizes."""
+    engine = Engine(model, "generate", EngineOptions(slots=16, group_rows=8, decode_vq=False))
+    for request in random_requests(200, seed=4):
+        engine.submit(dataclasses.replace(request, sampling=Sampling(3.0)))
+    used = steps = 0
+    while engine.waiting:
+        engine.step()
+        used += sum(group.active_before for group in engine.groups)
+        steps += 1
+    assert steps > 60
+    assert used / (16 * steps) >= 0.95
