@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 OK, FATAL, USAGE, ERROR_ROWS, LOCKED = 0, 1, 2, 3, 4
 INTERRUPTED = 128 + signal.SIGINT
 
+MOST_CHARACTERS = 20_000
+"""Of a message."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 EXIT_CODES = """Exit codes: 0 all rows ok; 1 the run failed; 2 a mistake in the command line; 3 finished,
@@ -286,7 +289,7 @@ def status(output: str) -> int:
     """
     from workflows.runs import status as read_status
 
-    click.echo(read_status(output).text())
+    click.echo(_printable(read_status(output).text()))
     return OK
 
 
@@ -312,7 +315,8 @@ def verify(output: str) -> int:
     """
     from workflows.verify import verify as check
 
-    return OK if check(output, click.echo).state == "complete" else FATAL
+    state = check(output, lambda line: click.echo(_printable(line))).state
+    return OK if state == "complete" else FATAL
 
 
 @cli.command(
@@ -345,7 +349,12 @@ def submit(address: str | None, name: str | None, follow: bool, command: tuple[s
     inner = cli.commands[task]
     with inner.make_context(task, list(words), parent=click.Context(cli, info_name="wallaroo")) as context:
         options = dict(context.params)
-    del options["scheduled"], options["on_finish"]
+    if (options.pop("on_finish") or "").startswith(("http://", "https://")):
+        raise click.UsageError(
+            "--on-finish is a URL, which all who see the cluster's jobs could read: give a command that "
+            "takes it from the environment there, such as 'curl -d @- $HOOK'."
+        )
+    del options["scheduled"]
     config = _configure(task, options.pop("manifest"), options.pop("output"), options, environment={})
     files = remote.carried(config, command)
     client = remote.connect(address)
@@ -704,7 +713,9 @@ def select(
     from workflows.selection import Rules
     from workflows.selection import select as copy
 
-    sys.path.insert(0, os.getcwd())
+    # Last, and only where it is asked for: a folder of data may hold a module with the name of a library's.
+    if any(name and ":" in name for name in (filter_, best_of)):
+        sys.path.append(os.getcwd())
     split = {}
     for name, share in map(_pair, shares.split(",") if shares else ()):
         try:
@@ -856,7 +867,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _complain(sentence: str) -> None:
-    click.echo(f"wallaroo: {sentence}", err=True)
+    click.echo(f"wallaroo: {_printable(sentence)}", err=True)
+
+
+def _printable(text: str) -> str:
+    """Text of files that are not ours, for a terminal: no control characters, and not without end."""
+    text = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 if __name__ == "__main__":

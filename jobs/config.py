@@ -27,10 +27,16 @@ SECTIONS = {
 """Section of a run file -> heading of its options in the help, in the help's order."""
 
 
+MOST = 2**64
+"""Beyond it no number means anything, and of one with thousands of digits Python refuses to speak."""
+
+RUN_FILE_BYTES = 1 << 20
+
+
 def _integer(value: Any) -> int:
     if isinstance(value, str):
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < MOST:
         return value
     raise ValueError
 
@@ -58,7 +64,7 @@ def _text(value: Any) -> str:
 def _replicas(value: Any) -> tuple[int, int]:
     if isinstance(value, str) and ":" in value:
         least, _, most = value.partition(":")
-        return int(least), int(most)
+        return _integer(least), _integer(most)
     return (_integer(value),) * 2
 
 
@@ -223,8 +229,16 @@ def resolve(
 def _value(setting: Setting, value: Any, origin: str) -> Any:
     try:
         return setting.read(value)
+    except (ValueError, OverflowError):
+        raise InputError(f"{origin} is {_shown(value)}, but must be {_RULES[setting.read]}.") from None
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
     except ValueError:
-        raise InputError(f"{origin} is {value!r}, but must be {_RULES[setting.read]}.") from None
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _known(section: str, key: str, where: str) -> Setting:
@@ -243,8 +257,11 @@ def _known(section: str, key: str, where: str) -> Setting:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    from workflows.storage import read_bytes
+    from workflows.storage import info, read_bytes
 
+    found = info(path)
+    if found is not None and found.size > RUN_FILE_BYTES:
+        raise InputError(f"{path} has {found.size:,} bytes, but a run file has at most {RUN_FILE_BYTES:,}.")
     try:
         tables = tomllib.loads(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
@@ -253,6 +270,10 @@ def _read_file(path: str) -> dict[str, Any]:
         raise InputError(f"{path} is not UTF-8, but a run file must be: save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not valid TOML: {error}.") from None
+    except (ValueError, RecursionError):
+        raise InputError(
+            f"{path} is not valid TOML: it is nested too deeply, or has an absurd number."
+        ) from None
     values = {}
     for section, table in tables.items():
         if not isinstance(table, dict):

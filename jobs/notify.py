@@ -28,7 +28,7 @@ def notify(target: str, news: Mapping[str, Any]) -> None:
             request = urllib.request.Request(target, body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=ANSWER_SECONDS):
                 return
-        values = {f"WALLAROO_{name.upper()}": str(value) for name, value in news.items()}
+        values = {f"WALLAROO_{name.upper()}": str(value).replace("\0", "") for name, value in news.items()}
         subprocess.run(
             target, shell=True, input=body, env=os.environ | values, timeout=COMMAND_SECONDS, check=True
         )

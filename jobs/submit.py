@@ -31,6 +31,8 @@ PACKAGES = ("model", "actors", "workflows", "jobs")
 CARRIED_BYTES = 64 << 20
 """Manifest and run file that go along with the code; what is larger belongs where the cluster can read it."""
 
+CODE = (".py", ".pyc", ".pyd", ".so", ".pth")
+
 ANSWER_SECONDS = 10.0
 STOP_SECONDS = 60
 """How long a driver that was asked to stop may take to finish what it writes."""
@@ -246,6 +248,8 @@ def carried(config: "RunConfig", command: Sequence[str]) -> list[Path]:
             raise InputError(
                 f"{path} cannot be read, there is no such file or folder: give one that is there."
             )
+    # They stand beside the code there, and a folder of data is no place for more of it.
+    files = [path for path in files if path.suffix.lower() not in CODE]
     size = sum(path.stat().st_size for path in files)
     if size > CARRIED_BYTES:
         raise InputError(

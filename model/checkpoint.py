@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,12 +78,13 @@ def parse_file_list(data: bytes, where: str) -> dict[str, FileEntry]:
         values = json.loads(data)
         version = values["format"]
         entries = {name: FileEntry(**entry) for name, entry in values["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{where} is not the list of files of a checkpoint; write it anew.") from None
     if version != 1:
         raise InputError(f"{where} is of format {version!r:.20}, but this program reads format 1; update it.")
     for name, entry in entries.items():
-        if name != os.path.basename(name) or name in ("", ".", "..", FILE_LIST) or "\\" in name:
+        plain = name == os.path.basename(name) and not any(sign in name for sign in "\\\0")
+        if not plain or name in ("", ".", "..", FILE_LIST) or len(os.fsencode(name)) > 255:
             raise InputError(f"{where} lists '{name[:100]}', but a checkpoint has plain file names only.")
         if not (type(entry.size) is int and entry.size >= 0 and isinstance(entry.sha256, str)):
             raise InputError(f"{where} has no valid size and sha256 for '{name}'; write the checkpoint anew.")
@@ -99,8 +101,11 @@ def file_list(folder: str | Path) -> dict[str, FileEntry]:
     """
     folder = Path(folder)
     try:
+        # A pipe in its place would be waited for without end.
+        if not (folder / FILE_LIST).is_file():
+            raise FileNotFoundError
         data = (folder / FILE_LIST).read_bytes()
-    except OSError:
+    except (OSError, ValueError):
         what = "is not a checkpoint: it has no " + FILE_LIST if folder.is_dir() else "is no folder"
         raise InputError(
             f"The model {folder} {what}; give a folder that `wallaroo convert` wrote, or 'tiny'."
@@ -321,6 +326,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
+        if folder.exists():
+            # What was for some eyes only stays so.
+            partial.chmod(stat.S_IMODE(folder.stat().st_mode))
     except OSError as error:
         raise InputError(f"{partial} cannot be made ({error.strerror}); name a folder that can.") from None
     try:

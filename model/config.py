@@ -216,6 +216,10 @@ class ModelConfig:
                     f"config.json: size {height}x{width} of ratio {key} must have sides that are "
                     f"positive multiples of {VQ_FACTOR}."
                 )
+            if height * width > _MOST_PIXELS:
+                raise InputError(
+                    f"config.json: size {height}x{width} has more than {_MOST_PIXELS:,} pixels."
+                )
 
     def size_list(self) -> list[Size]:
         """The sizes of the table, in its order."""
@@ -252,7 +256,7 @@ class ModelConfig:
             raise InputError(f"{path} cannot be read ({error}); a checkpoint needs it.") from None
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not valid JSON ({error}).") from None
         if not isinstance(values, dict):
             raise InputError(f"{path} must hold a JSON object, not a {type(values).__name__}.")
@@ -267,6 +271,8 @@ _NESTED = {"decoder": DecoderConfig, "vision": VisionConfig, "vq": VQConfig}
 
 _LARGEST = 2**24
 """No number of a configuration comes near; beyond it only a broken or hostile file goes."""
+
+_MOST_PIXELS = 2**26
 
 _DEEPEST = 1024
 """Layers or blocks, likewise."""

@@ -134,8 +134,11 @@ class Tokenizer:
             }
             # Without its added tokens this tokenizer cannot see a control token in a user's prompt.
             values["added_tokens"] = []
+            _check_rules(values)
             values["post_processor"] = values["truncation"] = values["padding"] = None
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(values))
+        except InputError as error:
+            raise InputError(f"{where} {error}") from None
         except Exception as error:  # the tokenizers library raises bare Exception
             raise InputError(f"{where} is not a tokenizer of Hugging Face's `tokenizers`: {error}.") from None
         self._controls = frozenset(self.token_ids.values())
@@ -194,3 +197,24 @@ class Tokenizer:
             raise RowError(
                 "prompt", "The prompt holds half of a surrogate pair, which is no Unicode text; remove it."
             ) from None
+
+
+def _check_rules(values: dict[str, Any]) -> None:
+    """Raises InputError unless a tokenizer changes and cuts text by Qwen2's rules.
+
+    A foreign rule may take for ever on a prompt, make gigabytes of it, or end the process.
+    """
+    rules, patterns = [values.get("normalizer"), values.get("pre_tokenizer")], []
+    while rules:
+        rule = rules.pop()
+        if rule is None:
+            continue
+        rules += [*rule.get("normalizers", []), *rule.get("pretokenizers", [])]
+        if rule["type"] == "Split":
+            patterns.append(rule["pattern"].get("Regex"))
+        elif rule["type"] not in ("NFC", "ByteLevel", "Sequence"):
+            raise InputError(
+                f"has the rule {rule['type']:.50}, which Qwen2.5 has not; convert the model anew."
+            )
+    if any(pattern != SPLIT for pattern in patterns):
+        raise InputError("cuts text otherwise than Qwen2.5 does; convert the model anew.")

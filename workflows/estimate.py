@@ -170,7 +170,7 @@ def compare(output: str) -> list[dict[str, Any]]:
     """What was estimated and what happened, a line each (`name`, `estimated`, `happened`); none without."""
     try:
         found = Estimate(**json.loads(storage.read_bytes(storage.join(output, FOLDER, ESTIMATE_FILE))))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return []
     records = read_records(output)[0]
     replica_seconds = sum(one.replica_seconds for one in records)

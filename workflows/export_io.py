@@ -22,8 +22,8 @@ from workflows import storage
 from workflows.finish import json_again, jsonable
 from workflows.plan import read_plan
 from workflows.results import (
-    JSON_MARK,
     RESULT_NAMES,
+    json_columns,
     list_done,
     open_shard,
     read_run,
@@ -81,7 +81,7 @@ class Results:
             )
         self.schema = result_schema(self.plan.carried, bool(run["config"].get("save_tokens")))
         self.carried = [field for field in self.schema if field.name not in RESULT_NAMES]
-        self.marked = set(json.loads((self.schema.metadata or {}).get(JSON_MARK, b"[]")))
+        self.marked = json_columns(self.schema)
 
     def rows(self, pictures: bool = True) -> Iterator[Row]:
         """Every row in order, error rows too; a row group at a time is in memory."""

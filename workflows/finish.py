@@ -26,8 +26,8 @@ from workflows.card import write_card
 from workflows.cells import Cell
 from workflows.results import (
     FORMAT,
-    JSON_MARK,
     RESULT_NAMES,
+    json_columns,
     list_done,
     map_shards,
     open_shard,
@@ -140,7 +140,7 @@ def read_success(output: str) -> dict[str, Any] | None:
         return None
     try:
         document = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): delete it and start the run again.") from None
     keys = {"format", "rows", "ok", "errors", "shards", "parts"}
     if not isinstance(document, dict) or set(document) != keys or document["format"] != FORMAT:
@@ -265,7 +265,7 @@ def manifest_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
     if source.get("uri"):
         inside = source.get("row_id") is not None
         line["image"] = str(Cell(source["uri"], source["row_id"])) if inside else source["uri"]
-    marked = json.loads((schema.metadata or {}).get(JSON_MARK, b"[]"))
+    marked = json_columns(schema)
     for name in schema.names:
         if name in RESULT_NAMES or row[name] is None:
             continue

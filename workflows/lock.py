@@ -65,7 +65,7 @@ class Owner:
         """None if it is not a lock of ours, such as half a file of a broken disk."""
         try:
             return cls(**json.loads(data))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return None
 
     def is_gone(self) -> bool:

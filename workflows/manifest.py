@@ -29,7 +29,15 @@ import pyarrow.parquet as pq
 from model.errors import InputError
 from workflows import storage
 from workflows.cells import COLUMN, Cell, is_result
-from workflows.results import DATA_FOLDER, JSON_MARK, RUN_FILE, TEXT_TASKS, shard_name, shard_number
+from workflows.results import (
+    DATA_FOLDER,
+    JSON_MARK,
+    RUN_FILE,
+    TEXT_TASKS,
+    json_columns,
+    shard_name,
+    shard_number,
+)
 from workflows.run_config import OptionError
 from workflows.tasks import PICTURE_TASKS
 
@@ -50,6 +58,8 @@ HASHED_BYTES = 64 << 20
 LINE_BYTES = 64 << 20
 FIELD_CHARACTERS = 1 << 20
 MOST_COLUMNS = 1000
+DEEPEST = 100
+"""Lists and objects within each other, in a value of JSON; what goes beyond has no sense, and no end."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +234,10 @@ def _results(path: str, files: Sequence[storage.FileInfo], task: str) -> Manifes
         )
     parts = sorted(file.relative for file in files if re.fullmatch(r"plan/part-\d+\.json", file.relative))
     done = next((file for file in files if file.relative == "_SUCCESS"), None)
-    finished = json.loads(storage.read_bytes(done.path))["parts"] if done else None
+    try:
+        finished = json.loads(storage.read_bytes(done.path))["parts"] if done else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        finished = None
     if finished != [os.path.basename(part).removesuffix(".json") for part in parts]:
         raise InputError(f"{path} is the output of a run that is not finished: let it finish first.")
     data = (file for file in files if os.path.dirname(file.relative) == DATA_FOLDER)
@@ -308,7 +321,7 @@ class _readable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FileNotFoundError):
             raise InputError(f"{self.file.path} vanished while it was read: start again.") from error
-        if isinstance(error, (pa.ArrowException, OSError)):
+        if isinstance(error, (pa.ArrowException, OSError, UnicodeDecodeError)):
             words = str(error).strip().split("\n", 1)[0][:200]
             raise InputError(
                 f"{self.file.path} is not a readable {self.file.format} file ({words}): repair or remove it."
@@ -519,6 +532,8 @@ def _json_object(line: bytes) -> tuple[dict[str, Any], str]:
         text, fault = line.decode(errors="replace"), "is not valid UTF-8"
     try:
         value = json.loads(text)
+        if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
+            raise RecursionError
     except (ValueError, RecursionError) as error:
         words = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         return {}, fault or f"is not valid JSON ({words})"
@@ -531,6 +546,16 @@ def _json_object(line: bytes) -> tuple[dict[str, Any], str]:
         value = json.loads(_mended(again))
         fault = fault or "holds half of a surrogate pair, which is no Unicode text"
     return value, fault
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = [
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        ]
+        level = list(itertools.chain.from_iterable(inner))
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _request(line: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -575,6 +600,8 @@ def _imgedit_rows(file: ManifestFile) -> list[dict[str, Any]]:
     """Rows of ImgEdit's JSON, an object of keys: its `id` is the path of the source picture."""
     try:
         found = json.loads(storage.read_bytes(file.path))
+        if _is_deep(found):
+            raise RecursionError
         rows = [{**entry, "id": key, COLUMN: entry.get("id")} for key, entry in found.items()]
     except (ValueError, RecursionError, AttributeError, TypeError):
         raise InputError(
@@ -815,11 +842,6 @@ def _arrow_type(kind: str) -> pa.DataType:
     if kind.startswith("list:") and kind != "list:null":
         return pa.list_(_ARROW[kind.removeprefix("list:")])
     return _ARROW.get(kind, pa.string())
-
-
-def json_columns(schema: pa.Schema) -> frozenset[str]:
-    """Names of the columns that hold JSON text."""
-    return frozenset(json.loads((schema.metadata or {}).get(JSON_MARK, b"[]")))
 
 
 # Reading

@@ -32,6 +32,7 @@ from workflows.manifest import decode_schema, encode_schema
 
 FORMAT = 1
 FOLDER = "plan"
+MOST_SHARDS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,19 @@ def part_name(part: int) -> str:
     return f"part-{part:05d}"
 
 
+def _check(part: PlanPart) -> None:
+    """Raises ValueError for a part that no run has written: it may lead to no other folder, and not say more
+    shards than rows, which would be counted one by one."""
+    whole = (part.part, part.first_row_id, part.rows, part.first_shard, part.shards, part.shard_rows)
+    if not all(type(number) is int and 0 <= number < 2**62 for number in whole):
+        raise ValueError("a number of it is none")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", part.file) or part.shards > min(part.rows, MOST_SHARDS):
+        raise ValueError("its file or its shards cannot be")
+    for counts in (part.errors, part.sizes):
+        if not all(type(number) is int for number in counts.values()):
+            raise ValueError("a count of it is none")
+
+
 def read_plan(output: str) -> Plan:
     """The plan of an output as far as it is made; without parts if there is none.
 
@@ -188,12 +202,15 @@ def read_plan(output: str) -> Plan:
         path = storage.join(output, FOLDER, name)
         try:
             values = json.loads(storage.read_bytes(path))
+            if not isinstance(values, dict):
+                raise ValueError("it is no object")
             if values.pop("format") != FORMAT:
                 raise InputError(f"{path} was written by another version: use the version that made it.")
             opening = values.pop("opening", None)
             part = PlanPart(**values)
+            _check(part)
             rounds += [Round.from_values(opening)] if opening else []
-        except (ValueError, TypeError, KeyError, zlib.error) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} cannot be read ({error}): restore it, or give a new output.") from None

@@ -24,7 +24,7 @@ from model.sampling import Sampling
 from model.tokenizer import Tokenizer
 from workflows.cells import COLUMN, Cell, parse_cell
 from workflows.https import without_query
-from workflows.results import JSON_MARK, RESULT_NAMES, SOURCE_TYPE
+from workflows.results import JSON_MARK, RESULT_NAMES, SOURCE_TYPE, json_columns
 from workflows.run_config import OptionError
 from workflows.sources import Reference, SourceOptions, locate, parts_of
 from workflows.tasks import PICTURE_TASKS
@@ -220,7 +220,7 @@ def carried_schema(schema: pa.Schema, settings: PlanSettings) -> pa.Schema:
     names = _carried_names(schema, settings)
     fields = [schema.field(name).with_name(new).remove_metadata() for name, new in names.items()]
     metadata = {key: value for key, value in (schema.metadata or {}).items() if key == b"huggingface"}
-    marked = [names[name] for name in _json_columns(schema) if name in names]
+    marked = sorted(names[name] for name in json_columns(schema) if name in names)
     if marked:
         metadata[JSON_MARK] = json.dumps(marked).encode()
     return pa.schema(fields, metadata=metadata)
@@ -246,18 +246,22 @@ def plan_schema(carried: pa.Schema, task: str = "generate") -> pa.Schema:
     return pa.schema([*fields, *carried], metadata=carried.metadata)
 
 
-def _json_columns(schema: pa.Schema) -> list[str]:
-    return json.loads((schema.metadata or {}).get(JSON_MARK, b"[]"))
-
-
 def _column(table: pa.Table, name: str) -> list[Any] | None:
     """Values of a column, None if there is none; JSON text as what it says."""
     if name not in table.column_names:
         return None
     values = table.column(name).to_pylist()
-    if name in _json_columns(table.schema):
-        return [None if value is None else json.loads(value) for value in values]
+    if name in json_columns(table.schema):
+        return [None if value is None else _said(value) for value in values]
     return values
+
+
+def _said(text: str) -> Any:
+    """What JSON text says; the text itself where a foreign file only claims that it is some."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 # Ids and samples
@@ -484,7 +488,9 @@ def _source(reference: Reference) -> dict[str, Any]:
 
 def kept_uri(path: str) -> str:
     """What a result says of a path or address; the query of a web address may hold a key and is left out."""
-    return without_query(path) if "://" in path and not path.startswith("s3://") else path
+    if "://" not in path:
+        return path
+    return re.sub("//[^/]*@", "//", path, count=1) if path.startswith("s3://") else without_query(path)
 
 
 def _locate(source: dict[str, Any], reference: Reference, allowed: SourceOptions) -> None:

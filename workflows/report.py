@@ -255,7 +255,7 @@ def _scores(output: str) -> list[dict[str, Any]]:
             | {"right": {name: hits / of for name, (hits, of) in line["right"].items()}}
             for line in lines
         ]
-    except (ValueError, TypeError, KeyError, ZeroDivisionError):
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RecursionError):
         raise InputError(f"{path} is no table of scores; `wallaroo evaluate` writes it anew.") from None
 
 

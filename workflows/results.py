@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from model.config import TASKS
 from model.errors import InputError
 from workflows import storage
 from workflows.sources import restore_size
@@ -133,11 +134,23 @@ def result_schema(carried: pa.Schema, save_tokens: bool = False) -> pa.Schema:
     return _as_stored(pa.schema([*ours, *others], metadata=metadata))
 
 
+def json_columns(schema: pa.Schema) -> frozenset[str]:
+    """Names of the columns that hold JSON text, as a file of ours says; what else may stand there is none."""
+    try:
+        names = json.loads((schema.metadata or {}).get(JSON_MARK, b"[]"))
+    except (ValueError, RecursionError):
+        names = []
+    if not isinstance(names, list):
+        names = []
+    texts = {field.name for field in schema if field.type == pa.string()}
+    return frozenset(name for name in names if isinstance(name, str) and name in texts)
+
+
 def _features(value: bytes) -> dict[str, Any]:
     """Features that a Hugging Face file declares; none where the metadata is not what it should be."""
     try:
         features = json.loads(value)["info"]["features"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return features if isinstance(features, dict) else {}
 
@@ -532,14 +545,19 @@ def read_run(output: str) -> dict[str, Any]:
         ) from None
     try:
         document = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is not JSON ({error}): restore it, or give another output folder."
         ) from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT or "config" not in document:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else document
         raise InputError(
-            f"{path} has format {found!r}, but this version reads {FORMAT}: use the version that made it."
+            f"{path} has format {found!r:.80}, but this version reads {FORMAT}: use the version that made it."
+        )
+    config, options = document.get("config"), document.get("options")
+    if not (isinstance(config, dict) and isinstance(options, dict) and config.get("task") in TASKS):
+        raise InputError(
+            f"{path} lacks config, its task or options: restore it, or give another output folder."
         )
     return document
 

@@ -43,6 +43,10 @@ _MEANING = (
 """Fields that may change a row by meaning. All others only say where, when and how fast it is made."""
 
 
+_PLACES = ("manifest", "output", "model", "image_root", "address")
+"""Fields that are paths or addresses."""
+
+
 class OptionError(InputError):
     """What was asked of the run itself breaks a rule, not what the manifest or the model holds."""
 
@@ -169,6 +173,21 @@ class RunConfig:
                 raise InputError(f"{name} is {count}, but must be at least 1 and less than 2^31.")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}, but must be from 0 to 2^63 - 1.")
+        for name, text in (
+            *((name, getattr(self, name)) for name in _PLACES),
+            ("where", self.where),
+            ("prompt", self.prompt),
+            ("prompt_column", self.prompt_column),
+        ):
+            if text is not None and "\0" in text:
+                raise InputError(f"{name} holds a NUL character: remove it.")
+        for name in _PLACES:
+            # Such a text would stand in run.json and in messages, so this one does not repeat it.
+            if "@" in _host(getattr(self, name) or ""):
+                raise InputError(
+                    f"{name} holds a user or password, which no address of a run may: "
+                    f"credentials come from the AWS variables or a profile, a token from RAY_AUTH_TOKEN."
+                )
         least, most = self.replicas
         if not 1 <= least <= most:
             raise InputError(
@@ -235,6 +254,11 @@ class RunConfig:
         values["templates"] = dict(self.templates)
         values["replicas"] = list(self.replicas)
         return values
+
+
+def _host(place: str) -> str:
+    """What stands between `://` and the next slash; empty for a path."""
+    return place.partition("://")[2].partition("/")[0]
 
 
 @dataclass(frozen=True)

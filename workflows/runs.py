@@ -93,7 +93,10 @@ class RunRecord:
     @classmethod
     def from_json(cls, data: bytes) -> "RunRecord":
         """The record in a JSON file; raises ValueError if it is none, or one of another version."""
-        values = json.loads(data)
+        try:
+            values = json.loads(data)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
         names = {one.name for one in dataclasses.fields(cls)}
         if not isinstance(values, dict) or values.get("format") != 1 or set(values) != names:
             raise ValueError("not a run record of this version")

@@ -574,7 +574,10 @@ def _claim(source: str, dest: str, rules: Rules) -> None:
     if files and not storage.exists(path):
         raise InputError(f"{dest} is not empty, but holds such as {files[0].relative}: give a new folder.")
     if files:
-        there = json.loads(storage.read_bytes(path))
+        try:
+            there = dict(json.loads(storage.read_bytes(path)))
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(f"{path} is damaged: give a new folder.") from None
         # Of one that was cut short nothing is of use to anybody.
         if "result" in there and there.get("settings") != settings:
             raise InputError(

@@ -15,6 +15,7 @@ import io
 import os
 import posixpath
 import random
+import re
 import stat
 import threading
 import time
@@ -255,6 +256,12 @@ def locate(path: str, options: SourceOptions) -> str:
     if mark and scheme.isalnum():
         scheme = scheme.lower()
         if scheme == "s3":
+            if re.search("[@:]", rest.partition("/")[0]):
+                raise RowError(
+                    "image",
+                    "image must be s3://bucket/key without user, password or port: credentials and endpoint "
+                    "come from the AWS variables or a profile.",
+                )
             if not rest.partition("/")[2]:
                 raise RowError("image", f"{shown(path)} names no object: give s3://bucket/key.")
             return f"s3://{rest}"

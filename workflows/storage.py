@@ -161,6 +161,8 @@ def _explain(path: str, error: Exception) -> str | None:
     """One sentence about an error of storage; None for an error that is none. Never holds a secret."""
     import botocore.exceptions
 
+    if isinstance(error, ValueError) and ("null byte" in str(error) or isinstance(error, UnicodeError)):
+        return f"{path!a:.200} cannot be used, it holds a NUL character or is no Unicode text: correct it."
     if not is_s3(path):
         if isinstance(error, OSError) and error.errno is not None:
             known = _LOCAL.get(error.errno, f"the system says '{os.strerror(error.errno)}'")
@@ -420,10 +422,10 @@ def list_files(folder: str) -> list[FileInfo]:
                 if name.startswith(TEMPORARY):
                     continue
                 path = os.path.join(root, name)
-                try:
-                    found.append(_local_info(path, os.path.relpath(path, folder).replace(os.sep, "/")))
-                except FileNotFoundError:
-                    continue  # removed since it was listed, or a link to nowhere
+                if os.path.isfile(path):  # not removed since it was listed, no pipe, no link to nowhere
+                    with suppress(FileNotFoundError):
+                        relative = os.path.relpath(path, folder).replace(os.sep, "/")
+                        found.append(_local_info(path, relative))
     return sorted(found, key=lambda file: file.relative)
 
 
