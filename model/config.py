@@ -217,9 +217,7 @@ class ModelConfig:
                     f"positive multiples of {VQ_FACTOR}."
                 )
             if height * width > _MOST_PIXELS:
-                raise InputError(
-                    f"config.json: size {height}x{width} has more than {_MOST_PIXELS:,} pixels."
-                )
+                raise InputError(f"config.json: size {height}x{width} has more than {_MOST_PIXELS:,} pixels.")
 
     def size_list(self) -> list[Size]:
         """The sizes of the table, in its order."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from model.config import VQ_FACTOR
@@ -258,21 +259,27 @@ def evaluate(output: str) -> list[Line]:
 
 
 def _rows(output: str, shard: int) -> list[Mapping[str, Any]]:
-    with open_shard(output, shard) as file:
-        there = set(file.schema_arrow.names)
-        needed = (
-            "task",
-            "status",
-            "language",
-            "text",
-            "image",
-            "kind",
-            "named",
-            "scene",
-            "source_scene",
-            "answer",
-        )
-        return file.read([name for name in needed if name in there]).to_pylist()
+    try:
+        with open_shard(output, shard) as file:
+            there = set(file.schema_arrow.names)
+            needed = (
+                "task",
+                "status",
+                "language",
+                "text",
+                "image",
+                "kind",
+                "named",
+                "scene",
+                "source_scene",
+                "answer",
+            )
+            return file.read([name for name in needed if name in there]).to_pylist()
+    except pa.ArrowException as error:
+        raise InputError(
+            f"shard {shard} of {output} cannot be read ({str(error).splitlines()[0]:.200}): "
+            f"delete it and start the run again."
+        ) from error
 
 
 def to_text(table: list[Line]) -> str:

@@ -104,6 +104,10 @@ class Results:
                 for values, picture in self._shard(shard, pictures):
                     # The rows of a manifest row begin with its sample 0, even if it is an error.
                     position[part.round] = position.get(part.round, -1) + (values["sample"] == 0)
+                    if not 0 <= position[part.round] < len(numbers):
+                        raise InputError(
+                            f"{self.output} has more rows than its plan selects: restore its plan."
+                        )
                     yield values, picture, int(numbers[position[part.round]])
 
     def _shard(self, shard: int, pictures: bool) -> Iterator[tuple[dict[str, Any], bytes | None]]:

@@ -145,6 +145,13 @@ def read_success(output: str) -> dict[str, Any] | None:
     keys = {"format", "rows", "ok", "errors", "shards", "parts"}
     if not isinstance(document, dict) or set(document) != keys or document["format"] != FORMAT:
         raise InputError(f"{path} was written by another version: use the version that made it.")
+    numbers = [document["rows"], document["ok"], document["shards"]]
+    if isinstance(document["errors"], dict):
+        numbers += document["errors"].values()
+    names = document["parts"]
+    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not (whole and isinstance(document["errors"], dict) and all(type(one) is int for one in numbers)):
+        raise InputError(f"{path} is damaged: delete it and start the run again.")
     return document
 
 

@@ -35,6 +35,7 @@ from workflows.results import (
     RUN_FILE,
     TEXT_TASKS,
     json_columns,
+    lacking,
     shard_name,
     shard_number,
 )
@@ -655,6 +656,8 @@ def _scan_results(file: ManifestFile) -> Scan:
     """Its ok rows: `id`, `image` (a reference), and all other columns under names of their own."""
     with _open_parquet(file) as parquet:
         theirs = parquet.schema_arrow
+        if words := lacking(theirs):
+            raise InputError(f"{file.path} says that it is a file of results, but {words}: leave it out.")
         ok = parquet.read(columns=["status"]).column("status").to_pylist().count("ok")
         groups = parquet.metadata.num_row_groups
     fields = [field.with_name(PREFIX + field.name) for field in theirs if field.name != COLUMN]

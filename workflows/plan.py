@@ -111,7 +111,10 @@ class Round:
     def from_values(cls, values: dict[str, Any]) -> "Round":
         values = {key: value for key, value in values.items() if key != "shards"}
         rows = values.pop("manifest_rows")
-        bits = np.frombuffer(zlib.decompress(base64.b64decode(values["selected"])), np.uint8)
+        packed = zlib.decompressobj().decompress(base64.b64decode(values["selected"]), rows // 8 + 1)
+        bits = np.frombuffer(packed, np.uint8)
+        if len(bits) != -(-rows // 8):
+            raise ValueError("it selects other rows than it has")
         selected = np.unpackbits(bits, count=rows).astype(bool)
         return cls(**values | {"selected": selected, "carried": decode_schema(values["carried"])})
 

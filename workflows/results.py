@@ -5,6 +5,7 @@ a list of `data/` says what is done. Knows nothing of Ray, of how a picture is m
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -477,9 +478,25 @@ def write_shard(output: str, shard: int, table: pa.Table) -> int:
     return data.size
 
 
+@functools.cache
+def _own_fields() -> tuple[pa.Field, ...]:
+    return tuple(result_schema(pa.schema([])))
+
+
+def lacking(schema: pa.Schema) -> str:
+    """Why a file with this schema is none of results, in words; empty if it may be one."""
+    for field in _own_fields():
+        if schema.names.count(field.name) != 1 or schema.field(field.name).type != field.type:
+            return f"it has no column {field.name} of type {field.type}"
+    return ""
+
+
 @contextmanager
 def open_shard(output: str, shard: int) -> Iterator[pq.ParquetFile]:
-    """The file of a shard, for reading row group by row group. Raises FileNotFoundError."""
+    """The file of a shard, for reading row group by row group.
+
+    Raises FileNotFoundError, and ArrowInvalid if another file lies in its place.
+    """
     path = shard_path(output, shard)
     filesystem, inner = storage.parquet_filesystem(path)
     with (
@@ -487,6 +504,8 @@ def open_shard(output: str, shard: int) -> Iterator[pq.ParquetFile]:
         filesystem.open_input_file(inner) as file,
         pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True) as parquet,
     ):
+        if words := lacking(parquet.schema_arrow):
+            raise pa.ArrowInvalid(words)
         yield parquet
 
 
@@ -555,7 +574,8 @@ def read_run(output: str) -> dict[str, Any]:
             f"{path} has format {found!r:.80}, but this version reads {FORMAT}: use the version that made it."
         )
     config, options = document.get("config"), document.get("options")
-    if not (isinstance(config, dict) and isinstance(options, dict) and config.get("task") in TASKS):
+    whole = isinstance(config, dict) and isinstance(options, dict) and config.get("task") in TASKS
+    if not (whole and isinstance(document.get("config_digest"), str)):
         raise InputError(
             f"{path} lacks config, its task or options: restore it, or give another output folder."
         )

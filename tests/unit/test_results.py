@@ -240,7 +240,13 @@ def test_features_of_carried_pictures_are_kept_in_hugging_face_s_metadata():
 
 def test_run_json_is_made_once_and_guards_the_output(tmp_path):
     output = str(tmp_path)
-    fields = {"task": "generate", "seed": 1, "sampling": {"cfg": 3.0, "top_k": 1000}, "templates": {}, "width": None}
+    fields = {
+        "task": "edit",
+        "seed": 1,
+        "sampling": {"cfg": 3.0, "top_k": 1000},
+        "templates": {},
+        "width": None,
+    }
     results.put_run(output, fields, {"replicas": [1, 2]})
     made = (tmp_path / "run.json").read_bytes()
     results.put_run(output, fields | {"sampling": {"cfg": 3, "top_k": 1000}}, {"replicas": [4, 4]})
@@ -248,7 +254,7 @@ def test_run_json_is_made_once_and_guards_the_output(tmp_path):
     document = results.read_run(output)
     assert document["config"] == fields and document["config_digest"] == results.digest(fields)
     other = {
-        "task": "generate",
+        "task": "edit",
         "seed": 2,
         "sampling": {"cfg": 5.0, "top_k": 1000},
         "templates": {"en": "x" * 200},
