@@ -191,7 +191,7 @@ class Replica:
         import torch
 
         from model.checkpoint import load
-        from model.engine import Engine, EngineOptions
+        from model.engine import Engine, EngineOptions, gpu_options
 
         torch.set_num_threads(threads)
         if device == "auto":
@@ -202,7 +202,13 @@ class Replica:
                 f"install a torch that is built for its driver, or choose the device cpu."
             )
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        engine = Engine(load(checkpoint(), task, device, dtype), task, EngineOptions(**options))
+        model = load(checkpoint(), task, device, dtype)
+        if device == "cpu":
+            chosen = EngineOptions(**options)
+        else:
+            free, _ = torch.cuda.mem_get_info()
+            chosen = gpu_options(model.config, free, dtype.itemsize, **options)
+        engine = Engine(model, task, chosen)
         self.environment = json.dumps(
             {
                 "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),

@@ -647,6 +647,30 @@ def shapes(
     return OK
 
 
+@cli.group(short_help="Measure how fast this machine is.")
+def bench() -> None:
+    """Measure how fast this machine is."""
+
+
+@bench.command("engine", short_help="The engine beside the plain loop and the machine's own limits.")
+@click.option(
+    "--model", type=click.Choice(["tiny", "mid", "7b"]), default="mid", help="Shapes (default mid)."
+)
+@click.option("--slots", type=int, default=32, metavar="N", help="Pictures decoded at once (default 32).")
+@click.option("--rounds", type=int, default=5, metavar="N", help="Rounds to take medians of (default 5).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench_engine(model: str, slots: int, rounds: int, as_json: bool) -> int:
+    """Time the engine, with random weights, beside the plain loop over Hugging Face's modules, at batch 1
+    and at the same batch, and count its work. The same as python -m model.bench, which has more options
+    and runs where Ray is absent.
+    """
+    from model.bench import main
+
+    given = ["--model", model, "--slots", str(slots), "--rounds", str(rounds)]
+    main([*given, *(["--json"] if as_json else [])])
+    return OK
+
+
 @cli.group(short_help="Score results.")
 def evaluate() -> None:
     """Score results."""

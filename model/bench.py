@@ -305,6 +305,7 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = random_model(config, ("generate",), device, dtype)
     options = EngineOptions(slots=slots, group_rows=slots, decode_vq=False)
+    smaller = replace(options, slots=max(1, slots // 4), group_rows=max(1, slots // 4))
     reference = Reference(model)
     report: dict[str, Any] = {
         "model": name,
@@ -328,10 +329,17 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
         def one(requests: list[Request] = requests) -> None:
             reference.images("generate", requests[:1], decode_vq=False)
 
-        products = decode_products(model, "generate", slots)
+        def few(requests: list[Request] = requests) -> None:
+            list(Engine(model, "generate", smaller).run(requests[: smaller.slots]))
+
+        products, double = (decode_products(model, "generate", count) for count in (slots, 2 * slots))
         steps = size.grid[0] * (size.grid[1] + 1) - 1
 
         def gemms(products: Callable[[], None] = products) -> None:
+            for _ in range(16):
+                products()
+
+        def gemms_double(products: Callable[[], None] = double) -> None:
             for _ in range(16):
                 products()
 
@@ -352,14 +360,25 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
             seconds.append((time.perf_counter() - start) / (steps - 2))
 
         timed = interleaved(
-            device, rounds, engine=engine, same=same_batch, one=one, gemms=gemms, decode=decode
+            device,
+            rounds,
+            engine=engine,
+            few=few,
+            same=same_batch,
+            one=one,
+            gemms=gemms,
+            gemms_double=gemms_double,
+            decode=decode,
         )
+        line, fused = size.grid[1] + 1, timed["gemms_double"].median / timed["gemms"].median
         step = statistics.median(decode_seconds[1:])
         report["sizes"][f"{side}x{side}"] = {
             "images_per_second": slots / timed["engine"].median,
+            f"images_per_second_at_{smaller.slots}_slots": smaller.slots / timed["few"].median,
             "speedup_vs_reference_b1": timed["one"].median * slots / timed["engine"].median,
             "speedup_vs_reference_same_batch": timed["same"].median / timed["engine"].median,
             "decode_gemm_fraction": timed["gemms"].median / 16 / step,
+            "line_end_fusion_bound": line / (line - 2 + fused),
             "decode_share": step * steps / timed["engine"].median,
         } | counted(model, requests, options)
     report["slot_occupancy"] = occupancy(model, config.size_list())
@@ -394,8 +413,46 @@ def edit_prefix_speedup(
     return timed["alone"].median / timed["shared"].median
 
 
+def decode_steps(name: str, slots: int, steps: int, device: torch.device, side: int) -> None:
+    """Prints a JSON line for each of several cache lengths: seconds of a decode step, of its matrix
+    products alone, and the pictures a second that follow if all steps were like it.
+
+    All rows have one prompt, as long as the cache shall be, so that no picture has to be drawn up to there.
+    """
+    config, size = MODELS[name], Size(side, side)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = random_model(config, ("generate",), device, dtype)
+    options = EngineOptions(slots=slots, group_rows=slots, decode_vq=False)
+    drawn = size.grid[0] * (size.grid[1] + 1) - 1
+    products = interleaved(device, 5, products=decode_products(model, "generate", slots))["products"].median
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.5, 1.0):
+        length = PROMPT_TOKENS + int(share * drawn)
+        prompts = [text_prompt(rng, length, config.decoder.vocab_size) for _ in range(2)]
+        running = Engine(model, "generate", options)
+        for key in range(slots):
+            running.submit(Request(key, prompts[0], prompts[1], size, key, SAMPLING))
+        for _ in range(3):
+            running.step()
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            running.step()
+        synchronise(device)
+        step = (time.perf_counter() - start) / steps
+        values = {
+            "model": name,
+            "slots": slots,
+            "keys": length,
+            "seconds_per_step": step,
+            "seconds_of_products": products,
+            "images_per_second": slots / (step * drawn),
+        }
+        print(json.dumps(values), flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints a report, or with `--json` one JSON object."""
+    """Prints a report, or with `--json` one JSON object; with `--steps` a JSON line a cache length."""
     parser = argparse.ArgumentParser(prog="python -m model.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="mid", help="shapes to measure")
     parser.add_argument("--slots", type=int, default=32, help="pictures decoded at once")
@@ -405,11 +462,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="time so many decode steps alone, nothing else")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     sides = options.side or {"tiny": [128], "mid": [128, 256], "7b": [512]}[options.model]
+    if options.steps:
+        for side in sides:
+            decode_steps(options.model, options.slots, options.steps, torch.device(options.device), side)
+        return
     report = bench(options.model, options.slots, options.rounds, torch.device(options.device), sides)
     if options.json:
         print(json.dumps(report))

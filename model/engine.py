@@ -7,21 +7,24 @@ same alone or in any company, in any slot and any order. Knows nothing of Ray, f
 thread at a time may use an engine.
 """
 
+import functools
 import hashlib
 import itertools
 import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.attention import BACKENDS, Visible, default_backend
-from model.config import VQ_FACTOR, Size
+from model.config import VQ_FACTOR, ModelConfig, Size
 from model.decoder import rope, rope_frequencies
 from model.errors import RowError
+from model.graphs import Replayed
 from model.images import patchify
 from model.kv_cache import KVCache, Prefix
 from model.prompts import Prompt
@@ -32,6 +35,14 @@ from model.wallaroo import Wallaroo
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 END_OF_LINE = "<|end_of_line>|"
+GPU_GROUP_ROWS = 64
+"""Rows of a group on a GPU with room for them: fewer would read the weights more often than they compute."""
+MOST_SLOTS = 128
+"""Slots chosen where nobody says; a GPU that is busy with so many gains nothing from more."""
+PROMPT_ROOM = 1024
+"""Prompt tokens a row is taken to have when slots are chosen."""
+VQ_BYTES = 3500
+"""Activations of a VQ decode in float32, bytes a pixel."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class EngineOptions:
     prefix_sharing: whether rows of one prompt share its prefill; prefix_tokens: prompt tokens kept for
         sharing when no row waits for them any more.
     attention: `block`, `sdpa` or `flash`; None for what suits the device.
+    capture: whether decode steps on CUDA are recorded and replayed (see model/graphs.py).
     decode_vq: whether pictures are wanted and not their tokens alone.
     trace: keep each row's logits, and take tokens that are forced.
 
@@ -102,6 +114,7 @@ class EngineOptions:
     prefix_sharing: bool = True
     prefix_tokens: int = 16384
     attention: str | None = None
+    capture: bool = True
     decode_vq: bool = True
     trace: bool = False
 
@@ -114,6 +127,26 @@ class EngineOptions:
             "vq_slice": self.vq_slice,
             "attention": self.attention or default_backend(device, dtype),
         }
+
+
+def gpu_options(config: ModelConfig, free: int, element: int, **given: Any) -> EngineOptions:
+    """Options for a GPU with `free` bytes of memory beside the model and `element` bytes a number.
+
+    Groups are large where a large one fits, whatever slots were asked for, since the shape of a group may
+    change a row by rounding; slots are as many whole groups as fit. What is `given` stays as it is.
+    """
+    decoder = config.decoder
+    largest = max(config.size_list(), key=lambda size: size.height * size.width)
+    height, width = largest.grid
+    tokens = PROMPT_ROOM + height * (width + config.line_break)
+    row = 4 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * element * tokens
+    slice_bytes = given.get("vq_slice", EngineOptions.vq_slice) * largest.height * largest.width * VQ_BYTES
+    # A tenth is left to what a step computes on.
+    fitting = int((0.9 * free - slice_bytes) // row)
+    group = GPU_GROUP_ROWS if fitting >= GPU_GROUP_ROWS else EngineOptions.group_rows
+    group = given.get("group_rows", group)
+    slots = max(1, min(fitting, MOST_SLOTS) // group) * group
+    return EngineOptions(**({"group_rows": group, "slots": slots} | given))
 
 
 @dataclass(eq=False)
@@ -165,7 +198,11 @@ class Engine:
             raise ValueError(f"the model was loaded for {model.tasks}, not for '{task}'")
         self.model = model.eval()
         self.task = task
-        self.attention = BACKENDS[self.options.attention or default_backend(model.device, model.dtype)]
+        backend = self.options.attention or default_backend(model.device, model.dtype)
+        self.attention = BACKENDS[backend]
+        # Blocks of keys are counted by the host, and traces are kept by it.
+        captures = self.options.capture and model.device.type == "cuda" and backend != "block"
+        self.graph_pool = torch.cuda.graph_pool_handle() if captures and not self.options.trace else None
         self.counts: Counter[str] = Counter()
         self.frequencies = rope_frequencies(model.config.decoder, model.device)
         ids = model.config.token_ids
@@ -533,6 +570,7 @@ class _Group:
         self.filters = Filters(0, False)
         self.members: list[_Row | None] = [None] * self.rows
         self.traces: dict[int, list[Tensor]] = {}
+        self.replayed: dict[tuple[bool, Filters], Replayed] = {}
         self.since_check = 0
         self.active_before = 0
 
@@ -545,6 +583,8 @@ class _Group:
         """Puts a row whose prompts are ready into a free slot."""
         request, sampling = row.request, row.request.sampling
         slot = row.slot = self.members.index(None)
+        if self.cache.capacity < row.length or self.tokens.shape[1] < row.steps:
+            self.replayed.clear()  # they were recorded with the tensors that are replaced now
         self.cache.grow(row.length)
         if self.tokens.shape[1] < row.steps:
             missing = row.steps - self.tokens.shape[1]
@@ -587,14 +627,30 @@ class _Group:
         for row in rows:
             row.step += 1
         self.active_before = len(rows)
-        if self.engine.options.trace or any(row.step % self._line(row) for row in rows):
-            self._draw()
         # Where all rows are at the end of a line, which is not drawn, the tokens before stand in.
-        self.taken += self.advance[: self.rows]
+        drawn = self.engine.options.trace or any(row.step % self._line(row) for row in rows)
         # Nobody needs what comes after a last token; where all rows are at theirs, it is not computed.
-        if any(row.step < row.steps for row in rows):
-            self._feed(max(row.length - row.steps + row.step for row in rows))
+        fed = any(row.step < row.steps for row in rows)
+        longest = max(row.length - row.steps + row.step for row in rows)
+        if fed and self.engine.graph_pool is not None:
+            replayed = self.replayed.get((drawn, self.filters))
+            if replayed is None:
+                # Nothing in it may depend on how long the rows are; the capacity bounds them all.
+                work = functools.partial(self._advance, drawn, fed, self.cache.capacity)
+                replayed = self.replayed[drawn, self.filters] = Replayed(work, self.engine.graph_pool)
+            replayed()
+        else:
+            self._advance(drawn, fed, longest)
+        self.engine.counts["forwards"] += fed
         return self._finished()
+
+    def _advance(self, drawn: bool, fed: bool, longest: int) -> None:
+        """A token in every slot, on tensors that stay where they are; `longest` bounds the keys."""
+        if drawn:
+            self._draw()
+        self.taken += self.advance[: self.rows]
+        if fed:
+            self._feed(longest)
 
     def _feed(self, longest: int) -> None:
         """Takes `token` of every slot through the decoder; `longest` bounds the keys."""
@@ -619,7 +675,6 @@ class _Group:
         self.hidden.copy_(model.language_model(x, cos, sin, attend))
         self.length += self.advance
         self.position += self.advance
-        engine.counts["forwards"] += 1
 
     def _draw(self) -> None:
         """Puts the next token of every slot into `token`, and into its place in `tokens`."""

@@ -255,9 +255,9 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
     A replica holds as many shards as fill its slots and one more; a larger backlog would only keep work
     from replicas that come up later.
     """
-    from model.engine import EngineOptions
+    from model.engine import MOST_SLOTS, EngineOptions
 
-    slots = config.slots or EngineOptions().slots
+    slots = config.slots or (MOST_SLOTS if device == "cuda" else EngineOptions().slots)
     calls = 1 + math.ceil(slots * shards / rows)
     return Pool(device, min(config.replicas[1], shards), calls, config.threads, config.slots, kind)
 

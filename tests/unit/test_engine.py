@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.bench import Operators
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.engine import Engine, EngineOptions, Request, Result
+from model.engine import Engine, EngineOptions, Request, Result, gpu_options
 from model.prompts import Prompt
 from model.sampling import Sampling
 from model.wallaroo import Wallaroo
@@ -370,3 +370,24 @@ def test_the_slots_stay_full_until_the_last_refill(model: Wallaroo) -> None:
         steps += 1
     assert steps > 60
     assert used / (16 * steps) >= 0.95
+
+
+def test_a_gpu_gets_as_many_slots_as_fit_in_groups_whose_shape_slots_do_not_change() -> None:
+    large = ModelConfig(name="7b")
+    chosen = [gpu_options(large, gigabytes << 30, 2) for gigabytes in (4, 8, 30, 120)]
+    assert [(options.group_rows, options.slots) for options in chosen] == [
+        (16, 16),
+        (16, 16),
+        (64, 64),
+        (64, 128),
+    ]
+    assert gpu_options(large, 120 << 30, 2, slots=16).group_rows == 64
+    assert gpu_options(large, 120 << 30, 2, slots=16).slots == 16
+    assert gpu_options(large, 120 << 30, 2, group_rows=32) == EngineOptions(group_rows=32, slots=128)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replayed_steps_draw_the_same_tokens_as_steps_that_run() -> None:
+    random = random_model(CONFIG, "generate").to("cuda")
+    replayed, run = (serve(random, REQUESTS, capture=capture) for capture in (True, False))
+    assert_same(replayed, run)
