@@ -6,7 +6,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -57,6 +59,32 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def replicas(head: Head) -> list[Any]:
+    """The processes of a head's replicas."""
+    import psutil
+
+    found = []
+    for one in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.NoSuchProcess):
+            raylet = one.parent()
+            is_replica = raylet is not None and "Replica" in " ".join(one.info["cmdline"] or ())
+            if is_replica and str(head.folder) in " ".join(raylet.cmdline()):
+                found.append(one)
+    return found
+
+
+@contextmanager
+def held(processes: list[Any]) -> Iterator[None]:
+    """Keeps processes from going on."""
+    for one in processes:
+        one.suspend()
+    try:
+        yield
+    finally:
+        for one in processes:
+            one.resume()
+
+
 def metric_names(head: Head) -> set[str]:
     """Names of our metrics as Prometheus would find them."""
     with urllib.request.urlopen(head.metrics, timeout=30) as answer:
@@ -86,14 +114,16 @@ def test_a_run_from_its_submission_to_its_report(head, shell, tmp_path):
     code, again, _ = ended(shell("submit", "--", *run, "--replicas", "1:2"))
     assert (code, again.splitlines()[0]) == (0, f"{job}: at work already, submitted before")
 
-    while not (output / "runs" / "0001.json").exists():
+    while not ((output / "runs" / "0001.json").exists() and replicas(head)):
         assert first.poll() is None, first.communicate()
-        time.sleep(0.5)
-    code, status, _ = ended(shell("jobs", "status", "nightly"))
-    assert code == 0
-    assert status.startswith(f"{job}: RUNNING"), status
-    assert f"of {ROWS}, 0 errors" in status, status
-    assert job in ended(shell("jobs", "list"))[1]
+        time.sleep(0.2)
+    # On a slow machine the run would be over before it was asked how far it is.
+    with held(replicas(head)):
+        code, status, _ = ended(shell("jobs", "status", "nightly"))
+        assert code == 0
+        assert status.startswith(f"{job}: RUNNING"), status
+        assert f"of {ROWS}, 0 errors" in status, status
+        assert job in ended(shell("jobs", "list"))[1]
 
     code, stopped, _ = ended(shell("jobs", "stop", job))
     assert (code, stopped) == (0, f"{job}: stopped\n")

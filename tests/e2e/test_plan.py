@@ -169,8 +169,9 @@ def test_the_first_to_be_planned_keeps_its_id(tmp_path):
 def test_an_interrupted_look_is_finished_before_another(mixed, tmp_path, monkeypatch):
     folder, wanted = mixed
     monkeypatch.setattr(planning, "PART_SHARDS", 2)
-    # By chance, so that only what is written down tells which rows were chosen.
-    make(folder, tmp_path / "out", samples=2, where="random() < 0.5")
+    # By chance, so that only what is written down tells which rows were chosen. An id that occurs twice is
+    # kept by the first row of it that is planned, so those are left to the last of the three.
+    make(folder, tmp_path / "out", samples=2, where="random() < 0.5 AND id NOT IN ('a5', 'b3')")
     chosen = rows(tmp_path / "out")
     for file in sorted((tmp_path / "out" / "plan").glob("part-?????.json"))[1:]:
         file.unlink()
