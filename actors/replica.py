@@ -3,7 +3,8 @@
 Ray's calls only put rows into a queue and wait for their outcomes, so that rows of several shards
 share the engine's slots. Every row is given back exactly once, as ok or as error. A broken device is
 no row's fault: then the process ends itself and Ray starts it anew, because an exception that left
-the call would fail the whole run and restart nothing. Knows nothing of manifests, plans, output
+the call would fail the whole run and restart nothing. Rows that `actors.watch` suspects of killing
+replicas run alone, and those it has found guilty not at all. Knows nothing of manifests, plans, output
 folders or image formats.
 """
 
@@ -16,14 +17,18 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
 
 from actors import metrics
 from actors.rows import Outcome, from_ipc, outcomes_table, requests, to_ipc
+from actors.watch import Start
 from model.errors import InputError
 
 # A driver names this class without using it, so torch waits until there is an engine to run.
@@ -35,6 +40,12 @@ GAUGE_SECONDS = 1.0
 
 EXIT_DEVICE = 70
 """Exit status of a process that ended itself because its engine failed."""
+
+LETHAL = "crash"
+"""Kind of the error rows that end their replica."""
+
+AHEAD = 16
+"""Rows beyond its slots that an engine has, to prepare them; the fewer, the fewer come under suspicion."""
 
 
 class _Call:
@@ -52,6 +63,45 @@ class _Call:
         self.outcomes.append(outcome)
         if len(self.outcomes) == len(self.rows):
             self.loop.call_soon_threadsafe(self.finished.set_result, None)
+
+
+class _Waiting(NamedTuple):
+    """A row of a call that the engine is to get. row: its position in the shard."""
+
+    call: _Call
+    row: int
+    request: "Request"
+
+
+@dataclass
+class _Queue:
+    """Rows that the engine has not got yet. ordinary: first come, first served. suspects: by how often each
+    has ended a replica alone, the least suspicious last."""
+
+    ordinary: deque[_Waiting] = field(default_factory=deque)
+    suspects: list[tuple[int, _Waiting]] = field(default_factory=list)
+    given_back: bool = False
+
+    def put(self, one: _Waiting, deaths: int | None) -> None:
+        """deaths: of a suspect."""
+        if deaths is None:
+            self.ordinary.append(one)
+        else:
+            self.suspects.append((deaths, one))
+            self.suspects.sort(key=lambda suspect: -suspect[0])
+
+    def take(self, room: int, idle: bool) -> tuple[list[_Waiting], bool]:
+        """The rows for an engine with so much room, and whether they are one suspect alone.
+
+        A suspect needs an idle engine. Other rows go on before it until one has been given back: a replica
+        that can make none has a broken device, which is no row's fault.
+        """
+        if self.suspects and (self.given_back or not self.ordinary):
+            return ([self.suspects.pop()[1]], True) if idle else ([], False)
+        return [self.ordinary.popleft() for _ in range(min(room, len(self.ordinary)))], False
+
+    def __len__(self) -> int:
+        return len(self.ordinary) + len(self.suspects)
 
 
 class _Meter:
@@ -116,7 +166,7 @@ class Replica:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.environment = ""
         self._watch = watch
-        self._inbox: queue.SimpleQueue[tuple[_Call, int, Request]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[_Waiting, int | None]] = queue.SimpleQueue()
         self._loaded = threading.Event()
         self._refusal: InputError | None = None
         threading.Thread(
@@ -135,30 +185,43 @@ class Replica:
         Takes `shard` (its number) and `requests` (bytes of a table under `actors.rows.REQUESTS`); all
         other entries are passed on. Adds `outcomes` (bytes of a table under OUTCOMES, in no certain
         order), `replica` (host and process), `attempts` (for which time the shard is tried) and
-        `environment` (JSON of what rounds a result).
+        `environment` (JSON of what rounds a result). `outcomes` is empty where the run is about to stop
+        and the shard was not begun.
         Raises InputError if the checkpoint or the device cannot be used: no restart would help.
         """
         if self._refusal is not None:
             raise self._refusal
         table = from_ipc(row["requests"])
         rows = table.column("row").to_pylist()
-        attempts = 1
+        start = Start()
         call = _Call(int(row["shard"]), rows, asyncio.get_running_loop())
         if rows:
             if self._watch is not None:
-                attempts = await self._watch.note_start.remote(self.name, call.shard, rows)
-            keys = [(call, number) for number in rows]
-            for number, request in zip(rows, requests(table, keys), strict=True):
-                self._inbox.put((call, number, request))
-            await call.finished
+                start = await self._watch.note_start.remote(self.name, call.shard, rows)
+            if not start.stopping:
+                self._begin(call, table, start)
+                await call.finished
         passed = {name: value for name, value in row.items() if name != "requests"}
         return {
             **passed,
-            "outcomes": to_ipc(outcomes_table(call.outcomes)),
+            "outcomes": b"" if start.stopping else to_ipc(outcomes_table(call.outcomes)),
             "replica": self.name,
-            "attempts": attempts,
+            "attempts": start.attempt,
             "environment": self.environment,
         }
+
+    def _begin(self, call: _Call, table: pa.Table, start: Start) -> None:
+        """Puts the rows of a call into the inbox, but for those that may not run again."""
+        lethal = set(start.lethal)
+        if lethal and self._watch is not None:
+            self._watch.note_done.remote(self.name, [(call.shard, number, False) for number in lethal])
+        for number in lethal:
+            sentence = "its replica ended each time that it was made, at last with no other row beside it."
+            call.give_back(Outcome(number, datetime.now(UTC), 0.0, LETHAL, sentence))
+        keys = [(call, number) for number in call.rows]
+        for number, request in zip(call.rows, requests(table, keys), strict=True):
+            if number not in lethal:
+                self._inbox.put((_Waiting(call, number, request), start.suspects.get(number)))
 
     def _serve(
         self,
@@ -221,31 +284,44 @@ class Replica:
 
     def _turn(self, engine: "Engine") -> None:
         """Feeds the engine and gives its results back, for ever."""
-        at_work: dict[Hashable, tuple[_Call, int, datetime, float]] = {}
+        at_work: dict[Hashable, tuple[_Waiting, datetime, float]] = {}
+        waiting = _Queue()
         meter = _Meter(engine, self.name)
         while True:
-            if self._inbox.empty() and not engine.pending:
+            if self._inbox.empty() and not (engine.pending or waiting):
                 meter.say(0)  # it waits for rows now, and would say nothing until they come
-            while not (engine.pending and self._inbox.empty()):
-                call, number, request = self._inbox.get()
-                at_work[request.key] = call, number, datetime.now(UTC), time.perf_counter()
-                engine.submit(request)
+            while not ((engine.pending or waiting) and self._inbox.empty()):
+                waiting.put(*self._inbox.get())
+            taken, alone = waiting.take(engine.slots + AHEAD - engine.pending, not engine.pending)
+            if taken and self._watch is not None:
+                self._note_at_work(taken, alone)
+            for one in taken:
+                at_work[one.request.key] = one, datetime.now(UTC), time.perf_counter()
+                engine.submit(one.request)
             done = []
             round_started = time.perf_counter()
             results = engine.step()
-            meter.round(time.perf_counter() - round_started, self._inbox.qsize())
+            meter.round(time.perf_counter() - round_started, self._inbox.qsize() + len(waiting))
             for result in results:
-                call, number, started_at, started = at_work.pop(result.key)
+                one, started_at, started = at_work.pop(result.key)
                 seconds = time.perf_counter() - started
-                outcome = Outcome.of_result(number, result, started_at, seconds)
+                outcome = Outcome.of_result(one.row, result, started_at, seconds)
                 meter.finished(outcome)
-                done.append((call, outcome))
+                done.append((one.call, outcome))
+                waiting.given_back = True
             if done and self._watch is not None:
                 self._watch.note_done.remote(
                     self.name, [(call.shard, outcome.row, not outcome.error_type) for call, outcome in done]
                 )
             for call, outcome in done:
                 call.give_back(outcome)
+
+    def _note_at_work(self, rows: list[_Waiting], alone: bool) -> None:
+        """Tells the watch before the engine gets rows, and waits, since they may be the last it does."""
+        import ray
+
+        keys = [(one.call.shard, one.row) for one in rows]
+        ray.get(self._watch.note_at_work.remote(self.name, keys, alone))
 
     def _end(self, reason: str) -> None:
         """Ends this process, after the watch has been told why."""

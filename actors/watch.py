@@ -5,10 +5,19 @@ of them are, row by row. Knows nothing of what a row holds or where results go: 
 numbers to it.
 """
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import ray
+SUSPECT_DEATHS = 2
+"""Deaths of its replica that a row sees among others before it must run alone."""
+
+PROVEN_DEATHS = 2
+"""Deaths with the row alone, of replicas that had given back another, which prove it guilty."""
+
+UNPROVEN_DEATHS = 3
+"""The same of replicas that had given back nothing, where there is no other row to try first."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,9 @@ class Counts:
     replicas: replicas that have been seen up and are not known to be gone.
     deaths: replicas that ended while they had rows, or because they could not go on.
     last_death: what the latest of them said before it ended, or empty.
-    hardest_shard, attempts: the shard that was begun most often, and how often.
+    hardest_shard, fruitless: the shard whose replica died most often since a row was last found guilty, and
+        how often.
+    held, finished: shards that replicas have, and that they have given back.
     """
 
     rows: int = 0
@@ -29,7 +40,23 @@ class Counts:
     deaths: int = 0
     last_death: str = ""
     hardest_shard: int = -1
-    attempts: int = 0
+    fruitless: int = 0
+    held: int = 0
+    finished: int = 0
+
+
+class Start(NamedTuple):
+    """What a replica is told of a shard that it takes.
+
+    attempt: for which time the shard is tried. suspects: row -> how often a replica died with that row alone
+    on it, of rows that must run alone. lethal: rows that must not run again, since they end their replica.
+    stopping: whether the run is about to stop, so that the shard shall be left.
+    """
+
+    attempt: int = 1
+    suspects: Mapping[int, int] = {}
+    lethal: Sequence[int] = ()
+    stopping: bool = False
 
 
 @dataclass
@@ -42,24 +69,42 @@ class _Shard:
     errors: int = 0
 
 
+Row = tuple[int, int]
+"""Shard, and position in it."""
+
+
 class Watch:
-    """The state behind the actor; made with `start`, and called through the handle that this gives."""
+    """The state behind the actor; made with `start`, and called through the handle that this gives.
+
+    How a row that kills its replica is found: with a death every row that the engine had then has seen one.
+    One death makes no suspect, since machines are lost every day. What has seen SUSPECT_DEATHS runs alone
+    from then on, and what ends its replica alone PROVEN_DEATHS times is lethal. Such a death proves
+    nothing where that replica had given back no row before: then its device may be at fault, and more of
+    them are asked for.
+    """
 
     def __init__(self) -> None:
         self._shards: dict[int, _Shard] = {}
         self._done: dict[int, tuple[int, int]] = {}
         self._starts: dict[int, int] = {}
+        self._fruitless: Counter[int] = Counter()
         self._replicas: set[str] = set()
+        self._at_work: dict[str, set[Row]] = {}
+        self._alone: dict[str, Row] = {}
+        self._able: set[str] = set()
+        self._seen: Counter[Row] = Counter()
+        self._proven: Counter[Row] = Counter()
+        self._unproven: Counter[Row] = Counter()
         self._deaths = 0
         self._last_death = ""
-        self._hardest_shard = -1
+        self._stopping = False
 
     def note_up(self, replica: str) -> None:
         """A replica holds its model and waits for rows."""
         self._replicas.add(replica)
 
-    def note_start(self, replica: str, shard: int, rows: list[int]) -> int:
-        """A replica takes these rows of a shard; the answer says for which time the shard is tried.
+    def note_start(self, replica: str, shard: int, rows: list[int]) -> Start:
+        """A replica takes these rows of a shard.
 
         A shard that another replica still has tells of that one's death: Ray gives it to a second
         one only then.
@@ -67,16 +112,40 @@ class Watch:
         earlier = self._shards.get(shard)
         if earlier is not None and earlier.replica != replica:
             self._bury(earlier.replica)
+        if self._stopping:
+            self._shards.pop(shard, None)
+            return Start(stopping=True)
         self._done.pop(shard, None)
         self._shards[shard] = _Shard(replica, set(rows))
         starts = self._starts[shard] = self._starts.get(shard, 0) + 1
-        if starts > self._starts.get(self._hardest_shard, 0):
-            self._hardest_shard = shard
-        return starts
+        keys = [(shard, row) for row in rows]
+        lethal = {key for key in keys if self._is_lethal(key)}
+        suspects = {
+            key[1]: self._proven[key] + self._unproven[key]
+            for key in keys
+            if self._seen[key] >= SUSPECT_DEATHS and key not in lethal
+        }
+        return Start(starts, suspects, [row for _, row in lethal])
+
+    def note_at_work(self, replica: str, rows: list[Row], alone: bool = False) -> None:
+        """The engine of a replica is about to get rows; the answer must have come before it does.
+
+        alone: it has no others.
+        """
+        self._at_work.setdefault(replica, set()).update(rows)
+        self._alone.pop(replica, None)
+        if alone:
+            (self._alone[replica],) = rows
 
     def note_done(self, replica: str, rows: list[tuple[int, int, bool]]) -> None:
         """A replica has given back rows, each a (shard, row, whether ok)."""
+        at_work = self._at_work.get(replica, set())
         for shard, row, ok in rows:
+            if (shard, row) in at_work and ok:
+                self._able.add(replica)
+            at_work.discard((shard, row))
+            if self._alone.get(replica) == (shard, row):
+                del self._alone[replica]
             held = self._shards.get(shard)
             if held is None or held.replica != replica or row not in held.waiting:
                 continue
@@ -85,6 +154,7 @@ class Watch:
             held.errors += not ok
             if not held.waiting:
                 self._done[shard] = (held.rows, held.errors)
+                self._fruitless.pop(shard, None)
                 del self._shards[shard]
 
     def note_death(self, replica: str, reason: str) -> None:
@@ -93,28 +163,54 @@ class Watch:
         self._replicas.add(replica)
         self._bury(replica)
 
+    def stop(self) -> None:
+        """From now on no replica begins a shard."""
+        self._stopping = True
+
     def counts(self) -> Counts:
         """How far the run is."""
         held = [(shard.rows, shard.errors) for shard in self._shards.values()]
         pairs = [*self._done.values(), *held]
+        hardest, deaths = max(self._fruitless.items(), key=lambda one: one[1], default=(-1, 0))
         return Counts(
             rows=sum(rows for rows, _ in pairs),
             errors=sum(errors for _, errors in pairs),
             replicas=len(self._replicas),
             deaths=self._deaths,
             last_death=self._last_death,
-            hardest_shard=self._hardest_shard,
-            attempts=self._starts.get(self._hardest_shard, 0),
+            hardest_shard=hardest,
+            fruitless=deaths,
+            held=len(self._shards),
+            finished=len(self._done),
         )
 
     def _bury(self, replica: str) -> None:
-        if replica in self._replicas:
-            self._replicas.remove(replica)
-            self._deaths += 1
+        if replica not in self._replicas:
+            return
+        self._replicas.remove(replica)
+        self._deaths += 1
+        alone, rows = self._alone.pop(replica, None), self._at_work.pop(replica, set())
+        if alone is not None:
+            able = replica in self._able
+            (self._proven if able else self._unproven)[alone] += 1
+            if self._is_lethal(alone):
+                # A culprit is found, so whatever happened so far has led to something.
+                self._fruitless.clear()
+                return
+        else:
+            self._seen.update(rows)
+        for shard, held in self._shards.items():
+            if held.replica == replica:
+                self._fruitless[shard] += 1
+
+    def _is_lethal(self, row: Row) -> bool:
+        return self._proven[row] >= PROVEN_DEATHS or self._unproven[row] >= UNPROVEN_DEATHS
 
 
 def start() -> Any:
     """A watch on this machine, which lives as long as the handle (and so the driver) does."""
+    import ray
+
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )

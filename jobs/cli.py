@@ -15,12 +15,13 @@ import click
 
 from jobs.config import SECTIONS, SETTINGS, Setting, resolve
 from model.errors import InputError
+from workflows.stopping import RunStopped, Stop
 
 if TYPE_CHECKING:
     from workflows.plan import Plan
     from workflows.run_config import RunConfig, RunSummary
 
-OK, FATAL, USAGE, ERROR_ROWS, LOCKED = 0, 1, 2, 3, 4
+OK, FATAL, USAGE, ERROR_ROWS, LOCKED, STOPPED = 0, 1, 2, 3, 4, 5
 INTERRUPTED = 128 + signal.SIGINT
 
 MOST_CHARACTERS = 20_000
@@ -29,7 +30,7 @@ MOST_CHARACTERS = 20_000
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 EXIT_CODES = """Exit codes: 0 all rows ok; 1 the run failed; 2 a mistake in the command line; 3 finished,
-with error rows; 4 another run is at work on this output."""
+with error rows; 4 another run is at work on this output; 5 stopped by Ctrl-C, SIGTERM or --deadline."""
 
 PLACES = """MANIFEST is a Parquet, CSV or JSONL file, a folder of them or a quoted glob; OUTPUT is the
 folder of the data set. Every path may be s3://bucket/key, with endpoint and credentials from the
@@ -777,10 +778,11 @@ def _run(
     from workflows.lock import RunInProgress
     from workflows.pipeline import run
 
+    stop = Stop(config.grace, config.deadline)
     news: dict[str, Any] = {"task": task, "output": output, "state": "failed", "message": ""}
     try:
-        with Display() as display:
-            summary = run(config, display)
+        with stop.signals(), Display() as display:
+            summary = run(config, display, stop=stop)
         news |= {name: getattr(summary, name) for name in ("rows", "ok", "errors", "before", "seconds")}
         news["state"] = "finished"
     except RunInProgress as error:
@@ -789,8 +791,8 @@ def _run(
             raise
         click.echo(f"{error} This one ends, as --scheduled asks; the next one looks again.")
         return OK
-    except KeyboardInterrupt:
-        news["state"] = "stopped"
+    except RunStopped as error:
+        news |= {"state": "stopped", "message": str(error)}
         raise
     except BaseException as error:
         news["message"] = str(error) if isinstance(error, InputError) else type(error).__name__
@@ -873,6 +875,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         _complain(str(error))
         code = USAGE if isinstance(error, OptionError) else FATAL
+    except RunStopped as error:
+        _complain(str(error))
+        code = STOPPED
     except (KeyboardInterrupt, click.Abort):
         _complain("stopped; the same command goes on where this one was.")
         code = INTERRUPTED

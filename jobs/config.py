@@ -5,6 +5,7 @@ help. Knows nothing of how a run uses a value; what a value may be is checked by
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -68,12 +69,22 @@ def _replicas(value: Any) -> tuple[int, int]:
     return (_integer(value),) * 2
 
 
+def _seconds(value: Any) -> float:
+    """Of `90`, `90s`, `30m`, `6h`, `2d` or a sum such as `1h30m`."""
+    if isinstance(value, str) and (parts := re.findall(r"([0-9.]+)([smhd])", value)):
+        if "".join(map("".join, parts)) != value:
+            raise ValueError
+        return sum(float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit] for number, unit in parts)
+    return _number(value)
+
+
 _RULES: dict[Callable[[Any], Any], str] = {
     _integer: "a whole number",
     _number: "a number",
     _switch: "true or false",
     _text: "a text that is not empty",
     _replicas: "a whole number or MIN:MAX",
+    _seconds: "a time such as 90s, 30m, 6h or 1h30m",
 }
 
 
@@ -121,6 +132,11 @@ SETTINGS = (
             "MANIFEST grows: make what is new in it, each time."),
     Setting("run.max_error_rate", "max_error_rate", _number, "SHARE",
             "Stop when more of the rows are errors (0.05 is 5 %)."),
+    Setting("run.retry_errors", "retry_errors", _switch, "",
+            "Make the error rows of OUTPUT once more, but for those that the plan refuses."),
+    Setting("run.grace", "grace", _seconds, "TIME",
+            "After Ctrl-C, SIGTERM or the deadline: for shards in flight (default 60s)."),
+    Setting("run.deadline", "deadline", _seconds, "TIME", "Stop after this time, such as 6h."),
     Setting("run.strict", "strict", _switch, "", "Refuse to go on where rounding may differ."),
     Setting("prompt.text", "prompt", _text, "TEXT", "Instruction or question of rows that do not say."),
     Setting("prompt.column", "prompt_column", _text, "NAME", "Column with the prompts (default prompt)."),

@@ -68,7 +68,8 @@ def connected(address: str | None = None, cpus: int = 0) -> Iterator[None]:
 
 @contextmanager
 def _ray(options: dict[str, Any]) -> Iterator[None]:
-    with _environment({"RAY_BACKEND_LOG_LEVEL": "fatal"}):
+    # A thread that is left over when Ray has ended must not start another one.
+    with _environment({"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ENABLE_AUTO_CONNECT": "0"}):
         import ray
 
         try:

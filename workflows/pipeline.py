@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import queue
+import sys
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from actors import metrics
 from actors.replica import Replica
@@ -36,7 +38,7 @@ from model.errors import InputError, did_you_mean
 from workflows import storage
 from workflows.cluster import connected, reason
 from workflows.dataset_plan import plan_dataset
-from workflows.finish import finish, read_success
+from workflows.finish import SUCCESS_FILE, finish, read_success
 from workflows.load import load_requests
 from workflows.lock import OutputLock
 from workflows.manifest import discover
@@ -62,6 +64,7 @@ from workflows.results import (
 from workflows.run_config import Progress, RunConfig, RunSummary
 from workflows.runs import RunLog, duration
 from workflows.sources import SourceOptions
+from workflows.stopping import Stop
 from workflows.tasks import PICTURE_TASKS
 
 if TYPE_CHECKING:
@@ -70,11 +73,14 @@ if TYPE_CHECKING:
 TICK_SECONDS = 0.5
 """How often a driver looks at its replicas while no shard arrives."""
 
-MOST_ATTEMPTS = 6
-"""A shard that was begun so often without an end stops the run, or it would be begun for ever."""
+MOST_DEATHS = 6
+"""Replicas that may die with a shard and teach nothing; with more the run stops, or it would never end."""
 
 LEAST_LOADS = 2
 """Shards whose sources are loaded at once, at least; each loads several sources at once."""
+
+WRITERS = 2
+"""Shards that are written at once, for each replica."""
 
 LEAST_ROWS = 20
 """An error rate is not judged on fewer rows."""
@@ -100,9 +106,25 @@ class Job:
     environments: frozenset[str] = frozenset()
 
 
-def load(row: dict[str, Any], job: Job, output: str) -> dict[str, Any]:
-    """`item`, the number of a planned shard, becomes `shard`, `plan` and `requests` of its replica."""
-    return prepare({"shard": row["item"], "plan": to_ipc(read_shard(output, row["item"]))}, job)
+def load(row: dict[str, Any], job: Job, output: str, again: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """`item`, the number of a planned shard, becomes `shard`, `plan` and `requests` of its replica.
+
+    again: shards that are there, of which the plan gets the rows that are to be made once more.
+    """
+    shard = row["item"]
+    plan = read_shard(output, shard)
+    if shard in again:
+        plan = plan.filter(_to_retry(output, shard, plan))
+    return prepare({"shard": shard, "plan": to_ipc(plan)}, job)
+
+
+def _to_retry(output: str, shard: int, plan: pa.Table) -> pa.Array:
+    """Which planned rows of a shard that is there are errors, though the plan did not refuse them."""
+    with open_shard(output, shard) as parquet:
+        data = parquet.read(columns=["row_id", "status"])
+    failed = data.filter(pc.equal(data.column("status"), "error")).column("row_id")
+    planned = pc.not_equal(plan.column("status"), "error")
+    return pc.and_(planned, pc.is_in(plan.column("row_id"), failed.combine_chunks()))
 
 
 def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -116,8 +138,11 @@ def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
 def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """What a replica gave back becomes `result`, the shard's rows as they will stand in the data set.
 
+    It is empty where the replica left the shard to a later run.
     Raises InputError if the run is strict and the rows were made in another environment.
     """
+    if not row["outcomes"]:
+        return {"shard": row["shard"], "result": b""}
     started = time.perf_counter()
     where = digest(environment(**json.loads(row["environment"])))
     if job.environments and where not in job.environments:
@@ -134,11 +159,17 @@ def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
     return {"shard": row["shard"], "result": to_ipc(table)}
 
 
-def write(row: dict[str, Any], output: str) -> dict[str, Any]:
-    """Writes a shard's file; what is left of it are counts for the driver, under `tally`."""
+def write(row: dict[str, Any], output: str, again: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """Writes a shard's file; what is left of it are counts for the driver, under `tally`.
+
+    again: shards that are there, whose rows of the same numbers are replaced.
+    """
+    if not row["result"]:
+        return {"shard": row["shard"], "tally": ""}
     table = from_ipc(row["result"])
     started = time.perf_counter()
-    size = write_shard(output, row["shard"], table)
+    whole = _merged(output, row["shard"], table) if row["shard"] in again else table
+    size = write_shard(output, row["shard"], whole)
     tally, task = _tally(table), table.column("task")[0].as_py()
     metrics.count("wallaroo_write_seconds_total", time.perf_counter() - started, task=task)
     metrics.count("wallaroo_written_bytes_total", size, task=task)
@@ -146,6 +177,14 @@ def write(row: dict[str, Any], output: str) -> dict[str, Any]:
     for kind, number in tally.errors.items():
         metrics.count("wallaroo_errors_total", number, task=task, kind=kind)
     return {"shard": row["shard"], "tally": json.dumps(dataclasses.asdict(tally))}
+
+
+def _merged(output: str, shard: int, rows: pa.Table) -> pa.Table:
+    """A shard that is there, with these rows in place of those of the same numbers."""
+    with open_shard(output, shard) as parquet:
+        there = parquet.read()
+    others = there.filter(pc.invert(pc.is_in(there.column("row_id"), rows.column("row_id").combine_chunks())))
+    return pa.concat_tables([others, rows.cast(there.schema)]).sort_by("row_id")
 
 
 def refuse(row: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -187,6 +226,15 @@ def _tally(table: pa.Table) -> Tally:
         errors=dict(errors),
         environments=sorted({name for name in table.column("environment_digest").to_pylist() if name}),
     )
+
+
+def _retriable(output: str, shard: int) -> dict[str, int]:
+    """How many rows of a shard that is there may be made once more, by the kind of their error."""
+    plan = read_shard(output, shard)
+    wanted = plan.filter(_to_retry(output, shard, plan)).column("row_id").combine_chunks()
+    with open_shard(output, shard) as parquet:
+        data = parquet.read(columns=["row_id", "error_type"])
+    return Counter(data.filter(pc.is_in(data.column("row_id"), wanted)).column("error_type").to_pylist())
 
 
 def _tally_of(output: str, shard: int) -> Tally:
@@ -353,6 +401,9 @@ _OF_A_RUN = {
     "where",
     "incremental",
     "max_error_rate",
+    "retry_errors",
+    "grace",
+    "deadline",
     "strict",
     "address",
     "price_per_hour",
@@ -368,27 +419,32 @@ def run(
     config: RunConfig,
     on_progress: Callable[[Progress], None] | None = None,
     replica: type = Replica,
+    stop: Stop | None = None,
 ) -> RunSummary:
     """Does a run, or what is left of it, and returns when all of its rows are in the output.
 
-    on_progress: called about twice a second. replica: the class of the replicas.
+    on_progress: called about twice a second. replica: the class of the replicas. stop: by which
+    somebody may stop it; without one only the deadline of the configuration does.
     Raises InputError for what the user can put right (the output keeps what is finished, and the same
-    run goes on from there), RunInProgress if another run is at work on the output.
+    run goes on from there), RunStopped if it was stopped on purpose, RunInProgress if another run is at
+    work on the output.
     """
     started = time.monotonic()
     config = _absolute(config)
+    stop = stop or Stop(config.grace, config.deadline)
     report = on_progress or (lambda progress: None)
     with ExitStack() as stack:
         lock = stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
-        planned = _planned(config, stack, report)
-        if _finished(config.output, planned):
+        planned = _planned(config, stack, report, stop)
+        if _finished(config.output, planned) and not config.retry_errors:
             return _summary(config, started, before=planned.rows)
-        _connect(config, stack, report)
+        _connect(config, stack, report, stop)
         device = choose_device(config.device)
         _check_gpus(config, device)
         storage.remove_leftovers(config.output)
         run_log = stack.enter_context(RunLog(config.output, config.to_dict()))
-        before = _make_missing(config, planned, device, replica, lock, run_log, report)
+        with stop.patience():
+            before = _make_missing(config, planned, device, replica, lock, run_log, report, stop)
         lock.check()
         finish(config.output, planned)
         run_log.end("finished")
@@ -409,7 +465,9 @@ def plan(config: RunConfig, on_progress: Callable[[Progress], None] | None = Non
         return _planned(config, stack, on_progress or (lambda progress: None))
 
 
-def _planned(config: RunConfig, stack: ExitStack, report: Callable[[Progress], None]) -> Plan:
+def _planned(
+    config: RunConfig, stack: ExitStack, report: Callable[[Progress], None], stop: Stop | None = None
+) -> Plan:
     """The plan of a run, made if need be; Ray is only connected for that."""
     meaning = _meaning(config)
     settings = _plan_settings(config)
@@ -422,7 +480,7 @@ def _planned(config: RunConfig, stack: ExitStack, report: Callable[[Progress], N
     else:
         discover(config.manifest, config.task)  # tells in a moment that there is none
     if found is None:
-        _connect(config, stack, report)
+        _connect(config, stack, report, stop)
         report(Progress(waiting="planning"))
         found = make_plan(config.manifest, settings, config.model, config.output or None)
         for warning in found.warnings:
@@ -432,13 +490,16 @@ def _planned(config: RunConfig, stack: ExitStack, report: Callable[[Progress], N
     return found
 
 
-def _connect(config: RunConfig, stack: ExitStack, report: Callable[[Progress], None]) -> None:
-    import ray
-
-    if not ray.is_initialized():
+def _connect(
+    config: RunConfig, stack: ExitStack, report: Callable[[Progress], None], stop: Stop | None = None
+) -> None:
+    # Not imported here: Ray reads some of what `connected` sets only then.
+    if not ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
         report(Progress(waiting="starting Ray"))
     cpus = config.replicas[1] * config.threads if config.device != "cuda" else 0
     stack.enter_context(connected(config.address, cpus))
+    if stop is not None:
+        stop.listen()
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -526,10 +587,12 @@ def _make_missing(
     lock: OutputLock,
     run_log: RunLog,
     report: Callable[[Progress], None],
+    stop: Stop,
 ) -> int:
-    """Makes the shards that are not there, and returns how many rows were there before."""
+    """Makes the rows that are not there, or are to be made again, and returns how many there were before."""
     import ray
     import ray.data
+    from ray.data import TaskPoolStrategy
 
     from actors import watch
 
@@ -537,42 +600,70 @@ def _make_missing(
     there = [shard for shard in plan.shards if shard in done]
     missing = [shard for shard in plan.shards if shard not in done]
     known = Tally()
-    for tally in map_shards(functools.partial(_tally_of, config.output), there):
+    failed, again = [], []
+    tallies = map_shards(functools.partial(_tally_of, config.output), there)
+    for shard, tally in zip(there, tallies, strict=True):
         known.add(tally)
+        if tally.errors and config.retry_errors:
+            failed.append(shard)
+    retriable = map_shards(functools.partial(_retriable, config.output), failed)
+    for shard, kinds in zip(failed, retriable, strict=True):
+        if kinds:
+            again.append(shard)
+            known.rows -= sum(kinds.values())
+            known.errors = dict(Counter(known.errors) - Counter(kinds))
     before = known.rows
-    if not missing:
+    if not (missing or again):
         return before
+    if again:
+        # From now on it is not what was finished: a run that is cut off goes on, and finishes it anew.
+        storage.delete(storage.join(config.output, SUCCESS_FILE))
+    work, rewritten = sorted(missing + again), frozenset(again)
     meaning = _meaning(config)
     job = make_job(config, meaning, plan.carried, known.environments if config.strict else ())
     pool = make_pool(config, device, plan.rows, len(plan.shards), replica)
     # All at once: a node asked for after the other would come up after the other. None that gets no rows.
-    pool = dataclasses.replace(pool, size=min(pool.size, len(missing)))
+    pool = dataclasses.replace(pool, size=min(pool.size, len(work)))
     eyes = watch.start()
 
     def pipeline() -> ray.data.Dataset:
         # Blocks that are there need no task to make them, which would wait for a CPU that replicas hold.
-        shards = ray.data.from_items(missing, override_num_blocks=len(missing))
-        loaded = load_stage(shards, functools.partial(load, job=job, output=config.output), job, pool)
+        shards = ray.data.from_items(work, override_num_blocks=len(work))
+        stage = functools.partial(load, job=job, output=config.output, again=rewritten)
+        loaded = load_stage(shards, stage, job, pool)
         if plan.error_rows == plan.rows:
             results = loaded.map(functools.partial(refuse, job=job), num_cpus=pool.cpus)
         else:
             results = make_results(loaded, job, pool, eyes)
-        return results.map(functools.partial(write, output=config.output), num_cpus=0)
+        # A CPU of their own they would wait for, while finished shards pile up.
+        writers = TaskPoolStrategy(size=WRITERS * pool.size)
+        stage = functools.partial(write, output=config.output, again=rewritten)
+        return results.map(stage, num_cpus=0, compute=writers)
 
     made = Tally()
+    written = 0
     started = time.monotonic()
     waited: float | None = None
+    stopping = False
     for row in _arriving(pipeline):
         lock.check()
+        if stop.asked() and not stopping:
+            stopping = True
+            ray.get(eyes.stop.remote())
         counts = ray.get(eyes.counts.remote())
-        if row is not None:
+        if row is not None and row["tally"]:
             tally = Tally(**json.loads(row["tally"]))
             made.add(tally)
             known.add(tally)
+            written += tally.refused < tally.rows
         if waited is None and counts.replicas:
             waited = time.monotonic() - started
         idle = not (counts.replicas or made.rows)
         up = _waiting(config, pool, time.monotonic() - started) if idle else ""
+        in_flight = counts.held + max(0, counts.finished - written)
+        if stopping:
+            shards = "1 shard is" if in_flight == 1 else f"{in_flight} shards are"
+            up = f"stopping: {shards} being finished, for {duration(stop.left())} at most"
         report(
             Progress(
                 rows=plan.rows,
@@ -601,6 +692,10 @@ def _make_missing(
             waits={"first replica": waited or time.monotonic() - started},
         )
         _check_health(config, counts, made)
+        if stopping and known.rows < plan.rows and (stop.over() or not in_flight):
+            raise stop.stopped()
+    if known.rows < plan.rows and stopping:
+        raise stop.stopped()
     if len(known.environments) > 1:
         log.warning(
             "The rows were made in %d environments, which may round differently; the report counts them.",
@@ -625,11 +720,11 @@ def _waiting(config: RunConfig, pool: Pool, seconds: float) -> str:
 
 def _check_health(config: RunConfig, counts: Any, made: Tally) -> None:
     """Raises InputError if a shard is begun over and over, or too many rows are errors."""
-    if counts.attempts > MOST_ATTEMPTS:
+    if counts.fruitless > MOST_DEATHS:
         words = f"; the last one said '{counts.last_death}'" if counts.last_death else ""
         raise InputError(
-            f"shard {counts.hardest_shard} was begun {counts.attempts} times and its replica died each "
-            f"time{words}: try fewer --slots, and look into the logs of Ray; what is finished is kept."
+            f"{counts.fruitless} replicas died with shard {counts.hardest_shard}, and no row of it can be "
+            f"blamed{words}: try fewer --slots, and look into the logs of Ray; what is finished is kept."
         )
     errors = sum(made.errors.values())
     limit = config.max_error_rate

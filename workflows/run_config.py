@@ -80,6 +80,9 @@ class RunConfig:
         DuckDB expression over the manifest's columns holds.
     incremental: plan what is new in a manifest that grows, each time the run is started.
     max_error_rate: share of error rows, 0 to 1, past which the run stops; None for never.
+    retry_errors: make error rows of the output that the plan did not refuse once more.
+    grace: seconds in which a run that is stopped finishes the shards in its replicas. deadline: seconds
+        after which it stops by itself; None for never.
     strict: refuse to go on where a rounding difference to earlier rows is possible.
     replicas: least and most model replicas.
     slots: rows that a replica decodes at once; None for as many as fit.
@@ -117,6 +120,9 @@ class RunConfig:
     where: str | None = None
     incremental: bool = False
     max_error_rate: float | None = None
+    retry_errors: bool = False
+    grace: float = 60.0
+    deadline: float | None = None
     strict: bool = False
     replicas: tuple[int, int] = (1, 1)
     slots: int | None = None
@@ -203,6 +209,9 @@ class RunConfig:
         rate = self.max_error_rate
         if rate is not None and not (math.isfinite(rate) and 0 <= rate <= 1):
             raise InputError(f"max_error_rate is {rate}, but must be from 0 to 1 (0.05 is 5 %).")
+        for name, seconds in (("grace", self.grace), ("deadline", self.deadline)):
+            if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
+                raise InputError(f"{name} is {seconds}, but must be a time of at least 0 s.")
         price = self.price_per_hour
         if price is not None and not (math.isfinite(price) and price >= 0):
             raise InputError(f"price_per_hour is {price}, but must be a number of at least 0.")

@@ -24,6 +24,7 @@ from typing import Any
 
 from model.errors import InputError
 from workflows import storage
+from workflows.stopping import RunStopped
 
 RUNS_FOLDER = "runs"
 WRITE_SECONDS = 10.0
@@ -143,7 +144,7 @@ class RunLog:
     ended, with the traceback of what nobody expected. The log of a job is gone with its cluster.
 
     A context manager: leaving it writes how the run ended, `failed` with the reason if by an exception
-    and `stopped` if by Ctrl-C. clock: seconds since the epoch.
+    and `stopped` if on purpose. clock: seconds since the epoch.
     """
 
     def __init__(
@@ -243,11 +244,14 @@ class RunLog:
             if self.record.state == "running":
                 self.end("finished")
             return
-        if not isinstance(error, InputError | KeyboardInterrupt):
+        stopped = isinstance(error, KeyboardInterrupt | RunStopped)
+        if not (stopped or isinstance(error, InputError)):
             self._said.add(self._clock(), "".join(traceback.format_exception(error)))
-        state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        state = "stopped" if stopped else "failed"
         words = str(error).strip().splitlines() or [type(error).__name__]
-        message = words[0] if isinstance(error, InputError) else f"{type(error).__name__}: {words[0]}"
+        message = (
+            words[0] if isinstance(error, InputError | RunStopped) else f"{type(error).__name__}: {words[0]}"
+        )
         # The error that ended the run is the one to be seen, not that the store took no note of it.
         with suppress(OSError, InputError):
             self.end(state, message[:500])

@@ -302,8 +302,11 @@ def test_ctrl_c_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
-    assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "wallaroo: stopped; the same command goes on where this one was."
+    assert process.returncode == 5, err
+    assert err.splitlines()[-1] == (
+        "wallaroo: stopped, since Ctrl-C was pressed; what is finished is kept, and the same command goes on "
+        "from there."
+    )
     assert "Traceback" not in err
     assert subprocess.run(command, capture_output=True).returncode == 0
 

@@ -127,7 +127,7 @@ def test_a_run_from_its_submission_to_its_report(head, shell, tmp_path):
 
     code, stopped, _ = ended(shell("jobs", "stop", job))
     assert (code, stopped) == (0, f"{job}: stopped\n")
-    assert ended(first)[0] == 130
+    assert ended(first)[0] == 5
     assert json.loads((output / "runs" / "0001.json").read_text())["state"] == "stopped"
     assert not (output / "lock.json").exists()
 

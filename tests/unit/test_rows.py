@@ -134,7 +134,7 @@ def test_no_requests_and_no_outcomes_have_the_same_schemas():
 def test_the_watch_counts_rows_once():
     watch = Watch()
     watch.note_up("a")
-    assert watch.note_start("a", 4, [0, 1, 3]) == 1
+    assert watch.note_start("a", 4, [0, 1, 3]).attempt == 1
     watch.note_done("a", [(4, 0, True), (4, 1, False)])
     watch.note_done("a", [(4, 0, True), (9, 0, True)])
     counts = watch.counts()
@@ -142,7 +142,7 @@ def test_the_watch_counts_rows_once():
     watch.note_done("a", [(4, 3, True)])
     assert watch.counts().rows == 3
     # A finished shard whose answer was lost is made again, and counted anew.
-    assert watch.note_start("a", 4, [0, 1, 3]) == 2
+    assert watch.note_start("a", 4, [0, 1, 3]).attempt == 2
     assert watch.counts().rows == 0
 
 
@@ -154,13 +154,13 @@ def test_the_watch_learns_of_a_death_from_the_shards_that_go_to_another_replica(
     watch.note_start("a", 1, [0])
     watch.note_start("b", 2, [0])
     watch.note_done("a", [(0, 0, True)])
-    assert watch.note_start("b", 0, [0, 1]) == 2
-    assert watch.note_start("b", 1, [0]) == 2
+    assert watch.note_start("b", 0, [0, 1]).attempt == 2
+    assert watch.note_start("b", 1, [0]).attempt == 2
     watch.note_done("a", [(0, 1, True)])
     counts = watch.counts()
-    assert (counts.rows, counts.replicas, counts.deaths, counts.attempts) == (0, 1, 1, 2)
-    assert watch.note_start("c", 1, [0]) == 3
-    assert (watch.counts().hardest_shard, watch.counts().attempts, watch.counts().deaths) == (1, 3, 2)
+    assert (counts.rows, counts.replicas, counts.deaths, counts.fruitless) == (0, 1, 1, 1)
+    assert watch.note_start("c", 1, [0]).attempt == 3
+    assert (watch.counts().fruitless, watch.counts().deaths) == (2, 2)
 
 
 def test_the_watch_keeps_what_a_replica_said_before_it_ended():
@@ -168,6 +168,62 @@ def test_the_watch_keeps_what_a_replica_said_before_it_ended():
     watch.note_death("a", "CUDA error")
     counts = watch.counts()
     assert (counts.last_death, counts.deaths, counts.replicas) == ("CUDA error", 1, 0)
+
+
+class Lives:
+    """Replicas after one another, each with shard 0 of four rows, which die at the same row."""
+
+    def __init__(self):
+        self.watch, self.number = Watch(), 0
+
+    def die(self, at_work, given_back=(), alone=False):
+        """One life, and what the next one is told at its start."""
+        name, after = f"r{self.number}", f"r{self.number + 1}"
+        self.number += 1
+        for replica in (name, after):
+            self.watch.note_up(replica)
+        if self.number == 1:
+            self.watch.note_start(name, 0, [0, 1, 2, 3])
+        if given_back:
+            self.watch.note_at_work(name, [(0, row) for row in given_back])
+            self.watch.note_done(name, [(0, row, True) for row in given_back])
+        self.watch.note_at_work(name, [(0, row) for row in at_work], alone)
+        return self.watch.note_start(after, 0, [0, 1, 2, 3])
+
+
+def test_a_row_that_kills_its_replica_twice_alone_is_lethal_and_its_neighbours_are_not():
+    lives = Lives()
+    assert lives.die([0, 1]).suspects == {}
+    assert lives.die([0, 1]).suspects == {0: 0, 1: 0}
+    assert lives.die([1], [0, 2], alone=True).suspects == {0: 0, 1: 1}
+    told = lives.die([1], [0, 2], alone=True)
+    assert (told.suspects, list(told.lethal)) == ({0: 0}, [1])
+    # What happened until then led to something.
+    assert lives.watch.counts().fruitless == 0 and lives.watch.counts().deaths == 4
+
+
+def test_a_device_that_makes_no_row_at_all_blames_none():
+    lives = Lives()
+    lives.die([0, 1, 2, 3])
+    lives.die([0, 1, 2, 3])
+    for row in (3, 2, 1, 0):
+        told = lives.die([row], alone=True)
+    assert not told.lethal
+    # The run is stopped by its count.
+    assert lives.watch.counts().fruitless == 6
+    # Two good rows between, and the device is cleared.
+    lives.die([3], [0, 1], alone=True)
+    assert lives.die([3], [0, 1], alone=True).lethal == [3]
+
+
+def test_a_stopping_run_begins_no_shard():
+    watch = Watch()
+    watch.note_start("a", 0, [0])
+    watch.stop()
+    assert watch.note_start("a", 1, [0]).stopping
+    assert watch.counts().held == 1
+    watch.note_done("a", [(0, 0, True)])
+    assert (watch.counts().held, watch.counts().finished) == (0, 1)
 
 
 # The replica, without Ray

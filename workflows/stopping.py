@@ -1,0 +1,99 @@
+"""A run that is stopped on purpose: by Ctrl-C, SIGTERM (the notice of machines on loan) or a deadline.
+
+It begins no shard any more, finishes those that replicas have within a time of grace, and ends with
+RunStopped. A second Ctrl-C or SIGTERM does not wait. Knows nothing of what a run does.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class RunStopped(BaseException):
+    """The run ended because somebody wished so; the message says how to go on.
+
+    Like KeyboardInterrupt it may arise anywhere, and is for nobody but the one who started the run.
+    """
+
+
+class Stop:
+    """The wish to stop, if there is one.
+
+    grace: seconds that shards in flight have from the wish on. deadline: seconds from now after which the
+    wish comes by itself; None for never.
+    """
+
+    def __init__(self, grace: float, deadline: float | None = None):
+        self.why = ""
+        self._grace = grace
+        self._deadline = None if deadline is None else time.monotonic() + deadline
+        self._listens = False
+        self._asked = 0.0
+        self._patient = False
+
+    def ask(self, why: str) -> None:
+        """Wishes the run to stop. Raises RunStopped where nothing is in flight, or at the second time."""
+        if self.why or not self._patient:
+            self.why = why
+            raise self.stopped()
+        self.why, self._asked = why, time.monotonic()
+
+    def asked(self) -> bool:
+        """Whether the run shall stop; looks at the clock."""
+        if not self.why and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.ask("its deadline has come")
+        return bool(self.why)
+
+    def over(self) -> bool:
+        """Whether the time of grace is over."""
+        return bool(self.why) and time.monotonic() - self._asked >= self._grace
+
+    def left(self) -> float:
+        """Seconds of grace that are left, once it was asked."""
+        return max(0.0, self._grace - (time.monotonic() - self._asked))
+
+    def stopped(self) -> RunStopped:
+        """What to raise."""
+        return RunStopped(
+            f"stopped, since {self.why}; what is finished is kept, and the same command goes on from there."
+        )
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Within, a wish is only noted, and whoever makes shards looks for it."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Within, Ctrl-C and SIGTERM are wishes. Without effect outside of the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._listens = True
+        self.listen()
+        try:
+            yield
+        finally:
+            self._listens = False
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def listen(self) -> None:
+        """Where `signals` is in effect: puts it in place again, since Ray takes SIGTERM when it starts."""
+        if self._listens:
+            for number in _SIGNALS:
+                signal.signal(number, self._heard)
+
+    def _heard(self, number: int, _: FrameType | None) -> None:
+        self.ask(_SIGNALS[number])
+
+
+_SIGNALS = {int(signal.SIGINT): "Ctrl-C was pressed", int(signal.SIGTERM): "SIGTERM came"}
