@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import datetime
 import decimal
+import functools
 import json
 import math
 import shutil
@@ -104,7 +105,7 @@ def finish(output: str, plan: "Plan") -> Counts:
         for part in plan.parts:
             before = total.rows
             shards = range(part.first_shard, part.first_shard + part.shards)
-            for found in map_shards(lambda shard: _read(output, shard), shards):
+            for found in map_shards(functools.partial(_read_patiently, output), shards):
                 total._add(found)
                 for row in found.errors:
                     writer.add(row, found.schema)
@@ -153,6 +154,10 @@ def read_success(output: str) -> dict[str, Any] | None:
     if not (whole and isinstance(document["errors"], dict) and all(type(one) is int for one in numbers)):
         raise InputError(f"{path} is damaged: delete it and start the run again.")
     return document
+
+
+def _read_patiently(output: str, shard: int) -> _Shard:
+    return storage.patiently(output, lambda: _read(output, shard))
 
 
 def _read(output: str, shard: int) -> _Shard:

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -111,10 +112,14 @@ def load(row: dict[str, Any], job: Job, output: str, again: frozenset[int] = fro
 
     again: shards that are there, of which the plan gets the rows that are to be made once more.
     """
+    storage.be_patient()
     shard = row["item"]
-    plan = read_shard(output, shard)
-    if shard in again:
-        plan = plan.filter(_to_retry(output, shard, plan))
+
+    def wanted() -> pa.Table:
+        plan = read_shard(output, shard)
+        return plan.filter(_to_retry(output, shard, plan)) if shard in again else plan
+
+    plan = storage.patiently(output, wanted)
     return prepare({"shard": shard, "plan": to_ipc(plan)}, job)
 
 
@@ -128,11 +133,20 @@ def _to_retry(output: str, shard: int, plan: pa.Table) -> pa.Array:
 
 
 def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Adds `requests` to a `shard` with its `plan`, which is then as it is after loading."""
+    """Adds `requests` to a `shard` with its `plan`, which is then as it is after loading.
+
+    Also `retries`: how often a storage had to be asked again, which the later stages add to.
+    """
+    storage.be_patient()
     started = time.perf_counter()
     plan, asked = load_requests(from_ipc(row["plan"]), job.model, job.run, job.sources)
     metrics.count("wallaroo_fetch_seconds_total", time.perf_counter() - started, task=job.run.task)
-    return {**row, "plan": to_ipc(plan), "requests": to_ipc(asked)}
+    return {
+        **row,
+        "plan": to_ipc(plan),
+        "requests": to_ipc(asked),
+        "retries": storage.take_retries(),
+    }
 
 
 def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -141,8 +155,10 @@ def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
     It is empty where the replica left the shard to a later run.
     Raises InputError if the run is strict and the rows were made in another environment.
     """
+    passed = {name: row[name] for name in ("shard", "retries")}
     if not row["outcomes"]:
-        return {"shard": row["shard"], "result": b""}
+        return passed | {"result": b""}
+    storage.be_patient()
     started = time.perf_counter()
     where = digest(environment(**json.loads(row["environment"])))
     if job.environments and where not in job.environments:
@@ -156,7 +172,7 @@ def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
         from_ipc(row["plan"]), outcomes(from_ipc(row["outcomes"])), job.run, made, job.schema, decode
     )
     metrics.count("wallaroo_encode_seconds_total", time.perf_counter() - started, task=job.run.task)
-    return {"shard": row["shard"], "result": to_ipc(table)}
+    return passed | {"result": to_ipc(table), "retries": row["retries"] + storage.take_retries()}
 
 
 def write(row: dict[str, Any], output: str, again: frozenset[int] = frozenset()) -> dict[str, Any]:
@@ -166,16 +182,20 @@ def write(row: dict[str, Any], output: str, again: frozenset[int] = frozenset())
     """
     if not row["result"]:
         return {"shard": row["shard"], "tally": ""}
-    table = from_ipc(row["result"])
+    storage.be_patient()
+    table, shard = from_ipc(row["result"]), row["shard"]
     started = time.perf_counter()
-    whole = _merged(output, row["shard"], table) if row["shard"] in again else table
-    size = write_shard(output, row["shard"], whole)
+    whole = table
+    if shard in again:
+        whole = storage.patiently(output, lambda: _merged(output, shard, table))
+    size = write_shard(output, shard, whole)
     tally, task = _tally(table), table.column("task")[0].as_py()
     metrics.count("wallaroo_write_seconds_total", time.perf_counter() - started, task=task)
     metrics.count("wallaroo_written_bytes_total", size, task=task)
     metrics.count("wallaroo_rows_total", tally.rows, task=task)
     for kind, number in tally.errors.items():
         metrics.count("wallaroo_errors_total", number, task=task, kind=kind)
+    tally.retries = row["retries"] + storage.take_retries()
     return {"shard": row["shard"], "tally": json.dumps(dataclasses.asdict(tally))}
 
 
@@ -190,14 +210,14 @@ def _merged(output: str, shard: int, rows: pa.Table) -> pa.Table:
 def refuse(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """In place of replica and `encode`: the rows of a shard that the plan refuses whole."""
     table = build_result_table(from_ipc(row["plan"]), [], job.run, Made(), job.schema)
-    return {"shard": row["shard"], "result": to_ipc(table)}
+    return {"shard": row["shard"], "retries": row["retries"], "result": to_ipc(table)}
 
 
 @dataclass
 class Tally:
     """Rows of a shard that is written: all, ok, those the plan had refused, errors by kind.
 
-    environments: digests of what made them.
+    environments: digests of what made them. retries: requests to a storage that were tried again for them.
     """
 
     rows: int = 0
@@ -205,6 +225,7 @@ class Tally:
     refused: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     environments: list[str] = field(default_factory=list)
+    retries: int = 0
 
     def add(self, other: "Tally") -> None:
         """Counts the rows of another shard in."""
@@ -213,6 +234,7 @@ class Tally:
         self.refused += other.refused
         self.errors = dict(Counter(self.errors) + Counter(other.errors))
         self.environments = sorted({*self.environments, *other.environments})
+        self.retries += other.retries
 
 
 def _tally(table: pa.Table) -> Tally:
@@ -238,8 +260,11 @@ def _retriable(output: str, shard: int) -> dict[str, int]:
 
 
 def _tally_of(output: str, shard: int) -> Tally:
-    with open_shard(output, shard) as parquet:
-        return _tally(parquet.read(columns=["error_type", "started_at", "environment_digest"]))
+    def read() -> Tally:
+        with open_shard(output, shard) as parquet:
+            return _tally(parquet.read(columns=["error_type", "started_at", "environment_digest"]))
+
+    return storage.patiently(output, read)
 
 
 # The pipeline
@@ -320,6 +345,12 @@ def load_stage(
     return shards.map(stage, num_cpus=pool.cpus, compute=TaskPoolStrategy(size=size))
 
 
+def _fetch(model: str) -> Path:
+    """The local folder of a checkpoint, in the process of a replica."""
+    storage.be_patient()
+    return storage.fetch_folder(model)
+
+
 def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = None) -> "ray.data.Dataset":
     """Rows of `prepare` become rows of `encode`."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -328,7 +359,7 @@ def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = 
     made = shards.map(
         pool.kind,
         fn_constructor_kwargs={
-            "checkpoint": functools.partial(storage.fetch_folder, job.model),
+            "checkpoint": functools.partial(_fetch, job.model),
             "task": job.run.task,
             "options": {} if pool.slots is None else {"slots": pool.slots},
             "device": pool.device,
@@ -438,6 +469,8 @@ def run(
         planned = _planned(config, stack, report, stop)
         if _finished(config.output, planned) and not config.retry_errors:
             return _summary(config, started, before=planned.rows)
+        # The storage has answered, so that it is not its address that is wrong.
+        stack.enter_context(storage.patience())
         _connect(config, stack, report, stop)
         device = choose_device(config.device)
         _check_gpus(config, device)
@@ -681,6 +714,8 @@ def _make_missing(
             ("replica_deaths", counts.deaths),
         ):
             metrics.gauge(f"wallaroo_run_{name}", number, task=config.task, output=config.output)
+        made.retries += storage.take_retries()
+        tried = {"replicas that died": counts.deaths, "requests to S3": made.retries}
         run_log.update(
             rows=plan.rows,
             done=known.rows,
@@ -688,7 +723,7 @@ def _make_missing(
             errors=known.errors,
             images=made.ok,
             replicas=counts.replicas,
-            retries={"replicas that died": counts.deaths} if counts.deaths else {},
+            retries={name: number for name, number in tried.items() if number},
             waits={"first replica": waited or time.monotonic() - started},
         )
         _check_health(config, counts, made)

@@ -265,6 +265,7 @@ def _each(
 
 
 def _answer(row: dict[str, Any], task: Task, constants: dict[str, Any]) -> dict[str, Any]:
+    storage.be_patient()
     try:
         values = task(row, **constants)
     except InputError as error:

@@ -18,22 +18,28 @@ import glob
 import hashlib
 import io
 import os
+import random
 import re
 import secrets
 import stat
+import threading
+import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from model.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 TEMPORARY = ".wallaroo-tmp-"
 """How names of unfinished local files begin; they are never listed."""
@@ -42,6 +48,12 @@ CONNECT_SECONDS = 3
 READ_SECONDS = 60
 ATTEMPTS = 4
 """Bounds of one request to S3: an endpoint that nobody answers at is given up within half a minute."""
+
+PATIENCE_SECONDS = 600.0
+"""How long a run tries again what a storage that is out of order has not done; then it stops."""
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
+"""Seconds between two tries, twice as long each time, less up to half of it by chance."""
 
 COPY_BYTES = 1 << 20
 RANGE_BYTES = 16 << 20
@@ -176,7 +188,14 @@ def _explain(path: str, error: Exception) -> str | None:
             return f"{path} cannot be used, {_NO_CREDENTIALS}."
         if isinstance(cause, botocore.exceptions.ProfileNotFound):
             return f"{path} cannot be used, the profile named by AWS_PROFILE does not exist: check its name."
-        if isinstance(cause, (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError)):
+        if isinstance(
+            cause,
+            (
+                botocore.exceptions.ConnectionError,
+                botocore.exceptions.HTTPClientError,
+                botocore.exceptions.IncompleteReadError,
+            ),
+        ):
             return f"{path} cannot be used, {_UNREACHABLE}."
         if isinstance(cause, botocore.exceptions.BotoCoreError):
             words = type(cause).__name__  # its message may quote what is secret
@@ -206,6 +225,136 @@ def _explain(path: str, error: Exception) -> str | None:
 def _explain_code(path: str, code: str) -> str:
     known = _CODES.get(_CODE_ALIASES.get(code, code))
     return f"{path} cannot be used, {known or f'S3 says {code!r}: check the bucket and its settings'}."
+
+
+# Patience
+
+_PASSING = {
+    "SlowDown",
+    "InternalError",
+    "InternalFailure",
+    "INTERNAL_FAILURE",
+    "500",
+    "502",
+    "504",
+    "RequestTimeout",
+    "REQUEST_TIMEOUT",
+    "NETWORK_CONNECTION",
+    "IncompleteBody",
+    "BadDigest",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "ExpiredToken",
+}
+"""Codes of what may be otherwise soon; credentials that expired are renewed by whoever keeps the profile."""
+
+_patient = 0
+_retries = 0
+_guard = threading.Lock()
+
+
+def be_patient() -> None:
+    """From now on this process tries again what fails of a storage that is out of order, PATIENCE_SECONDS.
+
+    For the processes of a run. Else a storage that does not answer is a mistake in its address, and said
+    to be one soon.
+    """
+    global _patient
+    _patient = max(_patient, 1)
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """What `be_patient` does, within the block."""
+    global _patient
+    with _guard:
+        _patient += 1
+    try:
+        yield
+    finally:
+        with _guard:
+            _patient -= 1
+
+
+def take_retries() -> int:
+    """How many requests were tried again since this was last asked, as far as it can be known: pyarrow and
+    s3fs keep some of theirs to themselves."""
+    global _retries
+    with _guard:
+        count, _retries = _retries, 0
+    return count
+
+
+def _count_retries(count: int) -> None:
+    global _retries
+    with _guard:
+        _retries += count
+
+
+def patiently(path: str, action: Callable[[], T]) -> T:
+    """What `action` gives, which may be done twice; tried again where this process is patient.
+
+    Raises what it raises; if it was tried again in vain, an InputError that says so.
+    """
+    started = time.monotonic()
+    pause = SHORTEST_PAUSE
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            code = _passing(error) if is_s3(path) and _patient else None
+            if code is None:
+                raise
+            seconds = time.monotonic() - started
+            if seconds >= PATIENCE_SECONDS:
+                words = str(error) if isinstance(error, InputError) else _explain(path, error)
+                raise InputError(
+                    f"{(words or f'{path} cannot be used.').rstrip('.')}; it was tried again for "
+                    f"{seconds:.0f} s, what is finished is kept, and the same command goes on from there."
+                ) from error
+            if code == "ExpiredToken":
+                forget_clients()
+        _count_retries(1)
+        time.sleep(pause * random.uniform(0.5, 1))
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _persistent(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
+    """A function of a path, done `patiently`."""
+
+    @functools.wraps(function)
+    def again(path: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return patiently(path, lambda: function(path, *args, **kwargs))
+
+    return again
+
+
+def _passing(error: BaseException) -> str | None:
+    """A code of an error of S3 that may be gone the next time; None for all others."""
+    import botocore.exceptions
+
+    lost = (
+        botocore.exceptions.ConnectionError,
+        botocore.exceptions.HTTPClientError,
+        botocore.exceptions.IncompleteReadError,
+        botocore.exceptions.CredentialRetrievalError,
+    )
+    for cause in (error, error.__cause__, error.__cause__ and error.__cause__.__cause__):
+        if isinstance(cause, botocore.exceptions.ClientError):
+            code = str(cause.response.get("Error", {}).get("Code", ""))
+            code = _CODE_ALIASES.get(code, code)
+            return code if code in _PASSING else None
+        if isinstance(cause, lost):
+            return "lost"
+        if isinstance(cause, OSError) and (found := re.search(r"AWS Error (\w+)", str(cause))):
+            status = re.search(r"HTTP status (\d+)", str(cause))
+            code = status[1] if found[1] == "UNKNOWN" and status else found[1]
+            code = _CODE_ALIASES.get(code, code)
+            return code if code in _PASSING else None
+        if isinstance(cause, (ConnectionError, TimeoutError)):
+            return "lost"
+    return None
 
 
 _OF_ONE_PATH = {
@@ -258,7 +407,14 @@ def _client() -> Any:
         max_pool_connections=32,
         user_agent_extra="wallaroo-batch",
     )
-    return _session().client("s3", config=config)
+    client = _session().client("s3", config=config)
+    client.meta.events.register("after-call.s3", _note_attempts)
+    return client
+
+
+def _note_attempts(parsed: dict[str, Any], **_: Any) -> None:
+    """Counts what botocore tried again by itself."""
+    _count_retries(parsed.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
 @functools.cache
@@ -352,6 +508,7 @@ def read_bytes(path: str) -> bytes:
     return read_with_etag(path)[0]
 
 
+@_persistent
 def read_with_etag(path: str) -> tuple[bytes, str]:
     """Contents of a small file, and the tag that `replace_if_match` wants. Raises FileNotFoundError."""
     with explained(path):
@@ -371,6 +528,7 @@ class TooLarge(Exception):
     """An object has more bytes than were asked for at most."""
 
 
+@_persistent
 def read_object(path: str, most: int) -> bytes:
     """Contents of an object on S3. Raises FileNotFoundError, and TooLarge before a byte is read."""
     bucket, key = _split(path)
@@ -386,6 +544,7 @@ def read_object(path: str, most: int) -> bytes:
             return body.read()
 
 
+@_persistent
 def info(path: str) -> FileInfo | None:
     """What a listing would say of one file; None if there is no such file."""
     relative = path.rsplit("/", 1)[-1]
@@ -411,6 +570,7 @@ def exists(path: str) -> bool:
     return info(path) is not None
 
 
+@_persistent
 def list_files(folder: str) -> list[FileInfo]:
     """All files below a folder, at any depth, sorted by relative path; none if there is no folder."""
     with explained(folder):
@@ -465,6 +625,7 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
+@_persistent
 def match_files(pattern: str) -> list[FileInfo]:
     """Files that match a pattern of `*`, `?`, `[...]` and `**`, sorted; relative to its fixed folders."""
     fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
@@ -500,6 +661,7 @@ def open_source(path: str, start: int = 0) -> Iterator[IO[bytes]]:
 # Writing
 
 
+@_persistent
 def write_atomic(path: str, data: bytes | memoryview) -> None:
     """Writes a file, whole or not at all, over the one there may be. On S3 it is one PUT."""
     with explained(path, writing=True):
@@ -548,6 +710,10 @@ class _Upload(io.RawIOBase):
         self.buffer = bytearray()
         self.upload: dict[str, str] = {}
         self.parts: list[dict[str, Any]] = []
+        self.sent = 0
+
+    def _patiently(self, request: Callable[[], Any]) -> Any:
+        return patiently(f"s3://{self.where['Bucket']}/{self.where['Key']}", request)
 
     def writable(self) -> bool:
         return True
@@ -561,22 +727,34 @@ class _Upload(io.RawIOBase):
 
     def _send(self) -> None:
         if not self.upload:
-            self.upload = {"UploadId": _client().create_multipart_upload(**self.where)["UploadId"]}
-        number = len(self.parts) + 1
-        answer = _client().upload_part(
-            **self.where, **self.upload, PartNumber=number, Body=bytes(self.buffer)
+            made = self._patiently(lambda: _client().create_multipart_upload(**self.where))
+            self.upload = {"UploadId": made["UploadId"]}
+        number, body = len(self.parts) + 1, bytes(self.buffer)
+        answer = self._patiently(
+            lambda: _client().upload_part(**self.where, **self.upload, PartNumber=number, Body=body)
         )
+        self.sent += len(body)
         self.parts.append({"ETag": answer["ETag"], "PartNumber": number})
         self.buffer = bytearray()
 
     def complete(self) -> None:
         if not self.upload:
-            _client().put_object(**self.where, Body=bytes(self.buffer))
+            self._patiently(lambda: _client().put_object(**self.where, Body=bytes(self.buffer)))
             return
         if self.buffer:
             self._send()
-        parts = {"Parts": self.parts}
-        _client().complete_multipart_upload(**self.where, **self.upload, MultipartUpload=parts)
+        self._patiently(self._complete)
+
+    def _complete(self) -> None:
+        client = _client()
+        try:
+            client.complete_multipart_upload(
+                **self.where, **self.upload, MultipartUpload={"Parts": self.parts}
+            )
+        except client.exceptions.NoSuchUpload:
+            # It may have been done and its answer lost.
+            if client.head_object(**self.where)["ContentLength"] != self.sent:
+                raise
 
     def abort(self) -> None:
         if self.upload:
@@ -625,6 +803,7 @@ def _sync_folder(path: str) -> None:
         os.close(folder)
 
 
+@_persistent
 def put_if_absent(path: str, data: bytes) -> bool:
     """Writes a file unless there is one; of several writers at once exactly one wins.
 
@@ -653,6 +832,7 @@ def put_if_absent(path: str, data: bytes) -> bool:
         return False
 
 
+@_persistent
 def replace_if_match(path: str, data: bytes, etag: str) -> str | None:
     """Replaces a file that is still as `read_with_etag` found it, and returns the new tag, else None."""
     with explained(path):
@@ -699,6 +879,7 @@ def _folder_locked(path: str) -> Iterator[None]:
         os.close(folder)
 
 
+@_persistent
 def delete(path: str) -> None:
     """Deletes a file; nothing if there is none."""
     with explained(path):
@@ -709,6 +890,7 @@ def delete(path: str) -> None:
             Path(path).unlink(missing_ok=True)
 
 
+@_persistent
 def remove_leftovers(folder: str) -> int:
     """Removes what killed writers left below a folder, and returns how many files or uploads that were.
 
@@ -845,6 +1027,7 @@ def _fetch_ranges(path: str, part: Path, ranges: Path, size: int) -> bool:
             return found.size == size and all(pool.map(fetch, starts))
 
 
+@_persistent
 def _read_range(path: str, start: int, stop: int) -> bytes:
     """Bytes [start, stop) of an object on S3, fewer where it ends."""
     bucket, key = _split(path)
