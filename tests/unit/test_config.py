@@ -294,3 +294,17 @@ def test_a_configuration_crosses_processes_and_prints():
     assert set(json.loads(json.dumps(config.to_dict()))) == {
         one.name for one in dataclasses.fields(RunConfig)
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("30m", 1800), ("6h", 21600), ("1h30m", 5400), ("2d", 172800)],
+)
+def test_a_time_has_units(text, seconds):
+    assert made({"run.deadline": text}).deadline == seconds
+
+
+@pytest.mark.parametrize("text", ["6 hours", "h", "1h30", "-5s", "1.2.3s", "nan"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(InputError, match=r"--deadline is .*but must be a time|deadline is .* at least 0 s"):
+        made({"run.deadline": text})

@@ -1,0 +1,136 @@
+"""SIGKILL to replicas, drivers and all that they started: no row is lost, and none comes twice."""
+
+import dataclasses
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.test_generate import read_data, write_jsonl
+from tests.faults.test_poison import REFUSED, ROWS, SICK
+from workflows import storage
+from workflows.finish import read_success
+from workflows.pipeline import run
+from workflows.results import VOLATILE, list_done
+from workflows.run_config import RunConfig
+from workflows.verify import verify
+
+ROOT = Path(__file__).parents[2]
+LIMIT_SECONDS = 300
+SEEDS = {"local": (1, 2, 3), "s3": (4, 5, 6)}
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory, local_ray):
+    """The rows of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("kills")
+    config = RunConfig(
+        manifest=write_jsonl(folder / "prompts.jsonl", [*ROWS, REFUSED]),
+        output=str(folder / "base"),
+        slots=8,
+        device="cpu",
+    )
+    run(config)
+    return read_data(config.output)
+
+
+class Rounds:
+    """Starts of one run, each by a process of its own that follows the one before at once."""
+
+    def __init__(self, config, folder):
+        self.config, self.folder = config, folder
+        self.kills = 0
+
+    def start(self, state, **changes):
+        config = self.folder / "config"
+        config.write_bytes(pickle.dumps(dataclasses.replace(self.config, **changes)))
+        command = [sys.executable, "-m", "tests.faults.victim", str(config), state, str(self.folder)]
+        with open(self.folder / "log", "wb") as log:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
+            )
+
+    def log(self):
+        return (self.folder / "log").read_text(errors="replace")
+
+    def dies(self, state, **changes):
+        """A start that kills itself in this state."""
+        code = self.start(state, **changes).wait(LIMIT_SECONDS)
+        assert code == -signal.SIGKILL and (self.folder / state).exists(), self.log()
+        self.kills += 1
+
+    def ends(self, state, **changes):
+        assert self.start(state, **changes).wait(LIMIT_SECONDS) == 0, self.log()
+
+    def is_killed(self, seed):
+        """A start that is killed from outside at a random moment, alone or with all that it started."""
+        chance = random.Random(seed)
+        process = self.start("random")
+        try:
+            process.wait(chance.uniform(2, 25))
+            assert process.returncode == 0, self.log()
+        except subprocess.TimeoutExpired:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            process.wait()
+            for one in family if chance.random() < 0.5 else []:
+                try:
+                    one.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            self.kills += 1
+
+
+@pytest.fixture(params=["local", "s3"])
+def rounds(request, s3, tmp_path):
+    place = s3 if request.param == "s3" else str(tmp_path)
+    config = RunConfig(
+        manifest=write_jsonl(f"{place}/prompts.jsonl", [*ROWS, REFUSED]),
+        output=f"{place}/out",
+        slots=8,
+        device="cpu",
+    )
+    return Rounds(config, tmp_path)
+
+
+def check(rounds, wanted):
+    output = rounds.config.output
+    table = read_data(output)
+    assert table.drop_columns(VOLATILE).equals(wanted.drop_columns(VOLATILE))
+    said = []
+    assert verify(output, said.append).state == "complete", said
+
+
+def test_kills_at_certain_states_lose_nothing(rounds, wanted):
+    output = rounds.config.output
+    rounds.dies("planning")
+    rounds.dies("first")
+    assert not list_done(output)
+    rounds.dies("writing")
+    there = list_done(output)
+    assert there and read_success(output) is None
+    # A replica dies too, before the last file is there.
+    rounds.dies("success")
+    assert (rounds.folder / "replica").exists()
+    assert there < list_done(output) and read_success(output) is None
+    rounds.ends("whole")
+    assert sum(read_success(output)["errors"].values()) == len(SICK) + 1
+    rounds.dies("retrying", retry_errors=True)
+    assert read_success(output) is None
+    rounds.ends("whole", retry_errors=True)
+    check(rounds, wanted)
+
+
+def test_kills_at_random_moments_lose_nothing(rounds, wanted):
+    for seed in SEEDS["s3" if storage.is_s3(rounds.config.output) else "local"]:
+        rounds.is_killed(seed)
+    assert rounds.kills > 0
+    rounds.ends("whole")
+    rounds.ends("whole", retry_errors=True)
+    check(rounds, wanted)

@@ -1,0 +1,90 @@
+"""A run in a process of its own that dies at a moment of its choosing, once; `test_kills` starts it."""
+
+import functools
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+
+from actors.replica import Replica
+from tests.faults.test_poison import Sick
+from workflows import pipeline, storage
+from workflows.results import list_done
+
+WRITE = pipeline.write
+
+
+def kill(driver):
+    """SIGKILL to a driver and all that it started, this process among them."""
+    family = psutil.Process(driver).children(recursive=True)
+    os.kill(driver, signal.SIGKILL)
+    for one in family:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DiesAtWork(Sick):
+    """Ends its process with rows in its slots."""
+
+    mark = Path()
+
+    def _turn(self, engine):
+        step = engine.step
+
+        def steps():
+            found = step()
+            if engine.counts["steps"] == 30 and not self.mark.exists():
+                self.mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        engine.step = steps
+        super()._turn(engine)
+
+
+def dying_write(row, mark, driver, least, output, again):
+    """Kills everybody in the middle of writing a file, when so many are there."""
+    if len(list_done(output)) >= least and not mark.exists():
+
+        def end(*_):
+            mark.touch()
+            kill(driver)
+
+        storage._sync = storage._client = end
+    return WRITE(row, output, again)
+
+
+def main(config_file, state, folder):
+    config = pickle.loads(Path(config_file).read_bytes())
+    mark = Path(folder) / state
+    replica: type = Replica if config.retry_errors else Sick
+
+    def die(*_):
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if state == "planning":
+        put = storage.put_if_absent
+        storage.put_if_absent = lambda path, data: die() if "/plan/part" in path else put(path, data)
+    elif state in ("first", "writing", "retrying"):
+        least = {"first": 0, "writing": 1, "retrying": 0}[state]
+        pipeline.write = functools.partial(dying_write, mark=mark, driver=os.getpid(), least=least)
+    elif state == "success":
+        replica = type("Dies", (DiesAtWork,), {"mark": Path(folder) / "replica"})
+        pipeline.finish = die
+    summary = pipeline.run(config, replica=replica)
+    print(f"{summary.ok} ok of {summary.rows}", flush=True)
+
+
+if __name__ == "__main__":
+    from tests.faults import victim
+
+    # Ray sends classes and functions by name, which must not be that of this script.
+    victim.main(*sys.argv[1:])
+    os._exit(0)
