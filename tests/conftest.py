@@ -24,7 +24,7 @@ class S3Server:
     """A running SeaweedFS.
 
     endpoint: its URL. key, secret: of somebody who may do all. stranger: key of somebody, with the same
-    secret, who is known but may do nothing. pid: of its one process.
+    secret, who is known but may do nothing. pid: of its one process. command: that starts it.
     """
 
     endpoint: str
@@ -32,6 +32,19 @@ class S3Server:
     secret: str
     stranger: str
     pid: int
+    command: tuple[str, ...]
+
+    def variables(self, endpoint: str = "") -> dict[str, str]:
+        """The AWS variables that lead to it, or to something before it at another endpoint."""
+        return {
+            "AWS_ENDPOINT_URL": endpoint or self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
 
 
 @pytest.fixture(scope="session")
@@ -54,15 +67,7 @@ def s3_server() -> Iterator[S3Server]:
             pytest.fail(f"SeaweedFS does not start: {_log(Path(folder))}")
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
-        for name, value in {
-            "AWS_ENDPOINT_URL": server.endpoint,
-            "AWS_ACCESS_KEY_ID": server.key,
-            "AWS_SECRET_ACCESS_KEY": server.secret,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        }.items():
+        for name, value in server.variables().items():
             patch.setenv(name, value)
         try:
             yield server
@@ -86,39 +91,35 @@ def _start(program: str, folder: Path) -> S3Server | None:
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     master, volume, filer, s3, *grpc = _free_ports(8)
     with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            [
-                program,
-                f"-logdir={folder}",
-                "server",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
-                f"-dir={folder}/data",
-                f"-master.port={master}",
-                f"-master.port.grpc={grpc[0]}",
-                "-master.telemetry=false",
-                "-master.volumeSizeLimitMB=64",
-                f"-volume.port={volume}",
-                f"-volume.port.grpc={grpc[1]}",
-                # A bucket takes several volumes, which are files that grow.
-                "-volume.max=10000",
-                "-filer",
-                f"-filer.port={filer}",
-                f"-filer.port.grpc={grpc[2]}",
-                f"-filer.localSocket={folder}/filer.sock",
-                "-s3",
-                f"-s3.port={s3}",
-                f"-s3.port.grpc={grpc[3]}",
-                f"-s3.config={folder}/s3.json",
-                f"-s3.localSocket={folder}/s3.sock",
-                "-s3.port.iceberg=0",
-                "-s3.port.lance=0",
-            ],
-            stdout=log,
-            stderr=log,
-            # Ctrl-C is for pytest, which ends the server itself.
-            start_new_session=True,
+        command = (
+            program,
+            f"-logdir={folder}",
+            "server",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            f"-dir={folder}/data",
+            f"-master.port={master}",
+            f"-master.port.grpc={grpc[0]}",
+            "-master.telemetry=false",
+            "-master.volumeSizeLimitMB=64",
+            f"-volume.port={volume}",
+            f"-volume.port.grpc={grpc[1]}",
+            # A bucket takes several volumes, which are files that grow.
+            "-volume.max=10000",
+            "-filer",
+            f"-filer.port={filer}",
+            f"-filer.port.grpc={grpc[2]}",
+            f"-filer.localSocket={folder}/filer.sock",
+            "-s3",
+            f"-s3.port={s3}",
+            f"-s3.port.grpc={grpc[3]}",
+            f"-s3.config={folder}/s3.json",
+            f"-s3.localSocket={folder}/s3.sock",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
         )
+        # Ctrl-C is for pytest, which ends the server itself.
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     endpoint = f"http://127.0.0.1:{s3}"
     client = boto3.client(
         "s3",
@@ -132,7 +133,7 @@ def _start(program: str, folder: Path) -> S3Server | None:
         try:
             client.create_bucket(Bucket="ready")
             client.put_object(Bucket="ready", Key="ready", Body=b"")
-            return S3Server(endpoint, key, secret, stranger, process.pid)
+            return S3Server(endpoint, key, secret, stranger, process.pid, command)
         except Exception:
             time.sleep(0.2)
     process.kill()

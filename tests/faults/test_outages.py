@@ -1,0 +1,201 @@
+"""Storages that are out of order for a while: a run waits, or stops with one sentence and goes on later."""
+
+import dataclasses
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+import pytest
+
+from model.errors import InputError
+from tests import conftest
+from tests.e2e.test_generate import read_data, write_jsonl
+from tests.s3_proxy import proxy
+from workflows import storage
+from workflows.pipeline import run
+from workflows.results import VOLATILE, list_done
+from workflows.run_config import RunConfig
+from workflows.runs import read_records
+from workflows.verify import verify
+
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    {"id": f"p{number:02d}", "prompt": f"a cat, number {number}", "width": 64, "height": 128}
+    for number in range(48)
+]
+OUTAGE_SECONDS = 30
+LIMIT_SECONDS = 400
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, local_ray):
+    """An undisturbed run: its configuration and rows."""
+    folder = tmp_path_factory.mktemp("outages")
+    config = RunConfig(
+        manifest=write_jsonl(folder / "prompts.jsonl", ROWS),
+        output=str(folder / "base"),
+        slots=8,
+        device="cpu",
+    )
+    assert run(config).ok == len(ROWS)
+    return config, read_data(config.output)
+
+
+def same(output, wanted):
+    said = []
+    assert verify(output, said.append).state == "complete", said
+    return read_data(output).drop_columns(VOLATILE).equals(wanted.drop_columns(VOLATILE))
+
+
+def started(config, variables, log):
+    """The command of a run as a process of its own, with a Ray of its own."""
+    command = [sys.executable, "-m", "jobs.cli", "generate", config.manifest, config.output]
+    command += ["--slots", "8", "--device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    return subprocess.Popen(command, cwd=ROOT, env=environment | variables, stdout=log, stderr=log)
+
+
+def ended(process, log):
+    try:
+        code = process.wait(LIMIT_SECONDS)
+    finally:
+        process.kill()
+    assert code == 0, Path(log).read_text()
+
+
+def test_a_storage_that_fails_at_a_fifth_of_all_requests(base, s3, s3_server, tmp_path):
+    config, wanted = base
+    other = dataclasses.replace(config, output=f"{s3}/out")
+    with proxy(s3_server.endpoint, share=0.2, seed=6) as between, open(tmp_path / "log", "wb") as log:
+        ended(started(other, s3_server.variables(between.endpoint), log), tmp_path / "log")
+        assert between.faults.total() > 10 and len(between.faults) == 5, between.faults
+    assert same(other.output, wanted)
+    assert read_records(other.output)[0][-1].retries["requests to S3"] > 0
+
+
+def test_a_server_that_is_killed_and_started_again_half_a_minute_later(
+    base, s3_server, tmp_path, monkeypatch
+):
+    config, wanted = base
+    folder = Path("/tmp") / f"weed-{secrets.token_hex(4)}"
+    server = conftest._start(s3_server.command[0], folder)
+    assert server is not None
+    pid = server.pid
+    try:
+        for name, value in server.variables().items():
+            monkeypatch.setenv(name, value)
+        storage.forget_clients()
+        boto3.session.Session().client("s3").create_bucket(Bucket="own")
+        other = dataclasses.replace(config, output="s3://own/out")
+        with open(tmp_path / "log", "wb") as log:
+            process = started(other, server.variables(), log)
+            while not list_done(other.output):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            time.sleep(OUTAGE_SECONDS)
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            with open(folder / "log", "ab") as said:
+                pid = subprocess.Popen(server.command, stdout=said, stderr=said, start_new_session=True).pid
+            ended(process, tmp_path / "log")
+        assert same(other.output, wanted)
+        assert len(read_records(other.output)[0]) == 1
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        storage.forget_clients()
+
+
+def test_what_stays_out_of_order_stops_the_run_with_a_sentence(s3, s3_server, monkeypatch):
+    storage.write_atomic(f"{s3}/file", b"one")
+    # Longer than the pauses of botocore, which tries four times by itself.
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 8.0)
+    with proxy(s3_server.endpoint, share=1.0, seed=2) as between:
+        between._random.choice = lambda faults: "throttle"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
+        storage.forget_clients()
+        with storage.patience(), pytest.raises(InputError) as caught:
+            storage.read_bytes(f"{s3}/file")
+    assert "asks for fewer requests" in str(caught.value) and "the same command goes on" in str(caught.value)
+    assert "\n" not in str(caught.value) and between.requests > 4
+
+
+def test_credentials_that_expire_are_looked_for_again(s3, s3_server, tmp_path, monkeypatch):
+    """The file of a profile is renewed by somebody else while a run waits."""
+    storage.write_atomic(f"{s3}/file", b"one")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    profile = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
+    expired = "[default]\naws_access_key_id = old\naws_secret_access_key = old\n"
+    renewed = f"[default]\naws_access_key_id = {s3_server.key}\naws_secret_access_key = {s3_server.secret}\n"
+    profile.write_text(expired)
+    storage.forget_clients()
+    tries = []
+
+    def read():
+        data = (
+            tries.append(1)
+            or storage._client().get_object(Bucket=s3.removeprefix("s3://"), Key="file")["Body"].read()
+        )
+        return data
+
+    def answered():
+        try:
+            return read()
+        except Exception as error:
+            # SeaweedFS knows no credentials that expire, so what it says of unknown ones is put so.
+            error.response["Error"]["Code"] = "ExpiredToken"
+            profile.write_text(renewed)
+            raise
+
+    with storage.patience():
+        assert storage.patiently(f"{s3}/file", answered) == b"one"
+    assert len(tries) == 2
+
+
+@contextmanager
+def mounted(folder, megabytes):
+    """A small disk."""
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder])
+    if made.returncode:
+        pytest.skip("only root may mount a disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_and_a_read_only_one_stop_the_run_and_it_goes_on_with_room(base, tmp_path):
+    config, wanted = base
+    disk = tmp_path / "disk"
+    other = dataclasses.replace(config, output=str(disk / "out"))
+    with mounted(disk, 16):
+        # Room for the plan and the first shard, not for all.
+        shard = max(path.stat().st_size for path in (Path(config.output) / "data").iterdir())
+        (disk / "filler").write_bytes(bytes((16 << 20) - 2 * shard - (128 << 10)))
+        with pytest.raises(InputError, match="its disk is full: make room and start again") as caught:
+            run(other)
+        assert "\n" not in str(caught.value)
+        there = list_done(other.output)
+        assert len(there) < len(list_done(config.output))
+        (disk / "filler").unlink()
+
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(InputError, match="its file system is read-only: choose another place"):
+            run(other)
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+
+        run(other)
+        assert there <= list_done(other.output)
+        assert same(other.output, wanted)
+        assert not list(disk.glob("**/.wallaroo-tmp-*"))

@@ -1,0 +1,116 @@
+"""A proxy before an S3 server that is out of order now and then: throttles, resets, cuts, stalls, repeats."""
+
+import http.client
+import random
+import socket
+import struct
+import threading
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+FAULTS = ("throttle", "reset", "truncate", "stall", "repeat")
+STALL_SECONDS = 5
+SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce.</Message></Error>"
+
+
+class Proxy(ThreadingHTTPServer):
+    """faults: how many requests had each. share: of the requests that have one, drawn by `seed`."""
+
+    daemon_threads = True
+
+    def __init__(self, target: str, share: float, seed: int):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.target = urllib.parse.urlsplit(target).netloc
+        self.share = share
+        self.faults: Counter[str] = Counter()
+        self.requests = 0
+        self._random = random.Random(seed)
+        self._guard = threading.Lock()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fault(self) -> str:
+        """What befalls the next request; empty for nothing."""
+        with self._guard:
+            self.requests += 1
+            if self._random.random() >= self.share:
+                return ""
+            kind = self._random.choice(FAULTS)
+            self.faults[kind] += 1
+            return kind
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that went away is nothing to tell."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def _serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.server.fault()
+        if fault == "throttle":
+            return self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+        if fault == "reset":
+            return self._reset()
+        if fault == "stall":
+            time.sleep(STALL_SECONDS)
+        if fault == "repeat":
+            self._forward(body)
+        status, headers, data = self._forward(body)
+        self._answer(status, headers, data, cut=fault == "truncate" and len(data) > 1)
+
+    def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection(self.server.target, timeout=60)
+        try:
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in headers.items():
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            connection.close()
+
+    def _answer(self, status: int, headers: dict[str, str], data: bytes, cut: bool = False) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self.wfile.flush()
+            self.close_connection = True
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def log_message(self, *_) -> None:
+        pass
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
+
+
+@contextmanager
+def proxy(target: str, share: float = 0.2, seed: int = 0) -> Iterator[Proxy]:
+    """A proxy on loopback for as long as the block lasts."""
+    with Proxy(target, share, seed) as server:
+        threading.Thread(target=server.serve_forever, name="proxy", daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
