@@ -10,13 +10,14 @@ PIP_ARGS ?=
 STAMP := $(VENV)/.installed
 TESTED := unit conformance e2e faults
 
-.PHONY: install demo test test-fast check format conformance bench tiny clean help
+.PHONY: install demo test test-fast check audit format conformance bench tiny clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         generate the example pictures into out/demo"
 	@echo "make test         all tests; make test-fast: without those that start Ray"
 	@echo "make check        ruff, mypy and the dependency direction; make format: apply ruff's"
+	@echo "make audit        known weaknesses of the pinned packages; needs pypi.org"
 	@echo "make conformance  against the published model's numbers (GOLDENS=DIR: another folder of them)"
 	@echo "make bench        benchmarks, minutes each"
 	@echo "make tiny         write the embedded checkpoint anew"
@@ -62,6 +63,12 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# In an environment of its own, since pip-audit needs other packages than the project.
+audit:
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -76,5 +83,5 @@ tiny: $(STAMP)
 	$(BIN)/python -m jobs.make_tiny
 
 clean:
-	rm -rf $(VENV) out/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-audit out/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

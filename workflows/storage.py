@@ -173,7 +173,7 @@ def _explain(path: str, error: Exception) -> str | None:
     """One sentence about an error of storage; None for an error that is none. Never holds a secret."""
     import botocore.exceptions
 
-    if isinstance(error, ValueError) and ("null byte" in str(error) or isinstance(error, UnicodeError)):
+    if isinstance(error, ValueError) and ("null byte" in str(error) or isinstance(error, UnicodeEncodeError)):
         return f"{path!a:.200} cannot be used, it holds a NUL character or is no Unicode text: correct it."
     if not is_s3(path):
         if isinstance(error, OSError) and error.errno is not None:

@@ -8,6 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jobs.config import SECTIONS, SETTINGS, resolve
 from model.config import TASKS
@@ -308,3 +310,29 @@ def test_a_time_has_units(text, seconds):
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(InputError, match=r"--deadline is .*but must be a time|deadline is .* at least 0 s"):
         made({"run.deadline": text})
+
+
+_TOML = st.recursive(
+    st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([setting.name for setting in SETTINGS]), _TOML, st.binary(max_size=40))
+def test_any_run_file_is_a_configuration_or_one_sentence(tmp_path_factory, name, value, junk):
+    path = tmp_path_factory.mktemp("any") / "run.toml"
+    section, key = name.split(".", 1)
+    for content in (junk, f"[{section}]\n{key} = {_toml(value)}\n".encode("utf-8", "surrogatepass")):
+        path.write_bytes(content)
+        try:
+            assert isinstance(made(file=str(path)), RunConfig)
+        except InputError as error:
+            assert str(error).strip() and len(str(error)) < 2000
+
+
+def _toml(value) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value) if isinstance(value, bool | str) else str(value)
