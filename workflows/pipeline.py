@@ -74,6 +74,9 @@ if TYPE_CHECKING:
 TICK_SECONDS = 0.5
 """How often a driver looks at its replicas while no shard arrives."""
 
+END_SECONDS = 10.0
+"""What a pipeline that is given up has to end by itself."""
+
 MOST_DEATHS = 6
 """Replicas that may die with a shard and teach nothing; with more the run stops, or it would never end."""
 
@@ -793,7 +796,8 @@ def _arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Iterator[dict[str, 
         gc.collect()
         arrived.put(end)
 
-    threading.Thread(target=consume, name="pipeline", daemon=True).start()
+    thread = threading.Thread(target=consume, name="pipeline", daemon=True)
+    thread.start()
     try:
         while True:
             try:
@@ -808,3 +812,5 @@ def _arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Iterator[dict[str, 
             yield found
     finally:
         stop.set()
+        # Ray must not end while it is still talked to; a pipeline that waits for a machine may take for ever.
+        thread.join(END_SECONDS)
