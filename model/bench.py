@@ -413,16 +413,19 @@ def edit_prefix_speedup(
     return timed["alone"].median / timed["shared"].median
 
 
-def decode_steps(name: str, slots: int, steps: int, device: torch.device, side: int) -> None:
+def decode_steps(
+    name: str, slots: int, steps: int, device: torch.device, side: int, graphs: bool = False
+) -> None:
     """Prints a JSON line for each of several cache lengths: seconds of a decode step, of its matrix
     products alone, and the pictures a second that follow if all steps were like it.
 
     All rows have one prompt, as long as the cache shall be, so that no picture has to be drawn up to there.
+    graphs: whether steps are recorded and replayed.
     """
     config, size = MODELS[name], Size(side, side)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = random_model(config, ("generate",), device, dtype)
-    options = EngineOptions(slots=slots, group_rows=slots, decode_vq=False)
+    options = EngineOptions(slots=slots, group_rows=slots, decode_vq=False, capture=graphs)
     drawn = size.grid[0] * (size.grid[1] + 1) - 1
     products = interleaved(device, 5, products=decode_products(model, "generate", slots))["products"].median
     rng = np.random.default_rng(0)
@@ -443,6 +446,7 @@ def decode_steps(name: str, slots: int, steps: int, device: torch.device, side: 
         values = {
             "model": name,
             "slots": slots,
+            "graphs": graphs,
             "keys": length,
             "seconds_per_step": step,
             "seconds_of_products": products,
@@ -463,6 +467,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="time so many decode steps alone, nothing else")
+    parser.add_argument("--graphs", action="store_true", help="with --steps, on CUDA: as recorded graphs")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     if options.threads:
@@ -470,7 +475,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sides = options.side or {"tiny": [128], "mid": [128, 256], "7b": [512]}[options.model]
     if options.steps:
         for side in sides:
-            decode_steps(options.model, options.slots, options.steps, torch.device(options.device), side)
+            device = torch.device(options.device)
+            decode_steps(options.model, options.slots, options.steps, device, side, options.graphs)
         return
     report = bench(options.model, options.slots, options.rounds, torch.device(options.device), sides)
     if options.json:

@@ -99,7 +99,8 @@ class EngineOptions:
     prefix_sharing: whether rows of one prompt share its prefill; prefix_tokens: prompt tokens kept for
         sharing when no row waits for them any more.
     attention: `block`, `sdpa` or `flash`; None for what suits the device.
-    capture: whether decode steps on CUDA are recorded and replayed (see model/graphs.py).
+    capture: whether decode steps on CUDA are recorded and replayed (see model/graphs.py); off until a GPU has
+        shown that replayed tokens are those of the steps themselves.
     decode_vq: whether pictures are wanted and not their tokens alone.
     trace: keep each row's logits, and take tokens that are forced.
 
@@ -114,7 +115,7 @@ class EngineOptions:
     prefix_sharing: bool = True
     prefix_tokens: int = 16384
     attention: str | None = None
-    capture: bool = True
+    capture: bool = False
     decode_vq: bool = True
     trace: bool = False
 

@@ -18,14 +18,16 @@ SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please r
 
 
 class Proxy(ThreadingHTTPServer):
-    """faults: how many requests had each. share: of the requests that have one, drawn by `seed`."""
+    """faults: how many requests had each. share: of those that have one, drawn by `seed`. delay: seconds
+    more that every answer takes."""
 
     daemon_threads = True
 
-    def __init__(self, target: str, share: float, seed: int):
+    def __init__(self, target: str, share: float, seed: int, delay: float):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target = urllib.parse.urlsplit(target).netloc
         self.share = share
+        self.delay = delay
         self.faults: Counter[str] = Counter()
         self.requests = 0
         self._random = random.Random(seed)
@@ -56,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.fault()
+        time.sleep(self.server.delay)
         if fault == "throttle":
             return self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
         if fault == "reset":
@@ -106,9 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def proxy(target: str, share: float = 0.2, seed: int = 0) -> Iterator[Proxy]:
+def proxy(target: str, share: float = 0.2, seed: int = 0, delay: float = 0.0) -> Iterator[Proxy]:
     """A proxy on loopback for as long as the block lasts."""
-    with Proxy(target, share, seed) as server:
+    with Proxy(target, share, seed, delay) as server:
         threading.Thread(target=server.serve_forever, name="proxy", daemon=True).start()
         try:
             yield server
