@@ -379,7 +379,7 @@ def _follow(client: Any, job: str) -> int:
     click.echo(f"{job}: {ended.state.lower()}" + (f", {ended.message}" if ended.state == "FAILED" else ""))
     if ended.exit_code is not None:
         return ended.exit_code
-    return {"SUCCEEDED": OK, "STOPPED": INTERRUPTED}.get(ended.state, FATAL)
+    return {"SUCCEEDED": OK, "STOPPED": STOPPED}.get(ended.state, FATAL)
 
 
 @cli.group(short_help="Runs on a cluster: list, status, logs, stop.")

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -92,6 +94,16 @@ def picture(shade: int) -> bytes:
     return file.getvalue()
 
 
+def replicas_below(process: subprocess.Popen) -> list[psutil.Process]:
+    """The replicas of a run with a Ray of its own."""
+    found = []
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "Replica" in " ".join(one.cmdline()):
+                found.append(one)
+    return found
+
+
 def test_five_scheduled_runs_of_a_growing_source(s3, local_ray, tmp_path):
     """Two of them overlap and one is killed; sources that are done with are gone, and nobody misses them."""
     source, output = f"{s3}/photos", f"{s3}/winter"
@@ -131,8 +143,16 @@ def test_five_scheduled_runs_of_a_growing_source(s3, local_ray, tmp_path):
     while not storage.exists(f"{output}/plan/part-00001.json"):
         assert second.poll() is None, second.communicate()
         time.sleep(0.2)
+    # On a slow machine it would be over before the third looks.
+    while not (replicas := replicas_below(second)):
+        assert second.poll() is None, second.communicate()
+        time.sleep(0.1)
+    for replica in replicas:
+        replica.suspend()
     third = start()
     assert "is at work on" in finish(third)
+    for replica in replicas:
+        replica.resume()
     finish(second)
 
     # The fourth is killed at work, with its Ray.

@@ -7,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.test_generate import write_jsonl
 from tests.faults.test_poison import ROWS
 from workflows.plan import read_plan
@@ -18,8 +16,7 @@ from workflows.runs import read_records
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("way", ["SIGTERM", "deadline"])
-def test_shards_in_flight_are_finished_and_no_others_begun(way, tmp_path):
+def test_shards_in_flight_are_finished_and_no_others_begun(tmp_path):
     # Twenty shards, so that there is something left.
     manifest = write_jsonl(
         tmp_path / "prompts.jsonl", [{**row, "id": f"{row['id']}-{n}"} for row in ROWS for n in range(7)]
@@ -28,23 +25,19 @@ def test_shards_in_flight_are_finished_and_no_others_begun(way, tmp_path):
     command = [sys.executable, "-m", "jobs.cli", "generate", manifest, str(output), "--slots", "8"]
     command += ["--grace", "1h"]
     command += ["--on-finish", f"cat > {tmp_path}/news"]
-    if way == "deadline":
-        command += ["--deadline", "1s"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if way == "SIGTERM":
-        while not list_done(str(output)):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+    while not list_done(str(output)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == 5, said
     assert "what is finished is kept, and the same command goes on from there." in said
     assert "Traceback" not in said
     done, shards = list_done(str(output)), set(read_plan(str(output)).shards)
     assert done < shards
-    if way == "SIGTERM":
-        # That which was there, and what the replica had.
-        assert 1 < len(done) <= 6
+    # That which was there, and what the replica had.
+    assert 1 < len(done) <= 6
     record = read_records(str(output))[0][-1]
     assert record.state == "stopped" and record.message.startswith("stopped, since ")
     assert json.loads((tmp_path / "news").read_text())["state"] == "stopped"
