@@ -44,6 +44,9 @@ EXIT_DEVICE = 70
 LETHAL = "crash"
 """Kind of the error rows that end their replica."""
 
+ASK_SECONDS = 0.1
+"""How often a shard that may not begin yet is asked for again."""
+
 AHEAD = 16
 """Rows beyond its slots that an engine has, to prepare them; the fewer, the fewer come under suspicion."""
 
@@ -197,7 +200,7 @@ class Replica:
         call = _Call(int(row["shard"]), rows, asyncio.get_running_loop())
         if rows:
             if self._watch is not None:
-                start = await self._watch.note_start.remote(self.name, call.shard, rows)
+                start = await self._may_begin(call)
             if not start.stopping:
                 self._begin(call, table, start)
                 await call.finished
@@ -209,6 +212,14 @@ class Replica:
             "attempts": start.attempt,
             "environment": self.environment,
         }
+
+    async def _may_begin(self, call: _Call) -> Start:
+        """What the watch says of a call, once it may begin."""
+        while True:
+            start: Start = await self._watch.note_start.remote(self.name, call.shard, call.rows)
+            if not start.wait:
+                return start
+            await asyncio.sleep(ASK_SECONDS)
 
     def _begin(self, call: _Call, table: pa.Table, start: Start) -> None:
         """Puts the rows of a call into the inbox, but for those that may not run again."""

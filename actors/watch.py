@@ -5,6 +5,8 @@ of them are, row by row. Knows nothing of what a row holds or where results go: 
 numbers to it.
 """
 
+import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,18 +47,36 @@ class Counts:
     finished: int = 0
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How far replicas may go ahead of what is written and known.
+
+    shards: fewer than these may be begun or finished and yet unwritten. error_rate, least_rows: while of
+    at least so many rows a larger share are errors, no shard is begun. seconds: where no shard was written
+    for so long, one is begun all the same: what is waited for may be lost, and to be made again it needs
+    a replica.
+    """
+
+    shards: float = math.inf
+    error_rate: float = 1.0
+    least_rows: int = 0
+    seconds: float = math.inf
+
+
 class Start(NamedTuple):
     """What a replica is told of a shard that it takes.
 
     attempt: for which time the shard is tried. suspects: row -> how often a replica died with that row alone
     on it, of rows that must run alone. lethal: rows that must not run again, since they end their replica.
-    stopping: whether the run is about to stop, so that the shard shall be left.
+    stopping: whether the run is about to stop, so that the shard shall be left. wait: whether it may not
+    begin yet, and must be asked for again.
     """
 
     attempt: int = 1
     suspects: Mapping[int, int] = {}
     lethal: Sequence[int] = ()
     stopping: bool = False
+    wait: bool = False
 
 
 @dataclass
@@ -83,9 +103,13 @@ class Watch:
     them are asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
         self._shards: dict[int, _Shard] = {}
         self._done: dict[int, tuple[int, int]] = {}
+        self._done_rows = self._done_errors = 0
+        self._written: set[int] = set()
+        self._full_since: float | None = None
         self._starts: dict[int, int] = {}
         self._fruitless: Counter[int] = Counter()
         self._replicas: set[str] = set()
@@ -115,7 +139,12 @@ class Watch:
         if self._stopping:
             self._shards.pop(shard, None)
             return Start(stopping=True)
-        self._done.pop(shard, None)
+        if self._must_wait(shard):
+            return Start(wait=True)
+        rows_before, errors_before = self._done.pop(shard, (0, 0))
+        self._done_rows -= rows_before
+        self._done_errors -= errors_before
+        self._written.discard(shard)
         self._shards[shard] = _Shard(replica, set(rows))
         starts = self._starts[shard] = self._starts.get(shard, 0) + 1
         keys = [(shard, row) for row in rows]
@@ -154,8 +183,16 @@ class Watch:
             held.errors += not ok
             if not held.waiting:
                 self._done[shard] = (held.rows, held.errors)
+                self._done_rows += held.rows
+                self._done_errors += held.errors
                 self._fruitless.pop(shard, None)
                 del self._shards[shard]
+
+    def note_written(self, shard: int) -> None:
+        """The file of a shard is there."""
+        if shard in self._done or shard in self._shards:
+            self._written.add(shard)
+        self._full_since = None
 
     def note_death(self, replica: str, reason: str) -> None:
         """A replica is about to end itself, for a reason that it can tell, with rows or before it is up."""
@@ -169,12 +206,11 @@ class Watch:
 
     def counts(self) -> Counts:
         """How far the run is."""
-        held = [(shard.rows, shard.errors) for shard in self._shards.values()]
-        pairs = [*self._done.values(), *held]
+        rows, errors = self._made()
         hardest, deaths = max(self._fruitless.items(), key=lambda one: one[1], default=(-1, 0))
         return Counts(
-            rows=sum(rows for rows, _ in pairs),
-            errors=sum(errors for _, errors in pairs),
+            rows=rows,
+            errors=errors,
             replicas=len(self._replicas),
             deaths=self._deaths,
             last_death=self._last_death,
@@ -183,6 +219,28 @@ class Watch:
             held=len(self._shards),
             finished=len(self._done),
         )
+
+    def _made(self) -> tuple[int, int]:
+        """Rows that were given back, and how many of them as errors."""
+        held = self._shards.values()
+        return (
+            self._done_rows + sum(shard.rows for shard in held),
+            self._done_errors + sum(shard.errors for shard in held),
+        )
+
+    def _must_wait(self, shard: int) -> bool:
+        """Whether a shard may not begin yet. One that was begun before may: it is counted as it is."""
+        if shard in self._shards or shard in self._done:
+            return False
+        (rows, errors), limits = self._made(), self._limits
+        if rows >= limits.least_rows and errors > limits.error_rate * rows:
+            return True
+        unwritten = len(self._shards) + len(self._done) - len(self._written)
+        if unwritten + 1 < limits.shards:
+            return False
+        if self._full_since is None:
+            self._full_since = time.monotonic()
+        return time.monotonic() - self._full_since <= limits.seconds
 
     def _bury(self, replica: str) -> None:
         if replica not in self._replicas:
@@ -207,11 +265,11 @@ class Watch:
         return self._proven[row] >= PROVEN_DEATHS or self._unproven[row] >= UNPROVEN_DEATHS
 
 
-def start() -> Any:
+def start(limits: Limits | None = None) -> Any:
     """A watch on this machine, which lives as long as the handle (and so the driver) does."""
     import ray
 
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
-    return ray.remote(Watch).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(Watch).options(num_cpus=0, scheduling_strategy=here).remote(limits)

@@ -178,10 +178,13 @@ def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
     return passed | {"result": to_ipc(table), "retries": row["retries"] + storage.take_retries()}
 
 
-def write(row: dict[str, Any], output: str, again: frozenset[int] = frozenset()) -> dict[str, Any]:
+def write(
+    row: dict[str, Any], output: str, again: frozenset[int] = frozenset(), watch: Any = None
+) -> dict[str, Any]:
     """Writes a shard's file; what is left of it are counts for the driver, under `tally`.
 
-    again: shards that are there, whose rows of the same numbers are replaced.
+    again: shards that are there, whose rows of the same numbers are replaced. watch: handle of the run's
+    `actors.watch.Watch`, or None.
     """
     if not row["result"]:
         return {"shard": row["shard"], "tally": ""}
@@ -192,6 +195,8 @@ def write(row: dict[str, Any], output: str, again: frozenset[int] = frozenset())
     if shard in again:
         whole = storage.patiently(output, lambda: _merged(output, shard, table))
     size = write_shard(output, shard, whole)
+    if watch is not None:
+        watch.note_written.remote(shard)
     tally, task = _tally(table), table.column("task")[0].as_py()
     metrics.count("wallaroo_write_seconds_total", time.perf_counter() - started, task=task)
     metrics.count("wallaroo_written_bytes_total", size, task=task)
@@ -402,10 +407,17 @@ def generate(
 
 
 def map_dataset(
-    task: str, ds: "ray.data.Dataset", model: str, replicas: int, options: dict[str, Any]
+    task: str,
+    ds: "ray.data.Dataset",
+    model: str,
+    replicas: int,
+    options: dict[str, Any],
+    replica: type = Replica,
 ) -> "ray.data.Dataset":
-    """What `generate` does, for any task."""
+    """What `generate` does, for any task. replica: the class of the replicas."""
     import ray.data
+
+    from actors import watch
 
     fields = {one.name for one in dataclasses.fields(RunConfig)}
     for name in options:
@@ -418,9 +430,9 @@ def map_dataset(
     job = make_job(config, meaning, carried)
     if not rows:
         return ray.data.from_arrow(job.schema.empty_table())
-    pool = make_pool(config, choose_device(config.device), rows, plans.count())
+    pool = make_pool(config, choose_device(config.device), rows, plans.count(), replica)
     loaded = load_stage(plans, functools.partial(prepare, job=job), job, pool)
-    return make_results(loaded, job, pool).map_batches(
+    return make_results(loaded, job, pool, watch.start()).map_batches(
         _unpack, batch_size=1, batch_format="pyarrow", num_cpus=pool.cpus
     )
 
@@ -631,6 +643,7 @@ def _make_missing(
     from ray.data import TaskPoolStrategy
 
     from actors import watch
+    from actors.watch import Limits
 
     done = list_done(config.output)
     there = [shard for shard in plan.shards if shard in done]
@@ -660,7 +673,9 @@ def _make_missing(
     pool = make_pool(config, device, plan.rows, len(plan.shards), replica)
     # All at once: a node asked for after the other would come up after the other. None that gets no rows.
     pool = dataclasses.replace(pool, size=min(pool.size, len(work)))
-    eyes = watch.start()
+    writers = max(WRITERS, pool.calls) * pool.size
+    budget = 1.0 if config.max_error_rate is None else config.max_error_rate
+    eyes = watch.start(Limits(2 * pool.size + writers, budget, LEAST_ROWS, storage.PATIENCE_SECONDS))
 
     def pipeline() -> ray.data.Dataset:
         # Blocks that are there need no task to make them, which would wait for a CPU that replicas hold.
@@ -672,16 +687,15 @@ def _make_missing(
         else:
             results = make_results(loaded, job, pool, eyes)
         # A CPU of their own they would wait for, while finished shards pile up.
-        writers = TaskPoolStrategy(size=WRITERS * pool.size)
-        stage = functools.partial(write, output=config.output, again=rewritten)
-        return results.map(stage, num_cpus=0, compute=writers)
+        stage = functools.partial(write, output=config.output, again=rewritten, watch=eyes)
+        return results.map(stage, num_cpus=0, compute=TaskPoolStrategy(size=writers))
 
     made = Tally()
     written = 0
     started = time.monotonic()
     waited: float | None = None
     stopping = False
-    for row in _arriving(pipeline):
+    for row in _arriving(pipeline, eyes.stop.remote):
         lock.check()
         if stop.asked() and not stopping:
             stopping = True
@@ -774,10 +788,13 @@ def _check_health(config: RunConfig, counts: Any, made: Tally) -> None:
         )
 
 
-def _arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Iterator[dict[str, Any] | None]:
+def _arriving(
+    pipeline: Callable[[], "ray.data.Dataset"], give_up: Callable[[], Any]
+) -> Iterator[dict[str, Any] | None]:
     """The rows of a pipeline as they come, and None whenever none came for TICK_SECONDS.
 
-    The pipeline goes on in a thread of its own, so that whoever looks on is never kept waiting.
+    The pipeline goes on in a thread of its own, so that whoever looks on is never kept waiting. give_up:
+    called when nobody looks on any more; after it the pipeline shall end soon.
     Raises what went wrong in it, out of Ray's wrappers.
     """
     arrived: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
@@ -785,8 +802,11 @@ def _arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Iterator[dict[str, 
 
     def consume() -> None:
         try:
-            for row in pipeline().iter_rows():
-                arrived.put(row)
+            # Fetching ahead holds a row back until the next one is there.
+            blocks: Any = pipeline().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+            for block in blocks:
+                for row in block.to_pylist():
+                    arrived.put(row)
                 if stop.is_set():
                     break
             end = None
@@ -812,5 +832,6 @@ def _arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Iterator[dict[str, 
             yield found
     finally:
         stop.set()
+        give_up()
         # Ray must not end while it is still talked to; a pipeline that waits for a machine may take for ever.
         thread.join(END_SECONDS)

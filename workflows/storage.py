@@ -382,7 +382,8 @@ def refuses_path(error: InputError) -> bool:
     if isinstance(cause, botocore.exceptions.ClientError):
         code = str(cause.response.get("Error", {}).get("Code", ""))
         return _CODE_ALIASES.get(code, code) in _OF_ONE_PATH
-    return cause is None or isinstance(cause, botocore.exceptions.ParamValidationError)
+    # A ValueError is about the name alone: botocore could not even put it into a request.
+    return cause is None or isinstance(cause, (botocore.exceptions.ParamValidationError, ValueError))
 
 
 # The three libraries

@@ -16,8 +16,9 @@ import pytest
 from model.errors import InputError
 from tests import conftest
 from tests.e2e.test_generate import read_data, write_jsonl
+from tests.faults.test_poison import AllSick, many
 from tests.s3_proxy import proxy
-from workflows import storage
+from workflows import pipeline, storage
 from workflows.pipeline import run
 from workflows.results import VOLATILE, list_done
 from workflows.run_config import RunConfig
@@ -31,6 +32,7 @@ ROWS = [
 ]
 OUTAGE_SECONDS = 30
 LIMIT_SECONDS = 400
+WRITE = pipeline.write
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,38 @@ def test_a_server_that_is_killed_and_started_again_half_a_minute_later(
         os.waitpid(pid, 0)
         subprocess.run(["rm", "-rf", str(folder)], check=True)
         storage.forget_clients()
+
+
+class Marks(AllSick):
+    """Writes down how many shards are finished and not written, whenever one is finished."""
+
+    marks = Path()
+    output = ""
+
+    async def __call__(self, row):
+        made = await super().__call__(row)
+        mark = self.marks / str(row["shard"])
+        mark.touch()
+        finished = len(list(self.marks.iterdir()))
+        mark.write_text(str(finished - len(list_done(self.output))))
+        return made
+
+
+def slow_write(row, output, again, watch):
+    time.sleep(1)
+    return WRITE(row, output, again, watch)
+
+
+def test_few_finished_shards_wait_for_a_slow_storage(base, tmp_path, monkeypatch):
+    other = many(base, tmp_path, "slow", replicas=(2, 2))
+    (tmp_path / "marks").mkdir()
+    kind = type("Counted", (Marks,), {"marks": tmp_path / "marks", "output": other.output})
+    monkeypatch.setattr(pipeline, "write", slow_write)
+    assert run(other, replica=kind).errors == 400
+    counts = [int(mark.read_text()) for mark in (tmp_path / "marks").iterdir()]
+    assert len(counts) == len(list_done(other.output)) > 20
+    # Two for each replica, and one for each writer.
+    assert 2 < max(counts) < 2 * 2 + 2 * pipeline.WRITERS
 
 
 def test_what_stays_out_of_order_stops_the_run_with_a_sentence(s3, s3_server, monkeypatch):

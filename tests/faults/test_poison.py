@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
+import ray
 
 from actors.replica import Replica
 from model.errors import InputError
 from tests.e2e.test_generate import read_data, write_jsonl
 from workflows.finish import read_success
-from workflows.pipeline import LEAST_ROWS, run
+from workflows.pipeline import LEAST_ROWS, map_dataset, run
 from workflows.plan import read_plan
 from workflows.results import VOLATILE, list_done
 from workflows.run_config import RunConfig
@@ -98,6 +99,12 @@ def many(base, folder, output, **changes):
     rows = [{**ROWS[0], "id": f"m{number}"} for number in range(400)]
     manifest = write_jsonl(folder / f"{output}.jsonl", rows)
     return dataclasses.replace(base[0], manifest=manifest, output=str(folder / output), **changes)
+
+
+def test_rows_of_a_dataset_that_kill_their_replica_become_error_rows(base):
+    ds = ray.data.from_items([{**row, "seed": row["seed"] + 4} for row in ROWS[:4]])
+    made = map_dataset("generate", ds, "tiny", 1, {"slots": 2, "device": "cpu"}, Poisoned).to_pandas()
+    assert made.set_index("seed").status.to_dict() == {4: "ok", ABORTS: "error", 6: "ok", 7: "ok"}
 
 
 def test_rows_that_kill_their_replica_become_error_rows_and_their_neighbours_survive(base, folder):

@@ -48,7 +48,7 @@ class DiesAtWork(Sick):
         super()._turn(engine)
 
 
-def dying_write(row, mark, driver, least, output, again):
+def dying_write(row, mark, driver, least, output, again, watch):
     """Kills everybody in the middle of writing a file, when so many are there."""
     if len(list_done(output)) >= least and not mark.exists():
 
@@ -57,7 +57,7 @@ def dying_write(row, mark, driver, least, output, again):
             kill(driver)
 
         storage._sync = storage._client = end
-    return WRITE(row, output, again)
+    return WRITE(row, output, again, watch)
 
 
 def main(config_file, state, folder):

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from actors.rows import (
     requests_table,
     to_ipc,
 )
-from actors.watch import Watch
+from actors.watch import Limits, Watch
 from model.checkpoint import TINY, load, load_config, load_tokenizer
 from model.config import Size
 from model.engine import Engine, Request
@@ -224,6 +225,36 @@ def test_a_stopping_run_begins_no_shard():
     assert watch.counts().held == 1
     watch.note_done("a", [(0, 0, True)])
     assert (watch.counts().held, watch.counts().finished) == (0, 1)
+
+
+def test_no_shard_begins_while_many_are_unwritten():
+    watch = Watch(Limits(shards=3, seconds=0.2))
+    assert not watch.note_start("a", 0, [0]).wait
+    watch.note_done("a", [(0, 0, True)])
+    assert not watch.note_start("a", 1, [0]).wait
+    assert watch.note_start("a", 2, [0]).wait
+    # What was begun goes on elsewhere, and what was lost is made again.
+    assert not watch.note_start("b", 1, [0]).wait
+    assert not watch.note_start("b", 0, [0]).wait
+    watch.note_done("b", [(0, 0, True)])
+    watch.note_written(7)  # the plan had refused all of it
+    assert watch.note_start("a", 2, [0]).wait
+    watch.note_written(0)
+    assert not watch.note_start("a", 2, [0]).wait
+    assert watch.note_start("a", 3, [0]).wait
+    time.sleep(0.3)
+    assert not watch.note_start("a", 3, [0]).wait
+
+
+def test_no_shard_begins_while_too_many_rows_are_errors():
+    watch = Watch(Limits(error_rate=0.5, least_rows=2))
+    watch.note_start("a", 0, [0, 1, 2, 3])
+    watch.note_done("a", [(0, 0, False)])
+    assert not watch.note_start("a", 1, [0]).wait
+    watch.note_done("a", [(0, 1, False)])
+    assert watch.note_start("a", 2, [0]).wait
+    watch.note_done("a", [(0, 2, True), (0, 3, True)])
+    assert not watch.note_start("a", 2, [0]).wait
 
 
 # The replica, without Ray
