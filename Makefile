@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP := $(VENV)/.installed
 TESTED := unit conformance e2e faults
 
-.PHONY: install demo test test-fast check audit format conformance bench tiny clean help
+.PHONY: install demo test test-fast check audit fuzz format conformance bench tiny clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test         all tests; make test-fast: without those that start Ray"
 	@echo "make check        ruff, mypy and the dependency direction; make format: apply ruff's"
 	@echo "make audit        known weaknesses of the pinned packages; needs pypi.org"
+	@echo "make fuzz         bytes of atheris to picture loader and manifest reader, FUZZ_SECONDS each (120)"
 	@echo "make conformance  against the published model's numbers (GOLDENS=DIR: another folder of them)"
 	@echo "make bench        benchmarks, minutes each"
 	@echo "make tiny         write the embedded checkpoint anew"
@@ -68,6 +69,16 @@ audit:
 	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+# What it finds is kept in out/fuzz, and ends it.
+FUZZ_SECONDS ?= 120
+fuzz: $(STAMP)
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt atheris
+	mkdir -p out/fuzz
+	for target in pictures manifests; do \
+	    $(BIN)/python -m tests.fuzz $$target -max_total_time=$(FUZZ_SECONDS) \
+	        -artifact_prefix=out/fuzz/ || exit 1; \
+	done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
