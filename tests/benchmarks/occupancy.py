@@ -1,9 +1,10 @@
-"""Slots in use while 500 edits come from an S3 endpoint that takes 30 ms longer for every answer.
+"""Slots in use while rows come through Ray Data: pictures of all sizes, and edits from a slow S3.
 
-    python -m tests.benchmarks.edit_occupancy
+    python -m tests.benchmarks.occupancy [generate|edit]
 
 Counted by the engine itself, step by step, from the first step with all slots in use to the last; the bound
-is 0.9. Sources are PNG files of their own, one a row.
+is 0.9 for both. `generate`: 512 rows in shards of 16. `edit`: 500 rows, each with a PNG file of its own as
+source, from an S3 endpoint that takes 30 ms longer for every answer.
 """
 
 import io
@@ -12,17 +13,23 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 from PIL import Image
 
 from actors.replica import Replica
+from model.checkpoint import TINY, load_config
 from tests import conftest
 from tests.s3_proxy import proxy
+from workflows.pipeline import run
+from workflows.plan import read_plan
+from workflows.run_config import RunConfig
 
-ROWS, SLOTS, DELAY_SECONDS, BOUND = 500, 16, 0.03, 0.9
+SLOTS, DELAY_SECONDS, BOUND = 16, 0.03, 0.9
 STEPS = "STEPS_OF_THE_ENGINE"
 """Variable that names the file to which the replica adds a line a step."""
 
@@ -56,8 +63,31 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def main() -> None:
+def main(tasks: Sequence[str]) -> None:
+    """Measure these tasks."""
     folder = Path(tempfile.mkdtemp(prefix="occupancy-", dir="/tmp"))
+    os.environ[STEPS] = str(folder / "steps")
+    try:
+        if "generate" in tasks:
+            generate(folder)
+        if "edit" in tasks:
+            edit(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def generate(folder: Path) -> None:
+    """Pictures of all sizes of the table, one after the other."""
+    ratios = list(load_config(TINY).sizes)
+    rows = [
+        {"id": f"g{number}", "prompt": f"a red circle {number}", "aspect_ratio": ratios[number % len(ratios)]}
+        for number in range(512)
+    ]
+    measure(folder, rows, str(folder / "out"), "generate")
+
+
+def edit(folder: Path) -> None:
+    """Edits of pictures on S3."""
     weed = str(Path(sys.executable).with_name("weed"))
     server = conftest._start(weed, folder / "weed")
     if server is None:
@@ -65,43 +95,36 @@ def main() -> None:
     try:
         with proxy(server.endpoint, share=0.0, delay=DELAY_SECONDS) as slow:
             os.environ.update(server.variables(slow.endpoint))
-            os.environ[STEPS] = str(folder / "steps")
-            measure(folder)
+            client = boto3.session.Session().client("s3")
+            client.create_bucket(Bucket="edits")
+            rows = []
+            for number in range(500):
+                image = f"photos/{number}.png"
+                client.put_object(Bucket="edits", Key=image, Body=picture(number))
+                rows.append({"id": f"e{number}", "prompt": "make it blue", "image": f"s3://edits/{image}"})
+            measure(folder, rows, "s3://edits/out", "edit")
     finally:
         os.kill(server.pid, 9)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(folder: Path) -> None:
-    """Runs the edits and prints the occupancy."""
-    import boto3
-
-    from workflows.pipeline import run
-    from workflows.run_config import RunConfig
-
-    client = boto3.session.Session().client("s3")
-    client.create_bucket(Bucket="edits")
-    rows = []
-    for number in range(ROWS):
-        client.put_object(Bucket="edits", Key=f"photos/{number}.png", Body=picture(number))
-        rows.append(
-            {"id": f"e{number}", "prompt": "make it blue", "image": f"s3://edits/photos/{number}.png"}
-        )
-    (folder / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = RunConfig(str(folder / "edits.jsonl"), "s3://edits/out", task="edit", slots=SLOTS, device="cpu")
+def measure(folder: Path, rows: list[dict[str, Any]], output: str, task: str) -> None:
+    """Runs a manifest of these rows and prints the occupancy."""
+    manifest = folder / f"{task}.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path(os.environ[STEPS]).write_text("")
+    config = RunConfig(str(manifest), output, task=task, slots=SLOTS, device="cpu")
     summary = run(config, replica=Counting)
+    shard_rows = read_plan(output).parts[0].shard_rows
     steps = [tuple(map(int, line.split())) for line in (folder / "steps").read_text().splitlines()]
     full = [place for place, (used, of) in enumerate(steps) if used == of]
     between = steps[full[0] : full[-1] + 1]
     share = sum(used for used, _ in between) / sum(of for _, of in between)
-    print(
-        f"{summary.ok} of {summary.rows} edits, {SLOTS} slots, {DELAY_SECONDS * 1000:.0f} ms more an answer"
-    )
+    print(f"{task}: {summary.ok} of {summary.rows} rows ok, in shards of {shard_rows}, {SLOTS} slots")
     print(f"mean slot occupancy {share:.3f} in {len(between)} of {len(steps)} steps (bound {BOUND})")
 
 
 if __name__ == "__main__":
-    from tests.benchmarks import edit_occupancy
+    from tests.benchmarks import occupancy
 
     # Ray sends the class of the replicas by its name, which must not be that of this script.
-    edit_occupancy.main()
+    occupancy.main(sys.argv[1:] or ["generate", "edit"])
