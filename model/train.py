@@ -1,12 +1,15 @@
 """Training: the losses of the image tokenizer and of the four stages, and one loop for all of them.
 
 Rows, losses and what is frozen follow the published recipe (arXiv 2603.04980); `python -m model.train
-RECIPES.toml STAGE` runs one stage. A batch depends on the seed and the step alone, so a run that was
-killed goes on to the same losses. Knows nothing of Ray or Parquet: rows are dicts.
+RECIPES.toml STAGE` runs one stage. The rows of a step, and what is drawn for each, depend on the seed and
+the step alone, however many processes share them, so a run that was killed goes on to the same losses.
+Knows nothing of Ray or Parquet: rows are dicts.
 """
 
 import base64
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import io
@@ -16,6 +19,7 @@ import math
 import sys
 import time
 import tomllib
+import typing
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +33,7 @@ from torch import Tensor, nn
 
 from model.attention import causal_attention
 from model.checkpoint import TOKENIZER, disk_tensors, empty_model, load, load_config, load_tokenizer, save
-from model.config import ModelConfig, Size, VisionConfig
+from model.config import VQ_FACTOR, ModelConfig, Size, VisionConfig
 from model.decoder import rope, rope_frequencies
 from model.engine import END_OF_LINE, Engine, EngineOptions, Request
 from model.errors import InputError, did_you_mean
@@ -43,9 +47,6 @@ from model.wallaroo import Wallaroo
 
 NO_LATENT = -1.0
 """What stands in each number of a source latent that is masked in training."""
-
-LARGEST_LOSS = 15.0
-"""Steps with a text-to-image loss above it, or one that is not finite, are skipped."""
 
 STATE = "state.pt"
 RESULT = "checkpoint"
@@ -63,8 +64,10 @@ class Recipe:
     that a step's rows are taken in. learn: prefixes of the parameters that learn (part `vq`: within the
     image tokenizer), all by default; frozen: of those that do not, image tokenizer and vision tower by
     default. warmup: steps in which the rate rises from 0; decay: steps at the end in which it falls to a
-    tenth. drop: share of prompts that become empty. masked: bound on the share of source latents that are
-    kept in an edit; 0 keeps all. templates: TASK_LANGUAGE -> texts around a prompt, drawn at random.
+    tenth. largest_loss: text-to-image loss, text and image added, above which a step is skipped, as one is
+    whose losses are not finite; 0 for no such bound. drop: share of prompts that become empty. masked: bound
+    on the share of source latents that are kept in an edit; 0 keeps all. templates: TASK_LANGUAGE -> texts
+    around a prompt, drawn at random.
     threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device that
     would wait for them. log_every, save_every, sample_every: in steps.
     Part `vq` alone: plain: steps without quantisation, before the codebook is set; revive: steps after
@@ -84,6 +87,7 @@ class Recipe:
     size: int = 0
     warmup: int = 0
     decay: int = 0
+    largest_loss: float = 15.0
     accumulate: int = 1
     drop: float = 0.1
     masked: float = 0.4
@@ -123,9 +127,13 @@ class Recipe:
             if name not in known:
                 raise InputError(f"The recipe has an unknown key '{name}'{did_you_mean(name, known) or '.'}")
         for name, entry in known.items():
-            given = name in values or entry.default is not dataclasses.MISSING
-            if not given and entry.default_factory is dataclasses.MISSING:
+            needed = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+            if needed and name not in values:
                 raise InputError(f"The recipe lacks '{name}', which every stage needs.")
+            if name in values and not _is(values[name], entry.type):
+                raise InputError(
+                    f"The recipe's {name} is {values[name]!r:.100}, but must be {_in_words(entry.type)}."
+                )
         made: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
@@ -140,7 +148,28 @@ class Recipe:
                 f"The recipe has rows for {', '.join(recipe.rows) or 'nothing'} and data for "
                 f"{', '.join(recipe.data) or 'nothing'}; both must name the same tasks."
             )
+        recipe.share(1)
         return recipe
+
+    def share(self, world: int) -> dict[str, int]:
+        """Task -> rows of a step that each of `world` processes has in each piece.
+
+        Raises InputError if the rows of a step cannot be divided so, or the part learns in one process only.
+        """
+        if self.part == "vq" and world > 1:
+            raise InputError(
+                f"There are {world} workers, but the image tokenizer learns in one process, since its "
+                f"codebook is set by all that it has seen; take one."
+            )
+        parts = self.accumulate * world
+        for task, count in self.rows.items():
+            if count < 1 or count % parts:
+                pieces = "1 piece" if self.accumulate == 1 else f"{self.accumulate} pieces"
+                raise InputError(
+                    f"The recipe has {count} rows of {task} a step, but needs a multiple of {parts}, so that "
+                    f"{'1 worker' if world == 1 else f'{world} workers'} can take equally many in {pieces}."
+                )
+        return {task: count // parts for task, count in self.rows.items()}
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -149,6 +178,28 @@ class Recipe:
         if left <= self.decay:
             rate *= 0.1 + 0.9 * left / (self.decay + 1)
         return rate
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of a TOML file is of the type of a field."""
+    inner = typing.get_args(kind)
+    if inner and isinstance(value, dict):
+        return typing.get_origin(kind) is dict and all(_is(item, inner[1]) for item in value.values())
+    if inner:
+        listed = typing.get_origin(kind) in (tuple, list) and isinstance(value, list | tuple)
+        return listed and all(_is(item, inner[0]) for item in value)
+    if kind in (int, float):
+        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return number and 0 <= value < math.inf
+    return isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    inner = typing.get_args(kind)
+    if inner:
+        listed = typing.get_origin(kind) is not dict
+        return f"a {'list' if listed else 'table'}, each of it {_in_words(inner[0 if listed else 1])}"
+    return {int: "a whole number from 0", float: "a number from 0", str: "a text"}[kind]
 
 
 Row = Mapping[str, Any]
@@ -187,8 +238,8 @@ class VQLosses(nn.Module):
         self.vq = vq
         self.last = torch.zeros(0, vq.quantize.embedding.embedding_dim)
 
-    def forward(self, pixels: Tensor, quantised: bool = True) -> tuple[dict[str, Tensor], int]:
-        """Losses to be added, and how many image tokens the batch has; `last` are their latents `(n, 8)`."""
+    def forward(self, pixels: Tensor, quantised: bool = True) -> dict[str, Tensor]:
+        """Losses to be added; `last` are then the latents of the batch `(n, 8)`."""
         pixels = pixels.to(self.vq.quant_conv.weight.device, non_blocking=True)
         latents = self.vq.encode(pixels)
         losses = {}
@@ -203,7 +254,7 @@ class VQLosses(nn.Module):
         made = self.vq.decoder(self.vq.post_quant_conv(fed.contiguous()))
         losses["absolute"], losses["squared"] = F.l1_loss(made, pixels), F.mse_loss(made, pixels)
         self.last = latents.detach().movedim(1, -1).flatten(0, 2)
-        return losses, len(self.last)
+        return losses
 
 
 def spread_codebook(latents: Tensor, entries: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
@@ -231,15 +282,33 @@ def spread_codebook(latents: Tensor, entries: int, generator: torch.Generator, r
 # -- the loop ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Process:
+    """One of the processes that share a training; by default the only one.
+
+    rank: which of `world`. device: where it computes. wrap: makes of a module one whose gradients are the
+    mean over all processes; total: the sum over all of a tensor `(n,)`.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    total: Callable[[Tensor], Tensor] = lambda values: values
+
+
 class Job(Protocol):
     """What a stage gives the loop."""
 
     @property
     def module(self) -> nn.Module:
-        """Its forward takes a batch and returns losses by name, to be added, and how many tokens it saw."""
+        """Its forward takes a batch and returns losses by name, each a mean, to be added."""
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
         """Arguments of the module's forward, the same for the same step and piece."""
+
+    def counts(self, *batch: Any) -> dict[str, int]:
+        """Of how many places each loss of a batch is the mean, and how many `tokens` the batch has."""
 
     def after_step(self, step: int) -> dict[str, float]:
         """Called when the parameters have moved; numbers for the log."""
@@ -255,17 +324,18 @@ def optimise(
     job: Job,
     recipe: Recipe,
     report: Callable[[int, dict[str, float]], None],
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    process: Process | None = None,
     after: Callable[[int], None] = lambda step: None,
-    writes: bool = True,
 ) -> None:
     """Trains from the last saved step of `recipe.folder`, if any, to `recipe.steps`.
 
-    AdamW 0.9/0.95 without weight decay, gradient norm 1.0. report: gets step and metrics every
-    `log_every` steps; wrap: makes the module one of several processes; after: called after each step;
-    writes: whether this process saves the state.
+    AdamW 0.9/0.95 without weight decay, gradient norm 1.0. Each loss is a mean over all that it is taken of
+    in a step, in whatever pieces and processes. report: gets step and metrics every `log_every` steps;
+    after: called after each step. The process of rank 0 saves the state.
+    Raises InputError if the processes find different states.
     """
-    module = wrap(job.module)
+    process = process or Process()
+    module = process.wrap(job.module)
     learning = [parameter for parameter in job.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=recipe.rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     half = recipe.part == "lm" and learning[0].is_cuda
@@ -277,26 +347,38 @@ def optimise(
         optimizer.load_state_dict(state["optimizer"])
         job.load_extra_state(state["extra"])
         step = state["step"]
+    if process.total(torch.tensor([step])).tolist() != [process.world * step]:
+        raise InputError(
+            f"The processes do not find the same {file}: give a folder on a disk that all of them share."
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
-    since, tokens, skipped = time.monotonic(), 0, 0
+    since, tokens, skipped = time.monotonic(), 0.0, 0
     ahead = batches(job, recipe, step)
     while step < recipe.steps:
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
         optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, float] = {}
-        sound = True
-        for _ in range(recipe.accumulate):
-            arguments = next(ahead)
+        # All pieces are made first: what a loss is divided by is known when all have been counted.
+        pieces = list(itertools.islice(ahead, recipe.accumulate))
+        counted = [job.counts(*piece) for piece in pieces]
+        whole = _total(process, {name: sum(one[name] for one in counted) for name in counted[0]})
+        sums = dict.fromkeys([name for name in whole if name != "tokens"], 0.0)
+        for index, (piece, own) in enumerate(zip(pieces, counted, strict=True)):
+            last = index == recipe.accumulate - 1
+            wait = contextlib.nullcontext if last else getattr(module, "no_sync", contextlib.nullcontext)
             # Weights stay in float32; where the device has bfloat16, products are made in it.
-            with torch.autocast("cuda", torch.bfloat16, enabled=half):
-                losses, seen = module(*arguments)
-            total = torch.stack(list(losses.values())).sum()
-            (total / recipe.accumulate).backward()
-            tokens += seen
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(loss.detach()) / recipe.accumulate
-        sound = all(math.isfinite(value) and value <= LARGEST_LOSS for value in sums.values())
+            with wait(), torch.autocast("cuda", torch.bfloat16, enabled=half):
+                losses = module(*piece)
+                shares = {name: losses[name] * (own[name] / whole[name]) for name in sums}
+                # The gradients' mean over the processes is to be that of the shares' sum.
+                (torch.stack(list(shares.values())).sum() * process.world).backward()
+            for name, share in shares.items():
+                sums[name] += float(share.detach())
+        # All processes see the same sums and gradients, and so agree on what follows.
+        sums = _total(process, sums)
+        tokens += whole["tokens"]
+        drawn = sum(value for name, value in sums.items() if name.startswith("generate_"))
+        sound = all(map(math.isfinite, sums.values())) and drawn <= (recipe.largest_loss or math.inf)
         norm = float(nn.utils.clip_grad_norm_(learning, 1.0))
         if sound and math.isfinite(norm):
             optimizer.step()
@@ -314,13 +396,19 @@ def optimise(
             }
             numbers |= {"tokens_per_second": tokens / seconds, "skipped_steps": float(skipped), **more}
             report(step, numbers)
-            since, tokens = time.monotonic(), 0
-        if writes and (step % recipe.save_every == 0 or step == recipe.steps):
+            since, tokens = time.monotonic(), 0.0
+        if process.rank == 0 and (step % recipe.save_every == 0 or step == recipe.steps):
             state = {"module": job.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             partial = file.with_suffix(".partial")
             torch.save({**state, "extra": job.extra_state()}, partial)
             partial.rename(file)
         after(step)
+
+
+def _total(process: Process, values: Mapping[str, float]) -> dict[str, float]:
+    """Each number's sum over all processes, which have the same names."""
+    whole = process.total(torch.tensor(list(values.values()), dtype=torch.float64))
+    return dict(zip(values, whole.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -353,26 +441,29 @@ def _as_it_is(batch: Any) -> Any:
 
 
 Source = Callable[[str, int, int], Sequence[Row]]
-"""(task, size, number) -> the rows of batch `number` of that size, always the same ones."""
+"""(task, first, size) -> rows of a task from place `first` on, always the same; places have no end."""
 
 
 def from_memory(data: Mapping[str, Sequence[Row]], seed: int) -> Source:
-    """Rows that are all in memory, in an order of their own each epoch."""
+    """Rows that can be had by their index, in an order of their own each epoch."""
 
-    def rows(task: str, size: int, number: int) -> Sequence[Row]:
+    def rows(task: str, first: int, size: int) -> Sequence[Row]:
         place = sorted(data).index(task)
-        return [data[task][index] for index in shuffled(len(data[task]), size, seed + place, number)]
+        return [data[task][index] for index in shuffled(len(data[task]), first, size, seed + place)]
 
     return rows
 
 
-def shuffled(count: int, size: int, seed: int, number: int) -> np.ndarray:
-    """Indices `(size,)` of batch `number` among `count` rows: each epoch takes every row once, in an order of
-    its own."""
-    places = np.arange(number * size, (number + 1) * size)
-    epochs, within = places // count, places % count
-    orders = {epoch: np.random.default_rng((seed, int(epoch))).permutation(count) for epoch in set(epochs)}
-    return np.array([orders[epoch][place] for epoch, place in zip(epochs, within, strict=True)])
+def shuffled(count: int, first: int, size: int, seed: int) -> np.ndarray:
+    """Indices `(size,)` among `count` rows of the places from `first` on: each epoch takes every row once, in
+    an order of its own."""
+    places = range(first, first + size)
+    return np.array([_order(count, seed, place // count)[place % count] for place in places])
+
+
+@functools.lru_cache(maxsize=16)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 class VQJob:
@@ -386,27 +477,30 @@ class VQJob:
     KEPT = 40000
     """Latents that are remembered."""
 
-    def __init__(
-        self, vq: VQModel, pictures: Sequence[np.ndarray], recipe: Recipe, rank: int = 0, world: int = 1
-    ):
+    def __init__(self, vq: VQModel, pictures: Sequence[np.ndarray], recipe: Recipe):
         # Convolutions of few channels are quicker so, on CPUs too.
         vq.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module = VQLosses(vq)
         for name, parameter in vq.named_parameters():
             parameter.requires_grad_(name.startswith(recipe.learn) if recipe.learn else True)
-        self.recipe, self.rank, self.world = recipe, rank, world
+        self.recipe = recipe
         self.by_size: dict[tuple[int, ...], list[np.ndarray]] = {}
         for picture in pictures:
             self.by_size.setdefault(picture.shape[:2], []).append(picture)
         self.latents = torch.zeros(0, vq.quantize.embedding.embedding_dim)
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
-        number = (step * self.recipe.accumulate + piece) * self.world + self.rank
-        sizes = sorted(self.by_size)
-        pictures = self.by_size[sizes[number % len(sizes)]]
-        chosen = shuffled(len(pictures), self.recipe.rows["vq"], self.recipe.seed, number // len(sizes))
+        size, sizes = self.recipe.share(1)["vq"], sorted(self.by_size)
+        pictures = self.by_size[sizes[step % len(sizes)]]
+        first = step // len(sizes) * self.recipe.rows["vq"] + piece * size
+        chosen = shuffled(len(pictures), first, size, self.recipe.seed)
         pixels = to_float(torch.from_numpy(np.stack([pictures[index] for index in chosen])))
         return pixels, step >= self.recipe.plain
+
+    def counts(self, pixels: Tensor, quantised: bool) -> dict[str, int]:
+        names = ("codebook", "commitment", "absolute", "squared") if quantised else ("absolute", "squared")
+        tokens = pixels[:, 0].numel() // VQ_FACTOR**2
+        return dict.fromkeys((*names, "tokens"), tokens)
 
     def after_step(self, step: int) -> dict[str, float]:
         vq, recipe = self.module.vq, self.recipe
@@ -691,8 +785,8 @@ class LMLosses(nn.Module):
             "frequencies", rope_frequencies(model.config.decoder, model.device), persistent=False
         )
 
-    def forward(self, batches: Mapping[str, Batch]) -> tuple[dict[str, Tensor], int]:
-        """Losses by task and head, each a mean, and how many tokens were seen."""
+    def forward(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+        """Losses by task and head, each a mean."""
         losses: dict[str, Tensor] = {}
         for task, given in batches.items():
             batch = given.to(self.model.device)
@@ -706,7 +800,7 @@ class LMLosses(nn.Module):
                 drawn = image >= 0
                 _, head = self.model.image_parts(task)
                 losses[f"{task}_image"] = F.cross_entropy(head(hidden[drawn]).float(), image[drawn])
-        return losses, sum(batch.tokens for batch in batches.values())
+        return losses
 
     def hidden(self, task: str, batch: Batch) -> Tensor:
         """The decoder's output `(B, T, H)` after the final norm."""
@@ -750,25 +844,37 @@ class LMJob:
         tokenizer: Tokenizer,
         source: Source,
         recipe: Recipe,
-        rank: int = 0,
-        world: int = 1,
+        process: Process | None = None,
     ):
         self.module = LMLosses(model)
-        self.source, self.recipe, self.rank, self.world = source, recipe, rank, world
+        self.source, self.recipe, self.process = source, recipe, process or Process()
+        self.share = recipe.share(self.process.world)
         self.rows = Rows(model, tokenizer, recipe)
         for name, parameter in model.named_parameters():
             learns = name.startswith(recipe.learn) if recipe.learn else True
             parameter.requires_grad_(learns and not name.startswith(recipe.frozen))
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
-        number = (step * self.recipe.accumulate + piece) * self.world + self.rank
+        part = piece * self.process.world + self.process.rank
         batches: dict[str, Batch] = {}
-        for index, task in enumerate(sorted(self.recipe.rows)):
-            generator = np.random.default_rng((self.recipe.seed, index, number))
-            size = max(1, self.recipe.rows[task] // (self.recipe.accumulate * self.world))
-            made = [self.rows.make(task, row, generator) for row in self.source(task, size, number)]
+        for index, (task, size) in enumerate(sorted(self.share.items())):
+            first = step * self.recipe.rows[task] + part * size
+            made = [
+                # What is drawn for a row depends on its place in the whole step, whoever has it.
+                self.rows.make(task, row, np.random.default_rng((self.recipe.seed, index, place)))
+                for place, row in enumerate(self.source(task, first, size), first)
+            ]
             batches[task] = Batch.of(made, self.rows.config.vision)
         return (batches,)
+
+    def counts(self, batches: Mapping[str, Batch]) -> dict[str, int]:
+        found = {"tokens": sum(batch.tokens for batch in batches.values())}
+        for task, batch in batches.items():
+            drawn = batch.image[:, 1:] >= 0
+            found[f"{task}_text"] = int((batch.target[:, 1:] & ~drawn).sum())
+            if task != "understand":
+                found[f"{task}_image"] = int(drawn.sum())
+        return found
 
     def after_step(self, step: int) -> dict[str, float]:
         return {}
@@ -847,24 +953,21 @@ def make_job(
     model: Wallaroo,
     recipe: Recipe,
     source: Source,
-    pictures: Callable[[], Iterable[Row]],
-    rank: int = 0,
-    world: int = 1,
+    rows: Iterable[Row],
+    process: Process,
 ) -> "VQJob | LMJob":
-    """The job of a stage; pictures: gives all rows, which the image tokenizer keeps in memory."""
+    """The job of a stage; rows: all of them, whose pictures the image tokenizer keeps in memory."""
     if recipe.part == "vq":
         assert model.vq is not None
-        return VQJob(model.vq, pictures_of(pictures()), recipe, rank, world)
-    return LMJob(model, load_tokenizer(recipe.base), source, recipe, rank, world)
+        return VQJob(model.vq, pictures_of(rows), recipe)
+    return LMJob(model, load_tokenizer(recipe.base), source, recipe, process)
 
 
-def finish(model: Wallaroo, recipe: Recipe) -> Path:
-    """Writes the stage's result, a checkpoint folder, unless it is there; gives its path."""
-    folder = Path(recipe.folder) / RESULT
-    if not folder.exists():
+def finish(model: Wallaroo, recipe: Recipe) -> None:
+    """Writes the stage's result, a checkpoint folder, unless it is there."""
+    if result(recipe) is None:
         tokenizer = (Path(recipe.base) / TOKENIZER).read_text(encoding="utf-8")
-        save(model.cpu(), model.config, tokenizer, folder)
-    return folder
+        save(model.cpu(), model.config, tokenizer, Path(recipe.folder) / RESULT)
 
 
 class Log:
@@ -919,7 +1022,7 @@ def samples(job: Job, step: int) -> np.ndarray:
     config, tokenizer = model.config, job.rows.tokenizer
     size = config.bucket(1, 1)
     requests = []
-    for key, row in enumerate(job.source(task, count, 0)):
+    for key, row in enumerate(job.source(task, 0, count)):
         prompt, null = (
             generate_prompt(tokenizer, config, words, size, str(row["language"]))
             for words in (row["prompt"], "")
@@ -931,32 +1034,59 @@ def samples(job: Job, step: int) -> np.ndarray:
 
 
 def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
-    """Runs one stage in this process, on from where it was, and gives the folder of its checkpoint."""
-    result = Path(recipe.folder) / RESULT
-    if result.exists():
-        say(f"{result} is there already, so there is nothing to do")
-        return result
+    """Runs one stage in this process, on from where it was, and gives the folder of its checkpoint.
+
+    Of each file of rows it reads the JSON lines beside it.
+    """
+    if (done := result(recipe)) is not None:
+        say(f"{done} is there already, so there is nothing to do")
+        return done
+    data = {task: read_rows(Path(path).with_suffix(".jsonl")) for task, path in recipe.data.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return run_stage(recipe, data, Process(device=device), say, ahead=True)
+
+
+def run_stage(
+    recipe: Recipe,
+    data: Mapping[str, Sequence[Row]],
+    process: Process,
+    say: Callable[[str], None] = lambda line: None,
+    ahead: bool = False,
+) -> Path:
+    """Runs one stage as one of its processes; that of rank 0 keeps the log and writes the checkpoint.
+
+    data: rows by task, of any length and kind of sequence. ahead: whether their pictures are encoded before
+    the first step.
+    """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    model = start_model(recipe).to("cuda" if torch.cuda.is_available() else "cpu")
-    data = {task: read_rows(Path(path).with_suffix(".jsonl")) for task, path in recipe.data.items()}
-    every = itertools.chain.from_iterable
-    job = make_job(model, recipe, from_memory(data, recipe.seed), lambda: every(data.values()))
-    if isinstance(job, LMJob):
+    model = start_model(recipe).to(process.device)
+    every = itertools.chain.from_iterable(data.values())
+    job = make_job(model, recipe, from_memory(data, recipe.seed), every, process)
+    if ahead and isinstance(job, LMJob):
         job.rows.prepare(data)
-    log = Log(recipe.folder)
+    log = Log(recipe.folder) if process.rank == 0 else None
 
     def report(step: int, numbers: dict[str, float]) -> None:
-        log(step, numbers)
-        say(progress(step, recipe.steps, numbers))
+        if log is not None:
+            log(step, numbers)
+            say(progress(step, recipe.steps, numbers))
 
     def after(step: int) -> None:
-        if due(recipe, step):
+        if log is not None and due(recipe, step):
             log.picture(step, samples(job, step))
 
-    optimise(job, recipe, report, after=after)
-    log.close()
-    return finish(model, recipe)
+    optimise(job, recipe, report, process, after)
+    if log is not None:
+        log.close()
+        finish(model, recipe)
+    return Path(recipe.folder) / RESULT
+
+
+def result(recipe: Recipe) -> Path | None:
+    """The stage's checkpoint, if it is there."""
+    folder = Path(recipe.folder) / RESULT
+    return folder if folder.exists() else None
 
 
 def progress(step: int, steps: int, numbers: Mapping[str, float]) -> str:

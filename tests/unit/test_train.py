@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from model.checkpoint import TINY, load, load_config, load_tokenizer, save
@@ -22,6 +23,7 @@ from model.train import (
     Batch,
     LMJob,
     LMLosses,
+    Process,
     Recipe,
     Rows,
     VQJob,
@@ -147,7 +149,7 @@ def test_many_pictures_at_once_are_seen_as_each_alone(tokenizer):
 
 
 def test_batches_made_ahead_by_other_processes_are_the_same(model, tokenizer):
-    made = recipe(data={"edit": ""}, rows={"edit": 3}, steps=3, accumulate=2, seed=2)
+    made = recipe(data={"edit": ""}, rows={"edit": 4}, steps=3, accumulate=2, seed=2)
     data = {"edit": rows()["edit"]}
     job = LMJob(model, tokenizer, from_memory(data, made.seed), made)
     job.rows.prepare(data)
@@ -197,18 +199,54 @@ def test_dropped_prompts_and_masked_latents(model, tokenizer):
     assert min(shares) == 0 and 0.3 < max(shares) < 0.4
 
 
+def test_a_step_has_the_same_rows_however_many_share_it(model, tokenizer):
+    """What is dropped, masked and which template is drawn goes with the row, not with who makes it."""
+    values = {"data": {"edit": ""}, "rows": {"edit": 8}, "drop": 0.5, "seed": 4}
+    values["templates"] = {"edit_en": ["{prompt}", "please {prompt}"], "edit_zh": ["{prompt}", "请{prompt}"]}
+    source = from_memory({"edit": rows()["edit"]}, 4)
+
+    def step_of(world, accumulate):
+        made = recipe(accumulate=accumulate, **values)
+        parts = [
+            LMJob(model, tokenizer, source, made, Process(rank, world)).batch(3, piece)[0]["edit"]
+            for piece in range(accumulate)
+            for rank in range(world)
+        ]
+        ids = torch.cat([F.pad(part.ids, (0, 400 - part.ids.shape[1])) for part in parts])
+        return ids, torch.cat([part.latents for part in parts]), torch.cat([part.patches for part in parts])
+
+    whole = step_of(1, 1)
+    for world, accumulate in ((2, 1), (1, 4), (2, 2)):
+        assert all(map(torch.equal, step_of(world, accumulate), whole)), (world, accumulate)
+
+
+def test_pieces_of_a_step_count_by_their_tokens(tmp_path):
+    """A step in pieces whose rows have answers of many lengths is the step in one piece."""
+    said = []
+    for accumulate in (1, 4):
+        job, made, lines, report = learning(tmp_path / str(accumulate), steps=3, accumulate=accumulate)
+        optimise(job, made, report)
+        said.append(losses_of(lines))
+    for step, line in said[0].items():
+        assert line == pytest.approx(said[1][step], rel=1e-4), step
+
+
+@pytest.mark.parametrize(("bound", "skipped"), [(1.0, 3), (0.0, 0), (30.0, 0)])
+def test_only_a_large_loss_of_pictures_from_text_skips_a_step(tmp_path, bound, skipped):
+    job, made, said, report = learning(tmp_path, steps=3, largest_loss=bound)
+    before = [parameter.clone() for parameter in job.module.parameters()]
+    optimise(job, made, report)
+    assert said[3]["skipped_steps"] == skipped
+    assert all(map(torch.equal, before, job.module.parameters())) == bool(skipped)
+
+
 def learning(folder, **values):
     """A job on the small model that learns three tasks for a few steps, and the losses it reports."""
     made = recipe(
         folder=str(folder),
         data=dict.fromkeys(("generate", "edit", "understand"), "unused"),
         rows={"generate": 4, "edit": 4, "understand": 4},
-        accumulate=2,
-        warmup=2,
-        log_every=1,
-        save_every=2,
-        frozen=["vq."],
-        **values,
+        **{"accumulate": 2, "warmup": 2, "log_every": 1, "save_every": 2, "frozen": ["vq."]} | values,
     )
     job = LMJob(fresh_model(load(TINY).config, 5), load_tokenizer(TINY), from_memory(rows(), made.seed), made)
     said: dict[int, dict[str, float]] = {}
@@ -286,7 +324,7 @@ def test_the_image_tokenizer_learns_and_goes_on_exactly(tmp_path):
 
 
 def test_every_row_once_an_epoch():
-    seen = np.concatenate([shuffled(10, 4, 3, number) for number in range(5)])
+    seen = np.concatenate([shuffled(10, first, 4, 3) for first in range(0, 20, 4)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert list(seen[:10]) != list(seen[10:])
 
@@ -298,6 +336,14 @@ def test_every_row_once_an_epoch():
         ({"part": "five"}, "'five'"),
         ({"rows": {"edit": 3}}, "same tasks"),
         ({"steps": 0}, "steps is 0"),
+        ({"steps": "many"}, "steps is 'many', but must be a whole number"),
+        ({"rate": float("nan")}, "rate is nan"),
+        ({"rows": {"edit": 2.5}}, "a table, each of it a whole number"),
+        ({"frozen": "vq."}, "a list, each of it a text"),
+        (
+            {"data": {"edit": ""}, "rows": {"edit": 3}, "accumulate": 2},
+            "3 rows of edit.*multiple of 2",
+        ),
     ],
 )
 def test_wrong_recipes_are_refused(values, words):
