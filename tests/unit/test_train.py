@@ -357,6 +357,7 @@ rows.generate = 2
 data.generate = "{data}"
 rate = 1e-3
 log_every = 1
+largest_loss = 0
 
 [first]
 part = "lm"
