@@ -37,7 +37,17 @@ from model.config import VQ_FACTOR, ModelConfig, Size, VisionConfig
 from model.decoder import rope, rope_frequencies
 from model.engine import END_OF_LINE, Engine, EngineOptions, Request
 from model.errors import InputError, did_you_mean
-from model.images import FRAMES, MEAN, PATCH, STD, patchify, pixel_image, semantic_image
+from model.images import (
+    FACTOR,
+    FRAMES,
+    MEAN,
+    PATCH,
+    STD,
+    patchify,
+    pixel_image,
+    semantic_image,
+    smart_resize,
+)
 from model.prompts import TEMPLATES, Prompt, edit_prompt, generate_prompt, understand_prompt
 from model.sampling import Sampling
 from model.tokenizer import Control, Tokenizer
@@ -49,6 +59,7 @@ NO_LATENT = -1.0
 """What stands in each number of a source latent that is masked in training."""
 
 STATE = "state.pt"
+METRICS = "metrics.jsonl"
 RESULT = "checkpoint"
 
 
@@ -67,7 +78,9 @@ class Recipe:
     tenth. largest_loss: text-to-image loss, text and image added, above which a step is skipped, as one is
     whose losses are not finite; 0 for no such bound. drop: share of prompts that become empty. masked: bound
     on the share of source latents that are kept in an edit; 0 keeps all. templates: TASK_LANGUAGE -> texts
-    around a prompt, drawn at random.
+    around a prompt, drawn at random. lengths: task -> tokens of a row at most, longer ones are left out;
+    least_side: of pictures to draw, those whose longer side is less, or more than twice the other, are left
+    out; 0 keeps all. semantic_pixels: most pixels that the vision tower sees, 0 for those of base.
     threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device that
     would wait for them. log_every, save_every, sample_every: in steps.
     Part `vq` alone: plain: steps without quantisation, before the codebook is set; revive: steps after
@@ -101,6 +114,9 @@ class Recipe:
     plain: int = 0
     revive: int = 0
     templates: dict[str, list[str]] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
+    least_side: int = 0
+    semantic_pixels: int = 0
 
     @classmethod
     def from_file(cls, path: str | Path, stage: str) -> "Recipe":
@@ -112,8 +128,9 @@ class Recipe:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(f"{path} is no file of recipes ({error}).") from None
-        stages = {name: table for name, table in values.items() if name not in cls.__dataclass_fields__}
-        if not isinstance(stages.get(stage), dict):
+        tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+        stages = {name: table for name, table in tables.items() if name not in cls.__dataclass_fields__}
+        if stage not in stages:
             near = did_you_mean(stage, stages) or f"; it has {', '.join(stages) or 'none'}."
             raise InputError(f"{path} has no stage '{stage}'{near}")
         common = {name: value for name, value in values.items() if name not in stages}
@@ -203,8 +220,8 @@ def _in_words(kind: Any) -> str:
 
 
 Row = Mapping[str, Any]
-"""prompt, and by task: picture (generate), image and picture (edit), image and answer (understand); pictures
-are encoded files."""
+"""prompt and language, and by task: picture (generate), image and picture (edit), image and answer
+(understand); pictures are encoded files. With prompt_zh, as the names of classes have it, a coin decides."""
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -617,7 +634,11 @@ class Rows:
             return self._answer(row)
         prompt = "" if generator.random() < self.recipe.drop else str(row["prompt"])
         language = str(row["language"])
-        templates = self.recipe.templates.get(f"{task}_{language}") or [TEMPLATES[task, language]]
+        if row.get("prompt_zh"):
+            chinese = generator.random() < 0.5
+            language = "zh" if chinese else "en"
+            prompt = prompt and str(row["prompt_zh" if chinese else "prompt"])
+        templates = _templates(self.recipe, task, language)
         template = templates[int(generator.integers(len(templates)))]
         if task == "generate":
             size = self._size(row["picture"])
@@ -694,6 +715,45 @@ class Rows:
             cache[key] = made
             self.kept += size
         return made
+
+
+def _templates(recipe: Recipe, task: str, language: str) -> list[str]:
+    return recipe.templates.get(f"{task}_{language}") or [TEMPLATES[task, language]]
+
+
+def fits(row: Row, task: str, tokenizer: Tokenizer, config: ModelConfig, recipe: Recipe) -> bool:
+    """Whether a stage trains on a row: neither too long, whatever is drawn for it, nor of a picture to draw
+    that is too small or too long."""
+    if task not in recipe.lengths and not (task == "generate" and recipe.least_side):
+        return True
+    with Image.open(io.BytesIO(row["picture" if task == "generate" else "image"])) as image:
+        height, width = image.height, image.width
+    longer, shorter = max(height, width), min(height, width)
+    if task == "generate" and recipe.least_side and (longer < recipe.least_side or longer > 2 * shorter):
+        return False
+    if task not in recipe.lengths:
+        return True
+    bounds = config.understand_pixels if task == "understand" else config.edit_pixels
+    rows, columns = (side // FACTOR for side in smart_resize(height, width, *bounds))
+    if task == "understand":
+        made = understand_prompt(tokenizer, config, str(row["prompt"]), (rows, columns))
+        answer = tokenizer.encode([str(row["answer"]), Control("<|im_end|>"), "\n"])
+        return len(made.ids) + len(answer) <= recipe.lengths[task]
+    size = config.bucket(height, width)
+    # Three tokens close a picture.
+    drawn = size.grid[0] * (size.grid[1] + config.line_break) - config.line_break + 3
+    prompts = [(str(row["prompt"]), str(row["language"]))]
+    if row.get("prompt_zh"):
+        prompts = [(str(row["prompt"]), "en"), (str(row["prompt_zh"]), "zh")]
+    for prompt, language in prompts:
+        for template in _templates(recipe, task, language):
+            if task == "generate":
+                made = generate_prompt(tokenizer, config, prompt, size, language, template)
+            else:
+                made = edit_prompt(tokenizer, config, prompt, size, (rows, columns), language, template)
+            if len(made.ids) + drawn > recipe.lengths[task]:
+                return False
+    return True
 
 
 BLACK_PATCH = (-MEAN / STD).repeat(FRAMES * PATCH * PATCH)
@@ -917,8 +977,14 @@ def _gain(name: str) -> float:
 
 
 def stage_config(base: ModelConfig, recipe: Recipe) -> ModelConfig:
-    """The configuration of what a stage makes; square stages have neither line ends nor indicators."""
-    changes: dict[str, Any] = {"tasks": recipe.tasks} if recipe.tasks else {}
+    """The configuration of what a stage makes: of layout `train`; square stages have neither line ends nor
+    indicators."""
+    changes: dict[str, Any] = {"layout": "train", "trained_tokens": base.trained_tokens | recipe.lengths}
+    if recipe.tasks:
+        changes["tasks"] = recipe.tasks
+    if recipe.semantic_pixels:
+        for name in ("edit_pixels", "understand_pixels"):
+            changes[name] = (getattr(base, name)[0], recipe.semantic_pixels)
     if recipe.size:
         changes |= {"sizes": {"1.0": (recipe.size, recipe.size)}, "line_break": False}
     return dataclasses.replace(base, **changes)
@@ -971,12 +1037,12 @@ def finish(model: Wallaroo, recipe: Recipe) -> None:
 
 
 class Log:
-    """Metrics of a stage: a line of JSON each time in `metrics.jsonl`, and TensorBoard's files where that is
+    """Metrics of a stage: a line of JSON each time in METRICS, and TensorBoard's files where that is
     installed. After a resume the lines of steps that are made again are there twice."""
 
     def __init__(self, folder: str | Path):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.file = Path(folder) / "metrics.jsonl"
+        self.file = Path(folder) / METRICS
         self.board: Any = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -1041,7 +1107,13 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
     if (done := result(recipe)) is not None:
         say(f"{done} is there already, so there is nothing to do")
         return done
-    data = {task: read_rows(Path(path).with_suffix(".jsonl")) for task, path in recipe.data.items()}
+    config, tokenizer = stage_config(load_config(recipe.base), recipe), load_tokenizer(recipe.base)
+    data = {}
+    for task, path in recipe.data.items():
+        rows = read_rows(Path(path).with_suffix(".jsonl"))
+        data[task] = [row for row in rows if fits(row, task, tokenizer, config, recipe)]
+        if not data[task]:
+            raise InputError(f"All rows of {path} are too long or too small for this stage; see its lengths.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return run_stage(recipe, data, Process(device=device), say, ahead=True)
 

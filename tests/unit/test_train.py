@@ -28,10 +28,12 @@ from model.train import (
     Rows,
     VQJob,
     batches,
+    fits,
     fresh_model,
     from_memory,
     optimise,
     shuffled,
+    stage_config,
     train,
 )
 from model.vision import encode_image, take_many, tower_plan
@@ -238,6 +240,38 @@ def test_only_a_large_loss_of_pictures_from_text_skips_a_step(tmp_path, bound, s
     optimise(job, made, report)
     assert said[3]["skipped_steps"] == skipped
     assert all(map(torch.equal, before, job.module.parameters())) == bool(skipped)
+
+
+def test_rows_that_are_too_long_or_too_small_are_left_out(model, tokenizer):
+    """The bound is the length that a row would have in a batch, with the longest of its templates."""
+    values = {"drop": 0.0, "masked": 0.0, "templates": {"generate_en": ["{prompt}", "draw it now: {prompt}"]}}
+    for task, given in rows().items():
+        for row in given:
+            made = Rows(model, tokenizer, recipe(**values))
+            longest = max(len(made.make(task, row, np.random.default_rng(n)).ids) for n in range(9))
+            for bound, wanted in ((longest, True), (longest - 1, False)):
+                stage = recipe(**values, lengths={task: bound})
+                assert fits(row, task, tokenizer, model.config, stage) == wanted, (task, bound)
+    small = {"prompt": "a cat", "language": "en", "picture": picture(0, 64, 96)}
+    for least, height, wanted in ((96, 64, True), (97, 64, False), (96, 40, False)):
+        row = small | {"picture": picture(0, height, 96)}
+        assert fits(row, "generate", tokenizer, model.config, recipe(least_side=least)) == wanted
+
+
+def test_a_coin_decides_in_which_language_a_class_is_named(model, tokenizer):
+    row = rows()["generate"][0] | {"prompt": "goldfish", "prompt_zh": "金鱼"}
+    maker = Rows(model, tokenizer, recipe(drop=0.0))
+    texts = [tokenizer.decode(maker.make("generate", row, np.random.default_rng(n)).ids) for n in range(40)]
+    chinese = sum("金鱼" in text for text in texts)
+    assert 10 < chinese < 30 and chinese + sum("goldfish" in text for text in texts) == 40
+
+
+def test_a_stage_has_its_own_bounds_of_pixels_and_lengths():
+    base = load_config(TINY)
+    made = stage_config(base, recipe(semantic_pixels=6272, lengths={"edit": 99}, size=64))
+    assert made.edit_pixels == made.understand_pixels == (base.edit_pixels[0], 6272)
+    assert made.trained_tokens == base.trained_tokens | {"edit": 99}
+    assert stage_config(dataclasses.replace(base, layout="eval"), recipe()).layout == "train"
 
 
 def learning(folder, **values):
