@@ -648,6 +648,43 @@ def shapes(
     return OK
 
 
+@cli.command(short_help="Train a stage of the model.")
+@click.argument("stage")
+@click.option("--config", "file", required=True, metavar="RECIPES.TOML", help="The stages, a table each.")
+@click.option("--workers", type=int, default=1, metavar="N", help="Processes, one a GPU (default 1).")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As in a run.")
+@click.option(
+    "--address",
+    envvar="RAY_ADDRESS",
+    metavar="ADDRESS",
+    help="A running Ray cluster (default: $RAY_ADDRESS, or a local Ray).",
+)
+def train(stage: str, file: str, workers: int, device: str, address: str | None) -> int:
+    """Train STAGE, a table of RECIPES.TOML, with Ray Train, on rows in Parquet.
+
+    \b
+      wallaroo train stage-1 --config jobs/train/published.toml --workers 8
+
+    jobs/train/published.toml has the stages of the 7B, jobs/train/tiny.toml those of a small model. The
+    stage's folder gets metrics.jsonl, TensorBoard's files, samples and, at the end, the checkpoint. Given
+    again, the command goes on with the last saved step, with any number of workers that share a step's
+    rows evenly.
+
+    Exit codes: 0; 1 the training failed; 2 a mistake in the command line or the recipe; 4 another
+    training is at work in the folder.
+    """
+    from model.train import Recipe
+    from workflows import train as on_ray
+
+    try:
+        recipe = on_ray.absolute(Recipe.from_file(file, stage))
+        on_ray.check(recipe, workers)
+    except InputError as error:
+        raise click.UsageError(str(error)) from None
+    click.echo(on_ray.train(recipe, workers, device, address, click.echo))
+    return OK
+
+
 @cli.group(short_help="Measure how fast this machine is.")
 def bench() -> None:
     """Measure how fast this machine is."""

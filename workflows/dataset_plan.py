@@ -49,8 +49,7 @@ def plan_dataset(
 
     config = read_checkpoint(model).config
     settings.check(config)
-    blocks = _blocks_in_order(ds)
-    lengths = ray.get([ray.remote(_length).remote(block) for block in blocks])
+    blocks, lengths = blocks_in_order(ds)
     if not sum(lengths):
         return ray.data.from_arrow(pa.table({})), 0, pa.schema([])
     schema = _schema(ray.data.from_arrow_refs(blocks).schema().base_schema)
@@ -83,14 +82,17 @@ def plan_dataset(
     return plans, total, carried_schema(schema, settings)
 
 
-def _blocks_in_order(ds: "ray.data.Dataset") -> list[Any]:
-    """The blocks of a Dataset as Arrow tables; in order, since rows without an id are named by number."""
+def blocks_in_order(ds: "ray.data.Dataset") -> tuple[list[Any], list[int]]:
+    """References to the blocks of a Dataset, Arrow tables in the order of their rows, and their lengths."""
+    import ray
+
     options = ds.context.execution_options
     before, options.preserve_order = options.preserve_order, True
     try:
-        return ds.to_arrow_refs()
+        blocks = ds.to_arrow_refs()
     finally:
         options.preserve_order = before
+    return blocks, ray.get([ray.remote(_length).remote(block) for block in blocks])
 
 
 def _length(block: pa.Table) -> int:

@@ -1,0 +1,175 @@
+"""`wallaroo train` on a real Ray: two workers on gloo do what one process does, killed or not."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from jobs import cli
+from model.checkpoint import TINY, load, load_config, load_tokenizer
+from model.config import Size
+from model.engine import Engine, EngineOptions, Request
+from model.prompts import generate_prompt
+from model.sampling import Sampling
+from model.train import Recipe
+from model.train import train as train_alone
+from workflows import shapes
+
+STEPS = 10
+RECIPES = """
+part = "lm"
+base = "{base}"
+folder = "{folder}"
+tasks = ["generate", "understand"]
+size = 64
+frozen = ["vq."]
+data.generate = "{data}/generate.parquet"
+data.understand = "{data}/understand.parquet"
+rows.generate = 4
+rows.understand = 4
+rate = 1e-3
+accumulate = 2
+log_every = 1
+save_every = 2
+largest_loss = 0
+threads = 1
+
+[stage]
+steps = {steps}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Rows of two tasks, as Parquet and as JSON lines."""
+    folder = tmp_path_factory.mktemp("data")
+    for task in ("generate", "understand"):
+        found = shapes.examples(20, 5, [Size(64, 64)], False, (task,))
+        rows = [shapes.to_values(example, str(number)) for number, example in enumerate(found)]
+        lines = "".join(shapes.to_line(row) + "\n" for row in rows)
+        (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
+        for row in rows if task == "understand" else ():
+            row["image"] = {"bytes": row["image"], "path": None}
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{task}.parquet")
+    return folder
+
+
+def recipes(folder, data, text=RECIPES):
+    """A file of recipes with one stage, whose folder is `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".toml")
+    path.write_text(text.format(base=TINY, data=data, folder=folder, steps=STEPS), encoding="utf-8")
+    return path
+
+
+def command(path, *arguments):
+    """Exit code of `wallaroo train stage`, in this process."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "stage", "--config", str(path), *arguments])
+    return left.value.code
+
+
+def losses(folder):
+    """Step -> its losses; the last line of a step that was made twice."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line.pop("step"): {k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines}
+
+
+def events(folder):
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data, local_ray):
+    """The folder of a stage that two workers have trained."""
+    folder = tmp_path_factory.mktemp("train") / "undisturbed"
+    assert command(recipes(folder, data), "--workers", "2", "--device", "cpu") == 0
+    return folder
+
+
+def test_two_workers_do_what_one_process_does(tmp_path, data, undisturbed):
+    alone = tmp_path / "alone"
+    train_alone(Recipe.from_file(recipes(alone, data), "stage"), lambda line: None)
+    ours, theirs = losses(alone), losses(undisturbed)
+    assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
+    for step, line in ours.items():
+        assert theirs[step] == pytest.approx(line, rel=1e-3, abs=1e-6), step
+    assert ours[STEPS]["loss"] < ours[1]["loss"]
+
+
+def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(tmp_path, data, undisturbed):
+    folder, killed = tmp_path / "killed", []
+
+    def kill():
+        # In the middle: after a step that was saved, and one that was not.
+        while not (folder / "metrics.jsonl").exists() or max(losses(folder), default=0) < 3:
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+                return
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert command(recipes(folder, data), "--workers", "2", "--device", "cpu") == 0
+    killer.join(60)
+    # Each start of the workers writes a file of its own.
+    assert killed and (len(events(folder)), len(events(undisturbed))) == (2, 1)
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_the_checkpoint_draws(undisturbed, capsys):
+    folder = undisturbed / "checkpoint"
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    assert (config.size_list(), config.tasks) == ([Size(64, 64)], ("generate", "understand"))
+    prompt, null = (
+        generate_prompt(tokenizer, config, text, Size(64, 64), "en") for text in ("a red circle", "")
+    )
+    request = Request(0, prompt, null, Size(64, 64), 1, Sampling())
+    engine = Engine(load(folder, "generate"), "generate", EngineOptions(slots=2, group_rows=2))
+    [drawn] = engine.run([request])
+    assert drawn.pixels.shape == (64, 64, 3)
+    # Given again, the command finds it.
+    assert command(undisturbed.with_suffix(".toml"), "--workers", "2") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_metrics_are_in_tensorboard_files(undisturbed):
+    [file] = events(undisturbed)
+    read = EventAccumulator(str(file)).Reload()
+    for name in ("loss", "generate_image", "understand_text", "rate", "gradient_norm"):
+        told = {event.step: event.value for event in read.Scalars(name)}
+        assert told == pytest.approx({step: line[name] for step, line in losses(undisturbed).items()})
+    assert {event.step for event in read.Scalars("tokens_per_second")} == set(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("rate = ", "rates = ", "unknown key 'rates'; did you mean 'rate'?"),
+        ("rate = 1e-3", 'rate = "fast"', "rate is 'fast', but must be a number"),
+        ("rows.generate = 4", "rows.generate = 6", "6 rows of generate a step, but needs a multiple of 4"),
+        ("{data}/generate.parquet", "{data}/none.parquet", "none.parquet is no Parquet file"),
+        ("{data}/generate.parquet", "{data}/generate.jsonl", "generate.jsonl is no Parquet file"),
+        ("{data}/generate.parquet", "{data}/understand.parquet", "has no column picture"),
+        ("{base}", "{folder}", "is not a checkpoint|cannot be read"),
+        ('part = "lm"', 'part = "vq"', "the image tokenizer learns in one process"),
+        ("[stage]", "[stages]", "no stage 'stage'; did you mean 'stages'?"),
+        ('"{folder}"', '"s3://bucket/folder"', "folder is on S3"),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence(tmp_path, data, capsys, old, new, words):
+    assert old in RECIPES
+    path = recipes(tmp_path / "wrong", data, RECIPES.replace(old, new))
+    assert command(path, "--workers", "2") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert any(word in said[0] for word in words.split("|")), said
+    assert said[0].startswith("wallaroo: ") and said[1:] in ([], ["Help: wallaroo train --help"])
