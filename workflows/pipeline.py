@@ -66,7 +66,6 @@ from workflows.run_config import Progress, RunConfig, RunSummary
 from workflows.runs import RunLog, duration
 from workflows.sources import SourceOptions
 from workflows.stopping import Stop
-from workflows.tasks import PICTURE_TASKS
 
 if TYPE_CHECKING:
     import ray.data
@@ -346,10 +345,10 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
 def load_stage(
     shards: "ray.data.Dataset", stage: Callable[..., dict[str, Any]], job: Job, pool: Pool
 ) -> "ray.data.Dataset":
-    """Rows of shards become rows of `prepare`, by `stage`; a few at once where they wait for sources."""
+    """Rows of shards become rows of `prepare`, by `stage`, a few at once: each is a process."""
     from ray.data import TaskPoolStrategy
 
-    size = max(LEAST_LOADS, 2 * pool.size) if job.run.task in PICTURE_TASKS else None
+    size = max(LEAST_LOADS, 2 * pool.size)
     return shards.map(stage, num_cpus=pool.cpus, compute=TaskPoolStrategy(size=size))
 
 
@@ -695,7 +694,7 @@ def _make_missing(
     started = time.monotonic()
     waited: float | None = None
     stopping = False
-    for row in _arriving(pipeline, eyes.stop.remote):
+    for row in _arriving(pipeline):
         lock.check()
         if stop.asked() and not stopping:
             stopping = True
@@ -788,19 +787,51 @@ def _check_health(config: RunConfig, counts: Any, made: Tally) -> None:
         )
 
 
-def _arriving(
-    pipeline: Callable[[], "ray.data.Dataset"], give_up: Callable[[], Any]
-) -> Iterator[dict[str, Any] | None]:
+_OF_THREAD = threading.local()
+
+
+class _EndsWhenGivenUp:
+    """Ray Data's way to look in at each step of a pipeline: raises when nobody waits for it any more.
+
+    A pipeline that waits for a machine, or for a replica to load its model, would not end otherwise. Ray Data
+    makes one where it starts the pipeline, and sends the class about, so that it can hold no event itself.
+    """
+
+    def __init__(self) -> None:
+        self._given_up: threading.Event | None = getattr(_OF_THREAD, "given_up", None)
+
+    def on_execution_step(self, _: Any) -> None:
+        if self._given_up is not None and self._given_up.is_set():
+            raise _GivenUp
+
+    def before_execution_starts(self, _: Any) -> None:
+        """Nothing to do, like the two below."""
+
+    def after_execution_succeeds(self, _: Any) -> None: ...
+
+    def after_execution_fails(self, *_: Any) -> None: ...
+
+
+class _GivenUp(Exception):
+    """Nobody waits for the pipeline any more."""
+
+
+def _arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Iterator[dict[str, Any] | None]:
     """The rows of a pipeline as they come, and None whenever none came for TICK_SECONDS.
 
-    The pipeline goes on in a thread of its own, so that whoever looks on is never kept waiting. give_up:
-    called when nobody looks on any more; after it the pipeline shall end soon.
+    The pipeline goes on in a thread of its own, so that whoever looks on is never kept waiting.
     Raises what went wrong in it, out of Ray's wrappers.
     """
     arrived: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()
 
     def consume() -> None:
+        from ray.data import DataContext
+
+        _OF_THREAD.given_up = stop
+        callbacks: list[type] = DataContext.get_current().custom_execution_callback_classes
+        if _EndsWhenGivenUp not in callbacks:
+            callbacks.append(_EndsWhenGivenUp)
         try:
             # Fetching ahead holds a row back until the next one is there.
             blocks: Any = pipeline().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
@@ -832,6 +863,5 @@ def _arriving(
             yield found
     finally:
         stop.set()
-        give_up()
-        # Ray must not end while it is still talked to; a pipeline that waits for a machine may take for ever.
+        # Ray must not end while it is still talked to: it would end this process too.
         thread.join(END_SECONDS)
