@@ -5,7 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from tests.e2e.test_generate import write_jsonl
 from tests.faults.test_poison import ROWS
@@ -43,3 +46,43 @@ def test_shards_in_flight_are_finished_and_no_others_begun(tmp_path):
     assert json.loads((tmp_path / "news").read_text())["state"] == "stopped"
     assert not (output / "lock.json").exists()
     assert not list(output.glob("**/.wallaroo-tmp-*"))
+
+
+def test_a_deadline_that_comes_before_the_first_row(tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "jobs.cli", "generate"]
+    command += [write_jsonl(tmp_path / "prompts.jsonl", ROWS), str(output), "--slots", "8"]
+    # It has come when the replica starts.
+    ended = subprocess.run([*command, "--deadline", "1s"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 5, ended.stderr
+    assert "stopped, since its deadline has come; what is finished is kept" in ended.stderr
+    assert not (output / "lock.json").exists()
+
+
+def test_a_wish_that_is_repeated_is_not_made_to_wait(tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "jobs.cli", "generate"]
+    command += [write_jsonl(tmp_path / "prompts.jsonl", ROWS), str(output), "--slots", "8", "--grace", "1h"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    replicas = []
+    try:
+        while not list_done(str(output)):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        replicas = [one for one in family if "Replica" in " ".join(one.cmdline())]
+        for one in replicas:
+            one.suspend()  # so that it cannot finish what it has
+        process.send_signal(signal.SIGTERM)
+        said = iter(process.stderr.readline, "")
+        assert any("stopping: " in line for line in said)
+        process.send_signal(signal.SIGTERM)
+        last = "".join(said)
+        assert process.wait() == 5, last
+        assert "the same command goes on from there" in last and "Traceback" not in last
+    finally:
+        for one in replicas:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.kill()
+    assert list_done(str(output)) < set(read_plan(str(output)).shards)
