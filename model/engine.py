@@ -28,7 +28,7 @@ from model.graphs import Replayed
 from model.images import patchify
 from model.kv_cache import KVCache, Prefix
 from model.prompts import Prompt
-from model.sampling import Filters, Sampling, draws, sample
+from model.sampling import ALWAYS, Filters, Sampling, draws, sample
 from model.vision import encode_image
 from model.vq import to_float, to_uint8
 from model.wallaroo import Wallaroo
@@ -102,6 +102,8 @@ class EngineOptions:
     capture: whether decode steps on CUDA are recorded and replayed (see model/graphs.py); off until a GPU has
         shown that replayed tokens are those of the steps themselves.
     decode_vq: whether pictures are wanted and not their tokens alone.
+    cfg_interval: first and last share of a picture's steps between which it is guided; lossy unless all are.
+        What follows needs no null branch, so more rows decode at once.
     trace: keep each row's logits, and take tokens that are forced.
 
     `shapes` names those that may change a row by rounding.
@@ -117,6 +119,7 @@ class EngineOptions:
     attention: str | None = None
     capture: bool = False
     decode_vq: bool = True
+    cfg_interval: tuple[float, float] = ALWAYS
     trace: bool = False
 
     def shapes(self, device: torch.device, dtype: torch.dtype) -> dict[str, int | str]:
@@ -152,14 +155,20 @@ def gpu_options(config: ModelConfig, free: int, element: int, **given: Any) -> E
 
 @dataclass(eq=False)
 class _Row:
-    """A request on its way: `steps` are all forwards from its first draw to its last token."""
+    """A request on its way: `steps` are all forwards from its first draw to its last token; `guided` those
+    whose draw is guided, counted from 0; `sequences` its branches' places in a group, the first its slot."""
 
     request: Request
     prefixes: list["_PendingPrefix"]
     steps: int
+    guided: range
     length: int
-    slot: int = -1
+    sequences: tuple[int, ...] = ()
     step: int = 0
+
+    @property
+    def slot(self) -> int:
+        return self.sequences[0]
 
 
 @dataclass(eq=False)
@@ -190,7 +199,8 @@ class Engine:
     `submit` rows, then call `step` until `pending` is 0; each row is given back exactly once. Where
     memory runs out, half of the groups go on, and the rows that were in slots begin again.
     `counts` says what was done: steps, forwards, slot_steps (slots times steps), row_steps (of them in
-    use), prefill_forwards, prefill_tokens, prefixes_shared, vq_slices, pictures.
+    use), null_steps (null branches fed beside them), prefill_forwards, prefill_tokens, prefixes_shared,
+    vq_slices, pictures.
     """
 
     def __init__(self, model: Wallaroo, task: str, options: EngineOptions | None = None):
@@ -221,6 +231,7 @@ class Engine:
                 self.line_end = embed(torch.tensor(ids[END_OF_LINE], device=model.device))
                 self.stops = []
         self.most_groups = -(-self.options.slots // self.options.group_rows)
+        self.lossless = self.options.cfg_interval == ALWAYS
         self.groups: list[_Group] = []
         self._clear_scratch()
         self.waiting: deque[_Row] = deque()
@@ -232,8 +243,8 @@ class Engine:
 
     @property
     def slots(self) -> int:
-        """Guided rows that can decode at once."""
-        return self.most_groups * self.options.group_rows
+        """Guided rows that can decode at once; on average, where their null branches end before them."""
+        return int(self.most_groups * 2 * self.options.group_rows / (1 + self.options.cfg_interval[1]))
 
     def submit(self, request: Request) -> None:
         """Queues a row. One that cannot be served comes back from `step` with its error."""
@@ -285,7 +296,8 @@ class Engine:
         if decoding:
             self.counts["steps"] += 1
             self.counts["row_steps"] += sum(group.active_before for group in decoding)
-            self.counts["slot_steps"] += max(self.slots, sum(group.rows for group in self.groups))
+            rows = sum(group.rows for group in self.groups) if self.lossless else 0
+            self.counts["slot_steps"] += max(self.slots, rows)
         self._decode_pictures(flush=not (decoding or self.waiting))
 
     def _halve(self, lacking: str) -> None:
@@ -321,8 +333,15 @@ class Engine:
         request.sampling.validate()
         if request.sampling.guided and request.null is None:
             raise RowError("sampling", f"cfg is {request.sampling.cfg}, which needs a null prompt.")
+        if request.size is None:
+            steps = request.max_new_tokens
+        else:
+            height, width = request.size.grid
+            steps = height * width + (height - 1 if self.model.config.line_break else 0)
+        first, last = (round(share * steps) for share in self.options.cfg_interval)
+        guided = range(first, last) if request.sampling.guided else range(0)
         branches = [(request.prompt, request.semantic, request.pixels)]
-        if request.sampling.guided:
+        if guided:
             assert request.null is not None
             # The null branch of an edit sees a black image of the source's size.
             semantic, pixels = (
@@ -331,13 +350,8 @@ class Engine:
             )
             branches.append((request.null, semantic, pixels))
         prefixes = [self._prefix(*branch) for branch in branches]
-        if request.size is None:
-            steps = request.max_new_tokens
-        else:
-            height, width = request.size.grid
-            steps = height * width + (height - 1 if self.model.config.line_break else 0)
         length = max(len(prompt.ids) for prompt, _, _ in branches) + steps
-        return _Row(request, prefixes, steps, length)
+        return _Row(request, prefixes, steps, guided, length)
 
     def _prefix(
         self, prompt: Prompt, semantic: np.ndarray | None, pixels: np.ndarray | None
@@ -383,18 +397,21 @@ class Engine:
     def _group_with_room(self, row: _Row) -> "_Group | None":
         """A free slot in a group of the row's kind; the kind may change only while a group is empty,
         since it decides the shape of the head's matrix product."""
-        guided = row.request.sampling.guided
         for group in self.groups:
-            if group.guided == guided and group.active < group.rows:
+            if group.has_room(row):
                 return group
         for index, group in enumerate(self.groups):
             if not group.active:
-                self.groups[index] = _Group(self, guided)
+                self.groups[index] = self._group(row)
                 return self.groups[index]
         if len(self.groups) < self.most_groups:
-            self.groups.append(_Group(self, guided))
+            self.groups.append(self._group(row))
             return self.groups[-1]
         return None
+
+    def _group(self, row: _Row) -> "_Group":
+        """An empty group of a row's kind."""
+        return _Group(self, bool(row.guided)) if self.lossless else _MixedGroup(self)
 
     def _evict(self) -> None:
         """Forgets the least recently used prompts that no row waits for, down to `prefix_tokens`."""
@@ -580,10 +597,25 @@ class _Group:
         """Slots in use."""
         return sum(row is not None for row in self.members)
 
+    @property
+    def nulls(self) -> int:
+        """Sequences in use that are null branches."""
+        return sum(len(row.sequences) - 1 for row in self.members if row is not None)
+
+    def has_room(self, row: _Row) -> bool:
+        """Whether a row can be put into it now."""
+        return self.guided == bool(row.guided) and self.active < self.rows
+
+    def _sequences(self, row: _Row) -> tuple[int, ...]:
+        """Free places for the branches of a row."""
+        slot = self.members.index(None)
+        return (slot, slot + self.rows) if self.guided else (slot,)
+
     def admit(self, row: _Row) -> None:
         """Puts a row whose prompts are ready into a free slot."""
         request, sampling = row.request, row.request.sampling
-        slot = row.slot = self.members.index(None)
+        row.sequences = self._sequences(row)
+        slot = row.slot
         if self.cache.capacity < row.length or self.tokens.shape[1] < row.steps:
             self.replayed.clear()  # they were recorded with the tensors that are replaced now
         self.cache.grow(row.length)
@@ -593,7 +625,7 @@ class _Group:
                 torch.cat((tensor, tensor.new_zeros(self.rows, missing)), dim=1)
                 for tensor in (self.uniform, self.tokens, self.forced)
             )
-        for pending, sequence in zip(row.prefixes, (slot, slot + self.rows), strict=False):
+        for pending, sequence in zip(row.prefixes, row.sequences, strict=True):
             prefix = pending.prefix
             assert prefix is not None
             prefix.copy_to(self.cache, sequence)
@@ -643,6 +675,7 @@ class _Group:
         else:
             self._advance(drawn, fed, longest)
         self.engine.counts["forwards"] += fed
+        self.engine.counts["null_steps"] += fed * self.nulls
         return self._finished()
 
     def _advance(self, drawn: bool, fed: bool, longest: int) -> None:
@@ -660,8 +693,7 @@ class _Group:
         if engine.line_end is not None:
             # The last token of a line is fed like any other; then a line end is fed, not drawn.
             x = torch.where((self.taken % self.line == 0).unsqueeze(-1), engine.line_end, x)
-        if self.guided:
-            x = torch.cat((x, x))
+        x = self._to_branches(x)
         positions = self.position.expand(3, -1)
         cos, sin = rope(positions, engine.frequencies, model.config.decoder.mrope_section, x.dtype)
         visible = Visible.decode(self.length + 1, longest)
@@ -685,12 +717,7 @@ class _Group:
             logits = model.lm_head(self.hidden).float()
         else:
             _, head = model.image_parts(engine.task)
-            hidden = head[1](head[0](self.hidden))
-            if self.guided:
-                # Guidance before the last matrix, which is linear: half of its rows are saved.
-                conditional, null = hidden.float().split(self.rows)
-                hidden = (null + self.cfg * (conditional - null)).to(hidden.dtype)
-            logits = head[2](hidden).float()
+            logits = head[2](self._guide(head[1](head[0](self.hidden)))).float()
         step = self.taken.unsqueeze(1)
         uniform = self.uniform.gather(1, step).squeeze(1)
         token = sample(logits, self.temperature, self.top_k, self.top_p, uniform, self.filters)
@@ -701,6 +728,20 @@ class _Group:
                 trace.append(logits[slot].clone())
         self.token.copy_(token)
         self.tokens.scatter_(1, step, token.unsqueeze(1))
+
+    def _to_branches(self, x: Tensor) -> Tensor:
+        """Decoder inputs of all sequences, of those of all slots."""
+        return torch.cat((x, x)) if self.guided else x
+
+    def _guide(self, hidden: Tensor) -> Tensor:
+        """What the head's last matrix takes, a row a slot, of what all sequences have before it.
+
+        That matrix is linear, so guidance comes first: half of its rows are saved.
+        """
+        if not self.guided:
+            return hidden
+        conditional, null = hidden.float().split(self.rows)
+        return (null + self.cfg * (conditional - null)).to(hidden.dtype)
 
     def _finished(self) -> list[tuple[_Row, np.ndarray, np.ndarray | None]]:
         ended = [row for row in self.members if row is not None and row.step == row.steps]
@@ -730,9 +771,13 @@ class _Group:
     def _release(self, row: _Row) -> None:
         self.members[row.slot] = None
         self.traces.pop(row.slot, None)
-        for sequence in (row.slot, row.slot + self.rows)[: 2 if self.guided else 1]:
-            self.length[sequence] = self.position[sequence] = self.advance[sequence] = 0
+        for sequence in row.sequences:
+            self._stop(sequence)
         self.taken[row.slot] = 0
+
+    def _stop(self, sequence: int) -> None:
+        """A sequence computes nothing that anybody needs any more."""
+        self.length[sequence] = self.position[sequence] = self.advance[sequence] = 0
 
     def _line(self, row: _Row) -> int:
         """Steps a line of the picture takes, its line end included; past all steps if there is none."""
@@ -746,3 +791,56 @@ class _Group:
         steps = np.arange(row.step or row.steps)
         line = self._line(row)
         return steps[steps % line != line - 1]
+
+
+class _MixedGroup(_Group):
+    """A group of rows that are guided in a part of their steps: a sequence a branch, each in any place.
+
+    When the last guided step of a row is done, the place of its null branch is free for another row. It
+    cannot begin later than its row, since guidance needs its keys from the first token on.
+    """
+
+    def __init__(self, engine: Engine):
+        super().__init__(engine, guided=False)
+        self.fed_as = self.sequence.clone()  # the slot whose tokens a sequence is fed
+        self.guided_from = self.sequence.clone()  # the null branch of a slot; itself where it is not guided
+
+    def _free(self) -> list[int]:
+        taken = {sequence for row in self.members if row is not None for sequence in row.sequences}
+        return [sequence for sequence in range(self.rows) if sequence not in taken]
+
+    def has_room(self, row: _Row) -> bool:
+        return len(self._free()) >= len(row.prefixes)
+
+    def _sequences(self, row: _Row) -> tuple[int, ...]:
+        return tuple(self._free()[: len(row.prefixes)])
+
+    def admit(self, row: _Row) -> None:
+        super().admit(row)
+        for null in row.sequences[1:]:
+            self.fed_as[null] = row.slot
+
+    def step(self) -> list[tuple[_Row, np.ndarray, np.ndarray | None]]:
+        for row in self.members:
+            if row is not None and row.guided and row.step == row.guided.start:
+                self.guided_from[row.slot] = row.sequences[1]
+        finished = super().step()
+        for row in self.members:
+            if row is not None and row.guided and row.step == row.guided.stop:
+                self._stop(row.sequences[1])
+                self.guided_from[row.slot] = row.slot
+                row.sequences = row.sequences[:1]
+        return finished
+
+    def _to_branches(self, x: Tensor) -> Tensor:
+        return x[self.fed_as]
+
+    def _guide(self, hidden: Tensor) -> Tensor:
+        branches = hidden.float()
+        null = branches[self.guided_from]
+        return (null + self.cfg * (branches - null)).to(hidden.dtype)
+
+    def _stop(self, sequence: int) -> None:
+        super()._stop(sequence)
+        self.taken[sequence] = 0
+        self.fed_as[sequence] = self.guided_from[sequence] = sequence

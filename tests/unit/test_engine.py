@@ -320,10 +320,20 @@ def test_with_one_group_left_lack_of_memory_is_an_error(model: Wallaroo) -> None
         list(engine.run(REQUESTS[:2]))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(3.0, 1.0, 20, 1.0), Sampling(1.0, 1.0, 0, 0.9)], ids=str)
-def test_a_warm_step_waits_for_nothing_and_makes_no_buffers(model: Wallaroo, sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "sampling, interval",
+    [
+        (Sampling(3.0, 1.0, 20, 1.0), (0.0, 1.0)),
+        (Sampling(1.0, 1.0, 0, 0.9), (0.0, 1.0)),
+        (Sampling(3.0, 1.0, 20, 1.0), (0.3, 0.6)),
+    ],
+    ids=str,
+)
+def test_a_warm_step_waits_for_nothing_and_makes_no_buffers(
+    model: Wallaroo, sampling: Sampling, interval: tuple[float, float]
+) -> None:
     rows = [dataclasses.replace(row, size=Size(64, 48), sampling=sampling) for row in REQUESTS[:8]]
-    engine = Engine(model, "generate", EngineOptions(slots=8, group_rows=8))
+    engine = Engine(model, "generate", EngineOptions(slots=8, group_rows=8, cfg_interval=interval))
     for row in rows:
         engine.submit(row)
     for _ in range(2):
@@ -384,6 +394,86 @@ def test_a_gpu_gets_as_many_slots_as_fit_in_groups_whose_shape_slots_do_not_chan
     assert gpu_options(large, 120 << 30, 2, slots=16).group_rows == 64
     assert gpu_options(large, 120 << 30, 2, slots=16).slots == 16
     assert gpu_options(large, 120 << 30, 2, group_rows=32) == EngineOptions(group_rows=32, slots=128)
+
+
+HALF = (0.0, 0.5)
+
+
+@pytest.fixture(scope="module")
+def half_guided(model: Wallaroo) -> dict[int, Result]:
+    return serve(model, REQUESTS[:60], cfg_interval=HALF)
+
+
+def test_rows_guided_in_all_steps_are_those_of_an_engine_that_knows_no_interval(
+    model: Wallaroo, expected: dict[int, Result], half_guided: dict[int, Result]
+) -> None:
+    assert_same(serve(model, REQUESTS[:30], cfg_interval=(0.0, 1.0)), expected)
+    guided = [request.key for request in REQUESTS[:60] if request.sampling.guided]
+    differing = sum(not np.array_equal(expected[key].tokens, half_guided[key].tokens) for key in guided)
+    assert differing > len(guided) / 2
+
+
+def test_a_row_guided_in_a_part_of_its_steps_is_the_same_in_any_company(
+    model: Wallaroo, half_guided: dict[int, Result]
+) -> None:
+    shuffled = [REQUESTS[index] for index in np.random.default_rng(3).permutation(60)]
+    assert_same(serve(model, shuffled, cfg_interval=HALF, slots=40), half_guided)
+    few = serve(model, REQUESTS[:60], cfg_interval=HALF, slots=8, prefix_sharing=False)
+    assert_same(few, half_guided)
+    for request in REQUESTS[:5]:
+        assert_same(serve(model, [request], cfg_interval=HALF), half_guided)
+
+
+def test_null_branches_that_end_early_make_room_for_other_rows(model: Wallaroo) -> None:
+    """Fewer forwards of the same shapes, and null branches fed only up to the last guided step."""
+    rows = [dataclasses.replace(row, size=Size(64, 48), sampling=Sampling(3.0)) for row in REQUESTS[:112]]
+    steps = 12 + 3
+    counts, shapes = {}, {}
+    for interval in ((0.0, 1.0), HALF, (0.5, 1.0)):
+        options = EngineOptions(slots=8, group_rows=8, decode_vq=False, cfg_interval=interval)
+        engine = Engine(model, "generate", options)
+        results = engine.run(rows)
+        with ShapeRecorder() as recorder:
+            for _ in range(16):
+                next(results)
+        shapes[interval] = {shape for shape in recorder.seen if shape[0].startswith("aten.addmm")}
+        assert len(list(results)) == len(rows) - 16
+        counts[interval] = engine.counts
+        assert engine.counts["row_steps"] == len(rows) * steps
+    always, half, late = counts.values()
+    assert always["null_steps"] == late["null_steps"] == len(rows) * (steps - 1)
+    assert half["null_steps"] == len(rows) * round(steps / 2)
+    # Three quarters in the long run of large pictures; the last rows leave places empty.
+    assert half["forwards"] < 0.9 * always["forwards"]
+    assert shapes[0.0, 1.0] == shapes[HALF]
+
+
+def test_no_null_branch_is_prefilled_where_no_step_is_guided(model: Wallaroo) -> None:
+    request = dataclasses.replace(REQUESTS[0], size=Size(48, 48), sampling=Sampling(3.0))
+    engine = Engine(model, "generate", EngineOptions(slots=8, group_rows=8, cfg_interval=(0.0, 0.01)))
+    list(engine.run([request]))
+    assert engine.counts["prefill_tokens"] == len(request.prompt.ids)
+    assert engine.counts["null_steps"] == 0
+
+
+def test_logits_are_guided_within_the_interval_and_not_outside(model: Wallaroo) -> None:
+    """The same tokens forced, so that all that differs is guidance."""
+    forced = np.random.default_rng(6).integers(0, CONFIG.vq.codebook_size, 12).astype(np.int32)
+    row = dataclasses.replace(REQUESTS[0], size=Size(64, 48), forced=forced)
+    others = [dataclasses.replace(other, size=Size(48, 48)) for other in REQUESTS[1:20]]
+
+    def logits(cfg: float, interval: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
+        asked = dataclasses.replace(row, sampling=Sampling(cfg))
+        return serve(model, [*others, asked], trace=True, cfg_interval=interval)[row.key].logits
+
+    guided, plain = logits(3.0), logits(1.0)
+    assert np.abs(guided - plain).max(axis=1).min() > 0.1
+    # Steps 3 to 8 of 15 are guided; of these the line ends at 3 and 7 are not drawn.
+    some = logits(3.0, (0.2, 0.6))
+    inside = slice(3, 3 + 4)
+    np.testing.assert_allclose(some[inside], guided[inside], rtol=0, atol=1e-3)
+    outside = np.r_[0:3, 7:12]
+    np.testing.assert_allclose(some[outside], plain[outside], rtol=0, atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
