@@ -155,6 +155,7 @@ class Replica:
     device: `cpu`, `cuda` or `auto`.
     threads: CPU threads of torch; they belong to what rounds a result and are given, never counted.
     watch: handle of the run's `actors.watch.Watch`, or None for no watch.
+    weights: one of `model.quantise.WEIGHTS`, or None for those of the checkpoint.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class Replica:
         device: str = "auto",
         threads: int = 1,
         watch: Any = None,
+        weights: str | None = None,
     ):
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.environment = ""
@@ -174,7 +176,7 @@ class Replica:
         self._refusal: InputError | None = None
         threading.Thread(
             target=self._serve,
-            args=(checkpoint, task, options or {}, device, threads),
+            args=(checkpoint, task, options or {}, device, threads, weights),
             name="engine",
             daemon=True,
         ).start()
@@ -241,10 +243,11 @@ class Replica:
         options: Mapping[str, Any],
         device: str,
         threads: int,
+        weights: str | None,
     ) -> None:
         """The engine's thread. All of torch stays in it, since torch counts threads by thread."""
         try:
-            engine = self._load(checkpoint, task, options, device, threads)
+            engine = self._load(checkpoint, task, options, device, threads, weights)
             self._loaded.set()
             self._turn(engine)
         except InputError as error:
@@ -261,11 +264,13 @@ class Replica:
         options: Mapping[str, Any],
         device: str,
         threads: int,
+        weights: str | None,
     ) -> "Engine":
         import torch
 
         from model.checkpoint import load
         from model.engine import Engine, EngineOptions, gpu_options
+        from model.quantise import quantise
 
         torch.set_num_threads(threads)
         if device == "auto":
@@ -277,6 +282,7 @@ class Replica:
             )
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         model = load(checkpoint(), task, device, dtype)
+        library = {} if weights is None else {"weights": quantise(model, weights)}
         if device == "cpu":
             chosen = EngineOptions(**options)
         else:
@@ -287,7 +293,7 @@ class Replica:
             {
                 "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
                 "threads": threads,
-                "shapes": engine.options.shapes(torch.device(device), dtype),
+                "shapes": engine.options.shapes(torch.device(device), dtype) | library,
             },
             sort_keys=True,
         )

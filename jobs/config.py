@@ -78,12 +78,20 @@ def _seconds(value: Any) -> float:
     return _number(value)
 
 
+def _interval(value: Any) -> tuple[float, float]:
+    if isinstance(value, str):
+        first, last = value.split(":")
+        return float(first), float(last)
+    raise ValueError
+
+
 _RULES: dict[Callable[[Any], Any], str] = {
     _integer: "a whole number",
     _number: "a number",
     _switch: "true or false",
     _text: "a text that is not empty",
     _replicas: "a whole number or MIN:MAX",
+    _interval: "START:END, such as 0:0.5",
     _seconds: "a time such as 90s, 30m, 6h or 1h30m",
 }
 
@@ -122,6 +130,8 @@ class Setting:
 # fmt: off
 SETTINGS = (
     Setting("run.model", "model", _text, "PATH", "Checkpoint folder, local or s3://, or tiny (default)."),
+    Setting("run.weights", "weights", _text, "int8|fp8",
+            "Smaller and lossy ones (default: the checkpoint's); needs torchao."),
     Setting("run.samples", "samples", _integer, "N", "Pictures of each prompt (default 1)."),
     Setting("run.seed", "seed", _integer, "N", "Same seed, same pictures (default 0)."),
     Setting("run.preset", "preset", _text, "NAME",
@@ -156,6 +166,8 @@ SETTINGS = (
             "Draw from the N likeliest tokens, 0 from all (default 1000; understand: 1)."),
     Setting("sampling.top_p", "sampling.top_p", _number, "P",
             "Draw from the likeliest that sum to P, 1 from all (default 1)."),
+    Setting("sampling.cfg_interval", "cfg_interval", _interval, "START:END",
+            "Lossy: guide only these steps of a picture, as shares; faster if END is less than 1."),
     Setting("source.root", "image_root", _text, "PATH",
             "Where relative paths of pictures start (default: beside the manifest)."),
     Setting("source.allow_https", "allow_https", _switch, "", "Fetch https:// sources too."),

@@ -287,6 +287,7 @@ def make_job(
             task=config.task,
             model_digest=meaning["model_digest"],
             config_digest=digest(meaning),
+            mode=config.mode,
             image_format=config.image_format,
             image_quality=config.image_quality,
             templates=dict(config.templates),
@@ -309,15 +310,16 @@ def make_job(
 class Pool:
     """The replicas of a pipeline.
 
-    device: `cpu` or `cuda`. size: how many at most. calls: shards that one holds at once. kind: their
-    class, which `actors.replica.Replica` describes.
+    device: `cpu` or `cuda`. size: how many at most. calls: shards that one holds at once. options: of their
+    engines. kind: their class; `actors.replica.Replica` describes it, and weights and threads.
     """
 
     device: str
     size: int
     calls: int
     threads: int = 1
-    slots: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
     kind: type = Replica
 
     @property
@@ -339,7 +341,11 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
 
     slots = config.slots or (MOST_SLOTS if device == "cuda" else EngineOptions().slots)
     calls = 1 + math.ceil(slots * shards / rows)
-    return Pool(device, min(config.replicas[1], shards), calls, config.threads, config.slots, kind)
+    options: dict[str, Any] = {"cfg_interval": config.cfg_interval}
+    if config.slots is not None:
+        options["slots"] = config.slots
+    size = min(config.replicas[1], shards)
+    return Pool(device, size, calls, config.threads, options, config.weights, kind)
 
 
 def load_stage(
@@ -368,10 +374,11 @@ def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = 
         fn_constructor_kwargs={
             "checkpoint": functools.partial(_fetch, job.model),
             "task": job.run.task,
-            "options": {} if pool.slots is None else {"slots": pool.slots},
+            "options": pool.options,
             "device": pool.device,
             "threads": pool.threads,
             "watch": watch,
+            "weights": pool.weights,
         },
         compute=ActorPoolStrategy(
             size=pool.size,
@@ -393,7 +400,7 @@ def generate(
     ds: has the columns of a manifest. model: `tiny`, or the folder of a checkpoint. options: fields of
     `workflows.run_config.RunConfig` that say what a row is or what makes it: samples, seed, sampling,
     preset, width, height, language, templates, prompt_column, image_format, image_quality, save_tokens,
-    max_prompt_tokens, slots, device, threads.
+    max_prompt_tokens, cfg_interval, weights, slots, device, threads.
 
     Every row is planned before this returns, which executes `ds` once; the pictures are made when the
     answer is consumed. It has a row for every sample, with the columns of `data/`, the carried ones

@@ -28,6 +28,7 @@ from model.config import TASKS
 from model.errors import InputError
 from workflows import storage
 from workflows.sources import restore_size
+from workflows.tasks import EXACT
 
 if TYPE_CHECKING:
     from actors.rows import Outcome
@@ -249,7 +250,7 @@ def environment(device: str, threads: int, shapes: Mapping[str, int]) -> dict[st
 class RunConstants:
     """What is the same in every row of a run.
 
-    task, mode: `generate` and the like; `mode` names lossy shortcuts, and is "exact" without any.
+    task, mode: `generate` and the like; `mode` names lossy shortcuts, and is EXACT without any.
     model_digest, config_digest: hex. image_format: `png`, `webp` or `jpeg`; image_quality as for
     `encode_image`. templates: language -> prompt template, where the built-in one is replaced.
     restore_size: whether a picture gets the size of its source. max_new_tokens: the most tokens of a text.
@@ -258,7 +259,7 @@ class RunConstants:
     task: str
     model_digest: str
     config_digest: str
-    mode: str = "exact"
+    mode: str = EXACT
     image_format: str = "png"
     image_quality: int | None = None
     templates: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -12,8 +12,9 @@ from typing import Any
 
 from model.config import TASKS, VQ_FACTOR
 from model.errors import InputError, did_you_mean
-from model.sampling import Sampling
-from workflows.tasks import ONLY_FOR, PRESETS, SAMPLING
+from model.quantise import WEIGHTS
+from model.sampling import ALWAYS, Sampling
+from workflows.tasks import EXACT, ONLY_FOR, PRESETS, SAMPLING
 
 DEVICES = ("auto", "cpu", "cuda")
 IMAGE_FORMATS = ("png", "webp", "jpeg")
@@ -76,6 +77,8 @@ class RunConfig:
     allow_https: whether sources may be fetched from the web. max_source_bytes, max_source_pixels: of a
         file and of a picture; larger ones become error rows.
     restore_size: give edited pictures the size of their source. max_new_tokens: bound of an answer.
+    cfg_interval: first and last share of a picture's steps between which it is guided; lossy unless all are.
+    weights: one of `model.quantise.WEIGHTS`, lossy; None for those of the checkpoint.
     limit, where: a look before the whole run: at most so many manifest rows; only those for which a
         DuckDB expression over the manifest's columns holds.
     incremental: plan what is new in a manifest that grows, each time the run is started.
@@ -116,6 +119,8 @@ class RunConfig:
     max_source_pixels: int = 1 << 26
     restore_size: bool = False
     max_new_tokens: int = 256
+    cfg_interval: tuple[float, float] = ALWAYS
+    weights: str | None = None
     limit: int | None = None
     where: str | None = None
     incremental: bool = False
@@ -160,6 +165,7 @@ class RunConfig:
             ("device", self.device, DEVICES),
             ("image_format", self.image_format, IMAGE_FORMATS),
             ("language", self.language, (None, *LANGUAGES)),
+            ("weights", self.weights, (None, *WEIGHTS)),
         ):
             if value not in allowed:
                 words = [choice for choice in allowed if choice]
@@ -233,6 +239,12 @@ class RunConfig:
         if self.incremental and (self.limit is not None or self.where is not None):
             given = "limit" if self.limit is not None else "where"
             raise InputError(f"{given} chooses rows, but incremental plans all that are new: leave one out.")
+        first, last = self.cfg_interval
+        if not 0 <= first < last <= 1:
+            raise InputError(
+                f"cfg_interval is {first:g}:{last:g}, but must be START:END with 0 <= START < END <= 1 "
+                f"(0:0.5 guides the first half of a picture's steps)."
+            )
         self.sampling.validate()
         if self.task == "understand" and self.sampling.cfg > 1:
             raise InputError(f"cfg is {self.sampling.cfg:g}, but answers have no guidance: give at most 1.")
@@ -246,15 +258,24 @@ class RunConfig:
                     f"{one.name} is for {' and '.join(tasks)}, but this is {self.task}: leave it out."
                 )
 
+    @property
+    def mode(self) -> str:
+        """The lossy shortcuts of the run, in words such as `weights int8`; `exact` without any."""
+        first, last = map(float, self.cfg_interval)
+        shortcuts = [f"cfg-interval {first}:{last}"] if self.cfg_interval != ALWAYS else []
+        shortcuts += [f"weights {self.weights}"] if self.weights else []
+        return ", ".join(shortcuts) or EXACT
+
     def config_digest_fields(self, model_digest: str) -> dict[str, Any]:
         """Plain JSON values of all that may change a row by meaning; their digest guards an output.
 
         `model_digest` stands for the checkpoint, and so for its size table; where the checkpoint
-        lies may change.
+        lies may change. `mode` is among them only where it is lossy.
         """
         values = self.to_dict()
         named = (name for name in _MEANING if self.task in ONLY_FOR.get(name, (self.task,)))
-        return {"model_digest": model_digest, **{name: values[name] for name in named}}
+        lossy = {"mode": self.mode} if self.mode != EXACT else {}
+        return {"model_digest": model_digest, **{name: values[name] for name in named}, **lossy}
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a plain JSON value."""
@@ -262,6 +283,7 @@ class RunConfig:
         values["sampling"] = dataclasses.asdict(self.sampling)
         values["templates"] = dict(self.templates)
         values["replicas"] = list(self.replicas)
+        values["cfg_interval"] = list(self.cfg_interval)
         return values
 
 

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 PICTURE_TASKS = frozenset({"edit", "understand"})
 """Tasks that start from a picture."""
 
+EXACT = "exact"
+"""The mode of runs that take no lossy shortcut."""
+
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     "width": ("generate",),
     "height": ("generate",),
@@ -21,6 +24,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "max_source_pixels": ("edit", "understand"),
     "restore_size": ("edit",),
     "max_new_tokens": ("understand",),
+    "cfg_interval": ("generate", "edit"),
 }
 """Options of a run that not every task has."""
 

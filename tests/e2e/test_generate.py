@@ -170,6 +170,8 @@ def test_an_output_of_another_run_is_refused_before_anything_is_written(base):
     before = storage.list_files(config.output)
     with pytest.raises(InputError, match="seed is 0 there and 5 here"):
         run(dataclasses.replace(config, seed=5))
+    with pytest.raises(InputError, match=r'mode is absent there and "cfg-interval 0\.0:0\.5" here'):
+        run(dataclasses.replace(config, cfg_interval=(0, 0.5)))
     assert storage.list_files(config.output) == before
 
 
@@ -289,6 +291,11 @@ def test_a_dataset_becomes_a_dataset_with_the_same_pictures(base):
     assert table.column("image").type == wanted.column("image").type
     for name in ("tag", "tokens", "seed", "content_digest"):
         assert table.column(name).to_pylist() == wanted.column(name).to_pylist()
+    assert {row["mode"] for row in table.to_pylist()} == {"exact"}
+    (lossy,) = generate(ds.limit(1), device="cpu", cfg_interval=(0, 0.5)).take_all()
+    (same,) = (row for row in wanted.to_pylist() if (row["id"], row["sample"]) == (lossy["id"], 0))
+    assert (lossy["mode"], lossy["seed"]) == ("cfg-interval 0.0:0.5", same["seed"])
+    assert lossy["sha256"] != same["sha256"] and lossy["content_digest"] != same["content_digest"]
 
 
 def test_a_dataset_that_cannot_be_planned_is_refused_at_once(local_ray):

@@ -59,10 +59,12 @@ def test_every_setting_reaches_its_field_from_each_origin(setting, run_file):
         "source.root": "pictures",
         "run.where": "prompt LIKE '%cat%'",
         "run.max_error_rate": "0.5",
+        "run.weights": "int8",
         "prompt.language": "zh",
         "prompt.template_en": 'a "{prompt}"',
         "prompt.template_zh": "画 {prompt}",
         "sampling.top_p": "0.5",
+        "sampling.cfg_interval": "0.2:0.8",
         "image.format": "webp",
         "cluster.replicas": "2:6",
         "cluster.device": "cpu",
@@ -134,6 +136,16 @@ def test_defaults_in_the_help_are_true(setting):
         ("sampling.temperature=-0.1", "temperature is -0.1, but must be a finite number of at least 0."),
         ("sampling.top_k=-1", "top_k is -1, but must be a whole number of at least 0 (0 keeps all tokens)."),
         ("sampling.top_p=0", "top_p is 0.0, but must be above 0 and at most 1 (1 keeps all tokens)."),
+        (
+            "sampling.cfg_interval=0.5",
+            "--set sampling.cfg_interval is '0.5', but must be START:END, such as 0:0.5.",
+        ),
+        (
+            "sampling.cfg_interval=0.5:0.2",
+            "cfg_interval is 0.5:0.2, but must be START:END with 0 <= START < END <= 1 "
+            "(0:0.5 guides the first half of a picture's steps).",
+        ),
+        ("run.weights=int4", "weights is 'int4', but must be one of int8, fp8; did you mean 'int8'?"),
         ("sampling.top_p=1.5", "top_p is 1.5, but must be above 0 and at most 1 (1 keeps all tokens)."),
         ("image.width=64", "width is 64, but height is absent: give both, or neither."),
         ("image.height=64", "height is 64, but width is absent: give both, or neither."),
@@ -209,6 +221,7 @@ def test_the_example_names_every_setting(run_file):
 def test_a_setting_of_another_task_is_refused(setting):
     value = {"image.format": "webp", "prompt.template_en": "a {prompt}", "prompt.template_zh": "{prompt}"}
     value |= {"prompt.text": "red", "source.root": "pictures", "image.width": "64", "image.height": "64"}
+    value |= {"sampling.cfg_interval": "0:0.5"}
     beside = {"image.width": ["image.height=64"], "image.height": ["image.width=64"]}
     beside["image.quality"] = ["image.format=jpeg"]
     text = value.get(setting.name, "5" if setting.metavar else "true")
@@ -284,10 +297,20 @@ def test_digest_fields_are_plain_and_leave_out_where_it_runs():
         "prompt.max_tokens=9",
         "prompt.language=en",
         "prompt.template_zh={prompt}",
+        "sampling.cfg_interval=0:0.5",
+        "run.weights=int8",
     ],
 )
 def test_digest_fields_name_what_changes_a_row(assignment):
     assert made({}, [assignment]).config_digest_fields("") != made().config_digest_fields("")
+
+
+def test_lossy_shortcuts_are_named_and_their_absence_is_not():
+    assert made().mode == "exact" and "mode" not in made().config_digest_fields("")
+    spelt = made({}, ["sampling.cfg_interval=0:1"])
+    assert spelt.config_digest_fields("") == made().config_digest_fields("")
+    lossy = made({}, ["sampling.cfg_interval=0:.75", "run.weights=fp8"])
+    assert lossy.config_digest_fields("")["mode"] == lossy.mode == "cfg-interval 0.0:0.75, weights fp8"
 
 
 def test_a_configuration_crosses_processes_and_prints():

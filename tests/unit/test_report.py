@@ -300,6 +300,13 @@ def test_the_configuration_is_in_the_report(outputs, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["config"]["templates"]["en"] == "x" * 1000
 
 
+def test_lossy_shortcuts_are_in_the_report(outputs, tmp_path):
+    results.put_run(str(tmp_path / "exact"), {"task": "generate"})
+    assert "lossy shortcuts" not in write(tmp_path / "exact").text
+    results.put_run(str(tmp_path / "lossy"), {"task": "generate", "mode": "cfg-interval 0.0:0.5"})
+    assert "Made with lossy shortcuts: cfg-interval 0.0:0.5." in write(tmp_path / "lossy").text
+
+
 def test_edits_stand_beside_their_sources(outputs, tmp_path):
     outputs.make_task_output(tmp_path / "out", "edit", bad=(1,))
     page = write(tmp_path / "out")
