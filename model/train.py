@@ -32,7 +32,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.attention import causal_attention
-from model.checkpoint import TOKENIZER, disk_tensors, empty_model, load, load_config, load_tokenizer, save
+from model.checkpoint import (
+    TOKENIZER,
+    disk_tensors,
+    empty_model,
+    expected_shapes,
+    load,
+    load_config,
+    load_tokenizer,
+    save,
+)
 from model.config import VQ_FACTOR, ModelConfig, Size, VisionConfig
 from model.decoder import rope, rope_frequencies
 from model.engine import END_OF_LINE, Engine, EngineOptions, Request
@@ -683,8 +692,7 @@ class Rows:
         return self.prompts[key]
 
     def _size(self, picture: bytes) -> Size:
-        with Image.open(io.BytesIO(picture)) as image:
-            return self.config.bucket(image.height, image.width)
+        return self.config.bucket(*_sides(picture))
 
     def _semantic(self, picture: bytes, bounds: tuple[int, int]) -> np.ndarray:
         key = (picture, bounds)
@@ -726,8 +734,7 @@ def fits(row: Row, task: str, tokenizer: Tokenizer, config: ModelConfig, recipe:
     that is too small or too long."""
     if task not in recipe.lengths and not (task == "generate" and recipe.least_side):
         return True
-    with Image.open(io.BytesIO(row["picture" if task == "generate" else "image"])) as image:
-        height, width = image.height, image.width
+    height, width = _sides(row["picture" if task == "generate" else "image"])
     longer, shorter = max(height, width), min(height, width)
     if task == "generate" and recipe.least_side and (longer < recipe.least_side or longer > 2 * shorter):
         return False
@@ -761,7 +768,25 @@ BLACK_PATCH = (-MEAN / STD).repeat(FRAMES * PATCH * PATCH)
 
 
 def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    with _decoding(data), Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
+def _sides(data: bytes) -> tuple[int, int]:
+    """Height and width of an encoded picture."""
+    with _decoding(data), Image.open(io.BytesIO(data)) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def _decoding(data: bytes) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"A picture of {len(data):,} bytes among the rows to train on cannot be decoded "
+            f"({type(error).__name__}), its sha256 is {hashlib.sha256(data).hexdigest()}; leave its row out."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -995,19 +1020,30 @@ def start_model(recipe: Recipe) -> Wallaroo:
 
     Raises InputError if base or start is no checkpoint, or they differ in a tensor's shape.
     """
-    model = fresh_model(stage_config(load_config(recipe.base), recipe), recipe.seed)
-    start = recipe.start or recipe.base
-    mine, theirs = disk_tensors(model), disk_tensors(load(start))
+    config = check_start(recipe)
+    model = fresh_model(config, recipe.seed)
+    mine, theirs = disk_tensors(model), disk_tensors(load(recipe.start or recipe.base))
     with torch.no_grad():
         for name, tensor in theirs.items():
             if name in mine:
-                if mine[name].shape != tensor.shape:
-                    raise InputError(
-                        f"Tensor '{name}' of {start} is {list(tensor.shape)}, but this stage needs "
-                        f"{list(mine[name].shape)}; start from a checkpoint of the same architecture."
-                    )
                 mine[name].copy_(tensor)
     return model
+
+
+def check_start(recipe: Recipe) -> ModelConfig:
+    """The configuration of what a stage makes, once base and start have been looked at, weights apart.
+
+    Raises InputError if base or start is no checkpoint, or they differ in a tensor's shape.
+    """
+    config, start = stage_config(load_config(recipe.base), recipe), recipe.start or recipe.base
+    mine = expected_shapes(config)
+    for name, shape in expected_shapes(load_config(start)).items():
+        if mine.get(name, shape) != shape:
+            raise InputError(
+                f"Tensor '{name}' of {start} is {list(shape)}, but this stage needs {list(mine[name])}; "
+                f"start from a checkpoint of the same architecture."
+            )
+    return config
 
 
 def pictures_of(rows: Iterable[Row]) -> list[np.ndarray]:

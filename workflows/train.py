@@ -22,7 +22,18 @@ from model.checkpoint import load_config, load_tokenizer
 from model.errors import InputError
 from model.prompts import detect_language
 from model.tokenizer import Tokenizer
-from model.train import METRICS, Process, Recipe, Row, fits, progress, result, run_stage, stage_config
+from model.train import (
+    METRICS,
+    Process,
+    Recipe,
+    Row,
+    check_start,
+    fits,
+    progress,
+    result,
+    run_stage,
+    stage_config,
+)
 from workflows import storage
 from workflows.cluster import connected, reason
 from workflows.dataset_plan import blocks_in_order
@@ -68,7 +79,7 @@ def train(
         say(f"{done} is there already, so there is nothing to do")
         return done
     with OutputLock(recipe.folder, "train"), connected(address, workers), _followed(recipe, say):
-        data = {task: _read(task, paths, recipe) for task, paths in files.items()}
+        data = {task: read(task, paths, recipe) for task, paths in files.items()}
         for task, rows in data.items():
             if not len(rows):
                 path = recipe.data[task]
@@ -104,8 +115,7 @@ def check(recipe: Recipe, workers: int) -> dict[str, list[str]]:
     for name in ("folder", "base", "start"):
         if storage.is_s3(getattr(recipe, name)):
             raise InputError(f"The recipe's {name} is on S3, but training needs a disk; name a folder there.")
-    for path in filter(None, (recipe.base, recipe.start)):
-        stage_config(load_config(path), recipe)
+    check_start(recipe)
     files = {}
     for task, path in recipe.data.items():
         if recipe.part == "lm" and task not in COLUMNS:
@@ -156,7 +166,7 @@ class Rows(Sequence[Row]):
         return ray.get(self.blocks[block]).slice(index - first, 1).to_pylist()[0]
 
 
-def _read(task: str, paths: Sequence[str], recipe: Recipe) -> Rows:
+def read(task: str, paths: Sequence[str], recipe: Recipe) -> Rows:
     """All rows of files that a stage trains on, in their order, each with what a task needs of it."""
     import ray
 

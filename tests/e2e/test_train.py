@@ -20,7 +20,8 @@ from model.prompts import generate_prompt
 from model.sampling import Sampling
 from model.train import Recipe
 from model.train import train as train_alone
-from workflows import shapes
+from workflows import shapes, storage
+from workflows.train import check, read
 
 STEPS = 10
 RECIPES = """
@@ -84,6 +85,29 @@ def losses(folder):
 
 def events(folder):
     return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def test_rows_are_read_in_the_order_of_their_files(local_ray, s3, data):
+    """From S3 too, whatever task reads a file first, and over the ends of blocks."""
+    [line, *_] = pq.read_table(data / "generate.parquet").to_pylist()
+    numbers = list(range(3 * 30))
+    for part in range(3):
+        rows = [
+            {**line, "prompt": f"第 {number}" if number % 2 else f"cat {number}", "language": None}
+            for number in numbers[part::3]
+        ]
+        text = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), text, row_group_size=20)
+        storage.write_atomic(f"{s3}/part-{part}.parquet", text.getvalue().to_pybytes())
+    values = {"part": "lm", "base": str(TINY), "folder": "unused", "steps": 1, "rate": 1e-3}
+    recipe = Recipe.from_dict(values | {"data": {"generate": f"{s3}/*.parquet"}, "rows": {"generate": 1}})
+    rows = read("generate", check(recipe, 1)["generate"], recipe)
+    assert len(rows.blocks) > 1 and len(rows) == len(numbers)
+    found = list(rows)
+    wanted = [number for part in range(3) for number in numbers[part::3]]
+    assert [int(row["prompt"].split()[1]) for row in found] == wanted
+    assert all(row["language"] == ("zh" if "第" in row["prompt"] else "en") for row in found)
+    assert set(rows[len(rows) - 1]) == {"prompt", "picture", "language"}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import jobs.make_tiny
 from model.checkpoint import TINY, load, load_config, load_tokenizer, save
 from model.config import Size
 from model.engine import Engine, EngineOptions, Request
@@ -435,6 +437,32 @@ def test_stages_follow_each_other_from_a_file_without_ray(tmp_path):
     assert "nothing to do" in said[-1]
     with pytest.raises(InputError, match=r"no stage 'secnd'.*second"):
         Recipe.from_file(tmp_path / "recipes.toml", "secnd")
+
+
+def test_the_recipes_that_come_along_can_be_followed():
+    """Each stage starts from the one before, and the published ones can be shared by eight workers."""
+    folder = Path(jobs.make_tiny.__file__).parent / "train"
+    for name, workers, stages in (
+        ("tiny", 1, jobs.make_tiny.STAGES),
+        ("published", 8, jobs.make_tiny.STAGES[1:]),
+    ):
+        made = [Recipe.from_file(folder / f"{name}.toml", stage) for stage in stages]
+        assert all(one.share(workers) for one in made)
+        assert [one.start for one in made[1:]] == [f"{one.folder}/checkpoint" for one in made[:-1]]
+    rates = [(one.rate, one.size, one.lengths["generate"], one.semantic_pixels) for one in made]
+    assert rates == [
+        (1e-4, 384, 832, 0), (1e-4, 384, 768, 254016), (4e-5, 512, 1600, 254016), (1e-5, 0, 1632, 254016),
+        (1e-5, 0, 1632, 188160),
+    ]  # fmt: skip
+
+
+def test_a_picture_that_cannot_be_decoded_is_one_sentence(model, tokenizer):
+    row = rows()["generate"][0]
+    for bad in (b"no picture", row["picture"][:60]):
+        with pytest.raises(InputError, match=r"cannot be decoded \(.*leave its row out"):
+            Rows(model, tokenizer, recipe()).make(
+                "generate", row | {"picture": bad}, np.random.default_rng(0)
+            )
 
 
 def test_a_start_of_another_architecture_is_refused(tmp_path):
