@@ -61,13 +61,13 @@ class TimeLine:
     autoscaler_log: str = ""
 
 
-def watched_run(folder: Path, say: Callable[[str], None] = lambda words: None) -> TimeLine:
+def watched_run(folder: Path, output: str, say: Callable[[str], None] = lambda words: None) -> TimeLine:
     """A run with `--replicas 1:4` from no GPU node at all until the last one is gone again.
 
-    folder: gets manifest and output. When all nodes have a replica one of them is killed; the rows, which
+    folder: gets the manifest. When all nodes have a replica one of them is killed; the rows, which
     its replica already holds, begin when another node has taken its place. say: gets each event.
     """
-    manifest, output = folder / "prompts.jsonl", folder / "out"
+    manifest = folder / "prompts.jsonl"
     rows = [{"id": f"r{i}", "prompt": f"a red circle {i}", "aspect_ratio": "1:1"} for i in range(ROWS)]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = TimeLine()
@@ -81,7 +81,7 @@ def watched_run(folder: Path, say: Callable[[str], None] = lambda words: None) -
             say(f"{line.events[-1][0]:6.1f} s  {words}")
 
         run = subprocess.Popen(
-            [sys.executable, "-m", "tests.autoscaling", str(manifest), str(output), head.gcs],
+            [sys.executable, "-m", "tests.autoscaling", str(manifest), output, head.gcs],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -104,35 +104,6 @@ def started_head(
             _end(process, folder)
 
 
-@contextmanager
-def started_node(head: Head) -> Iterator[subprocess.Popen]:
-    """A node of one CPU more on this machine, all of whose processes are in the group of this one."""
-    command = [
-        f"{Path(sys.executable).parent}/ray",
-        "start",
-        f"--address={head.gcs}",
-        "--block",
-        "--node-ip-address=127.0.0.1",
-        "--num-cpus=1",
-        "--disable-usage-stats",
-    ]
-    with open(head.folder.parent / f"node-{secrets.token_hex(4)}", "wb") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=head.environment, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        end_node(process)
-
-
-def end_node(process: subprocess.Popen) -> None:
-    """SIGKILL to all processes of a node that is not gone yet."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 HEAD_NODE = "f" * 51 + "00000"
 """The id that Ray's provider of nodes on one machine gives its head."""
 

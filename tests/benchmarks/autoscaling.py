@@ -11,7 +11,7 @@ from tests.autoscaling import watched_run
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        line = watched_run(Path(folder), lambda words: print(words, flush=True))
+        line = watched_run(Path(folder), f"{folder}/out", lambda words: print(words, flush=True))
     print(
         f"at most {line.most} GPU nodes at once, {len(line.nodes)} in all, {len(line.after_kill)} after the "
         f"loss of one, {line.left} at the end"

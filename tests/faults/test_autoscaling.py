@@ -2,13 +2,12 @@
 
 import re
 
-import pyarrow.parquet as pq
-
 from tests.autoscaling import GPU_NODES, ROWS, watched_run
+from tests.e2e.test_generate import read_data
 
 
-def test_a_cluster_from_no_gpu_to_four_and_back(tmp_path):
-    line = watched_run(tmp_path)
+def test_a_cluster_from_no_gpu_to_four_and_back(tmp_path, s3):
+    line = watched_run(tmp_path, f"{s3}/out")
     story = "\n".join(f"{seconds:6.1f} {words}" for seconds, words in line.events) + f"\n{line.said}"
     assert line.code == 0, story
     # All that the run can use at once, and a new one for the one that was killed; then none.
@@ -20,7 +19,7 @@ def test_a_cluster_from_no_gpu_to_four_and_back(tmp_path):
         assert node in line.autoscaler_log
     assert re.search(rf"waiting for (1 GPU|the model): [01] of {GPU_NODES} (GPUs )?up", line.said), story
 
-    data = pq.read_table(tmp_path / "out" / "data", columns=["id", "status", "replica", "attempts"])
+    data = read_data(f"{s3}/out")
     ids = data.column("id").to_pylist()
     assert sorted(ids) == sorted(f"r{i}" for i in range(ROWS))
     assert set(data.column("status").to_pylist()) == {"ok"}

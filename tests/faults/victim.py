@@ -5,7 +5,6 @@ import os
 import pickle
 import signal
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -49,26 +48,6 @@ class DiesAtWork(Sick):
         super()._turn(engine)
 
 
-class HoldsAtWork(Sick):
-    """Says so when it has rows in its slots, and goes on when it may."""
-
-    folder = Path()
-
-    def _turn(self, engine):
-        step = engine.step
-
-        def steps():
-            found = step()
-            if engine.counts["steps"] == 30:
-                (self.folder / f"held-{os.getpid()}").touch()
-                while not (self.folder / "go").exists():
-                    time.sleep(0.1)
-            return found
-
-        engine.step = steps
-        super()._turn(engine)
-
-
 def dying_write(row, mark, driver, least, output, again, watch):
     """Kills everybody in the middle of writing a file, when so many are there."""
     if len(list_done(output)) >= least and not mark.exists():
@@ -96,8 +75,6 @@ def main(config_file, state, folder):
     elif state in ("first", "writing", "retrying"):
         least = {"first": 0, "writing": 1, "retrying": 0}[state]
         pipeline.write = functools.partial(dying_write, mark=mark, driver=os.getpid(), least=least)
-    elif state == "node":
-        replica = type("Holds", (HoldsAtWork,), {"folder": Path(folder)})
     elif state == "success":
         replica = type("Dies", (DiesAtWork,), {"mark": Path(folder) / "replica"})
         pipeline.finish = die
