@@ -31,6 +31,7 @@ def results(model: Wallaroo, rows: int, trace: bool = False) -> list[Result]:
 
 def test_int8_is_near_and_a_row_is_the_same_in_any_company() -> None:
     pytest.importorskip("torchao")
+    torch.set_num_threads(1)
     own, rounded = load(TINY, "generate"), load(TINY, "generate")
     assert quantise(rounded, "int8").startswith("int8, torchao ")
     weights = [layer.mlp.down_proj.weight for layer in rounded.language_model.layers]
