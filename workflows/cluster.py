@@ -19,6 +19,9 @@ from model.errors import InputError
 _TOKEN = secrets.token_hex(32)
 """Of every local Ray of this process; Ray reads it once a process, so it cannot change."""
 
+START_ATTEMPTS = 3
+"""How often a local Ray is started, before it is given up."""
+
 LOST_WHILE_LOADING = 10
 """Replicas in a row that may end before one is up; with more the cause is no lost node."""
 
@@ -73,8 +76,7 @@ def _ray(options: dict[str, Any]) -> Iterator[None]:
         import ray
 
         try:
-            with _silent():
-                ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
+            _start(options)
         except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
             if options["address"] == "local":
                 raise
@@ -88,6 +90,27 @@ def _ray(options: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Starts or connects to Ray, once more where a start took too long."""
+    import ray
+
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        try:
+            with _silent():
+                ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
+            return
+        except Exception as error:
+            # A node gets 30 seconds, which nobody can change and which are few on a busy machine.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if not attempts_left:
+                raise InputError(
+                    f"Ray did not start on this machine in {START_ATTEMPTS} attempts, each of half a minute: "
+                    f"see what keeps the machine busy, and start again."
+                ) from error
 
 
 def reason(error: BaseException) -> BaseException:

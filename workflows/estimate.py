@@ -31,8 +31,8 @@ class Estimate:
     """rows: to be made. rate: rows/s of one replica, None if unknown, as are then the next three; rate_from:
     where it was measured, empty if it was given. replicas: most at once. seconds: wall time with all of them.
     cost: of the replica-hours, None without a price. weight_bytes: of the checkpoint's files. kv_bytes: of
-    the keys and values of all slots. output_bytes: of the data set; bytes_from: where a row's was measured,
-    empty if it is the bound of lossless pictures.
+    the keys and values of all slots, at most. output_bytes: of the data set; bytes_from: where a row's was
+    measured, empty if it is the bound of lossless pictures.
     """
 
     rows: int
@@ -145,7 +145,7 @@ def _row_bytes(output: str) -> float:
 
 
 def _kv_bytes(plan: Plan, config: RunConfig, model: ModelConfig) -> int:
-    from model.engine import EngineOptions
+    from model.engine import MOST_SLOTS, EngineOptions
 
     decoder = model.decoder
     largest = max(plan.sizes or model.size_list(), key=lambda size: size.height * size.width)
@@ -154,7 +154,8 @@ def _kv_bytes(plan: Plan, config: RunConfig, model: ModelConfig) -> int:
     branches = 2 if config.sampling.guided else 1
     element = 4 if config.device == "cpu" else 2
     row = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * element
-    slots = config.slots or EngineOptions().slots
+    # A GPU with room for fewer slots takes fewer.
+    slots = config.slots or (EngineOptions().slots if config.device == "cpu" else MOST_SLOTS)
     return slots * branches * (PROMPT_TOKENS + tokens) * row
 
 

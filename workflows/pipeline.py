@@ -310,17 +310,25 @@ def make_job(
 class Pool:
     """The replicas of a pipeline.
 
-    device: `cpu` or `cuda`. size: how many at most. calls: shards that one holds at once. options: of their
-    engines. kind: their class; `actors.replica.Replica` describes it, and weights and threads.
+    device: `cpu` or `cuda`. size: how many at most. calls: shards that one holds at once. shards: that there
+    are to make. options: of their engines. kind: their class; `actors.replica.Replica` describes it, and
+    weights and threads.
     """
 
     device: str
     size: int
     calls: int
+    shards: int
     threads: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
     kind: type = Replica
+
+    def tasks(self, most: int) -> "ray.data.TaskPoolStrategy":
+        """Of a stage around the replicas; Ray Data warns of more tasks at once than there are shards."""
+        from ray.data import TaskPoolStrategy
+
+        return TaskPoolStrategy(size=min(most, self.shards))
 
     @property
     def cpus(self) -> float:
@@ -345,17 +353,14 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
     if config.slots is not None:
         options["slots"] = config.slots
     size = min(config.replicas[1], shards)
-    return Pool(device, size, calls, config.threads, options, config.weights, kind)
+    return Pool(device, size, calls, shards, config.threads, options, config.weights, kind)
 
 
 def load_stage(
     shards: "ray.data.Dataset", stage: Callable[..., dict[str, Any]], job: Job, pool: Pool
 ) -> "ray.data.Dataset":
     """Rows of shards become rows of `prepare`, by `stage`, a few at once: each is a process."""
-    from ray.data import TaskPoolStrategy
-
-    size = max(LEAST_LOADS, 2 * pool.size)
-    return shards.map(stage, num_cpus=pool.cpus, compute=TaskPoolStrategy(size=size))
+    return shards.map(stage, num_cpus=pool.cpus, compute=pool.tasks(max(LEAST_LOADS, 2 * pool.size)))
 
 
 def _fetch(model: str) -> Path:
@@ -366,7 +371,7 @@ def _fetch(model: str) -> Path:
 
 def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = None) -> "ray.data.Dataset":
     """Rows of `prepare` become rows of `encode`."""
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy
 
     resources: dict[str, Any] = {"num_gpus": 1} if pool.device == "cuda" else {"num_cpus": pool.threads}
     made = shards.map(
@@ -387,9 +392,7 @@ def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = 
         ),
         **resources,
     )
-    return made.map(
-        functools.partial(encode, job=job), num_cpus=pool.cpus, compute=TaskPoolStrategy(size=2 * pool.size)
-    )
+    return made.map(functools.partial(encode, job=job), num_cpus=pool.cpus, compute=pool.tasks(2 * pool.size))
 
 
 def generate(
@@ -646,7 +649,6 @@ def _make_missing(
     """Makes the rows that are not there, or are to be made again, and returns how many there were before."""
     import ray
     import ray.data
-    from ray.data import TaskPoolStrategy
 
     from actors import watch
     from actors.watch import Limits
@@ -678,7 +680,7 @@ def _make_missing(
     job = make_job(config, meaning, plan.carried, known.environments if config.strict else ())
     pool = make_pool(config, device, plan.rows, len(plan.shards), replica)
     # All at once: a node asked for after the other would come up after the other. None that gets no rows.
-    pool = dataclasses.replace(pool, size=min(pool.size, len(work)))
+    pool = dataclasses.replace(pool, size=min(pool.size, len(work)), shards=len(work))
     writers = max(WRITERS, pool.calls) * pool.size
     budget = 1.0 if config.max_error_rate is None else config.max_error_rate
     eyes = watch.start(Limits(2 * pool.size + writers, budget, LEAST_ROWS, storage.PATIENCE_SECONDS))
@@ -694,7 +696,7 @@ def _make_missing(
             results = make_results(loaded, job, pool, eyes)
         # A CPU of their own they would wait for, while finished shards pile up.
         stage = functools.partial(write, output=config.output, again=rewritten, watch=eyes)
-        return results.map(stage, num_cpus=0, compute=TaskPoolStrategy(size=writers))
+        return results.map(stage, num_cpus=0, compute=pool.tasks(writers))
 
     made = Tally()
     written = 0
