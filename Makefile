@@ -37,13 +37,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/wallaroo generate jobs/examples/prompts.jsonl out/demo
 
-# Each folder in a process of its own: a Ray of one never meets that of another.
+# Each folder in a process of its own: a Ray of one never meets that of another. Where none is started, files
+# of tests may share the CPUs (second argument).
 define run_tests
 	@took=; failed=0; \
 	for folder in $(1); do \
 	    ls tests/$$folder/test_*.py >/dev/null 2>&1 || continue; \
 	    start=$$(date +%s); \
-	    $(BIN)/python -m pytest -q --durations=5 tests/$$folder || failed=1; \
+	    $(BIN)/python -m pytest -q --durations=5 $(2) tests/$$folder || failed=1; \
 	    took="$$took\n  tests/$$folder $$(( $$(date +%s) - start )) s"; \
 	done; \
 	printf "Took:$$took\n"; exit $$failed
@@ -52,8 +53,10 @@ endef
 test: $(STAMP)
 	$(call run_tests,$(TESTED))
 
+# A thread for each of the two.
+test-fast: export OMP_NUM_THREADS = 1
 test-fast: $(STAMP)
-	$(call run_tests,unit conformance)
+	$(call run_tests,unit conformance,-n 2 --dist loadfile)
 
 conformance: $(STAMP)
 	@GOLDENS="$(GOLDENS)" $(BIN)/python -m pytest -q tests/conformance
