@@ -107,6 +107,7 @@ class Watch:
         self._limits = limits or Limits()
         self._shards: dict[int, _Shard] = {}
         self._done: dict[int, tuple[int, int]] = {}
+        # Sums of _done, which is long in a large run, and every shard that waits asks for them.
         self._done_rows = self._done_errors = 0
         self._written: set[int] = set()
         self._full_since: float | None = None

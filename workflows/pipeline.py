@@ -83,7 +83,7 @@ LEAST_LOADS = 2
 """Shards whose sources are loaded at once, at least; each loads several sources at once."""
 
 WRITERS = 2
-"""Shards that are written at once, for each replica."""
+"""Shards that are written at once, for each replica, at least; more where one holds more."""
 
 LEAST_ROWS = 20
 """An error rate is not judged on fewer rows."""
