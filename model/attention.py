@@ -83,20 +83,23 @@ class BlockAttention:
         kv_heads = keys.shape[1]
         per_key = heads // kv_heads
         # Queries of one key head stand together: (runs * kv_heads, queries a key head * tokens, dim).
-        q = (q * dim**-0.5).view(runs, tokens, kv_heads, per_key, dim).permute(0, 2, 3, 1, 4)
+        q = q.view(runs, tokens, kv_heads, per_key, dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(runs * kv_heads, per_key * tokens, dim)
         shape = (runs * kv_heads, per_key, tokens, KEY_BLOCK)
+        # Scores in powers of two: torch's exp is many times slower where there are infinities, exp2 is not.
+        scale = math.log2(math.e) * dim**-0.5
         scores = []
         for number, mask in enumerate(self.masks):
             if tokens > 1:
                 mask = mask.unsqueeze(1).expand(shape).flatten(1, 2)
-            scores.append(torch.baddbmm(mask, q, self._block(keys, number).transpose(1, 2)).float())
+            block = self._block(keys, number).transpose(1, 2)
+            scores.append(torch.baddbmm(mask, q, block, alpha=scale).float())
         top = scores[0].amax(-1, keepdim=True)
         for score in scores[1:]:
             top = torch.maximum(top, score.amax(-1, keepdim=True))
         total, out = None, None
         for number, score in enumerate(scores):
-            weight = score.sub_(top).exp_()
+            weight = score.sub_(top).exp2_()
             mass = weight.sum(-1, keepdim=True)
             part = torch.bmm(weight.to(values.dtype), self._block(values, number))
             total = mass if total is None else total.add_(mass)

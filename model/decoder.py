@@ -4,7 +4,9 @@ One forward serves training, prefill and decode: how queries find their keys is 
 (`Attend`). Knows nothing of caches, slots or sampling.
 """
 
+import copy
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +95,41 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             x = layer(x, index, cos, sin, attend)
         return self.norm(x)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for exactly `rows` inputs, whose weight MKL has laid out for so many: a fifth faster."""
+
+    def __init__(self, linear: nn.Linear, rows: int):
+        super().__init__()
+        self.weight, self.bias, self.rows = linear.weight.detach(), linear.bias, rows
+        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
+        return out
+
+
+PACKED_BYTES = 16 << 20
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def packed(part: Part, rows: int) -> Part:
+    """The same part of a model, its weights shared, for forwards of exactly `rows` tokens, as those of an
+    engine are. On CPUs it holds float32 matrices of up to PACKED_BYTES once more, packed; larger ones wait
+    for memory more than for arithmetic, and elsewhere nothing is gained.
+    """
+    if isinstance(part, nn.Linear):
+        weight = part.weight.detach()
+        # Weights in 8 bits are tensors of another class.
+        plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
+        packs = plain and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+        fits = weight.nbytes <= PACKED_BYTES
+        return cast(Part, PackedLinear(part, rows)) if packs and fits else part
+    made = copy.copy(part)
+    made._modules = {name: child and packed(child, rows) for name, child in part._modules.items()}
+    return made
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device | str | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.attention import BACKENDS, Visible, default_backend
 from model.config import VQ_FACTOR, ModelConfig, Size
-from model.decoder import rope, rope_frequencies
+from model.decoder import packed, rope, rope_frequencies
 from model.errors import RowError
 from model.graphs import Replayed
 from model.images import patchify
@@ -193,6 +193,22 @@ class _Picture:
     logits: np.ndarray | None
 
 
+@dataclass(eq=False)
+class _Slice:
+    """Pictures that go through the image tokenizer together, and their pixels, once `event` has come."""
+
+    pictures: list[_Picture]
+    pixels: Tensor | None
+    event: torch.cuda.Event | None
+
+    def is_there(self, wait: bool) -> bool:
+        if self.event is None:
+            return True
+        if wait:
+            self.event.synchronize()
+        return bool(self.event.query())
+
+
 class Engine:
     """Serves rows of one task with one model on one device.
 
@@ -217,6 +233,10 @@ class Engine:
         self.counts: Counter[str] = Counter()
         self.frequencies = rope_frequencies(model.config.decoder, model.device)
         ids = model.config.token_ids
+        sequences = 2 * self.options.group_rows
+        prefilled = self.options.prefill_pieces * self.options.prefill_piece
+        self.decoder = packed(model.language_model, sequences)
+        self.prefiller = self.decoder if prefilled == sequences else packed(model.language_model, prefilled)
         embed = model.language_model.embed_tokens
         with torch.inference_mode():
             if task == "understand":
@@ -226,6 +246,8 @@ class Engine:
                 self.line_end = None
                 self.stops = [ids[name] for name in STOP_TOKENS if name in ids]
             else:
+                _, head = model.image_parts(task)
+                self.head = packed(head[:-1], sequences)
                 self.table = model.token_table(task)
                 self.vocabulary = len(self.table)
                 self.line_end = embed(torch.tensor(ids[END_OF_LINE], device=model.device))
@@ -237,6 +259,8 @@ class Engine:
         self.waiting: deque[_Row] = deque()
         self.prefixes: OrderedDict[Hashable, _PendingPrefix] = OrderedDict()
         self.pictures: dict[Size, list[_Picture]] = {}
+        self.slices: deque[_Slice] = deque()
+        self.vq_stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self.done: list[Result] = []
         self.pending = 0
         self._private = 0
@@ -487,7 +511,7 @@ class Engine:
             values[row, :, place] = v
             return attention(q.view(count, width, *q.shape[1:]), keys, values).flatten(0, 1)
 
-        return model.language_model(x, cos, sin, attend)
+        return self.prefiller(x, cos, sin, attend)
 
     def _features(self, pending: _PendingPrefix) -> list[tuple[np.ndarray, Tensor]]:
         """What the source of a prompt puts in place of embeddings: ascending places `(n,)` among the
@@ -520,34 +544,48 @@ class Engine:
         )
 
     def _decode_pictures(self, flush: bool) -> None:
-        """Ends pictures whose slice is full, or all of them; a slice is padded with its first picture."""
+        """Begins to decode pictures whose slice is full, or all of them, and ends those that are decoded; a
+        slice is padded with its first picture."""
         width = self.options.vq_slice
         for size, ready in self.pictures.items():
             while len(ready) >= width or (flush and ready):
                 taken = ready[:width]
-                pixels: list[np.ndarray] | None = None
-                if self.options.decode_vq:
-                    assert self.model.vq is not None
-                    grids = [picture.tokens.reshape(size.grid) for picture in taken]
-                    grids += grids[:1] * (width - len(grids))
-                    tokens = torch.from_numpy(np.stack(grids)).long().to(self.model.device)
-                    decoded = to_uint8(self.model.vq.decode(tokens)).cpu().numpy()
-                    pixels = [np.ascontiguousarray(decoded[index]) for index in range(len(taken))]
-                    self.counts["vq_slices"] += 1
+                self.slices.append(_Slice(taken, *self._decoded(size, taken)))
                 del ready[:width]
-                for index, picture in enumerate(taken):
-                    request = picture.row.request
-                    self.done.append(
-                        Result(
-                            request.key,
-                            picture.tokens,
-                            pixels[index] if pixels else None,
-                            "length",
-                            len(request.prompt.ids),
-                            logits=picture.logits,
-                        )
-                    )
-                self.counts["pictures"] += len(taken)
+        while self.slices and self.slices[0].is_there(wait=flush):
+            self._end(self.slices.popleft())
+
+    @torch.inference_mode()
+    def _decoded(self, size: Size, taken: list[_Picture]) -> tuple[Tensor | None, torch.cuda.Event | None]:
+        """Pixels uint8 `(vq_slice, H, W, 3)` on the host, and when they are there if not yet."""
+        if not self.options.decode_vq:
+            return None, None
+        assert self.model.vq is not None
+        grids = [picture.tokens.reshape(size.grid) for picture in taken]
+        grids += grids[:1] * (self.options.vq_slice - len(grids))
+        tokens = torch.from_numpy(np.stack(grids)).long()
+        self.counts["vq_slices"] += 1
+        if self.vq_stream is None:
+            return to_uint8(self.model.vq.decode(tokens.to(self.model.device))).cpu(), None
+        # Beside the decode steps that follow. Nothing but the weights is shared with their stream.
+        with torch.cuda.stream(self.vq_stream):
+            pixels = to_uint8(self.model.vq.decode(tokens.to(self.model.device)))
+            return pixels.to("cpu", non_blocking=True), self.vq_stream.record_event()
+
+    def _end(self, made: _Slice) -> None:
+        for index, picture in enumerate(made.pictures):
+            request = picture.row.request
+            self.done.append(
+                Result(
+                    request.key,
+                    picture.tokens,
+                    None if made.pixels is None else made.pixels[index].numpy().copy(),
+                    "length",
+                    len(request.prompt.ids),
+                    logits=picture.logits,
+                )
+            )
+        self.counts["pictures"] += len(made.pictures)
 
 
 class _Group:
@@ -565,6 +603,9 @@ class _Group:
         self.engine, self.guided = engine, guided
         sequences = 2 * options.group_rows
         self.rows = options.group_rows if guided else sequences
+        if engine.task != "understand":
+            _, head = model.image_parts(engine.task)
+            self.logits = packed(head[-1], self.rows)
         device = model.device
         self.cache = KVCache(model.config.decoder, sequences, 0, device, model.dtype)
         self.hidden = torch.zeros(
@@ -705,7 +746,7 @@ class _Group:
             values[self.sequence, :, self.length] = v
             return attention(q.unsqueeze(1), keys, values).squeeze(1)
 
-        self.hidden.copy_(model.language_model(x, cos, sin, attend))
+        self.hidden.copy_(engine.decoder(x, cos, sin, attend))
         self.length += self.advance
         self.position += self.advance
 
@@ -716,8 +757,7 @@ class _Group:
             assert model.lm_head is not None
             logits = model.lm_head(self.hidden).float()
         else:
-            _, head = model.image_parts(engine.task)
-            logits = head[2](self._guide(head[1](head[0](self.hidden)))).float()
+            logits = self.logits(self._guide(engine.head(self.hidden))).float()
         step = self.taken.unsqueeze(1)
         uniform = self.uniform.gather(1, step).squeeze(1)
         token = sample(logits, self.temperature, self.top_k, self.top_p, uniform, self.filters)

@@ -56,7 +56,10 @@ class KVCache:
             return
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                new = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
+                if tensors is self.keys and old.device.type == "cpu":
+                    new = old.new_zeros((*old.shape[:2], old.shape[3], capacity)).mT
+                else:
+                    new = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
                 new[:, :, : self.capacity] = old
                 tensors[layer] = new
         self.capacity = capacity

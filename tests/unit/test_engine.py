@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.bench import Operators
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from model.decoder import PackedLinear, packed
 from model.engine import Engine, EngineOptions, Request, Result, gpu_options
 from model.prompts import Prompt
 from model.sampling import Sampling
@@ -481,3 +482,20 @@ def test_replayed_steps_draw_the_same_tokens_as_steps_that_run() -> None:
     random = random_model(CONFIG, "generate").to("cuda")
     replayed, run = (serve(random, REQUESTS, capture=capture) for capture in (True, False))
     assert_same(replayed, run)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkl, "_mkl_linear"), reason="this torch has no MKL")
+def test_packed_weights_give_the_products_of_those_they_are_made_of() -> None:
+    decoder = random_model(CONFIG, "generate").language_model
+    made = packed(decoder, 32)
+    products = [module for module in made.modules() if isinstance(module, PackedLinear)]
+    assert len(products) == 4 * len(decoder.layers)
+    assert not any(isinstance(module, PackedLinear) for module in decoder.modules())
+    plain = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
+    with torch.inference_mode():
+        for one, other in zip(products, plain, strict=True):
+            x = torch.randn(32, other.in_features)
+            torch.testing.assert_close(one(x), other(x), rtol=1e-4, atol=1e-4)
+    # Nothing is packed that is multiplied in another way.
+    half = random_model(CONFIG, "generate").bfloat16().language_model
+    assert not any(isinstance(module, PackedLinear) for module in packed(half, 32).modules())
