@@ -10,7 +10,7 @@ PIP_ARGS ?=
 STAMP := $(VENV)/.installed
 TESTED := unit conformance e2e faults
 
-.PHONY: install demo test test-fast check audit fuzz format conformance bench tiny clean help
+.PHONY: install demo test test-fast check audit fuzz format conformance soak bench tiny clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make audit        known weaknesses of the pinned packages; needs pypi.org"
 	@echo "make fuzz         bytes of atheris to picture loader and manifest reader, FUZZ_SECONDS each (120)"
 	@echo "make conformance  against the published model's numbers (GOLDENS=DIR: another folder of them)"
+	@echo "make soak         kills at random moments, SOAK_ROUNDS on disk and on S3 (30)"
 	@echo "make bench        benchmarks, minutes each"
 	@echo "make tiny         write the embedded checkpoint anew"
 	@echo "make clean        remove .venv, caches and out/demo"
@@ -86,6 +87,10 @@ fuzz: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+SOAK_ROUNDS ?= 30
+soak: $(STAMP)
+	KILL_ROUNDS=$(SOAK_ROUNDS) $(BIN)/python -m pytest -q tests/faults/test_kills.py -k random
 
 bench: $(STAMP)
 	$(BIN)/python -m model.bench --model mid

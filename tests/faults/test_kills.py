@@ -23,7 +23,18 @@ from workflows.verify import verify
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 300
-SEEDS = {"local": (1, 2, 3), "s3": (4, 5, 6)}
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
+"""Kills at random moments; `make soak` has more."""
+
+SEEDS = {"local": range(1, 1 + ROUNDS), "s3": range(1001, 1001 + ROUNDS)}
+
+# More rounds want more rows, or most of them find nothing left to do.
+COPIES = 1 + 2 * (ROUNDS - 3)
+MANIFEST = [
+    {**row, "id": f"{row['id']}-{copy}", "seed": row["seed"] + 100 * copy}
+    for copy in range(COPIES)
+    for row in ROWS
+] + [REFUSED]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +42,7 @@ def wanted(tmp_path_factory, local_ray):
     """The rows of an undisturbed run."""
     folder = tmp_path_factory.mktemp("kills")
     config = RunConfig(
-        manifest=write_jsonl(folder / "prompts.jsonl", [*ROWS, REFUSED]),
+        manifest=write_jsonl(folder / "prompts.jsonl", MANIFEST),
         output=str(folder / "base"),
         slots=8,
         device="cpu",
@@ -91,7 +102,7 @@ class Rounds:
 def rounds(request, s3, tmp_path):
     place = s3 if request.param == "s3" else str(tmp_path)
     config = RunConfig(
-        manifest=write_jsonl(f"{place}/prompts.jsonl", [*ROWS, REFUSED]),
+        manifest=write_jsonl(f"{place}/prompts.jsonl", MANIFEST),
         output=f"{place}/out",
         slots=8,
         device="cpu",
