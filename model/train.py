@@ -92,8 +92,9 @@ class Recipe:
     out; 0 keeps all. semantic_pixels: most pixels that the vision tower sees, 0 for those of base.
     threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device that
     would wait for them. log_every, save_every, sample_every: in steps.
-    Part `vq` alone: plain: steps without quantisation, before the codebook is set; revive: steps after
-    which entries that nobody used get a new place.
+    Part `vq` alone: alike: weight of the distance between latents of equal patches, which tell of what is
+    around them too, and then take many entries for one plain background; plain: steps without quantisation,
+    before the codebook is set; revive: steps after which entries that nobody used get a new place.
     """
 
     part: str
@@ -120,6 +121,7 @@ class Recipe:
     log_every: int = 20
     save_every: int = 200
     sample_every: int = 0
+    alike: float = 0.0
     plain: int = 0
     revive: int = 0
     templates: dict[str, list[str]] = field(default_factory=dict)
@@ -253,21 +255,33 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 class VQLosses(nn.Module):
-    """Reconstruction and quantisation losses of a batch of pictures `(B, 3, H, W)` from -1 to 1.
+    """Reconstruction and quantisation losses of pictures of several sizes, each `(B, 3, H, W)` from -1 to 1.
 
     Straight-through estimator and commitment of weight 0.25 (van den Oord et al. 2017) on normalised
-    vectors; reconstruction is the sum of mean absolute and mean squared error.
+    vectors; reconstruction is the sum of mean absolute and mean squared error. alike: weight of `unlike`.
     """
 
-    def __init__(self, vq: VQModel):
+    def __init__(self, vq: VQModel, alike: float = 0.0):
         super().__init__()
-        self.vq = vq
+        self.vq, self.alike = vq, alike
         self.last = torch.zeros(0, vq.quantize.embedding.embedding_dim)
 
-    def forward(self, pixels: Tensor, quantised: bool = True) -> dict[str, Tensor]:
-        """Losses to be added; `last` are then the latents of the batch `(n, 8)`."""
-        pixels = pixels.to(self.vq.quant_conv.weight.device, non_blocking=True)
-        latents = self.vq.encode(pixels)
+    def forward(self, batch: Sequence[Tensor], quantised: bool = True) -> dict[str, Tensor]:
+        """Losses to be added, of pictures of several sizes; `last` are then their latents `(n, 8)`."""
+        device = self.vq.quant_conv.weight.device
+        given = [pixels.to(device, non_blocking=True) for pixels in batch]
+        latents = [self.vq.encode(pixels) for pixels in given]
+        losses: dict[str, Tensor] = {}
+        for pixels, points in zip(given, latents, strict=True):
+            for name, loss in self._of_size(pixels, points, quantised).items():
+                losses[name] = losses.get(name, 0.0) + loss / len(batch)
+        flat = torch.cat([points.movedim(1, -1).flatten(0, 2) for points in latents])
+        if self.alike:
+            losses["alike"] = self.alike * unlike(flat, torch.cat([patch_keys(pixels) for pixels in given]))
+        self.last = flat.detach()
+        return losses
+
+    def _of_size(self, pixels: Tensor, latents: Tensor, quantised: bool) -> dict[str, Tensor]:
         losses = {}
         fed = latents
         if quantised:
@@ -279,8 +293,25 @@ class VQLosses(nn.Module):
             fed = latents + (entries - latents).detach()
         made = self.vq.decoder(self.vq.post_quant_conv(fed.contiguous()))
         losses["absolute"], losses["squared"] = F.l1_loss(made, pixels), F.mse_loss(made, pixels)
-        self.last = latents.detach().movedim(1, -1).flatten(0, 2)
         return losses
+
+
+def patch_keys(pixels: Tensor) -> Tensor:
+    """A number for each patch of pictures `(B, 3, H, W)`, int64 `(B * h * w,)`, the same for equal ones."""
+    side = VQ_FACTOR
+    levels = ((pixels + 1) * 127.5).round().long()
+    patches = levels.unfold(2, side, side).unfold(3, side, side).movedim(1, 3).flatten(0, 2).flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(1 << 62, (patches.shape[1],), generator=generator).to(pixels.device)
+    return (patches * factors).sum(1)  # whole numbers that wrap around: no two kinds of patches meet
+
+
+def unlike(latents: Tensor, keys: Tensor) -> Tensor:
+    """Mean squared distance of latents `(n, 8)` to the mean of those of equal keys `(n,)`."""
+    kinds, place = keys.unique(return_inverse=True)
+    sums = latents.new_zeros(len(kinds), latents.shape[1]).index_add_(0, place, latents.detach())
+    means = F.normalize(sums, dim=-1)
+    return (latents - means[place]).square().mean()
 
 
 def spread_codebook(latents: Tensor, entries: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
@@ -506,7 +537,7 @@ class VQJob:
     def __init__(self, vq: VQModel, pictures: Sequence[np.ndarray], recipe: Recipe):
         # Convolutions of few channels are quicker so, on CPUs too.
         vq.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.module = VQLosses(vq)
+        self.module = VQLosses(vq, recipe.alike)
         for name, parameter in vq.named_parameters():
             parameter.requires_grad_(name.startswith(recipe.learn) if recipe.learn else True)
         self.recipe = recipe
@@ -516,16 +547,26 @@ class VQJob:
         self.latents = torch.zeros(0, vq.quantize.embedding.embedding_dim)
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
-        size, sizes = self.recipe.share(1)["vq"], sorted(self.by_size)
-        pictures = self.by_size[sizes[step % len(sizes)]]
-        first = step // len(sizes) * self.recipe.rows["vq"] + piece * size
-        chosen = shuffled(len(pictures), first, size, self.recipe.seed)
-        pixels = to_float(torch.from_numpy(np.stack([pictures[index] for index in chosen])))
-        return pixels, step >= self.recipe.plain
+        sizes = sorted(self.by_size)
+        # Two sizes a step, and in the end all pairs, so that equal patches meet across sizes too.
+        share, times = self.recipe.share(1)["vq"], step // len(sizes)
+        pair = (step % len(sizes), (step + 1 + times) % len(sizes))
+        made = []
+        for number, count in enumerate((share - share // 2, share // 2)):
+            pictures = self.by_size[sizes[pair[number]]]
+            first = (times * self.recipe.accumulate + piece) * count
+            chosen = shuffled(len(pictures), first, count, self.recipe.seed + number)
+            if count:
+                made.append(to_float(torch.from_numpy(np.stack([pictures[index] for index in chosen]))))
+        return made, step >= self.recipe.plain
 
-    def counts(self, pixels: Tensor, quantised: bool) -> dict[str, int]:
-        names = ("codebook", "commitment", "absolute", "squared") if quantised else ("absolute", "squared")
-        tokens = pixels[:, 0].numel() // VQ_FACTOR**2
+    def counts(self, batch: Sequence[Tensor], quantised: bool) -> dict[str, int]:
+        names = ["absolute", "squared"]
+        if quantised:
+            names += ["codebook", "commitment"]
+        if self.recipe.alike:
+            names.append("alike")
+        tokens = sum(pixels[:, 0].numel() for pixels in batch) // VQ_FACTOR**2
         return dict.fromkeys((*names, "tokens"), tokens)
 
     def after_step(self, step: int) -> dict[str, float]:

@@ -34,9 +34,11 @@ from model.train import (
     fresh_model,
     from_memory,
     optimise,
+    patch_keys,
     shuffled,
     stage_config,
     train,
+    unlike,
 )
 from model.vision import encode_image, take_many, tower_plan
 from model.vq import to_float
@@ -338,7 +340,7 @@ def test_the_image_tokenizer_learns_and_goes_on_exactly(tmp_path):
     def run(folder, stop=None):
         made = recipe(
             part="vq", folder=str(folder), data={"vq": ""}, rows={"vq": 8}, steps=24, plain=8, revive=4,
-            rate=2e-3, log_every=1, save_every=6,
+            rate=2e-3, log_every=1, save_every=6, alike=2.0,
         )  # fmt: skip
         vq = fresh_model(load(TINY).config, 1).vq
         said: dict[int, dict[str, float]] = {}
@@ -357,6 +359,23 @@ def test_the_image_tokenizer_learns_and_goes_on_exactly(tmp_path):
     assert whole[24]["absolute"] < 0.8 * whole[1]["absolute"]
     assert "codebook" in whole[9] and "codebook" not in whole[8]
     assert losses_of(run(tmp_path / "parts", stop=13) | run(tmp_path / "parts")) == losses_of(whole)
+
+
+def test_latents_of_equal_patches_are_drawn_together():
+    plain = np.full((32, 48, 3), 200, np.uint8)
+    other = plain.copy()
+    other[16:, 32:] = 7
+    pixels = [to_float(torch.from_numpy(one[None])) for one in (plain, other, plain[:, :16])]
+    keys = [patch_keys(one).tolist() for one in pixels]
+    assert len({key for some in keys for key in some}) == 2
+    assert [key == keys[0][0] for some in keys for key in some] == [True] * 11 + [False] + [True] * 2
+    latents = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+    assert float(unlike(latents.detach(), torch.tensor([1, 2, 1]))) == 0.0
+    loss = unlike(latents, torch.tensor([1, 1, 2]))
+    loss.backward()
+    # The first two go towards each other; what is alone stays.
+    assert latents.grad[0, 1] < 0 < latents.grad[0, 0] and latents.grad[1, 0] < 0 < latents.grad[1, 1]
+    assert not latents.grad[2].any()
 
 
 def test_every_row_once_an_epoch():
