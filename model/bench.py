@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.decoder import Layer
+from model.decoder import MKL_PACKS, Layer
 from model.engine import END_OF_LINE, Engine, EngineOptions, Request
 from model.prompts import Prompt
 from model.reference import Reference
@@ -261,7 +261,7 @@ def _packed_flops(x: Sequence[int], packed: Any, weight: Sequence[int], *_: Any,
 def counted(model: Wallaroo, requests: Sequence[Request], options: EngineOptions) -> dict[str, float]:
     """What serving `requests` took in work, whatever the clock says."""
     engine = Engine(model, "generate", options)
-    formulas = {torch.ops.mkl._mkl_linear: _packed_flops} if hasattr(torch.ops.mkl, "_mkl_linear") else {}
+    formulas = {torch.ops.mkl._mkl_linear: _packed_flops} if MKL_PACKS else {}
     with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
         list(engine.run(requests))
     counts = engine.counts

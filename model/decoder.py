@@ -111,6 +111,10 @@ class PackedLinear(nn.Module):
 
 
 PACKED_BYTES = 16 << 20
+"""Of the largest matrix that is packed."""
+
+MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+"""Whether this torch can multiply by packed matrices."""
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -124,9 +128,8 @@ def packed(part: Part, rows: int) -> Part:
         weight = part.weight.detach()
         # Weights in 8 bits are tensors of another class.
         plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
-        packs = plain and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
-        fits = weight.nbytes <= PACKED_BYTES
-        return cast(Part, PackedLinear(part, rows)) if packs and fits else part
+        packs = MKL_PACKS and plain and weight.nbytes <= PACKED_BYTES
+        return cast(Part, PackedLinear(part, rows)) if packs else part
     made = copy.copy(part)
     made._modules = {name: child and packed(child, rows) for name, child in part._modules.items()}
     return made

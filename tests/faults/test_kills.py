@@ -29,7 +29,7 @@ ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
 SEEDS = {"local": range(1, 1 + ROUNDS), "s3": range(1001, 1001 + ROUNDS)}
 
 # More rounds want more rows, or most of them find nothing left to do.
-COPIES = 1 + 2 * (ROUNDS - 3)
+COPIES = max(1, 2 * ROUNDS - 5)
 MANIFEST = [
     {**row, "id": f"{row['id']}-{copy}", "seed": row["seed"] + 100 * copy}
     for copy in range(COPIES)

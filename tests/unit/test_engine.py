@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.bench import Operators
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.decoder import PackedLinear, packed
+from model.decoder import MKL_PACKS, PackedLinear, packed
 from model.engine import Engine, EngineOptions, Request, Result, gpu_options
 from model.prompts import Prompt
 from model.sampling import Sampling
@@ -484,7 +484,7 @@ def test_replayed_steps_draw_the_same_tokens_as_steps_that_run() -> None:
     assert_same(replayed, run)
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkl, "_mkl_linear"), reason="this torch has no MKL")
+@pytest.mark.skipif(not MKL_PACKS, reason="this torch has no MKL")
 def test_packed_weights_give_the_products_of_those_they_are_made_of() -> None:
     decoder = random_model(CONFIG, "generate").language_model
     made = packed(decoder, 32)
