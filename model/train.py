@@ -92,9 +92,9 @@ class Recipe:
     out; 0 keeps all. semantic_pixels: most pixels that the vision tower sees, 0 for those of base.
     threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device that
     would wait for them. log_every, save_every, sample_every: in steps.
-    Part `vq` alone: alike: weight of the distance between latents of equal patches, which tell of what is
-    around them too, and then take many entries for one plain background; plain: steps without quantisation,
-    before the codebook is set; revive: steps after which entries that nobody used get a new place.
+    Part `vq` alone: alike: weight of `unlike`, without which tokens tell of what is around a patch too, and
+    one plain background has many of them; plain: steps without quantisation, before the codebook is set;
+    revive: steps after which entries that nobody used get a new place.
     """
 
     part: str
@@ -265,9 +265,11 @@ class VQLosses(nn.Module):
         super().__init__()
         self.vq, self.alike = vq, alike
         self.last = torch.zeros(0, vq.quantize.embedding.embedding_dim)
+        self.last_keys = torch.zeros(0, dtype=torch.int64)
 
     def forward(self, batch: Sequence[Tensor], quantised: bool = True) -> dict[str, Tensor]:
-        """Losses to be added, of pictures of several sizes; `last` are then their latents `(n, 8)`."""
+        """Losses to be added, of pictures of several sizes; `last` are then their latents `(n, 8)`, and
+        `last_keys` the `patch_keys` of these."""
         device = self.vq.quant_conv.weight.device
         given = [pixels.to(device, non_blocking=True) for pixels in batch]
         latents = [self.vq.encode(pixels) for pixels in given]
@@ -276,9 +278,10 @@ class VQLosses(nn.Module):
             for name, loss in self._of_size(pixels, points, quantised).items():
                 losses[name] = losses.get(name, 0.0) + loss / len(batch)
         flat = torch.cat([points.movedim(1, -1).flatten(0, 2) for points in latents])
+        self.last, self.last_keys = flat.detach(), torch.cat([patch_keys(pixels) for pixels in given])
         if self.alike:
-            losses["alike"] = self.alike * unlike(flat, torch.cat([patch_keys(pixels) for pixels in given]))
-        self.last = flat.detach()
+            codebook = self.vq.codebook() if quantised else None
+            losses["alike"] = self.alike * unlike(flat, self.last_keys, codebook)
         return losses
 
     def _of_size(self, pixels: Tensor, latents: Tensor, quantised: bool) -> dict[str, Tensor]:
@@ -306,12 +309,28 @@ def patch_keys(pixels: Tensor) -> Tensor:
     return (patches * factors).sum(1)  # whole numbers that wrap around: no two kinds of patches meet
 
 
-def unlike(latents: Tensor, keys: Tensor) -> Tensor:
-    """Mean squared distance of latents `(n, 8)` to the mean of those of equal keys `(n,)`."""
+def kind_means(latents: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Of latents `(n, 8)` with keys `(n,)` the mean of each kind of patch, unit vectors `(kinds, 8)`, and the
+    kind of each, `(n,)`."""
     kinds, place = keys.unique(return_inverse=True)
-    sums = latents.new_zeros(len(kinds), latents.shape[1]).index_add_(0, place, latents.detach())
-    means = F.normalize(sums, dim=-1)
-    return (latents - means[place]).square().mean()
+    sums = latents.new_zeros(len(kinds), latents.shape[1]).index_add_(0, place, latents)
+    return F.normalize(sums, dim=-1), place
+
+
+ALIKE_TEMPERATURE = 0.05
+
+
+def unlike(latents: Tensor, keys: Tensor, codebook: Tensor | None = None) -> Tensor:
+    """Cross-entropy of telling the kind of patch, keys `(n,)`, of latents `(n, 8)` from what they are nearest
+    to: equal patches are drawn together, and others apart.
+
+    They are told from the means of the kinds (prototypes, Snell et al. 2017), or with a codebook
+    `(entries, 8)` from its entries, where a kind has the one that is nearest to its mean.
+    """
+    means, wanted = kind_means(latents.detach(), keys)
+    if codebook is not None:
+        means, wanted = codebook, (means @ codebook.T).argmax(-1)[wanted]
+    return F.cross_entropy(latents @ means.T / ALIKE_TEMPERATURE, wanted)
 
 
 def spread_codebook(latents: Tensor, entries: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
@@ -524,11 +543,12 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class VQJob:
-    """Trains the image tokenizer of a model on pictures, a size a batch.
+    """Trains the image tokenizer of a model on pictures, two sizes a batch.
 
     The first `plain` steps train encoder and decoder alone; then the codebook is spread over the latents
-    of the last steps. Every `revive` steps the entries that none of the last latents took are put on
-    latents that are far from their entry. pictures: uint8 `(H, W, 3)`.
+    of the last steps. Every `revive` steps the entries that none of the last latents took are put where
+    patches that differ share an entry. Equal patches count once in both, or a plain background would take
+    most of the entries. pictures: uint8 `(H, W, 3)`.
     """
 
     KEPT = 40000
@@ -544,7 +564,7 @@ class VQJob:
         self.by_size: dict[tuple[int, ...], list[np.ndarray]] = {}
         for picture in pictures:
             self.by_size.setdefault(picture.shape[:2], []).append(picture)
-        self.latents = torch.zeros(0, vq.quantize.embedding.embedding_dim)
+        self.latents, self.keys = self.module.last, self.module.last_keys
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
         sizes = sorted(self.by_size)
@@ -572,33 +592,38 @@ class VQJob:
     def after_step(self, step: int) -> dict[str, float]:
         vq, recipe = self.module.vq, self.recipe
         self.latents = torch.cat((self.latents, self.module.last.cpu()))[-self.KEPT :]
-        if (
-            step % recipe.log_every
-            and step != recipe.plain
-            and not (recipe.revive and step % recipe.revive == 0)
-        ):
+        self.keys = torch.cat((self.keys, self.module.last_keys.cpu()))[-self.KEPT :]
+        revive = bool(recipe.revive) and step % recipe.revive == 0
+        if step % recipe.log_every and step != recipe.plain and not revive:
             return {}
         generator = torch.Generator().manual_seed(recipe.seed * 1000003 + step)
         with torch.no_grad():
             codebook = vq.quantize.embedding.weight
+            means, place = kind_means(self.latents, self.keys)
             if step == recipe.plain:
-                codebook.copy_(spread_codebook(self.latents, len(codebook), generator))
-            points = self.latents[-self.KEPT // 2 :]
-            nearest = (points @ vq.codebook().cpu().T).max(-1)
-            counts = torch.bincount(nearest.indices, minlength=len(codebook))
-            used = counts > 0
-            revive = recipe.revive and step > recipe.plain and step % recipe.revive == 0
-            if revive and step < 0.8 * recipe.steps and not bool(used.all()):
-                away = (1 - nearest.values).clamp_min(1e-6)
-                taken = torch.multinomial(away, int((~used).sum()), generator=generator)
-                codebook[~used.to(codebook.device)] = points[taken].to(codebook.device)
-        return {"codebook_used": float(used.float().mean())}
+                codebook.copy_(spread_codebook(means, len(codebook), generator))
+            entries = vq.codebook().cpu()
+            nearest, own = (means @ entries.T).max(-1)
+            tokens = (self.latents @ entries.T).argmax(-1)
+            used = torch.bincount(tokens, minlength=len(entries)) > 0
+            if revive and recipe.plain < step < 0.8 * recipe.steps:
+                closest = torch.full((len(entries),), -1.0).scatter_reduce(0, own, nearest, "amax")
+                away = (1 - nearest).clamp_min(1e-6) * (nearest < closest[own])
+                count = min(int((~used).sum()), int((away > 0).sum()))
+                if count:
+                    free = (~used).nonzero().flatten()[:count].to(codebook.device)
+                    taken = torch.multinomial(away, count, generator=generator)
+                    codebook[free] = means[taken].to(codebook.device)
+        return {
+            "codebook_used": float(used.float().mean()),
+            "same_token": float((tokens == own[place]).float().mean()),
+        }
 
     def extra_state(self) -> dict[str, Any]:
-        return {"latents": self.latents}
+        return {"latents": self.latents, "keys": self.keys}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.latents = state["latents"]
+        self.latents, self.keys = state["latents"], state["keys"]
 
 
 # -- rows of the language model -------------------------------------------------------------------------

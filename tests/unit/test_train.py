@@ -33,9 +33,11 @@ from model.train import (
     fits,
     fresh_model,
     from_memory,
+    kind_means,
     optimise,
     patch_keys,
     shuffled,
+    spread_codebook,
     stage_config,
     train,
     unlike,
@@ -369,13 +371,33 @@ def test_latents_of_equal_patches_are_drawn_together():
     keys = [patch_keys(one).tolist() for one in pixels]
     assert len({key for some in keys for key in some}) == 2
     assert [key == keys[0][0] for some in keys for key in some] == [True] * 11 + [False] + [True] * 2
-    latents = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], requires_grad=True)
-    assert float(unlike(latents.detach(), torch.tensor([1, 2, 1]))) == 0.0
-    loss = unlike(latents, torch.tensor([1, 1, 2]))
-    loss.backward()
-    # The first two go towards each other; what is alone stays.
-    assert latents.grad[0, 1] < 0 < latents.grad[0, 0] and latents.grad[1, 0] < 0 < latents.grad[1, 1]
-    assert not latents.grad[2].any()
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.nn.functional.normalize(torch.randn(40, 8, generator=generator), dim=-1).requires_grad_()
+    kinds = torch.arange(40) % 7
+    optimizer = torch.optim.SGD([latents], lr=1.0)
+    for step in range(101):
+        made = torch.nn.functional.normalize(latents, dim=-1)
+        means, place = kind_means(made.detach(), kinds)
+        told = (made @ means.T).argmax(-1) == place
+        assert bool(told.all()) == (step == 100) or 0 < step < 100
+        optimizer.zero_grad()
+        unlike(made, kinds).backward()
+        optimizer.step()
+    codebook = torch.nn.functional.normalize(torch.randn(20, 8, generator=generator), dim=-1)
+    tokens = (means @ codebook.T).argmax(-1)
+    right = codebook[tokens][kinds]
+    assert unlike(right, kinds, codebook) < 0.1 < unlike(-right, kinds, codebook)
+
+
+def test_a_common_patch_takes_one_entry_of_the_codebook():
+    generator = torch.Generator().manual_seed(5)
+    points = torch.nn.functional.normalize(torch.randn(10, 8, generator=generator), dim=-1)
+    keys = torch.cat((torch.zeros(991, dtype=torch.int64), torch.arange(1, 10)))
+    noise = 0.1 * torch.randn(1000, 8, generator=generator)
+    means, place = kind_means(torch.nn.functional.normalize(points[keys] + noise, dim=-1), keys)
+    assert place.tolist() == keys.tolist()
+    codebook = spread_codebook(means, 10, generator)
+    assert len({int(token) for token in (means @ codebook.T).argmax(-1)}) == 10
 
 
 def test_every_row_once_an_epoch():
