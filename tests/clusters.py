@@ -37,11 +37,15 @@ class Head:
 
 @contextmanager
 def started_head(
-    arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None, gpu_nodes: int = 0
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    gpu_nodes: int = 0,
+    cpu_nodes: int = 0,
 ) -> Iterator[Head]:
     """A head with dashboard and token, and all of its processes ended after it.
 
     gpu_nodes: how many nodes with a GPU, in name only, Ray's autoscaler may add on this machine.
+    cpu_nodes: how many without one it always keeps there, each with CPUS, by which one that dies is replaced.
     """
     token = secrets.token_hex(32)
     with tempfile.TemporaryDirectory(prefix="head-", dir="/tmp", ignore_cleanup_errors=True) as folder:
@@ -60,9 +64,9 @@ def started_head(
             **(environment or {}),
         }
         variables.pop("RAY_ADDRESS", None)
-        if gpu_nodes:
+        if gpu_nodes or cpu_nodes:
             config = Path(folder) / "autoscaling.yaml"
-            config.write_text(yaml.safe_dump(_autoscaling(gcs, gpu_nodes)))
+            config.write_text(yaml.safe_dump(_autoscaling(gcs, gpu_nodes, cpu_nodes)))
             arguments = [*arguments, f"--autoscaling-config={config}"]
             variables |= _AUTOSCALER
         command = [
@@ -107,6 +111,9 @@ def started_head(
 HEAD_NODE = "f" * 51 + "00000"
 """The id that Ray's provider of nodes on one machine gives its head."""
 
+CPUS = 12
+"""In name only, of a node without GPU."""
+
 _AUTOSCALER = {
     "RAY_FAKE_CLUSTER": "1",
     "RAY_enable_autoscaler_v2": "1",
@@ -120,7 +127,7 @@ _AUTOSCALER = {
 }
 
 
-def _autoscaling(gcs: int, gpu_nodes: int) -> dict[str, Any]:
+def _autoscaling(gcs: int, gpu_nodes: int, cpu_nodes: int) -> dict[str, Any]:
     """The configuration of Ray's own autoscaler, whose machines are processes of this one."""
     commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     return {
@@ -130,7 +137,7 @@ def _autoscaling(gcs: int, gpu_nodes: int) -> dict[str, Any]:
         "cluster_synced_files": [],
         "auth": {},
         "cluster_name": "test",
-        "max_workers": gpu_nodes,
+        "max_workers": gpu_nodes + cpu_nodes,
         "idle_timeout_minutes": 0.1,
         "provider": {
             # The provider by its name needs a file that Ray's package lacks.
@@ -150,6 +157,12 @@ def _autoscaling(gcs: int, gpu_nodes: int) -> dict[str, Any]:
                 "node_config": {},
                 "min_workers": 0,
                 "max_workers": gpu_nodes,
+            },
+            "cpu": {
+                "resources": {"CPU": CPUS, "object_store_memory": 100_000_000},
+                "node_config": {},
+                "min_workers": cpu_nodes,
+                "max_workers": cpu_nodes,
             },
         },
         "head_node_type": "ray.head.default",

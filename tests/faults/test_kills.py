@@ -1,4 +1,4 @@
-"""SIGKILL to replicas, drivers and all that they started: no row is lost, and none comes twice."""
+"""SIGKILL to replicas, nodes, drivers and all that they started: no row is lost, and none comes twice."""
 
 import dataclasses
 import os
@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.clusters import started_head
 from tests.e2e.test_generate import read_data, write_jsonl
 from tests.faults.test_poison import REFUSED, ROWS, SICK
-from workflows import storage
 from workflows.finish import read_success
 from workflows.pipeline import run
 from workflows.results import VOLATILE, list_done
@@ -26,7 +26,7 @@ LIMIT_SECONDS = 300
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
 """Kills at random moments; `make soak` has more."""
 
-SEEDS = {"local": range(1, 1 + ROUNDS), "s3": range(1001, 1001 + ROUNDS)}
+SEEDS = {"local": range(1, 1 + ROUNDS), "on_s3": range(1001, 1001 + ROUNDS)}
 
 # More rounds want more rows, or most of them find nothing left to do.
 COPIES = max(1, 2 * ROUNDS - 5)
@@ -54,8 +54,8 @@ def wanted(tmp_path_factory, local_ray):
 class Rounds:
     """Starts of one run, each by a process of its own that follows the one before at once."""
 
-    def __init__(self, config, folder):
-        self.config, self.folder = config, folder
+    def __init__(self, config, folder, environment=os.environ):
+        self.config, self.folder, self.environment = config, folder, environment
         self.kills = 0
 
     def start(self, state, **changes):
@@ -64,7 +64,7 @@ class Rounds:
         command = [sys.executable, "-m", "tests.faults.victim", str(config), state, str(self.folder)]
         with open(self.folder / "log", "wb") as log:
             return subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
+                command, cwd=ROOT, env=self.environment | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
             )
 
     def log(self):
@@ -98,16 +98,33 @@ class Rounds:
             self.kills += 1
 
 
-@pytest.fixture(params=["local", "s3"])
-def rounds(request, s3, tmp_path):
-    place = s3 if request.param == "s3" else str(tmp_path)
-    config = RunConfig(
+def run_config(place):
+    return RunConfig(
         manifest=write_jsonl(f"{place}/prompts.jsonl", MANIFEST),
         output=f"{place}/out",
         slots=8,
         device="cpu",
     )
-    return Rounds(config, tmp_path)
+
+
+@pytest.fixture
+def local(tmp_path):
+    """On disk, each start with a Ray of its own."""
+    return Rounds(run_config(tmp_path), tmp_path)
+
+
+@pytest.fixture
+def on_s3(s3, tmp_path):
+    """On S3, each start with a Ray of its own."""
+    return Rounds(run_config(s3), tmp_path)
+
+
+@pytest.fixture
+def on_cluster(tmp_path):
+    """On a disk that all nodes share, and all starts on one cluster, whose one node for work is replaced."""
+    with started_head(["--num-cpus=0"], {"PYTHONPATH": str(ROOT)}, cpu_nodes=1) as head:
+        config = dataclasses.replace(run_config(tmp_path), address=head.gcs)
+        yield Rounds(config, tmp_path, head.environment)
 
 
 def check(rounds, wanted):
@@ -118,7 +135,9 @@ def check(rounds, wanted):
     assert verify(output, said.append).state == "complete", said
 
 
-def test_kills_at_certain_states_lose_nothing(rounds, wanted):
+@pytest.mark.parametrize("place", ["on_cluster", "on_s3"])
+def test_kills_at_certain_states_lose_nothing(place, request, wanted):
+    rounds = request.getfixturevalue(place)
     output = rounds.config.output
     rounds.dies("planning")
     rounds.dies("first")
@@ -126,7 +145,7 @@ def test_kills_at_certain_states_lose_nothing(rounds, wanted):
     rounds.dies("writing")
     there = list_done(output)
     assert there and read_success(output) is None
-    # A replica dies too, before the last file is there.
+    # A replica dies too, before the last file is there, or the node that it is on.
     rounds.dies("success")
     assert (rounds.folder / "replica").exists()
     assert there < list_done(output) and read_success(output) is None
@@ -138,10 +157,11 @@ def test_kills_at_certain_states_lose_nothing(rounds, wanted):
     check(rounds, wanted)
 
 
-def test_kills_at_random_moments_lose_nothing(rounds, wanted):
-    for seed in SEEDS["s3" if storage.is_s3(rounds.config.output) else "local"]:
+@pytest.mark.parametrize("place", ["local", "on_s3"])
+def test_kills_at_random_moments_lose_nothing(place, request, wanted):
+    rounds = request.getfixturevalue(place)
+    for seed in SEEDS[place]:
         rounds.is_killed(seed)
     assert rounds.kills > 0
-    rounds.ends("whole")
-    rounds.ends("whole", retry_errors=True)
+    rounds.ends("random")
     check(rounds, wanted)
