@@ -1181,7 +1181,7 @@ def samples(job: Job, step: int) -> np.ndarray:
     with torch.no_grad():
         if isinstance(job, VQJob):
             vq = job.module.vq
-            pixels = job.batch(step, 0)[0][:count]
+            pixels = job.batch(step, 0)[0][0][:count]
             strips = [to_uint8(pixels), to_uint8(vq.decode(vq.quantise(vq.encode(pixels))))]
             return np.concatenate([np.concatenate(list(strip.cpu().numpy()), 1) for strip in strips])
     assert isinstance(job, LMJob)

@@ -36,6 +36,7 @@ from model.train import (
     kind_means,
     optimise,
     patch_keys,
+    samples,
     shuffled,
     spread_codebook,
     stage_config,
@@ -344,15 +345,17 @@ def test_the_image_tokenizer_learns_and_goes_on_exactly(tmp_path):
             part="vq", folder=str(folder), data={"vq": ""}, rows={"vq": 8}, steps=24, plain=8, revive=4,
             rate=2e-3, log_every=1, save_every=6, alike=2.0,
         )  # fmt: skip
-        vq = fresh_model(load(TINY).config, 1).vq
+        job = VQJob(fresh_model(load(TINY).config, 1).vq, pictures, made)
         said: dict[int, dict[str, float]] = {}
 
         def after(step):
+            # Four pictures over what is made of them; looking at them changes nothing.
+            assert step % 6 or samples(job, step).shape == (64, 4 * 32, 3)
             if step == stop:
                 raise KeyboardInterrupt
 
         try:
-            optimise(VQJob(vq, pictures, made), made, said.__setitem__, after=after)
+            optimise(job, made, said.__setitem__, after=after)
         except KeyboardInterrupt:
             assert stop
         return said
