@@ -280,8 +280,10 @@ class VQLosses(nn.Module):
         flat = torch.cat([points.movedim(1, -1).flatten(0, 2) for points in latents])
         self.last, self.last_keys = flat.detach(), torch.cat([patch_keys(pixels) for pixels in given])
         if self.alike:
-            codebook = self.vq.codebook() if quantised else None
-            losses["alike"] = self.alike * unlike(flat, self.last_keys, codebook)
+            losses["alike"] = self.alike * unlike(flat, self.last_keys)
+            if quantised:
+                told = unlike(flat, self.last_keys, self.vq.codebook())
+                losses["alike"] = losses["alike"] + self.alike * told
         return losses
 
     def _of_size(self, pixels: Tensor, latents: Tensor, quantised: bool) -> dict[str, Tensor]:

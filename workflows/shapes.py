@@ -226,26 +226,28 @@ def _scene(generator: np.random.Generator, size: Size, count: int) -> Scene:
     background = _choice(generator, BACKGROUNDS)
     if count == 1:
         extent = _choice(generator, SPANS)
-        place = [_choice(generator, _anchors(cells, SPANS[extent])) for cells in (rows, columns)]
-        return Scene(*size, background, (Thing(*looks[0], extent, *place),))
-    span = SPANS["small"]
-    if count == 2:
-        relation = _choice(generator, RELATIONS)
-        along, across = (columns, rows) if relation in ("left", "right") else (rows, columns)
-        first = (along - 2 * span) // 3
-        places = [first, along - span - first]
-        if relation in ("right", "below"):
-            places.reverse()
-        other = _choice(generator, _anchors(across, span))
-    else:
-        relation = ""
-        along, across = (columns, rows) if columns >= rows else (rows, columns)
-        places, other = [0, (along - span) // 2, along - span], (across - span) // 2
+        corner = [_choice(generator, _anchors(cells, SPANS[extent])) for cells in (rows, columns)]
+        return Scene(*size, background, (Thing(*looks[0], extent, *corner),))
+    relation = _choice(generator, RELATIONS) if count == 2 else ""
     sideways = relation in ("left", "right") or (count == 3 and columns >= rows)
-    things = [
-        Thing(*look, "small", *((other, place) if sideways else (place, other)))
-        for look, place in zip(looks, places, strict=True)
-    ]
+    along, across = (columns, rows) if sideways else (rows, columns)
+    extents = [_choice(generator, SPANS) for _ in range(count)]
+    if sum(SPANS[extent] for extent in extents) > along:
+        extents = ["small"] * count
+    spans = [SPANS[extent] for extent in extents]
+    room = along - sum(spans)
+    if count == 2:
+        places = [room // 3, along - spans[1] - room // 3]
+        if relation in ("right", "below"):
+            places = [along - place - span for place, span in zip(places, spans, strict=True)]
+        share = _choice(generator, (0.0, 0.5, 1.0))
+    else:
+        places = [0, spans[0] + room // 2, along - spans[2]]
+        share = 0.5
+    things = []
+    for look, extent, place in zip(looks, extents, places, strict=True):
+        aside = int(share * (across - SPANS[extent]))
+        things.append(Thing(*look, extent, *((aside, place) if sideways else (place, aside))))
     return Scene(*size, background, tuple(things), relation)
 
 
@@ -307,6 +309,9 @@ def _edit(generator: np.random.Generator, size: Size, kind: str, language: str) 
     count = {"move": 1, "add": 2, "remove": 2}.get(kind, 1 + int(generator.integers(2)))
     source = _scene(generator, size, count)
     which = int(generator.integers(count))
+    # Of a new object nobody says how large it is.
+    while kind == "add" and source.things[which].size != "small":
+        source = _scene(generator, size, count)
     thing = source.things[which]
     name = _name(thing, language)
     others = source.things[:which] + source.things[which + 1 :]

@@ -84,8 +84,8 @@ def test_what_is_wrong_is_named():
         if scene.relation:
             first, second = scene.things
             swapped = (
-                dataclasses.replace(first, row=second.row, column=second.column),
-                dataclasses.replace(second, row=first.row, column=first.column),
+                dataclasses.replace(second, shape=first.shape, colour=first.colour),
+                dataclasses.replace(first, shape=second.shape, colour=second.colour),
             )
             assert failed(dataclasses.replace(scene, things=swapped)) == {"relation"}
 
