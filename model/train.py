@@ -280,9 +280,12 @@ class VQLosses(nn.Module):
         flat = torch.cat([points.movedim(1, -1).flatten(0, 2) for points in latents])
         self.last, self.last_keys = flat.detach(), torch.cat([patch_keys(pixels) for pixels in given])
         if self.alike:
-            losses["alike"] = self.alike * unlike(flat, self.last_keys)
+            means, kinds = kind_means(self.last, self.last_keys)
+            losses["alike"] = self.alike * unlike(flat, means, kinds)
             if quantised:
-                told = unlike(flat, self.last_keys, self.vq.codebook())
+                # A kind has the entry that is nearest to its mean.
+                codebook = self.vq.codebook()
+                told = unlike(flat, codebook, (means @ codebook.T).argmax(-1)[kinds])
                 losses["alike"] = losses["alike"] + self.alike * told
         return losses
 
@@ -322,17 +325,13 @@ def kind_means(latents: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 ALIKE_TEMPERATURE = 0.05
 
 
-def unlike(latents: Tensor, keys: Tensor, codebook: Tensor | None = None) -> Tensor:
-    """Cross-entropy of telling the kind of patch, keys `(n,)`, of latents `(n, 8)` from what they are nearest
-    to: equal patches are drawn together, and others apart.
+def unlike(latents: Tensor, centres: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy of telling to which of the centres `(m, 8)` each of the latents `(n, 8)` belongs, `wanted`
+    `(n,)`, from how near they are (prototypes, Snell et al. 2017).
 
-    They are told from the means of the kinds (prototypes, Snell et al. 2017), or with a codebook
-    `(entries, 8)` from its entries, where a kind has the one that is nearest to its mean.
+    With one centre for each kind of patch equal patches are drawn together, and others apart.
     """
-    means, wanted = kind_means(latents.detach(), keys)
-    if codebook is not None:
-        means, wanted = codebook, (means @ codebook.T).argmax(-1)[wanted]
-    return F.cross_entropy(latents @ means.T / ALIKE_TEMPERATURE, wanted)
+    return F.cross_entropy(latents @ centres.T / ALIKE_TEMPERATURE, wanted)
 
 
 def spread_codebook(latents: Tensor, entries: int, generator: torch.Generator, rounds: int = 10) -> Tensor:

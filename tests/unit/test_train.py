@@ -384,12 +384,12 @@ def test_latents_of_equal_patches_are_drawn_together():
         told = (made @ means.T).argmax(-1) == place
         assert bool(told.all()) == (step == 100) or 0 < step < 100
         optimizer.zero_grad()
-        unlike(made, kinds).backward()
+        unlike(made, means, place).backward()
         optimizer.step()
     codebook = torch.nn.functional.normalize(torch.randn(20, 8, generator=generator), dim=-1)
     tokens = (means @ codebook.T).argmax(-1)
     right = codebook[tokens][kinds]
-    assert unlike(right, kinds, codebook) < 0.1 < unlike(-right, kinds, codebook)
+    assert unlike(right, codebook, tokens[kinds]) < 0.1 < unlike(-right, codebook, tokens[kinds])
 
 
 def test_a_common_patch_takes_one_entry_of_the_codebook():
