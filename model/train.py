@@ -326,8 +326,8 @@ ALIKE_TEMPERATURE = 0.05
 
 
 def unlike(latents: Tensor, centres: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy of telling to which of the centres `(m, 8)` each of the latents `(n, 8)` belongs, `wanted`
-    `(n,)`, from how near they are (prototypes, Snell et al. 2017).
+    """Cross-entropy of telling to which of the centres `(m, 8)` each of the latents `(n, 8)` belongs,
+    `wanted` `(n,)`, from how near they are (prototypes, Snell et al. 2017).
 
     With one centre for each kind of patch equal patches are drawn together, and others apart.
     """
