@@ -24,6 +24,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model.errors import InputError
@@ -55,6 +56,11 @@ PIECE_BYTES = 64 << 20
 """A piece ends when it has so many rows or bytes; of a Parquet file it has at least one row group."""
 
 BATCH_ROWS = 4096
+REPEATED_BYTES = 256 << 20
+REPEATED_TIMES = 100
+"""A column of a batch of Parquet rows may take more bytes than the former, but not more than the latter times
+those of its distinct values: a file of a few kilobytes can say a long text again and again."""
+
 HASHED_BYTES = 64 << 20
 LINE_BYTES = 64 << 20
 FIELD_CHARACTERS = 1 << 20
@@ -329,11 +335,53 @@ class _readable:
             ) from error
 
 
-def _open_parquet(file: ManifestFile) -> pq.ParquetFile:
+def _open_parquet(file: ManifestFile, **options: Any) -> pq.ParquetFile:
     with storage.explained(file.path):
         filesystem, inner = storage.parquet_filesystem(file.path)
         source = filesystem.open_input_file(inner)
-    return pq.ParquetFile(source, page_checksum_verification=True)
+    return pq.ParquetFile(source, page_checksum_verification=True, **options)
+
+
+def _parquet_batches(
+    file: ManifestFile,
+    parquet: pq.ParquetFile,
+    names: list[str],
+    first_row: int = 0,
+    groups: Sequence[int] | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a file, which is open, in batches, with the columns that are named.
+
+    Raises InputError for a column of few long values before these are written out for each row.
+    """
+    schema = parquet.schema_arrow
+    texts = [name for name in names if _is_long(schema.field(name).type)]
+    with _open_parquet(file, metadata=parquet.metadata, read_dictionary=texts) as compact:
+        for chunk in compact.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
+            for index, name in enumerate(chunk.schema.names):
+                column, field = chunk.column(index), schema.field(name)
+                if pa.types.is_dictionary(column.type):
+                    _refuse_repetition(column, name, file.path, first_row)
+                    chunk = chunk.set_column(index, field, column.cast(field.type))
+            yield chunk
+            first_row += chunk.num_rows
+
+
+def _is_long(kind: pa.DataType) -> bool:
+    """Whether a value of this type may have any length."""
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return any(known(kind) for known in kinds)
+
+
+def _refuse_repetition(column: pa.DictionaryArray, name: str, path: str, first_row: int) -> None:
+    values = column.dictionary
+    if not _is_long(values.type) or values.nbytes * len(column) <= REPEATED_BYTES:
+        return
+    size = pc.sum(pc.binary_length(values).take(column.indices)).as_py() or 0
+    if size > max(REPEATED_BYTES, REPEATED_TIMES * values.nbytes):
+        raise InputError(
+            f"Column '{name}' of {path} has {size >> 20:,} MiB in {len(column):,} rows from row {first_row} "
+            f"on, which repeat {len(values):,} long values: shorten these."
+        )
 
 
 def _scan_parquet(file: ManifestFile) -> Scan:
@@ -674,7 +722,7 @@ def _read_results(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
     with _open_parquet(piece.file) as parquet:
         several = _with_samples(path, parquet)
         names = [name for name in parquet.schema_arrow.names if name in needed]
-        for chunk in parquet.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
+        for chunk in _parquet_batches(piece.file, parquet, names):
             table = pa.Table.from_batches([chunk])
             table = table.filter([status == "ok" for status in table.column("status").to_pylist()])
             rows = table.select(["row_id", "id", "sample", "task", "source"]).to_pylist()
@@ -886,7 +934,7 @@ def _read_parquet(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
         referred = piece.file.cells and COLUMN in names and not _is_named(theirs.field(COLUMN).type)
         names = [name for name in names if not (referred and name == COLUMN)]
         groups = range(piece.start, min(piece.stop, parquet.metadata.num_row_groups))
-        for chunk in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
+        for chunk in _parquet_batches(piece.file, parquet, names, row, groups):
             table, faults = _mended_columns(pa.Table.from_batches([chunk]), row)
             columns = [
                 table.column(field.name).cast(field.type)

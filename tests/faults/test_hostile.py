@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -185,6 +186,17 @@ def extension(name: bytes) -> pa.Table:
     return pa.table({"prompt": ["a"], "o": [payload]}, schema=pa.schema(fields))
 
 
+def repeated(typed: bool) -> Callable[[Work], str]:
+    """A file of 25 kB whose only column has 2.5 GB. typed: whether the column is said to be a dictionary."""
+
+    def act(work: Work) -> str:
+        texts = pa.DictionaryArray.from_arrays(np.zeros(5_000, np.int32), ["a" * 500_000])
+        pq.write_table(pa.table({"prompt": texts}), work / "p.parquet", store_schema=typed)
+        return rows_of(work / "p.parquet")
+
+    return act
+
+
 class _Pwn:
     def __reduce__(self):
         return open, ("../outside/pwned", "w")
@@ -231,6 +243,15 @@ MANIFESTS = [
         pa.table({"status": [1], "image": ["a"]}).replace_schema_metadata({b"wallaroo.format": b"1"}),
         "input",
         "edit",
+    ),
+    *(
+        Case(
+            f"manifest: one long text of Parquet again and again, {words}",
+            repeated(typed),
+            error="input",
+            words=r"Column 'prompt' .* 1,953 MiB in 4,096 rows from row 0 on, which repeat 1 long values",
+        )
+        for typed, words in ((True, "as a dictionary"), (False, "as text"))
     ),
     Case("manifest: pipe in a folder", folder_with(lambda f: os.mkfifo(f / "a.jsonl")), words="good"),
     Case(
