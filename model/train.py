@@ -85,13 +85,14 @@ class Recipe:
     image tokenizer), all by default; frozen: of those that do not, image tokenizer and vision tower by
     default. warmup: steps in which the rate rises from 0; decay: steps at the end in which it falls to a
     tenth. largest_loss: text-to-image loss, text and image added, above which a step is skipped, as one is
-    whose losses are not finite; 0 for no such bound. drop: share of prompts that become empty. masked: bound
-    on the share of source latents that are kept in an edit; 0 keeps all. templates: TASK_LANGUAGE -> texts
-    around a prompt, drawn at random. lengths: task -> tokens of a row at most, longer ones are left out;
-    least_side: of pictures to draw, those whose longer side is less, or more than twice the other, are left
-    out; 0 keeps all. semantic_pixels: most pixels that the vision tower sees, 0 for those of base.
-    threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device that
-    would wait for them. log_every, save_every, sample_every: in steps.
+    whose losses are not finite; 0 for no such bound. drop: share of prompts that become empty.
+    null_smoothing: label smoothing of the image tokens after such prompts. masked: bound on the share of
+    source latents that are kept in an edit; 0 keeps all. templates: TASK_LANGUAGE -> texts around a prompt,
+    drawn at random. lengths: task -> tokens of a row at most, longer ones are left out; least_side: of
+    pictures to draw, those whose longer side is less, or more than twice the other, are left out; 0 keeps
+    all. semantic_pixels: most pixels that the vision tower sees, 0 for those of base. threads: of torch, 0
+    for its own choice; workers: processes that make batches ahead, for a device that would wait for them.
+    log_every, save_every, sample_every: in steps.
     Part `vq` alone: alike: weight of `unlike`, without which tokens tell of what is around a patch too, and
     one plain background has many of them; plain: steps without quantisation, before the codebook is set;
     revive: steps after which entries that nobody used get a new place.
@@ -113,6 +114,7 @@ class Recipe:
     largest_loss: float = 15.0
     accumulate: int = 1
     drop: float = 0.1
+    null_smoothing: float = 0.0
     masked: float = 0.4
     learn: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ("vq.", "visual.")
@@ -168,6 +170,9 @@ class Recipe:
         recipe = cls(**made)
         if recipe.part not in ("vq", "lm"):
             raise InputError(f"The recipe's part is '{recipe.part}', but must be vq or lm.")
+        for name in ("drop", "masked", "null_smoothing"):
+            if getattr(recipe, name) > 1:
+                raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but is a share, at most 1.")
         for name in ("steps", "accumulate", "log_every", "save_every"):
             if getattr(recipe, name) < 1:
                 raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but must be at least 1.")
@@ -637,7 +642,8 @@ class TrainingRow:
     ids: text tokens; image: image tokens, -1 where there is none; positions: `(3, L)`; target: places
     whose token is to be predicted, by the image head where `image` is set, else by the text head.
     semantic: first and last place, exclusive, of the vision tower's embeddings; pixel: places of the
-    source's latents, `(n,)`, and latents those, `(n, 8)`; patches and grid: of the source.
+    source's latents, `(n,)`, and latents those, `(n, 8)`; patches and grid: of the source. null: whether the
+    prompt was dropped.
     """
 
     ids: np.ndarray
@@ -649,6 +655,7 @@ class TrainingRow:
     grid: tuple[int, int] | None = None
     pixel: np.ndarray | None = None
     latents: np.ndarray | None = None
+    null: bool = False
 
 
 def response_row(prompt: Prompt, first: int, ids: np.ndarray, image: np.ndarray) -> TrainingRow:
@@ -719,7 +726,7 @@ class Rows:
         if task == "generate":
             size = self._size(row["picture"])
             made = self._prompt(generate_prompt, prompt, size, language, template)
-            return self._picture_row(made, row["picture"], size)
+            return dataclasses.replace(self._picture_row(made, row["picture"], size), null=not prompt)
         size = self._size(row["image"])
         patches, grid = patchify(self._semantic(row["image"], self.config.edit_pixels))
         if not prompt:
@@ -731,7 +738,7 @@ class Rows:
             kept = int(generator.integers(max(1, int(self.recipe.masked * len(latents)))))
             latents[generator.permutation(len(latents))[kept:]] = NO_LATENT
         row_ = self._picture_row(made, row["picture"], size)
-        return dataclasses.replace(row_, patches=patches, grid=grid, latents=latents)
+        return dataclasses.replace(row_, patches=patches, grid=grid, latents=latents, null=not prompt)
 
     def _picture_row(self, prompt: Prompt, picture: bytes, size: Size) -> TrainingRow:
         tokens = self._codes(picture, size)[0]
@@ -862,13 +869,14 @@ class Batch:
 
     ids, image: int64 `(B, T)`; positions: int64 `(3, B, T)`; target: bool `(B, T)`; patches of all
     sources and their grids int64 `(B, 3)`; semantic, pixel: places of their embeddings in the flattened
-    `B * T`; latents: `(n, 8)`; tower: what the vision tower works out from the grids.
+    `B * T`; latents: `(n, 8)`; null: bool `(B,)`; tower: what the vision tower works out from the grids.
     """
 
     ids: Tensor
     image: Tensor
     positions: Tensor
     target: Tensor
+    null: Tensor
     patches: Tensor | None = None
     grids: Tensor | None = None
     semantic: Tensor | None = None
@@ -903,6 +911,7 @@ class Batch:
             image=torch.from_numpy(image),
             positions=torch.from_numpy(positions),
             target=torch.from_numpy(target),
+            null=torch.tensor([row.null for row in rows]),
             patches=put([row.patches for row in rows]),
             grids=grids,
             semantic=put(semantic),
@@ -924,13 +933,19 @@ class Batch:
 
 
 class LMLosses(nn.Module):
-    """Next-token losses of all tasks of a step; everything is computed by the parts of one Wallaroo."""
+    """Next-token losses of all tasks of a step; everything is computed by the parts of one Wallaroo.
+
+    null_smoothing: label smoothing (Szegedy et al. 2016, section 7) of image tokens after a dropped prompt.
+    Guidance of scale s (Ho and Salimans 2022) draws by s log p(token | prompt) - (s - 1) log p(token). Where
+    neither wants a token, both are large negative numbers whose size nothing has taught, and if the second
+    happens to be the larger by half, at s = 3, that token wins over the right one; smoothing bounds it.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, model: Wallaroo):
+    def __init__(self, model: Wallaroo, null_smoothing: float = 0.0):
         super().__init__()
-        self.model = model
+        self.model, self.null_smoothing = model, null_smoothing
         if model.visual is not None:
             take_many(model.visual)
         self.register_buffer(
@@ -951,7 +966,11 @@ class LMLosses(nn.Module):
             if task != "understand":
                 drawn = image >= 0
                 _, head = self.model.image_parts(task)
-                losses[f"{task}_image"] = F.cross_entropy(head(hidden[drawn]).float(), image[drawn])
+                log_p = head(hidden[drawn]).float().log_softmax(-1)
+                exact = F.nll_loss(log_p, image[drawn], reduction="none")
+                smooth = exact.lerp(-log_p.mean(-1), self.null_smoothing)
+                null = batch.null.unsqueeze(1).expand_as(drawn)[drawn]
+                losses[f"{task}_image"] = torch.where(null, smooth, exact).mean()
         return losses
 
     def hidden(self, task: str, batch: Batch) -> Tensor:
@@ -998,7 +1017,7 @@ class LMJob:
         recipe: Recipe,
         process: Process | None = None,
     ):
-        self.module = LMLosses(model)
+        self.module = LMLosses(model, recipe.null_smoothing)
         self.source, self.recipe, self.process = source, recipe, process or Process()
         self.share = recipe.share(self.process.world)
         self.rows = Rows(model, tokenizer, recipe)

@@ -208,6 +208,28 @@ def test_dropped_prompts_and_masked_latents(model, tokenizer):
     assert min(shares) == 0 and 0.3 < max(shares) < 0.4
 
 
+@pytest.mark.parametrize("task", ["generate", "edit"])
+def test_labels_are_smoothed_after_dropped_prompts_alone(model, tokenizer, task):
+    kept, dropped = (Rows(model, tokenizer, recipe(drop=drop)) for drop in (0.0, 1.0))
+    made = [
+        maker.make(task, data, np.random.default_rng(0))
+        for maker, data in zip((kept, dropped), rows()[task], strict=False)
+    ]
+    batch = Batch.of(made, model.config.vision)
+    losses = LMLosses(model, null_smoothing=0.3)
+    with torch.no_grad():
+        logits = model.image_parts(task)[1](losses.hidden(task, batch)[:, :-1])
+        image = batch.image[:, 1:]
+        wanted = sum(
+            F.cross_entropy(
+                part[tokens >= 0], tokens[tokens >= 0], reduction="sum", label_smoothing=smoothing
+            )
+            for part, tokens, smoothing in zip(logits, image, (0.0, 0.3), strict=True)
+        )
+        found = losses({task: batch})[f"{task}_image"]
+    assert torch.allclose(found * (image >= 0).sum(), wanted, rtol=1e-5)
+
+
 def test_a_step_has_the_same_rows_however_many_share_it(model, tokenizer):
     """What is dropped, masked and which template is drawn goes with the row, not with who makes it."""
     values = {"data": {"edit": ""}, "rows": {"edit": 8}, "drop": 0.5, "seed": 4}
@@ -419,6 +441,7 @@ def test_every_row_once_an_epoch():
         ({"steps": "many"}, "steps is 'many', but must be a whole number"),
         ({"rate": float("nan")}, "rate is nan"),
         ({"rows": {"edit": 2.5}}, "a table, each of it a whole number"),
+        ({"null_smoothing": 1.5}, "null_smoothing is 1.5, but is a share"),
         ({"frozen": "vq."}, "a list, each of it a text"),
         (
             {"data": {"edit": ""}, "rows": {"edit": 3}, "accumulate": 2},
@@ -488,7 +511,7 @@ def test_the_recipes_that_come_along_can_be_followed():
     folder = Path(jobs.make_tiny.__file__).parent / "train"
     for name, workers, stages in (
         ("tiny", 1, jobs.make_tiny.STAGES),
-        ("published", 8, jobs.make_tiny.STAGES[1:]),
+        ("published", 8, ("stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-4")),
     ):
         made = [Recipe.from_file(folder / f"{name}.toml", stage) for stage in stages]
         assert all(one.share(workers) for one in made)
