@@ -22,7 +22,7 @@ help:
 	@echo "make conformance  against the published model's numbers (GOLDENS=DIR: another folder of them)"
 	@echo "make soak         kills at random moments, SOAK_ROUNDS on disk and on S3 (30)"
 	@echo "make bench        benchmarks, minutes each"
-	@echo "make tiny         write the embedded checkpoint anew"
+	@echo "make tiny         train the embedded checkpoint anew, which takes hours"
 	@echo "make clean        remove .venv, caches and out/demo"
 
 install: $(STAMP)

@@ -877,7 +877,9 @@ def _say_summary(config: "RunConfig", summary: "RunSummary") -> None:
     if summary.errors:
         click.echo(f"  errors    {join(config.output, 'errors.jsonl')} (a manifest for a second try)")
     if config.model == "tiny":
-        click.echo("The weights of the tiny model are random, not trained: what it makes is noise.")
+        click.echo(
+            "The tiny model knows coloured shapes on plain backgrounds, nothing else (model/tiny/README.md)."
+        )
 
 
 def _plan_text(plan: "Plan") -> str:

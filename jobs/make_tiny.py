@@ -1,29 +1,23 @@
-"""Makes the small checkpoint in `model/tiny`: `python -m jobs.make_tiny [FOLDER]`.
+"""Makes the small checkpoint in `model/tiny` from nothing: `python -m jobs.make_tiny [FOLDER]`.
 
-Its configuration stands here. Its merges are trained on captions written below; its weights are drawn
-by name, the same on every machine.
-
-`python -m jobs.make_tiny --train FOLDER` makes a trained one: from the words of the drawn scenes as merges
-and weights of a size that training wants, by the stages of `jobs/train/tiny.toml`, which takes hours. A run
-that was cut off goes on.
+Its configuration stands here. Its merges are trained on captions written below and on the words of the
+drawn scenes; its weights are trained on the scenes, by the stages of `jobs/train/tiny.toml`, which takes
+hours. A run that was cut off goes on.
 """
 
-import dataclasses
 import functools
-import hashlib
 import itertools
 import math
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 import torch
 
-from model.checkpoint import FILE_LIST, TINY, TOKENIZER, expected_shapes, load, load_config, save
+from model.checkpoint import TINY, TOKENIZER, load, load_config, save
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
 from model.prompts import SYSTEM, TEMPLATES
 from model.tokenizer import QWEN_TOKENS, Tokenizer, add_control_tokens, added_tokens, build
@@ -46,14 +40,12 @@ SIZES = {
 }
 """Height/width ratio -> (height, width) in pixels."""
 
-SALT = "wallaroo-tiny-1"
-
 RECIPES = Path(__file__).parent / "train" / "tiny.toml"
 
 WORK = Path("out/tiny")
 """Where base, data and stages of a training are kept; RECIPES name it too."""
 
-STAGES = ("vq", "stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-4")
+STAGES = ("vq", "stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-3-3", "stage-4-1", "stage-4-2")
 
 DATA = (
     ("shapes-64", 8000, [(64, 64)]),
@@ -158,21 +150,22 @@ def scene_words() -> list[str]:
     return texts + [text for text in captions() if text.isascii()] + 3 * chinese
 
 
-def tokenizer_json(controls: bool = True, texts: Callable[[], list[str]] = captions) -> str:
-    """The vocabulary: bytes, merges learnt from `texts`, then the control tokens or only Qwen2.5's."""
+def tokenizer_json(controls: bool = True) -> str:
+    """The vocabulary: bytes, merges, then the control tokens or only Qwen2.5's."""
     learner = build({}, [])
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=TEXT_TOKENS,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    learner.train_from_iterator(texts(), trainer)
+    learner.train_from_iterator(scene_words(), trainer)
     add_control_tokens(learner, added_tokens(SIZES) if controls else QWEN_TOKENS)
     return learner.to_str(pretty=True)
 
 
 def tiny_config(token_ids: dict[str, int]) -> ModelConfig:
-    """The published architecture with small numbers."""
+    """The published architecture with small numbers; rotary frequencies and image tokenizer are those of
+    short rows and of pictures of few colours."""
     return ModelConfig(
         name="tiny",
         layout="train",
@@ -186,6 +179,7 @@ def tiny_config(token_ids: dict[str, int]) -> ModelConfig:
             num_attention_heads=4,
             num_key_value_heads=2,
             mrope_section=(4, 6, 6),
+            rope_theta=1000.0,
         ),
         vision=VisionConfig(
             depth=4,
@@ -195,7 +189,14 @@ def tiny_config(token_ids: dict[str, int]) -> ModelConfig:
             out_hidden_size=128,
             fullatt_block_indexes=(3,),
         ),
-        vq=VQConfig(channels=16, norm_groups=8, z_channels=32, codebook_size=512),
+        vq=VQConfig(
+            channels=8,
+            channel_multipliers=(1, 2, 2, 4, 8),
+            residual_blocks=1,
+            norm_groups=4,
+            z_channels=32,
+            codebook_size=1024,
+        ),
         edit_pixels=(3136, 12544),
         understand_pixels=(3136, 12544),
         trained_tokens={"generate": 512, "edit": 512, "understand": 512},
@@ -203,85 +204,35 @@ def tiny_config(token_ids: dict[str, int]) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Float32 weights by name: standard normal draws of Philox keyed by the name, scaled by its kind."""
-    tensors = {}
-    for name, shape in expected_shapes(config).items():
-        key = int.from_bytes(hashlib.sha256(f"{SALT}:{name}".encode()).digest()[:16], "big")
-        draws = np.random.Generator(np.random.Philox(key=key)).standard_normal(math.prod(shape))
-        offset, scale = _distribution(name, shape)
-        tensors[name] = torch.from_numpy((offset + scale * draws).astype(np.float32).reshape(shape))
-    return tensors
-
-
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation of a tensor's numbers."""
-    if name.endswith(".bias"):
-        return 0.0, 0.05
-    if len(shape) == 1:
-        return 1.0, 0.05  # the gain of a norm
-    if name.endswith(("embed_tokens.weight", "quantize.embedding.weight")):
-        return 0.0, 1.0
-    gain = 1.0
-    if name.endswith(("gen_image_head.2.weight", "edit_image_head.2.weight", "lm_head.weight")):
-        gain = 3.0  # logits spread enough for guidance and top-p to matter, not so much that one token wins
-    elif name.startswith(("gen_input_adapter.", "edit_input_adapter.", "pixel_adapter.")):
-        gain = 2.0  # brings embeddings of picture tokens to the size of those of text
-    return 0.0, gain / math.sqrt(math.prod(shape[1:]))
-
-
-def make(folder: str | Path) -> None:
-    """Write the checkpoint into a new folder."""
+def make_base(folder: str | Path, seed: int = 0) -> None:
+    """Write into a new folder the checkpoint with which training begins."""
     text = tokenizer_json()
     config = tiny_config(Tokenizer(text).token_ids)
-    save(weights(config), config, text, folder, dtype=torch.bfloat16)
-
-
-def make_to_train(folder: str | Path, seed: int = 0) -> None:
-    """Write into a new folder the checkpoint with which training begins.
-
-    Rotary frequencies and image tokenizer are those of short rows and of pictures of few colours.
-    """
-    text = tokenizer_json(texts=scene_words)
-    config = tiny_config(Tokenizer(text).token_ids)
-    vq = VQConfig(
-        channels=8,
-        channel_multipliers=(1, 2, 2, 4, 8),
-        residual_blocks=1,
-        norm_groups=4,
-        z_channels=32,
-        codebook_size=1024,
-    )
-    decoder = dataclasses.replace(config.decoder, rope_theta=1000.0)
-    config = dataclasses.replace(config, decoder=decoder, vq=vq)
     save(fresh_model(config, seed), config, text, folder)
 
 
-def make_trained(folder: str | Path) -> None:
-    """Train a checkpoint from nothing, or on from where that was, and write it into a new folder."""
+def make(folder: str | Path) -> None:
+    """Train a checkpoint, or on from where that was, and write it into a folder, over what is there."""
     if not (WORK / "base").exists():
-        make_to_train(WORK / "base")
+        make_base(WORK / "base")
     for name, rows, sizes in DATA:
         if not (WORK / name / "held-out" / "understand.parquet").exists():
             print(f"drawing {WORK / name}", flush=True)
             shapes.write(str(WORK / name), rows, 600, 0, [Size(*size) for size in sizes], lines=True)
     for stage in STAGES:
+        print(stage, flush=True)
         trained = train(Recipe.from_file(RECIPES, stage), functools.partial(print, flush=True))
     text = (trained / TOKENIZER).read_text(encoding="utf-8")
-    save(load(trained), load_config(trained), text, folder, dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory(dir=WORK) as made:
+        save(load(trained), load_config(trained), text, Path(made) / "tiny", dtype=torch.bfloat16)
+        shutil.copytree(Path(made) / "tiny", folder, dirs_exist_ok=True)
 
 
 def main() -> None:
     """Make the checkpoint anew in the folder that is named, or in its place in the program."""
-    if sys.argv[1:2] == ["--train"]:
-        if len(sys.argv) != 3:
-            sys.exit("usage: python -m jobs.make_tiny --train FOLDER")
-        return make_trained(sys.argv[2])
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else TINY
-    if (folder / FILE_LIST).is_file():
-        shutil.rmtree(folder)
-    make(folder)
-    print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()):,} bytes")
+    if len(sys.argv) > 2:
+        sys.exit("usage: python -m jobs.make_tiny [FOLDER]")
+    make(sys.argv[1] if len(sys.argv) > 1 else TINY)
 
 
 if __name__ == "__main__":

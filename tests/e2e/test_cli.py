@@ -17,9 +17,9 @@ import safetensors.numpy
 
 from jobs import cli
 from jobs.make_tiny import tokenizer_json
-from jobs.make_tiny import weights as random_weights
-from model.checkpoint import TINY, load_config
+from model.checkpoint import TINY, disk_tensors, load_config
 from model.config import VQConfig
+from model.train import fresh_model
 from tests.conformance.released import flat_config, split, write_backbone, write_vq, write_wallaroo
 
 GOOD = {"id": "good", "prompt": "a red circle", "width": 64, "height": 96}
@@ -314,7 +314,7 @@ def test_ctrl_c_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path):
 def test_from_the_published_files_to_a_picture(wallaroo, local_ray, manifest, tmp_path):
     """The way that the README shows, with small random weights in the published layout."""
     config = dataclasses.replace(load_config(TINY), vq=VQConfig(channels=32, codebook_size=512))
-    weights, vq = split(random_weights(config))
+    weights, vq = split(disk_tensors(fresh_model(config, 0)))
     qwen = flat_config(config.decoder, config.vision)
     files = (
         *("--wallaroo", write_wallaroo(tmp_path / "wallaroo.ckpt", weights)),

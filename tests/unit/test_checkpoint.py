@@ -49,7 +49,7 @@ def relist(folder: Path) -> None:
     files = {
         file.name: {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for file in folder.iterdir()
-        if file.name != FILE_LIST
+        if file.name not in (FILE_LIST, "README.md")
     }
     (folder / FILE_LIST).write_text(json.dumps({"format": 1, "files": files}))
 
@@ -65,11 +65,13 @@ def tokenizer_json() -> str:
     return (TINY / "tokenizer.json").read_text(encoding="utf-8")
 
 
-def test_the_embedded_checkpoint_is_what_its_script_makes(tmp_path: Path):
-    make_tiny.make(tmp_path / "tiny")
-    assert (tmp_path / "tiny" / FILE_LIST).read_bytes() == (TINY / FILE_LIST).read_bytes()
+def test_the_embedded_checkpoint_is_whole_and_of_the_kind_that_its_script_trains(tmp_path: Path):
     verify_files(TINY)
-    assert {file.name for file in (tmp_path / "tiny").iterdir()} == {file.name for file in TINY.iterdir()}
+    make_tiny.make_base(tmp_path / "base")
+    assert load_config(tmp_path / "base") == load_config(TINY)
+    assert (tmp_path / "base" / "tokenizer.json").read_text(encoding="utf-8") == tokenizer_json()
+    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 15e6
+    assert (load_config(TINY).layout, load_config(TINY).indicators) == ("train", "added")
 
 
 def test_the_embedded_size_table():
@@ -93,11 +95,13 @@ def test_expected_shapes_are_those_of_the_modules(task: str | None):
 
 
 def test_every_weight_arrives_in_its_place(tiny_tensors: dict[str, torch.Tensor]):
-    expected = make_tiny.weights(load_config(TINY))
+    from safetensors.torch import load_file
+
+    expected = load_file(TINY / "model.safetensors")
     assert tiny_tensors.keys() == expected.keys()
     for name, tensor in tiny_tensors.items():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, expected[name].bfloat16().float()), name
+        assert torch.equal(tensor, expected[name].float()), name
 
 
 def test_fused_projections_are_stacked_in_order(tiny_tensors: dict[str, torch.Tensor]):

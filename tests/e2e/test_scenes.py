@@ -1,0 +1,30 @@
+"""What the embedded model makes of drawn scenes that it never saw, by the checker."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from model.checkpoint import TINY, load_config
+from workflows.evaluate import evaluate
+from workflows.pipeline import run
+from workflows.run_config import RunConfig
+from workflows.shapes import examples, to_values
+
+RIGHT = {"generate": ("right", 8), "edit": ("kept", 3), "understand": ("right", 14)}
+"""What is counted, and of how many of 40 rows it must hold at least: about half of what was seen."""
+
+
+@pytest.mark.parametrize("task", RIGHT)
+def test_scenes_come_out_right(task, tmp_path, local_ray):
+    kinds = list(examples(40, 11, load_config(TINY).size_list(), True, (task,)))
+    rows = [to_values(example, f"{task}-{number}") for number, example in enumerate(kinds)]
+    for row in rows:
+        if "image" in row:
+            row["image"] = {"bytes": row["image"], "path": None}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    summary = run(RunConfig(task=task, manifest=str(tmp_path / "rows.parquet"), output=str(tmp_path / "out")))
+    assert (summary.ok, summary.errors) == (40, 0)
+    table = [line for line in evaluate(str(tmp_path / "out")) if (line.language, line.size) == ("all", "all")]
+    assert sum(line.rows for line in table) == 40
+    name, least = RIGHT[task]
+    assert sum(line.right[name][0] for line in table) >= least, table
