@@ -172,7 +172,7 @@ class Recipe:
             raise InputError(f"The recipe's part is '{recipe.part}', but must be vq or lm.")
         for name in ("drop", "masked", "null_smoothing"):
             if getattr(recipe, name) > 1:
-                raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but is a share, at most 1.")
+                raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but a share is at most 1.")
         for name in ("steps", "accumulate", "log_every", "save_every"):
             if getattr(recipe, name) < 1:
                 raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but must be at least 1.")

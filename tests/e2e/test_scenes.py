@@ -11,8 +11,8 @@ from workflows.run_config import RunConfig
 from workflows.shapes import examples, to_values
 
 RIGHT = {"generate": ("right", 28), "edit": ("kept", 7), "understand": ("right", 30)}
-"""What is counted, and of how many of 40 rows it must hold at least. What is kept in edits is all that the model
-learnt of these."""
+"""What is counted, and of how many of 40 rows it must hold at least. Of edits the model has learnt
+little more than to keep what stays."""
 
 
 @pytest.mark.parametrize("task", RIGHT)

@@ -441,7 +441,7 @@ def test_every_row_once_an_epoch():
         ({"steps": "many"}, "steps is 'many', but must be a whole number"),
         ({"rate": float("nan")}, "rate is nan"),
         ({"rows": {"edit": 2.5}}, "a table, each of it a whole number"),
-        ({"null_smoothing": 1.5}, "null_smoothing is 1.5, but is a share"),
+        ({"null_smoothing": 1.5}, "null_smoothing is 1.5, but a share is at most 1"),
         ({"frozen": "vq."}, "a list, each of it a text"),
         (
             {"data": {"edit": ""}, "rows": {"edit": 3}, "accumulate": 2},
