@@ -27,7 +27,7 @@ from workflows.verify import verify
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
-    {"id": f"p{number:02d}", "prompt": f"a cat, number {number}", "width": 64, "height": 128}
+    {"id": f"p{number:02d}", "prompt": f"a cat, {number}", "width": 64, "height": 128, "temperature": 3.0}
     for number in range(48)
 ]
 OUTAGE_SECONDS = 30

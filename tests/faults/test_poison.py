@@ -22,7 +22,8 @@ from workflows.runs import read_records
 from workflows.verify import verify
 
 ROWS = [
-    {"id": f"p{number:02d}", "prompt": f"a cat, number {number}", "seed": number, "width": 64, "height": 128}
+    {"id": f"p{number:02d}", "prompt": f"a cat, {number}", "seed": number, "temperature": 3.0}
+    | {"width": 64, "height": 128}
     for number in range(24)
 ]
 REFUSED = {"id": "blank", "prompt": " "}
