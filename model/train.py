@@ -966,11 +966,14 @@ class LMLosses(nn.Module):
             if task != "understand":
                 drawn = image >= 0
                 _, head = self.model.image_parts(task)
-                log_p = head(hidden[drawn]).float().log_softmax(-1)
-                exact = F.nll_loss(log_p, image[drawn], reduction="none")
-                smooth = exact.lerp(-log_p.mean(-1), self.null_smoothing)
-                null = batch.null.unsqueeze(1).expand_as(drawn)[drawn]
-                losses[f"{task}_image"] = torch.where(null, smooth, exact).mean()
+                entropy = functools.partial(
+                    F.cross_entropy, head(hidden[drawn]).float(), image[drawn], reduction="none"
+                )
+                each = entropy()
+                if self.null_smoothing:
+                    null = batch.null.unsqueeze(1).expand_as(drawn)[drawn]
+                    each = torch.where(null, entropy(label_smoothing=self.null_smoothing), each)
+                losses[f"{task}_image"] = each.mean()
         return losses
 
     def hidden(self, task: str, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from jobs import make_tiny
 from model.checkpoint import (
@@ -95,8 +96,6 @@ def test_expected_shapes_are_those_of_the_modules(task: str | None):
 
 
 def test_every_weight_arrives_in_its_place(tiny_tensors: dict[str, torch.Tensor]):
-    from safetensors.torch import load_file
-
     expected = load_file(TINY / "model.safetensors")
     assert tiny_tensors.keys() == expected.keys()
     for name, tensor in tiny_tensors.items():
@@ -168,8 +167,6 @@ def test_saved_shards_load_as_what_was_saved(tmp_path: Path, tiny_tensors: dict[
 
 
 def test_a_shard_is_read_by_the_safetensors_library_itself(tmp_path: Path):
-    from safetensors.torch import load_file
-
     tensors = disk_tensors(load(TINY))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         folder = tmp_path / str(dtype)
@@ -248,8 +245,6 @@ def test_a_wrong_list_of_files_is_refused(data: bytes):
 
 
 def test_missing_unexpected_and_wrong_shaped_tensors_are_all_named(copy: Path):
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(copy / "model.safetensors")
     tensors["gen_head.0.bias"] = tensors.pop("gen_image_head.0.bias")
     tensors["vq.quant_conv.bias"] = tensors["vq.quant_conv.bias"][:-1].clone()
@@ -275,8 +270,6 @@ def test_a_tensor_in_two_shards_is_refused(copy: Path):
 
 
 def test_integer_weights_are_refused(copy: Path):
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(copy / "model.safetensors")
     tensors["vq.quant_conv.bias"] = tensors["vq.quant_conv.bias"].to(torch.int8)
     save_file(tensors, copy / "model.safetensors")
