@@ -78,7 +78,8 @@ class Recipe:
 
     part: what learns, `vq` or `lm`. folder: gets the state, metrics and the result, `checkpoint`. base:
     checkpoint folder whose configuration and tokenizer the result has; start: that of its first weights
-    (default base); parts that it lacks are drawn anew. tasks: those of the result (default all of base).
+    (default base); parts that it lacks are drawn anew. copied: part -> part whose weights it begins with
+    instead. tasks: those of the result (default all of base).
     size: side in pixels of a square stage, 0 for the sizes of base. data: task -> file of its rows
     (part `vq`: of rows with pictures, under the name vq); rows: task -> rows a step; accumulate: pieces
     that a step's rows are taken in. learn: prefixes of the parameters that learn (part `vq`: within the
@@ -86,12 +87,13 @@ class Recipe:
     default. warmup: steps in which the rate rises from 0; decay: steps at the end in which it falls to a
     tenth. largest_loss: text-to-image loss, text and image added, above which a step is skipped, as one is
     whose losses are not finite; 0 for no such bound. drop: share of prompts that become empty.
-    null_smoothing: label smoothing of the image tokens after such prompts. masked: bound on the share of
-    source latents that are kept in an edit; 0 keeps all. templates: TASK_LANGUAGE -> texts around a prompt,
-    drawn at random. lengths: task -> tokens of a row at most, longer ones are left out; least_side: of
-    pictures to draw, those whose longer side is less, or more than twice the other, are left out; 0 keeps
-    all. semantic_pixels: most pixels that the vision tower sees, 0 for those of base. threads: of torch, 0
-    for its own choice; workers: processes that make batches ahead, for a device that would wait for them.
+    smoothing: label smoothing of the image tokens; null_smoothing: of those after such prompts. masked:
+    bound on the share of source latents that are kept in an edit; 0 keeps all. templates: TASK_LANGUAGE ->
+    texts around a prompt, drawn at random. lengths: task -> tokens of a row at most, longer ones are left
+    out; least_side: of pictures to draw, those whose longer side is less, or more than twice the other,
+    are left out; 0 keeps all. semantic_pixels: most pixels that the vision tower sees, 0 for those of
+    base. threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device
+    that would wait for them.
     log_every, save_every, sample_every: in steps.
     Part `vq` alone: alike: weight of `unlike`, without which tokens tell of what is around a patch too, and
     one plain background has many of them; plain: steps without quantisation, before the codebook is set;
@@ -106,6 +108,7 @@ class Recipe:
     rows: dict[str, int]
     rate: float
     start: str = ""
+    copied: dict[str, str] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     seed: int = 0
     size: int = 0
@@ -114,6 +117,7 @@ class Recipe:
     largest_loss: float = 15.0
     accumulate: int = 1
     drop: float = 0.1
+    smoothing: float = 0.0
     null_smoothing: float = 0.0
     masked: float = 0.4
     learn: tuple[str, ...] = ()
@@ -170,7 +174,7 @@ class Recipe:
         recipe = cls(**made)
         if recipe.part not in ("vq", "lm"):
             raise InputError(f"The recipe's part is '{recipe.part}', but must be vq or lm.")
-        for name in ("drop", "masked", "null_smoothing"):
+        for name in ("drop", "masked", "smoothing", "null_smoothing"):
             if getattr(recipe, name) > 1:
                 raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but a share is at most 1.")
         for name in ("steps", "accumulate", "log_every", "save_every"):
@@ -935,17 +939,19 @@ class Batch:
 class LMLosses(nn.Module):
     """Next-token losses of all tasks of a step; everything is computed by the parts of one Wallaroo.
 
-    null_smoothing: label smoothing (Szegedy et al. 2016, section 7) of image tokens after a dropped prompt.
-    Guidance of scale s (Ho and Salimans 2022) draws by s log p(token | prompt) - (s - 1) log p(token). Where
-    neither wants a token, both are large negative numbers whose size nothing has taught, and if the second
-    happens to be the larger by half, at s = 3, that token wins over the right one; smoothing bounds it.
+    smoothing, null_smoothing: label smoothing (Szegedy et al. 2016, section 7) of image tokens after a
+    prompt and after a dropped one. Guidance of scale s (Ho and Salimans 2022) draws by s log p(token |
+    prompt) - (s - 1) log p(token). Where neither wants a token, both are large negative numbers whose size
+    nothing has taught, and if the second happens to be the larger by half, at s = 3, that token wins over
+    the right one; smoothing bounds it. What a prompt's own smoothing lets through, guidance takes away: of
+    e and n, the shares spread evenly over all tokens, e^s / n^(s - 1) is left.
     """
 
     frequencies: Tensor
 
-    def __init__(self, model: Wallaroo, null_smoothing: float = 0.0):
+    def __init__(self, model: Wallaroo, smoothing: float = 0.0, null_smoothing: float = 0.0):
         super().__init__()
-        self.model, self.null_smoothing = model, null_smoothing
+        self.model, self.smoothing, self.null_smoothing = model, smoothing, null_smoothing
         if model.visual is not None:
             take_many(model.visual)
         self.register_buffer(
@@ -969,8 +975,8 @@ class LMLosses(nn.Module):
                 entropy = functools.partial(
                     F.cross_entropy, head(hidden[drawn]).float(), image[drawn], reduction="none"
                 )
-                each = entropy()
-                if self.null_smoothing:
+                each = entropy(label_smoothing=self.smoothing)
+                if self.null_smoothing != self.smoothing:
                     null = batch.null.unsqueeze(1).expand_as(drawn)[drawn]
                     each = torch.where(null, entropy(label_smoothing=self.null_smoothing), each)
                 losses[f"{task}_image"] = each.mean()
@@ -1020,7 +1026,7 @@ class LMJob:
         recipe: Recipe,
         process: Process | None = None,
     ):
-        self.module = LMLosses(model, recipe.null_smoothing)
+        self.module = LMLosses(model, recipe.smoothing, recipe.null_smoothing)
         self.source, self.recipe, self.process = source, recipe, process or Process()
         self.share = recipe.share(self.process.world)
         self.rows = Rows(model, tokenizer, recipe)
@@ -1107,7 +1113,7 @@ def stage_config(base: ModelConfig, recipe: Recipe) -> ModelConfig:
 def start_model(recipe: Recipe) -> Wallaroo:
     """The model with which a stage begins; parts that its start lacks are drawn by seed.
 
-    Raises InputError if base or start is no checkpoint, or they differ in a tensor's shape.
+    Raises InputError as `check_start` does.
     """
     config = check_start(recipe)
     model = fresh_model(config, recipe.seed)
@@ -1116,13 +1122,21 @@ def start_model(recipe: Recipe) -> Wallaroo:
         for name, tensor in theirs.items():
             if name in mine:
                 mine[name].copy_(tensor)
+        for part, other in recipe.copied.items():
+            for name in _of_part(mine, part):
+                mine[name].copy_(mine[other + name.removeprefix(part)])
     return model
+
+
+def _of_part(names: Iterable[str], part: str) -> list[str]:
+    return [name for name in names if name.startswith(f"{part}.")]
 
 
 def check_start(recipe: Recipe) -> ModelConfig:
     """The configuration of what a stage makes, once base and start have been looked at, weights apart.
 
-    Raises InputError if base or start is no checkpoint, or they differ in a tensor's shape.
+    Raises InputError if base or start is no checkpoint, they differ in a tensor's shape, or a part cannot be
+    copied to another.
     """
     config, start = stage_config(load_config(recipe.base), recipe), recipe.start or recipe.base
     mine = expected_shapes(config)
@@ -1131,6 +1145,16 @@ def check_start(recipe: Recipe) -> ModelConfig:
             raise InputError(
                 f"Tensor '{name}' of {start} is {list(shape)}, but this stage needs {list(mine[name])}; "
                 f"start from a checkpoint of the same architecture."
+            )
+    for part, other in recipe.copied.items():
+        shapes, others = (
+            {name.removeprefix(one): mine[name] for name in _of_part(mine, one)} for one in (part, other)
+        )
+        if not shapes or shapes != others:
+            parts = sorted({name.split(".")[0] for name in mine})
+            raise InputError(
+                f"The recipe's copied has {part} = {other!r}, but both must be parts of the stage's model "
+                f"with tensors of the same shapes; it has {', '.join(parts)}."
             )
     return config
 

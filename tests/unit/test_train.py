@@ -40,6 +40,7 @@ from model.train import (
     shuffled,
     spread_codebook,
     stage_config,
+    start_model,
     train,
     unlike,
 )
@@ -209,14 +210,14 @@ def test_dropped_prompts_and_masked_latents(model, tokenizer):
 
 
 @pytest.mark.parametrize("task", ["generate", "edit"])
-def test_labels_are_smoothed_after_dropped_prompts_alone(model, tokenizer, task):
+def test_labels_are_smoothed_more_after_dropped_prompts(model, tokenizer, task):
     kept, dropped = (Rows(model, tokenizer, recipe(drop=drop)) for drop in (0.0, 1.0))
     made = [
         maker.make(task, data, np.random.default_rng(0))
         for maker, data in zip((kept, dropped), rows()[task], strict=False)
     ]
     batch = Batch.of(made, model.config.vision)
-    losses = LMLosses(model, null_smoothing=0.3)
+    losses = LMLosses(model, 0.01, 0.3)
     with torch.no_grad():
         logits = model.image_parts(task)[1](losses.hidden(task, batch)[:, :-1])
         image = batch.image[:, 1:]
@@ -224,7 +225,7 @@ def test_labels_are_smoothed_after_dropped_prompts_alone(model, tokenizer, task)
             F.cross_entropy(
                 part[tokens >= 0], tokens[tokens >= 0], reduction="sum", label_smoothing=smoothing
             )
-            for part, tokens, smoothing in zip(logits, image, (0.0, 0.3), strict=True)
+            for part, tokens, smoothing in zip(logits, image, (0.01, 0.3), strict=True)
         )
         found = losses({task: batch})[f"{task}_image"]
     assert torch.allclose(found * (image >= 0).sum(), wanted, rtol=1e-5)
@@ -540,3 +541,22 @@ def test_a_start_of_another_architecture_is_refused(tmp_path):
     made = recipe(folder=str(tmp_path / "out"), base=str(TINY), start=str(tmp_path / "other"))
     with pytest.raises(InputError, match="same architecture"):
         train(made)
+
+
+def test_a_part_begins_as_a_copy_of_another():
+    copied = {"edit_image_head": "gen_image_head", "pixel_adapter": "gen_input_adapter"}
+    made = start_model(recipe(base=str(TINY), copied=copied)).state_dict()
+    given = load(TINY).state_dict()
+    for name, tensor in made.items():
+        part, _, rest = name.partition(".")
+        assert torch.equal(tensor, given[f"{copied.get(part, part)}.{rest}"])
+    assert not torch.equal(made["pixel_adapter.0.weight"], given["pixel_adapter.0.weight"])
+
+
+@pytest.mark.parametrize(
+    "copied", [{"edit_head": "gen_image_head"}, {"edit_image_head": "gen_input_adapter"}]
+)
+def test_a_part_that_cannot_be_copied_is_refused(copied):
+    [(part, other)] = copied.items()
+    with pytest.raises(InputError, match=f"copied has {part} = '{other}', but .* it has .*edit_image_head"):
+        start_model(recipe(base=str(TINY), copied=copied))
