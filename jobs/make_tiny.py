@@ -45,12 +45,17 @@ RECIPES = Path(__file__).parent / "train" / "tiny.toml"
 WORK = Path("out/tiny")
 """Where base, data and stages of a training are kept; RECIPES name it too."""
 
-STAGES = ("vq", "stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-3-3", "stage-4-1", "stage-4-2")
+STAGES = (
+    *("vq", "stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-3-3"),
+    *("stage-4-1", "stage-4-2", "stage-4-3", "stage-4-4"),
+)
 
 DATA = (
     ("shapes-64", 8000, [(64, 64)]),
     ("shapes-96", 8000, [(96, 96)]),
     ("shapes", 24000, list(SIZES.values())),
+    ("edits-64", 24000, [(64, 64)]),
+    ("shapes-late", 40000, list(SIZES.values())),
 )
 """Folder in WORK, rows a task, sizes."""
 
