@@ -18,6 +18,10 @@ VQ_FACTOR = 16
 
 TASKS = ("generate", "edit", "understand")
 
+SLOTS = {"cpu": 32, "cuda": 128}
+"""Rows that decode at once where nobody says. A GPU that is busy with so many gains nothing from more, and
+takes fewer if it has less room."""
+
 SIZES_512 = {
     "0.5": (352, 704),
     "0.52": (352, 672),

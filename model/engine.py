@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from model.attention import BACKENDS, Visible, default_backend
-from model.config import VQ_FACTOR, ModelConfig, Size
+from model.config import SLOTS, VQ_FACTOR, ModelConfig, Size
 from model.decoder import packed, rope, rope_frequencies
 from model.errors import RowError
 from model.graphs import Replayed
@@ -37,8 +37,6 @@ STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 END_OF_LINE = "<|end_of_line>|"
 GPU_GROUP_ROWS = 64
 """Rows of a group on a GPU with room for them: fewer would read the weights more often than they compute."""
-MOST_SLOTS = 128
-"""Slots chosen where nobody says; a GPU that is busy with so many gains nothing from more."""
 PROMPT_ROOM = 1024
 """Prompt tokens a row is taken to have when slots are chosen."""
 VQ_BYTES = 3500
@@ -109,7 +107,7 @@ class EngineOptions:
     `shapes` names those that may change a row by rounding.
     """
 
-    slots: int = 32
+    slots: int = SLOTS["cpu"]
     group_rows: int = 16
     prefill_piece: int = 8
     prefill_pieces: int = 8
@@ -149,7 +147,7 @@ def gpu_options(config: ModelConfig, free: int, element: int, **given: Any) -> E
     fitting = int((0.9 * free - slice_bytes) // row)
     group = GPU_GROUP_ROWS if fitting >= GPU_GROUP_ROWS else EngineOptions.group_rows
     group = given.get("group_rows", group)
-    slots = max(1, min(fitting, MOST_SLOTS) // group) * group
+    slots = max(1, min(fitting, SLOTS["cuda"]) // group) * group
     return EngineOptions(**({"group_rows": group, "slots": slots} | given))
 
 

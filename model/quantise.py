@@ -3,10 +3,12 @@
 Knows nothing of how the decoder is used. Nothing else needs torchao.
 """
 
-import torch
+from typing import TYPE_CHECKING
 
 from model.errors import InputError
-from model.wallaroo import Wallaroo
+
+if TYPE_CHECKING:
+    from model.wallaroo import Wallaroo
 
 WEIGHTS = ("int8", "fp8")
 """int8: one scale a row, multiplied in the model's own type, so smaller but not faster. fp8: activations too,
@@ -16,13 +18,16 @@ FP8_CAPABILITY = (8, 9)
 """First compute capability of CUDA devices that multiply fp8."""
 
 
-def quantise(model: Wallaroo, weights: str) -> str:
+def quantise(model: "Wallaroo", weights: str) -> str:
     """Replaces the decoder's matrices, in place, by those that `weights` names; gives the name and version
     of what rounded them.
 
     A token's numbers still depend on no other token. Raises InputError if torchao is not installed or the
     device does not have fp8.
     """
+    # Here, not above: a run's configuration names the kinds, in processes that need no torch.
+    import torch
+
     device = model.device
     if weights == "fp8" and not (
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY

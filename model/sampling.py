@@ -1,17 +1,20 @@
 """From logits to one token a row: temperature, top-k, top-p and a draw fixed by seed and position.
 
-Knows nothing of where logits come from or which row is whose.
+Knows nothing of where logits come from or which row is whose. Whatever only plans rows, or loads and writes
+them, comes here too, so that torch, which each of these processes would wait for, is imported by `sample`.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from model.errors import RowError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIN_TEMPERATURE = 1e-5
 MAX_SEED = 2**63 - 1
@@ -93,8 +96,8 @@ class Filters:
 
 
 def kept_logits(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, filters: Filters | None = None
-) -> Tensor:
+    logits: "Tensor", temperature: "Tensor", top_k: "Tensor", top_p: "Tensor", filters: Filters | None = None
+) -> "Tensor":
     """Logits `(rows, vocabulary)` float32 after temperature, with all but the kept ones at -inf.
 
     temperature, top_k, top_p: `(rows,)`. Top-k keeps every tie with the k-th largest; top-p keeps the
@@ -104,9 +107,9 @@ def kept_logits(
     filters = filters or Filters(vocabulary, True)
     logits = logits / temperature.clamp(min=MIN_TEMPERATURE).unsqueeze(-1)
     if filters.nucleus:
-        ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     elif filters.most:
-        ordered = torch.topk(logits, filters.most).values
+        ordered = logits.topk(filters.most).values
     else:
         return logits
     limited = (top_k > 0) & (top_k < vocabulary)
@@ -122,24 +125,28 @@ def kept_logits(
     return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
 
 
-def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def filtered_probabilities(
+    logits: "Tensor", temperature: "Tensor", top_k: "Tensor", top_p: "Tensor"
+) -> "Tensor":
     """Probabilities `(rows, vocabulary)` float32 from which one token a row is drawn."""
     return kept_logits(logits, temperature, top_k, top_p).softmax(-1)
 
 
 def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    uniform: Tensor,
+    logits: "Tensor",
+    temperature: "Tensor",
+    top_k: "Tensor",
+    top_p: "Tensor",
+    uniform: "Tensor",
     filters: Filters | None = None,
-) -> Tensor:
+) -> "Tensor":
     """One token a row, int64 `(rows,)`, by inverting the distribution at `uniform` float64 `(rows,)`.
 
     Greedy rows (`top_k` 1) take the largest logit, the lowest index on a tie. Nothing is read back to
     the host, and a row's token does not depend on the other rows.
     """
+    import torch
+
     kept = kept_logits(logits, temperature, top_k, top_p, filters)
     weight = (kept - kept.amax(-1, keepdim=True)).to(torch.float64).exp()
     cumulative = weight.cumsum(-1)

@@ -174,7 +174,9 @@ class _Decoder(_Coder):
 class _Quantizer(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
-        self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
+        # As in the decoder, not drawn at random.
+        table = torch.empty(config.codebook_size, config.codebook_dim)
+        self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
 
 
 class VQModel(nn.Module):

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import SLOTS, ModelConfig
 from model.errors import InputError
 from workflows import storage
 from workflows.plan import FOLDER, Plan
@@ -145,8 +145,6 @@ def _row_bytes(output: str) -> float:
 
 
 def _kv_bytes(plan: Plan, config: RunConfig, model: ModelConfig) -> int:
-    from model.engine import MOST_SLOTS, EngineOptions
-
     decoder = model.decoder
     largest = max(plan.sizes or model.size_list(), key=lambda size: size.height * size.width)
     height, width = largest.grid
@@ -155,7 +153,7 @@ def _kv_bytes(plan: Plan, config: RunConfig, model: ModelConfig) -> int:
     element = 4 if config.device == "cpu" else 2
     row = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * element
     # A GPU with room for fewer slots takes fewer.
-    slots = config.slots or (EngineOptions().slots if config.device == "cpu" else MOST_SLOTS)
+    slots = config.slots or SLOTS["cpu" if config.device == "cpu" else "cuda"]
     return slots * branches * (PROMPT_TOKENS + tokens) * row
 
 

@@ -35,6 +35,7 @@ from actors import metrics
 from actors.replica import Replica
 from actors.rows import from_ipc, outcomes, to_ipc
 from model import checkpoint
+from model.config import SLOTS
 from model.errors import InputError, did_you_mean
 from workflows import storage
 from workflows.cluster import connected, reason
@@ -345,9 +346,7 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
     A replica holds as many shards as fill its slots and one more; a larger backlog would only keep work
     from replicas that come up later.
     """
-    from model.engine import MOST_SLOTS, EngineOptions
-
-    slots = config.slots or (MOST_SLOTS if device == "cuda" else EngineOptions().slots)
+    slots = config.slots or SLOTS[device]
     calls = 1 + math.ceil(slots * shards / rows)
     options: dict[str, Any] = {"cfg_interval": config.cfg_interval}
     if config.slots is not None:

@@ -52,6 +52,13 @@ def test_command_line_loads_nothing_heavy():
     assert done.stdout.split() == []
 
 
+def test_stages_around_replicas_need_no_torch():
+    """A second and 150 MB in each of their processes, which a run waits for."""
+    script = "import sys, workflows.pipeline; print(*{'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def public_functions():
     """Each public function and method of `model/`, with the docstrings that a reader finds for it: its
     own, and for a method also that of its class and of the same method elsewhere in the module, since
