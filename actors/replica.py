@@ -269,7 +269,7 @@ class Replica:
         import torch
 
         from model.checkpoint import load
-        from model.engine import Engine, EngineOptions, gpu_options
+        from model.engine import Engine, EngineOptions, even_threads, gpu_options
         from model.quantise import quantise
 
         torch.set_num_threads(threads)
@@ -285,6 +285,8 @@ class Replica:
         library = {} if weights is None else {"weights": quantise(model, weights)}
         if device == "cpu":
             chosen = EngineOptions(**options)
+            threads = even_threads(model.config.decoder, chosen, threads)
+            torch.set_num_threads(threads)
         else:
             free, _ = torch.cuda.mem_get_info()
             chosen = gpu_options(model.config, free, dtype.itemsize, **options)

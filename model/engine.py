@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import BACKENDS, Visible, default_backend
-from model.config import SLOTS, VQ_FACTOR, ModelConfig, Size
+from model.attention import BACKENDS, KEY_BLOCK, Visible, default_backend
+from model.config import SLOTS, VQ_FACTOR, DecoderConfig, ModelConfig, Size
 from model.decoder import packed, rope, rope_frequencies
 from model.errors import RowError
 from model.graphs import Replayed
@@ -37,6 +37,10 @@ STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 END_OF_LINE = "<|end_of_line>|"
 GPU_GROUP_ROWS = 64
 """Rows of a group on a GPU with room for them: fewer would read the weights more often than they compute."""
+LEAST_SHARED = 1 << 15
+"""Numbers a thread that torch gives one at least, of an operator on a CPU."""
+VECTOR = 32
+"""Numbers that torch's float32 operators take at once where vectors are widest."""
 PROMPT_ROOM = 1024
 """Prompt tokens a row is taken to have when slots are chosen."""
 VQ_BYTES = 3500
@@ -149,6 +153,27 @@ def gpu_options(config: ModelConfig, free: int, element: int, **given: Any) -> E
     group = given.get("group_rows", group)
     slots = max(1, min(fitting, SLOTS["cuda"]) // group) * group
     return EngineOptions(**({"group_rows": group, "slots": slots} | given))
+
+
+def even_threads(config: DecoderConfig, options: EngineOptions, threads: int) -> int:
+    """The most of so many CPU threads with which a row's bits do not depend on where in its group it stands.
+
+    Threads share an operator's numbers evenly. Where a share ends within a vector, its last numbers go
+    through other code, which rounds SiLU and powers of two otherwise. Only wide models are shared at all.
+    """
+    forwards = 2 * options.group_rows, options.prefill_piece * options.prefill_pieces
+    widths = config.intermediate_size, config.num_attention_heads * KEY_BLOCK
+
+    def even(count: int, tokens: int, width: int) -> bool:
+        numbers = tokens * width
+        share = -(-numbers // min(count, -(-numbers // LEAST_SHARED)))
+        return share % width == 0 or (share % VECTOR == 0 and width % VECTOR == 0)
+
+    return next(
+        count
+        for count in range(threads, 0, -1)
+        if all(even(count, tokens, width) for tokens in forwards for width in widths)
+    )
 
 
 @dataclass(eq=False)

@@ -90,7 +90,8 @@ class RunConfig:
     replicas: least and most model replicas.
     slots: rows that a replica decodes at once; None for as many as fit.
     device: `auto` is `cuda` where Ray has GPUs.
-    threads: CPU threads of a replica; part of what rounds a result, so never derived from `replicas`.
+    threads: CPU threads of a replica; part of what rounds a result, so never derived from `replicas`. A wide
+        model takes fewer where so many would round a row by its place (`model.engine.even_threads`).
     address: of a running Ray cluster; None starts a local one and ends it.
     price_per_hour: of one replica with its device, in whatever currency; None where nobody asks.
     """

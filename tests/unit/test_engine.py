@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.bench import Operators
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.decoder import MKL_PACKS, PackedLinear, packed
-from model.engine import Engine, EngineOptions, Request, Result, gpu_options
+from model.decoder import MKL_PACKS, MLP, PackedLinear, packed
+from model.engine import Engine, EngineOptions, Request, Result, even_threads, gpu_options
 from model.prompts import Prompt
 from model.sampling import Sampling
 from model.wallaroo import Wallaroo
@@ -141,6 +141,27 @@ def test_a_row_is_the_same_when_rows_arrive_while_others_decode(
         results |= {result.key: result for result in engine.step()}
     assert len(results) == 50
     assert_same(results, expected)
+
+
+def test_a_wide_row_has_the_same_bits_in_any_slot_with_threads_that_share_evenly() -> None:
+    """Six threads would share the numbers of the MLP within vectors, which round otherwise at their ends."""
+    decoder = dataclasses.replace(CONFIG.decoder, intermediate_size=18944)
+    threads = even_threads(decoder, EngineOptions(), 6)
+    assert threads == 4
+    torch.manual_seed(0)
+    mlp, x = MLP(decoder).requires_grad_(False), torch.randn(32, decoder.hidden_size)
+    try:
+        torch.set_num_threads(threads)
+        expected = mlp(x)
+        for turned in range(1, 32):
+            assert torch.equal(mlp(x.roll(turned, 0)).roll(-turned, 0), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 6, 16])
+def test_narrow_models_take_all_threads(wanted: int) -> None:
+    assert even_threads(CONFIG.decoder, EngineOptions(), wanted) == wanted
 
 
 def test_a_picture_is_the_same_wherever_it_stands_in_a_vq_slice(model: Wallaroo) -> None:
