@@ -873,7 +873,8 @@ class Batch:
 
     ids, image: int64 `(B, T)`; positions: int64 `(3, B, T)`; target: bool `(B, T)`; patches of all
     sources and their grids int64 `(B, 3)`; semantic, pixel: places of their embeddings in the flattened
-    `B * T`; latents: `(n, 8)`; null: bool `(B,)`; tower: what the vision tower works out from the grids.
+    `B * T`, and filled those of all that are no pads, `(tokens,)`; latents: `(n, 8)`; null: bool `(B,)`;
+    tower: what the vision tower works out from the grids.
     """
 
     ids: Tensor
@@ -881,13 +882,13 @@ class Batch:
     positions: Tensor
     target: Tensor
     null: Tensor
+    filled: Tensor
     patches: Tensor | None = None
     grids: Tensor | None = None
     semantic: Tensor | None = None
     pixel: Tensor | None = None
     latents: Tensor | None = None
     tower: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
 
     @classmethod
     def of(cls, rows: Sequence[TrainingRow], config: VisionConfig) -> "Batch":
@@ -895,9 +896,10 @@ class Batch:
         shape = (len(rows), longest)
         ids, image, target = np.zeros(shape, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, bool)
         positions = np.zeros((3, *shape), np.int64)
-        semantic, pixel = [], []
+        semantic, pixel, filled = [], [], []
         for index, row in enumerate(rows):
             length = len(row.ids)
+            filled.append(index * longest + np.arange(length))
             ids[index, :length], image[index, :length] = row.ids, row.image
             target[index, :length], positions[:, index, :length] = row.target, row.positions
             if row.semantic is not None:
@@ -916,13 +918,13 @@ class Batch:
             positions=torch.from_numpy(positions),
             target=torch.from_numpy(target),
             null=torch.tensor([row.null for row in rows]),
+            filled=torch.from_numpy(np.concatenate(filled)),
             patches=put([row.patches for row in rows]),
             grids=grids,
             semantic=put(semantic),
             pixel=put(pixel),
             latents=put([row.latents for row in rows]),
             tower=tower_plan(config, grids) if grids is not None else {},
-            tokens=sum(len(row.ids) for row in rows),
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -1004,15 +1006,18 @@ class LMLosses(nn.Module):
         if batch.pixel is not None:
             assert model.pixel_adapter is not None and batch.latents is not None
             flat = flat.index_copy(0, batch.pixel, model.pixel_adapter(batch.latents.to(x.dtype)).to(x.dtype))
-        positions = batch.positions.flatten(1)
+        positions = batch.positions.flatten(1)[:, batch.filled]
         cos, sin = rope(positions, self.frequencies, model.config.decoder.mrope_section, x.dtype)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            # Pads stand at the right, where no token that counts can see them.
-            q, k, v = (part.unflatten(0, (rows, places)) for part in (q, k, v))
-            return causal_attention(q, k, v).flatten(0, 1)
+        def padded(part: Tensor) -> Tensor:
+            whole = part.new_zeros((rows * places, *part.shape[1:])).index_copy(0, batch.filled, part)
+            return whole.unflatten(0, (rows, places))
 
-        return decoder(flat, cos, sin, attend).unflatten(0, (rows, places))
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # Pads stand at the right, where no token that counts can see them; nothing else computes any.
+            return causal_attention(padded(q), padded(k), padded(v)).flatten(0, 1)[batch.filled]
+
+        return padded(decoder(flat[batch.filled], cos, sin, attend))
 
 
 class LMJob:
@@ -1048,7 +1053,7 @@ class LMJob:
         return (batches,)
 
     def counts(self, batches: Mapping[str, Batch]) -> dict[str, int]:
-        found = {"tokens": sum(batch.tokens for batch in batches.values())}
+        found = {"tokens": sum(len(batch.filled) for batch in batches.values())}
         for task, batch in batches.items():
             drawn = batch.image[:, 1:] >= 0
             found[f"{task}_text"] = int((batch.target[:, 1:] & ~drawn).sum())
