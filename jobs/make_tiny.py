@@ -47,7 +47,7 @@ WORK = Path("out/tiny")
 
 STAGES = (
     *("vq", "stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-3-3"),
-    *("stage-4-1", "stage-4-2", "stage-4-3", "stage-4-4"),
+    *("stage-4-1", "stage-4-2", "stage-4-3", "stage-4-4", "stage-4-5"),
 )
 
 DATA = (
@@ -149,7 +149,11 @@ def scene_words() -> list[str]:
         if example.task != "understand":
             values = {"target_w": example.scene.width, "target_h": example.scene.height}
             prompt = TEMPLATES[example.task, example.language].format(prompt=prompt, **values)
-        for text in (prompt, example.answer):
+        answer = example.answer
+        if example.kind == "caption":
+            # Prompts name two objects in either order, as these answers do not.
+            answer = shapes.caption(example.scene, example.language)
+        for text in (prompt, answer):
             texts += filter(None, cut.split(text) if example.language == "zh" else [text])
     chinese = [word for items in CHINESE.values() for word in items.split("|")]
     return texts + [text for text in captions() if text.isascii()] + 3 * chinese

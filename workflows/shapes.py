@@ -138,13 +138,17 @@ def held_out(scene: Scene) -> bool:
     One combination in eight, by the sha256 of its description. Sizes and places do not count, and the
     same two objects named from the other side are the same combination.
     """
+    scene = _in_order(scene)
     things = [f"{thing.colour} {thing.shape}" for thing in scene.things]
-    relation = scene.relation
-    if relation in ("right", "below"):
-        things.reverse()
-        relation = _OPPOSITE[relation]
-    key = f"{' | '.join(things)} | {relation} | {scene.background}"
+    key = f"{' | '.join(things)} | {scene.relation} | {scene.background}"
     return hashlib.sha256(key.encode()).digest()[0] % 8 == 0
+
+
+def _in_order(scene: Scene) -> Scene:
+    """The same scene, two objects named from the left or from above."""
+    if scene.relation not in ("right", "below"):
+        return scene
+    return replace(scene, things=scene.things[::-1], relation=_OPPOSITE[scene.relation])
 
 
 def draw(scene: Scene) -> np.ndarray:
@@ -413,7 +417,8 @@ def _understand(generator: np.random.Generator, size: Size, kind: str, language:
         answer = _name(scene.things[1 - which], language)
     else:
         prompt = DEFAULT_QUESTION[language]
-        answer = caption(scene, language)
+        # One picture, one answer: which object is named first cannot be seen.
+        answer = caption(_in_order(scene), language)
     return Example("understand", kind, language, prompt, scene, answer=answer)
 
 

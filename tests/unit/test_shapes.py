@@ -38,6 +38,19 @@ def test_files_are_manifests_with_scenes(folder, task):
             assert np.array_equal(np.array(Image.open(io.BytesIO(shown))), draw(scene))
 
 
+def test_captions_of_two_begin_at_the_left_or_above(folder):
+    rows = pq.read_table(folder / "train" / "understand.parquet").to_pylist()
+    scenes = {row["answer"]: json.loads(row["scene"]) for row in rows if row["kind"] == "caption"}
+    pairs = {answer: scene for answer, scene in scenes.items() if len(scene["things"]) == 2}
+    assert {scene["relation"] for scene in pairs.values()} & {"right", "below"}
+    for answer, scene in pairs.items():
+        first, second = sorted(scene["things"], key=lambda thing: thing["row"] + thing["column"])
+        names = [(one["colour"], one["shape"]) for one in (first, second)]
+        if all(ord(letter) < 128 for letter in answer):
+            assert [" ".join(name) in answer for name in names] == [True, True]
+            assert answer.index(" ".join(names[0])) < answer.index(" ".join(names[1]))
+
+
 @pytest.mark.parametrize("task", KINDS)
 def test_lines_hold_the_same_rows(folder, task):
     rows = pq.read_table(folder / "train" / f"{task}.parquet").to_pylist()
