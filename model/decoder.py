@@ -83,8 +83,8 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        # Not drawn at random: on the meta device, that imports torch's compiler, for a second.
-        table = torch.empty(config.vocab_size, config.hidden_size)
+        # Uniform: the usual normal numbers import torch's compiler on the meta device, which takes a second.
+        table = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -174,8 +174,8 @@ class _Decoder(_Coder):
 class _Quantizer(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
-        # As in the decoder, not drawn at random.
-        table = torch.empty(config.codebook_size, config.codebook_dim)
+        # Uniform, as the decoder's.
+        table = torch.empty(config.codebook_size, config.codebook_dim).uniform_(-1, 1)
         self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
 
 

@@ -52,9 +52,19 @@ def test_command_line_loads_nothing_heavy():
     assert done.stdout.split() == []
 
 
-def test_stages_around_replicas_need_no_torch():
-    """A second and 150 MB in each of their processes, which a run waits for."""
-    script = "import sys, workflows.pipeline; print(*{'torch', 'transformers'} & set(sys.modules))"
+@pytest.mark.parametrize(
+    ("script", "libraries"),
+    [
+        ("import workflows.pipeline", {"torch", "transformers"}),
+        (
+            "from model.checkpoint import TINY, load; load(TINY, 'generate')",
+            {"torch._dynamo", "transformers"},
+        ),
+    ],
+    ids=["around replicas", "replica"],
+)
+def test_processes_that_a_run_waits_for_import_no_more_than_they_use(script, libraries):
+    script = f"import sys; {script}; print(*{libraries} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
