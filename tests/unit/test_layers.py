@@ -45,25 +45,19 @@ def test_model_imports_without_ray_and_arrow():
     assert set(done.stdout.split()) == modules
 
 
-def test_command_line_loads_nothing_heavy():
-    """What `wallaroo --help` waits for."""
-    script = "import sys, jobs.cli; print(*{'torch', 'ray', 'pyarrow', 'numpy', 'rich'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
-
-
 @pytest.mark.parametrize(
     ("script", "libraries"),
     [
+        ("import jobs.cli", {"torch", "ray", "pyarrow", "numpy", "rich"}),
         ("import workflows.pipeline", {"torch", "transformers"}),
         (
             "from model.checkpoint import TINY, load; load(TINY, 'generate')",
             {"torch._dynamo", "transformers"},
         ),
     ],
-    ids=["around replicas", "replica"],
+    ids=["wallaroo --help", "around replicas", "replica"],
 )
-def test_processes_that_a_run_waits_for_import_no_more_than_they_use(script, libraries):
+def test_processes_that_somebody_waits_for_import_no_more_than_they_use(script, libraries):
     script = f"import sys; {script}; print(*{libraries} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
