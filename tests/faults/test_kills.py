@@ -26,10 +26,14 @@ LIMIT_SECONDS = 300
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
 """Kills at random moments; `make soak` has more."""
 
+MOMENTS = 2, 14
+"""Seconds after a start in which it is killed. The earlier half of them is while Ray and replicas start, so
+that no machine has its rows done by then; the rest is while rows are made and written."""
+
 SEEDS = {"local": range(1, 1 + ROUNDS), "on_s3": range(1001, 1001 + ROUNDS)}
 
 # More rounds want more rows, or most of them find nothing left to do.
-COPIES = max(1, 2 * ROUNDS - 5)
+COPIES = max(1, ROUNDS // 5)
 MANIFEST = [
     {**row, "id": f"{row['id']}-{copy}", "seed": row["seed"] + 100 * copy}
     for copy in range(COPIES)
@@ -84,7 +88,7 @@ class Rounds:
         chance = random.Random(seed)
         process = self.start("random")
         try:
-            process.wait(chance.uniform(2, 25))
+            process.wait(chance.uniform(*MOMENTS))
             assert process.returncode == 0, self.log()
         except subprocess.TimeoutExpired:
             family = psutil.Process(process.pid).children(recursive=True)

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -55,7 +56,10 @@ class DiesAtWork(Sick):
 
 def dying_write(row, mark, driver, least, output, again, watch):
     """Kills everybody in the middle of writing a file, when so many are there."""
-    if len(list_done(output)) >= least and not mark.exists():
+    if mark.exists():
+        # Another writer kills us all; this one must not have its file done by then.
+        time.sleep(60)
+    if len(list_done(output)) >= least:
 
         def end(*_):
             mark.touch()
