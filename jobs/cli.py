@@ -622,8 +622,18 @@ def data() -> None:
 )
 @click.option("--square", type=int, metavar="PIXELS", help="Draw one size, of this side, instead.")
 @click.option("--lines", is_flag=True, help="Also as JSON lines, which `python -m model.train` reads.")
+@click.option(
+    "--hard", is_flag=True, help="To train on, mostly edits of one object of two, and questions for captions."
+)
 def shapes(
-    output: str, rows: int, held_out: int, seed: int, model: str, square: int | None, lines: bool
+    output: str,
+    rows: int,
+    held_out: int,
+    seed: int,
+    model: str,
+    square: int | None,
+    lines: bool,
+    hard: bool,
 ) -> int:
     """Write drawn scenes of one to three objects to the folder OUTPUT: train/ and held-out/, each with
     generate.parquet, edit.parquet and understand.parquet, which are manifests of those tasks.
@@ -643,7 +653,7 @@ def shapes(
     if square is not None and (square % VQ_FACTOR or square < least):
         raise click.UsageError(f"--square is {square}, but must be a multiple of {VQ_FACTOR} from {least}.")
     sizes = [Size(square, square)] if square else load_config(TINY if model == "tiny" else model).size_list()
-    for path in write(output, rows, held_out, seed, sizes, lines):
+    for path in write(output, rows, held_out, seed, sizes, lines, hard):
         click.echo(path)
     return OK
 

@@ -61,6 +61,9 @@ KINDS = {
 }
 """Task -> what its rows ask for."""
 
+HARD = {"generate": (), "edit": ("recolour", "reshape", "remove"), "understand": ("caption",)}
+"""Task -> the kinds that take a model longest: to tell two objects apart, and to name them all."""
+
 CHINESE = {
     "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色",
     "white": "白色", "black": "黑色", "grey": "灰色", "pink": "粉色",
@@ -180,15 +183,22 @@ def sample(generator: np.random.Generator, size: Size, task: str, kind: str, lan
 
 
 def examples(
-    rows: int, seed: int, sizes: list[Size], held: bool, tasks: tuple[str, ...] = tuple(KINDS), first: int = 0
+    rows: int,
+    seed: int,
+    sizes: list[Size],
+    held: bool,
+    tasks: tuple[str, ...] = tuple(KINDS),
+    first: int = 0,
+    hard: bool = False,
 ) -> Iterator[Example]:
-    """Rows of all tasks, kinds, languages and sizes in turn; row n depends on `seed` and n alone. It begins
-    with row `first`.
+    """Rows of all tasks, kinds, languages and sizes in turn; row n depends on the arguments and n alone. It
+    begins with row `first`.
 
     held: whether the combinations (of an edit, that of its result) are the held-out ones or the others.
-    In training both sides of an edit are of the others.
+    In training both sides of an edit are of the others. hard: whether the kinds in HARD come three times as
+    often as others, and their edits always of one object of two.
     """
-    cells = [(task, kind) for task in tasks for kind in KINDS[task]]
+    cells = [(task, kind) for task in tasks for kind in (*KINDS[task], *(2 * HARD[task] if hard else ()))]
     for number in range(first, rows):
         generator = np.random.default_rng((seed, int(held), number))
         task, kind = cells[number % len(cells)]
@@ -199,6 +209,8 @@ def examples(
         while True:
             example = sample(generator, size, task, kind, language)
             source_held = example.source is not None and held_out(example.source)
+            if hard and example.source and kind in HARD[task] and len(example.source.things) < 2:
+                continue
             if held_out(example.scene) == held and (held or not source_held):
                 break
         yield example
@@ -472,13 +484,20 @@ GROUP_ROWS = 1000
 
 
 def write(
-    output: str, rows: int, held_out_rows: int, seed: int, sizes: list[Size], lines: bool = False
+    output: str,
+    rows: int,
+    held_out_rows: int,
+    seed: int,
+    sizes: list[Size],
+    lines: bool = False,
+    hard: bool = False,
 ) -> list[str]:
     """Writes the data set into a folder: for each task `train/TASK.parquet` with `rows` rows, and
     `held-out/TASK.parquet` with `held_out_rows`, combinations that the former lack; gives their paths.
 
     Each file is a manifest of its task. lines: also `train/TASK.jsonl`, which `python -m model.train`
-    reads. Raises InputError for a number below one.
+    reads. hard: whether the rows to train on are mostly of the kinds in HARD; those held out are the same
+    either way. Raises InputError for a number below one.
     """
     if rows < 1 or held_out_rows < 1:
         raise InputError(
@@ -487,9 +506,10 @@ def write(
     written = []
     # No more processes than cores; they are started anew, since a fork would copy the locks of threads.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for folder, count, held in (("train", rows, False), ("held-out", held_out_rows, True)):
+        parts = (("train", rows, False, hard), ("held-out", held_out_rows, True, False))
+        for folder, count, held, mostly_hard in parts:
             for task in KINDS:
-                make = functools.partial(_group, folder, count, seed, sizes, held, task)
+                make = functools.partial(_group, folder, count, seed, sizes, held, mostly_hard, task)
                 path = storage.join(output, folder, f"{task}.parquet")
                 with storage.write_stream(path) as stream:
                     text = io.StringIO() if lines and not held else None
@@ -502,11 +522,11 @@ def write(
 
 
 def _group(
-    folder: str, rows: int, seed: int, sizes: list[Size], held: bool, task: str, first: int
+    folder: str, rows: int, seed: int, sizes: list[Size], held: bool, hard: bool, task: str, first: int
 ) -> list[dict[str, Any]]:
     """The rows of one group of a file, which begins with row `first`."""
     last = min(rows, first + GROUP_ROWS)
-    numbered = enumerate(examples(last, seed, sizes, held, (task,), first), first)
+    numbered = enumerate(examples(last, seed, sizes, held, (task,), first, hard), first)
     return [to_values(example, f"{folder}-{task}-{number}") for number, example in numbered]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from PIL import Image
 
 from jobs.cli import cli
 from model.train import read_rows
-from workflows.shapes import KINDS, Scene, draw, held_out
+from workflows.shapes import HARD, KINDS, Scene, draw, held_out
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,23 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     for path in tmp_path.rglob("*.parquet"):
         assert path.read_bytes() == (folder / path.relative_to(tmp_path)).read_bytes()
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_hard_rows_to_train_on_are_mostly_of_the_hard_kinds(folder, tmp_path):
+    arguments = ["data", "shapes", str(tmp_path), "--rows", "72", "--held-out", "20", "--seed", "4", "--hard"]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    kinds = {}
+    for task in KINDS:
+        held = f"held-out/{task}.parquet"
+        assert (tmp_path / held).read_bytes() == (folder / held).read_bytes()
+        kinds[task] = Counter(pq.read_table(tmp_path / "train" / f"{task}.parquet")["kind"].to_pylist())
+        assert set(kinds[task]) == set(KINDS[task])
+    for task, kind in (("edit", "move"), ("understand", "count")):
+        assert {kinds[task][hard] for hard in HARD[task]} == {3 * kinds[task][kind]}
+    rows = pq.read_table(tmp_path / "train" / "edit.parquet").to_pylist()
+    things = {len(json.loads(row["source_scene"])["things"]) for row in rows if row["kind"] in HARD["edit"]}
+    assert things == {2}
+    assert not any(held_out(Scene.from_json(row["scene"])) for row in rows)
 
 
 def test_small_squares_have_room_for_two(tmp_path):
