@@ -19,12 +19,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.decoder import MKL_PACKS, Layer
+from model.decoder import PACKS, Layer, packed
 from model.engine import END_OF_LINE, Engine, EngineOptions, Request
 from model.prompts import Prompt
 from model.reference import Reference
@@ -170,29 +170,32 @@ def interleaved(device: torch.device, rounds: int, **subjects: Callable[[], obje
     return {name: Timed(statistics.median(times), min(times)) for name, times in seconds.items()}
 
 
-def decode_products(model: Wallaroo, task: str, rows: int) -> Callable[[], None]:
+def decode_products(
+    model: Wallaroo, task: str, rows: int, ready: Callable[[nn.Linear, int], nn.Module] | None = None
+) -> Callable[[], None]:
     """The matrix products of one decode step of `rows` guided rows and nothing else, each with its own
-    weights, so that they come from memory as they do in the step."""
-    hidden = model.config.decoder.hidden_size
+    weights, so that they come from memory as they do in the step. ready: what a layer becomes, given how many
+    inputs it will have; by default it stays what it is."""
     _, head = model.image_parts(task)
+    products: list[tuple[nn.Module, Tensor]] = []
 
-    def given(width: int, count: int = 2 * rows) -> Tensor:
-        return torch.randn(count, width, device=model.device, dtype=model.dtype)
+    def add(linear: nn.Module, count: int = 2 * rows) -> None:
+        assert isinstance(linear, nn.Linear)
+        x = torch.randn(count, linear.in_features, device=model.device, dtype=model.dtype)
+        products.append((ready(linear, count) if ready else linear, x))
 
-    decoder = model.config.decoder
-    layers = cast(list[Layer], list(model.language_model.layers))
-    narrow, heads = given(hidden), given(decoder.num_attention_heads * decoder.head_dim)
-    wide, mixed = given(decoder.intermediate_size), given(hidden, rows)
+    for layer in cast(list[Layer], list(model.language_model.layers)):
+        add(layer.self_attn.qkv_proj)
+        add(layer.self_attn.o_proj)
+        add(layer.mlp.gate_up_proj)
+        add(layer.mlp.down_proj)
+    add(head[0])
+    add(head[2], rows)
 
     @torch.inference_mode()
     def run() -> None:
-        for layer in layers:
-            layer.self_attn.qkv_proj(narrow)
-            layer.self_attn.o_proj(heads)
-            layer.mlp.gate_up_proj(narrow)
-            layer.mlp.down_proj(wide)
-        head[0](narrow)
-        head[2](mixed)
+        for product, x in products:
+            product(x)
 
     return run
 
@@ -253,15 +256,15 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _packed_flops(x: Sequence[int], packed: Any, weight: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of a linear layer with packed weights, by the shapes of its arguments."""
-    return 2 * math.prod(x) * weight[0]
+def _packed_flops(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    """Of a product by a packed matrix, by the shapes of its first argument and of its result."""
+    return 2 * math.prod(x) * out_shape[-1]
 
 
 def counted(model: Wallaroo, requests: Sequence[Request], options: EngineOptions) -> dict[str, float]:
     """What serving `requests` took in work, whatever the clock says."""
     engine = Engine(model, "generate", options)
-    formulas = {torch.ops.mkl._mkl_linear: _packed_flops} if MKL_PACKS else {}
+    formulas = {torch.ops.mkldnn._linear_pointwise: _packed_flops} if PACKS else {}
     with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
         list(engine.run(requests))
     counts = engine.counts
@@ -307,7 +310,12 @@ def occupancy(model: Wallaroo, sizes: Sequence[Size], rows: int = 200, slots: in
 
 
 def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Sequence[int]) -> dict[str, Any]:
-    """Everything this module measures, for pictures of the given sides; the keys are explained by `main`."""
+    """Everything this module measures, for pictures of the given sides.
+
+    decode_gemm_fraction is the time that the step's matrix products take by `F.linear`, over that of the
+    step: above 1 where the engine's own products are faster by more than all else takes.
+    decode_own_gemm_fraction is the share of the step that its own products take.
+    """
     config = MODELS[name]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = random_model(config, ("generate",), device, dtype)
@@ -340,9 +348,14 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
             list(Engine(model, "generate", smaller).run(requests[: smaller.slots]))
 
         products, double = (decode_products(model, "generate", count) for count in (slots, 2 * slots))
+        own = decode_products(model, "generate", slots, packed)
         steps = size.grid[0] * (size.grid[1] + 1) - 1
 
         def gemms(products: Callable[[], None] = products) -> None:
+            for _ in range(16):
+                products()
+
+        def gemms_own(products: Callable[[], None] = own) -> None:
             for _ in range(16):
                 products()
 
@@ -374,6 +387,7 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
             same=same_batch,
             one=one,
             gemms=gemms,
+            gemms_own=gemms_own,
             gemms_double=gemms_double,
             decode=decode,
         )
@@ -385,6 +399,7 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
             "speedup_vs_reference_b1": timed["one"].median * slots / timed["engine"].median,
             "speedup_vs_reference_same_batch": timed["same"].median / timed["engine"].median,
             "decode_gemm_fraction": timed["gemms"].median / 16 / step,
+            "decode_own_gemm_fraction": timed["gemms_own"].median / 16 / step,
             "line_end_fusion_bound": line / (line - 2 + fused),
             "decode_share": step * steps / timed["engine"].median,
         } | counted(model, requests, options)

@@ -100,25 +100,51 @@ class Decoder(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for exactly `rows` inputs, whose weight MKL has laid out for so many: a fifth faster."""
+    """A linear layer whose weight oneDNN has laid out for forwards of `rows` inputs. MKL, which `F.linear`
+    calls, leaves the wide vectors of other CPUs than Intel's unused; there this is twice as fast."""
 
     def __init__(self, linear: nn.Linear, rows: int):
         super().__init__()
-        self.weight, self.bias, self.rows = linear.weight.detach(), linear.bias, rows
-        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+        self.weight, self.bias = _laid_out(linear.weight, rows), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
+
+
+class PackedMLP(nn.Module):
+    """An MLP likewise, its activation and the product with it done where their numbers come to be."""
+
+    def __init__(self, mlp: MLP, rows: int):
+        super().__init__()
+        self.gate, self.up = (_laid_out(part, rows) for part in mlp.gate_up_proj.weight.chunk(2))
+        self.down_proj = PackedLinear(mlp.down_proj, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.ops.mkldnn._linear_pointwise(x, self.gate, None, "swish", [], "")
+        wide = torch.ops.mkldnn._linear_pointwise.binary(x, gate, self.up, None, "mul")
+        return cast(Tensor, self.down_proj(wide))
 
 
 PACKED_BYTES = 16 << 20
 """Of the largest matrix that is packed."""
 
-MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether this torch can multiply by packed matrices."""
 
 Part = TypeVar("Part", bound=nn.Module)
+
+
+def _laid_out(weight: Tensor, rows: int) -> Tensor:
+    laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return laid_out
+
+
+def _is_packed(linear: nn.Linear) -> bool:
+    weight = linear.weight.detach()
+    # Weights in 8 bits are tensors of another class.
+    plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return PACKS and plain and weight.nbytes <= PACKED_BYTES
 
 
 def packed(part: Part, rows: int) -> Part:
@@ -127,11 +153,9 @@ def packed(part: Part, rows: int) -> Part:
     for memory more than for arithmetic, and elsewhere nothing is gained.
     """
     if isinstance(part, nn.Linear):
-        weight = part.weight.detach()
-        # Weights in 8 bits are tensors of another class.
-        plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
-        packs = MKL_PACKS and plain and weight.nbytes <= PACKED_BYTES
-        return cast(Part, PackedLinear(part, rows)) if packs else part
+        return cast(Part, PackedLinear(part, rows)) if _is_packed(part) else part
+    if isinstance(part, MLP) and _is_packed(part.gate_up_proj) and _is_packed(part.down_proj):
+        return cast(Part, PackedMLP(part, rows))
     made = copy.copy(part)
     made._modules = {name: child and packed(child, rows) for name, child in part._modules.items()}
     return made

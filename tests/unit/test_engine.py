@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.bench import Operators
+from model.bench import MODELS, Operators, counted, text_requests
+from model.bench import random_model as bench_model
 from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.decoder import MKL_PACKS, MLP, PackedLinear, packed
+from model.decoder import MLP, PACKS, PackedLinear, PackedMLP, packed
 from model.engine import Engine, EngineOptions, Request, Result, even_threads, gpu_options
 from model.prompts import Prompt
 from model.sampling import Sampling
@@ -155,6 +156,23 @@ def test_a_wide_row_has_the_same_bits_in_any_slot_with_threads_that_share_evenly
         expected = mlp(x)
         for turned in range(1, 32):
             assert torch.equal(mlp(x.roll(turned, 0)).roll(-turned, 0), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not PACKS, reason="this torch has no oneDNN")
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_row_has_the_same_bits_in_any_place_of_a_packed_product(threads: int) -> None:
+    decoder = dataclasses.replace(CONFIG.decoder, hidden_size=512, intermediate_size=1000)
+    torch.manual_seed(0)
+    mlp, x = packed(MLP(decoder).requires_grad_(False), 32), torch.randn(32, 512)
+    assert isinstance(mlp, PackedMLP)
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            expected = mlp(x)
+            for turned in range(1, 32):
+                assert torch.equal(mlp(x.roll(turned, 0)).roll(-turned, 0), expected)
     finally:
         torch.set_num_threads(1)
 
@@ -498,6 +516,17 @@ def test_logits_are_guided_within_the_interval_and_not_outside(model: Wallaroo) 
     np.testing.assert_allclose(some[outside], plain[outside], rtol=0, atol=1e-3)
 
 
+def test_a_full_batch_takes_little_more_than_the_least_arithmetic() -> None:
+    config = MODELS["mid"]
+    options = EngineOptions(slots=32, group_rows=32, decode_vq=False)
+    requests = text_requests(config, 32, [Size(128, 128)])
+    model = bench_model(config, ("generate",), torch.device("cpu"), torch.float32)
+    counts = counted(model, requests, options)
+    assert 1 <= counts["flops_ratio"] <= 1.02
+    assert counts["padded_row_share"] == counts["synchronisations_per_step"] == 0
+    assert counts["forwards_per_image"] == 8 * 9 - 2  # the first token is the prompt's, the last is not fed
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_replayed_steps_draw_the_same_tokens_as_steps_that_run() -> None:
     random = random_model(CONFIG, "generate").to("cuda")
@@ -505,18 +534,30 @@ def test_replayed_steps_draw_the_same_tokens_as_steps_that_run() -> None:
     assert_same(replayed, run)
 
 
-@pytest.mark.skipif(not MKL_PACKS, reason="this torch has no MKL")
+@pytest.mark.skipif(not PACKS, reason="this torch has no oneDNN")
 def test_packed_weights_give_the_products_of_those_they_are_made_of() -> None:
     decoder = random_model(CONFIG, "generate").language_model
     made = packed(decoder, 32)
-    products = [module for module in made.modules() if isinstance(module, PackedLinear)]
-    assert len(products) == 4 * len(decoder.layers)
-    assert not any(isinstance(module, PackedLinear) for module in decoder.modules())
-    plain = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
+
+    def parts(whole: torch.nn.Module, *kinds: type) -> list[torch.nn.Module]:
+        return [module for module in whole.modules() if isinstance(module, kinds)]
+
+    kinds = PackedLinear, PackedMLP
+    assert not parts(decoder, *kinds)
+    assert len(parts(made, PackedMLP)) == len(decoder.layers) and not parts(made, MLP, torch.nn.Linear)
+    assert len(parts(made, PackedLinear)) == 3 * len(decoder.layers)
     with torch.inference_mode():
-        for one, other in zip(products, plain, strict=True):
-            x = torch.randn(32, other.in_features)
-            torch.testing.assert_close(one(x), other(x), rtol=1e-4, atol=1e-4)
+        for one, other in zip(made.layers, decoder.layers, strict=True):
+            attention, plain = one.self_attn, other.self_attn
+            for product, linear in (
+                (attention.qkv_proj, plain.qkv_proj),
+                (attention.o_proj, plain.o_proj),
+                (one.mlp.down_proj, other.mlp.down_proj),
+                (one.mlp, other.mlp),
+            ):
+                width = CONFIG.decoder.hidden_size if linear is other.mlp else linear.in_features
+                x = torch.randn(32, width)
+                torch.testing.assert_close(product(x), linear(x), rtol=1e-4, atol=1e-4)
     # Nothing is packed that is multiplied in another way.
     half = random_model(CONFIG, "generate").bfloat16().language_model
-    assert not any(isinstance(module, PackedLinear) for module in packed(half, 32).modules())
+    assert not parts(packed(half, 32), *kinds)
