@@ -196,12 +196,17 @@ def examples(
 
     held: whether the combinations (of an edit, that of its result) are the held-out ones or the others.
     In training both sides of an edit are of the others. hard: whether the kinds in HARD come three times as
-    often as others, and their edits always of one object of two.
+    often as others, edits twice of these times of one object of two.
     """
-    cells = [(task, kind) for task in tasks for kind in (*KINDS[task], *(2 * HARD[task] if hard else ()))]
+    cells = [
+        (task, kind, more)
+        for task in tasks
+        for kinds, more in ((KINDS[task], False), (2 * HARD[task] if hard else (), True))
+        for kind in kinds
+    ]
     for number in range(first, rows):
         generator = np.random.default_rng((seed, int(held), number))
-        task, kind = cells[number % len(cells)]
+        task, kind, of_two = cells[number % len(cells)]
         turn = number // len(cells)
         language, size = LANGUAGES[turn % 2], sizes[turn // 2 % len(sizes)]
         if kind == "three" and _room(size) < 3:
@@ -209,7 +214,7 @@ def examples(
         while True:
             example = sample(generator, size, task, kind, language)
             source_held = example.source is not None and held_out(example.source)
-            if hard and example.source and kind in HARD[task] and len(example.source.things) < 2:
+            if of_two and example.source and len(example.source.things) < 2:
                 continue
             if held_out(example.scene) == held and (held or not source_held):
                 break
