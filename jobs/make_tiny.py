@@ -47,17 +47,19 @@ WORK = Path("out/tiny")
 
 STAGES = (
     *("vq", "stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-3-3"),
-    *("stage-4-1", "stage-4-2", "stage-4-3", "stage-4-4", "stage-4-5"),
+    *("stage-4-1", "stage-4-2", "stage-4-3", "stage-4-4", "stage-4-5", "stage-4-6", "stage-4-7"),
 )
 
 DATA = (
-    ("shapes-64", 8000, [(64, 64)]),
-    ("shapes-96", 8000, [(96, 96)]),
-    ("shapes", 24000, list(SIZES.values())),
-    ("edits-64", 24000, [(64, 64)]),
-    ("shapes-late", 40000, list(SIZES.values())),
+    ("shapes-64", 8000, [(64, 64)], False),
+    ("shapes-96", 8000, [(96, 96)], False),
+    ("shapes", 24000, list(SIZES.values()), False),
+    ("edits-64", 24000, [(64, 64)], False),
+    ("shapes-late", 40000, list(SIZES.values()), False),
+    ("edits-hard-64", 24000, [(64, 64)], True),
+    ("shapes-hard", 40000, list(SIZES.values()), True),
 )
-"""Folder in WORK, rows a task, sizes."""
+"""Folder in WORK, rows a task, sizes, whether mostly the hard kinds."""
 
 ENGLISH = {
     "count": "a|one|two|three|four|several|many|a pair of",
@@ -224,10 +226,11 @@ def make(folder: str | Path) -> None:
     """Train a checkpoint, or on from where that was, and write it into a folder, over what is there."""
     if not (WORK / "base").exists():
         make_base(WORK / "base")
-    for name, rows, sizes in DATA:
+    for name, rows, sizes, hard in DATA:
         if not (WORK / name / "held-out" / "understand.parquet").exists():
             print(f"drawing {WORK / name}", flush=True)
-            shapes.write(str(WORK / name), rows, 600, 0, [Size(*size) for size in sizes], lines=True)
+            drawn = [Size(*size) for size in sizes]
+            shapes.write(str(WORK / name), rows, 600, 0, drawn, lines=True, hard=hard)
     for stage in STAGES:
         print(stage, flush=True)
         trained = train(Recipe.from_file(RECIPES, stage), functools.partial(print, flush=True))
