@@ -286,6 +286,7 @@ def counted(model: Wallaroo, requests: Sequence[Request], options: EngineOptions
         "padded_row_share": 1 - counts["row_steps"] / counts["slot_steps"],
         "operators_per_step": operators.counts["operators"] / 8,
         "synchronisations_per_step": operators.counts["synchronisations"] / 8,
+        "allocations_per_step": operators.counts["buffers"] / 8,
         "kv_bytes_over_needed": capacity / needed,
     }
 
