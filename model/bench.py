@@ -46,6 +46,9 @@ FACTORIES = (
 )
 """Operators that make a tensor from none."""
 
+REPEATS = 16
+"""Times that a step's products are made in one measurement."""
+
 MODELS = {
     "tiny": ModelConfig(
         decoder=DecoderConfig(1100, 128, 384, 4, 4, 2, 1e-6, 1e4, (4, 6, 6)),
@@ -196,6 +199,16 @@ def decode_products(
     def run() -> None:
         for product, x in products:
             product(x)
+
+    return run
+
+
+def repeated(products: Callable[[], None]) -> Callable[[], None]:
+    """The same REPEATS times: a step's products alone are too short to time."""
+
+    def run() -> None:
+        for _ in range(REPEATS):
+            products()
 
     return run
 
@@ -352,18 +365,6 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
         own = decode_products(model, "generate", slots, packed)
         steps = size.grid[0] * (size.grid[1] + 1) - 1
 
-        def gemms(products: Callable[[], None] = products) -> None:
-            for _ in range(16):
-                products()
-
-        def gemms_own(products: Callable[[], None] = own) -> None:
-            for _ in range(16):
-                products()
-
-        def gemms_double(products: Callable[[], None] = double) -> None:
-            for _ in range(16):
-                products()
-
         decode_seconds: list[float] = []
 
         def decode(
@@ -387,9 +388,9 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
             few=few,
             same=same_batch,
             one=one,
-            gemms=gemms,
-            gemms_own=gemms_own,
-            gemms_double=gemms_double,
+            gemms=repeated(products),
+            gemms_own=repeated(own),
+            gemms_double=repeated(double),
             decode=decode,
         )
         line, fused = size.grid[1] + 1, timed["gemms_double"].median / timed["gemms"].median
@@ -399,8 +400,8 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
             f"images_per_second_at_{smaller.slots}_slots": smaller.slots / timed["few"].median,
             "speedup_vs_reference_b1": timed["one"].median * slots / timed["engine"].median,
             "speedup_vs_reference_same_batch": timed["same"].median / timed["engine"].median,
-            "decode_gemm_fraction": timed["gemms"].median / 16 / step,
-            "decode_own_gemm_fraction": timed["gemms_own"].median / 16 / step,
+            "decode_gemm_fraction": timed["gemms"].median / REPEATS / step,
+            "decode_own_gemm_fraction": timed["gemms_own"].median / REPEATS / step,
             "line_end_fusion_bound": line / (line - 2 + fused),
             "decode_share": step * steps / timed["engine"].median,
         } | counted(model, requests, options)

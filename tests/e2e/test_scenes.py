@@ -10,7 +10,7 @@ from workflows.pipeline import run
 from workflows.run_config import RunConfig
 from workflows.shapes import examples, to_values
 
-RIGHT = {"generate": 32, "edit": 30, "understand": 36}
+RIGHT = {"generate": 33, "edit": 30, "understand": 36}
 """How many of 40 rows must be right at least."""
 
 
