@@ -1,9 +1,9 @@
 """Training: the losses of the image tokenizer and of the four stages, and one loop for all of them.
 
 Rows, losses and what is frozen follow the published recipe (arXiv 2603.04980); `python -m model.train
-RECIPES.toml STAGE` runs one stage. The rows of a step, and what is drawn for each, depend on the seed and
-the step alone, however many processes share them, so a run that was killed goes on to the same losses.
-Knows nothing of Ray or Parquet: rows are dicts.
+RECIPES.toml STAGE [WORKERS]` runs one stage. The rows of a step, and what is drawn for each, depend on the
+seed and the step alone, however many processes share them, so a run that was killed goes on to the same
+losses. Knows nothing of Ray or Parquet: rows are dicts.
 """
 
 import base64
@@ -16,7 +16,10 @@ import io
 import itertools
 import json
 import math
+import os
+import signal
 import sys
+import tempfile
 import time
 import tomllib
 import typing
@@ -57,6 +60,7 @@ from model.images import (
     semantic_image,
     smart_resize,
 )
+from model.muon import Muon, takes
 from model.prompts import TEMPLATES, Prompt, edit_prompt, generate_prompt, understand_prompt
 from model.sampling import Sampling
 from model.tokenizer import Control, Tokenizer
@@ -88,7 +92,8 @@ class Recipe:
     tenth. largest_loss: text-to-image loss, text and image added, above which a step is skipped, as one is
     whose losses are not finite; 0 for no such bound. drop: share of prompts that become empty.
     smoothing: label smoothing of the image tokens; null_smoothing: of those after such prompts. masked:
-    bound on the share of source latents that are kept in an edit; 0 keeps all. templates: TASK_LANGUAGE ->
+    bound on the share of source latents that are kept in an edit; 0 keeps all. muon: whether matrices learn
+    by Muon, which takes fewer steps, instead of by AdamW, as all else does. templates: TASK_LANGUAGE ->
     texts around a prompt, drawn at random. lengths: task -> tokens of a row at most, longer ones are left
     out; least_side: of pictures to draw, those whose longer side is less, or more than twice the other,
     are left out; 0 keeps all. semantic_pixels: most pixels that the vision tower sees, 0 for those of
@@ -120,6 +125,7 @@ class Recipe:
     smoothing: float = 0.0
     null_smoothing: float = 0.0
     masked: float = 0.4
+    muon: bool = False
     learn: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ("vq.", "visual.")
     threads: int = 0
@@ -236,7 +242,8 @@ def _in_words(kind: Any) -> str:
     if inner:
         listed = typing.get_origin(kind) is not dict
         return f"a {'list' if listed else 'table'}, each of it {_in_words(inner[0 if listed else 1])}"
-    return {int: "a whole number from 0", float: "a number from 0", str: "a text"}[kind]
+    kinds = {int: "a whole number from 0", float: "a number from 0", str: "a text", bool: "true or false"}
+    return kinds[kind]
 
 
 Row = Mapping[str, Any]
@@ -383,6 +390,22 @@ class Process:
     total: Callable[[Tensor], Tensor] = lambda values: values
 
 
+def process_of_group(recipe: Recipe, device: str) -> Process:
+    """This process as one of the process group of torch.distributed that it has joined."""
+    # A part that no task of the stage uses has no gradient to wait for.
+    unused = set(recipe.tasks or load_config(recipe.base).tasks) != set(recipe.rows)
+
+    def wrap(module: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=unused)
+
+    def total(values: Tensor) -> Tensor:
+        summed = values.to(device)
+        torch.distributed.all_reduce(summed)
+        return summed.cpu()
+
+    return Process(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, wrap, total)
+
+
 class Job(Protocol):
     """What a stage gives the loop."""
 
@@ -415,22 +438,32 @@ def optimise(
 ) -> None:
     """Trains from the last saved step of `recipe.folder`, if any, to `recipe.steps`.
 
-    AdamW 0.9/0.95 without weight decay, gradient norm 1.0. Each loss is a mean over all that it is taken of
-    in a step, in whatever pieces and processes. report: gets step and metrics every `log_every` steps;
-    after: called after each step. The process of rank 0 saves the state.
+    AdamW 0.9/0.95 without weight decay, or Muon for matrices; gradient norm 1.0. Each loss is a mean over
+    all that it is taken of in a step, in whatever pieces and processes. report: gets step and metrics every
+    `log_every` steps; after: called after each step. The process of rank 0 saves the state.
     Raises InputError if the processes find different states.
     """
     process = process or Process()
     module = process.wrap(job.module)
-    learning = [parameter for parameter in job.module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=recipe.rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    named = [(name, one) for name, one in job.module.named_parameters() if one.requires_grad]
+    learning = [parameter for _, parameter in named]
+    matrices = [parameter for name, parameter in named if recipe.muon and takes(name, parameter)]
+    others = [parameter for name, parameter in named if not (recipe.muon and takes(name, parameter))]
+    optimizers: list[torch.optim.Optimizer] = []
+    if others:
+        optimizers.append(
+            torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+        )
+    if matrices:
+        optimizers.append(Muon(matrices, lr=recipe.rate))
     half = recipe.part == "lm" and learning[0].is_cuda
     file = Path(recipe.folder) / STATE
     step = 0
     if file.is_file():
         state = torch.load(file, map_location="cpu", weights_only=True)
         job.module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, its in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
         job.load_extra_state(state["extra"])
         step = state["step"]
     if process.total(torch.tensor([step])).tolist() != [process.world * step]:
@@ -441,9 +474,10 @@ def optimise(
     since, tokens, skipped = time.monotonic(), 0.0, 0
     ahead = batches(job, recipe, step)
     while step < recipe.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate_at(step)
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate_at(step)
+            optimizer.zero_grad(set_to_none=True)
         # All pieces are made first: what a loss is divided by is known when all have been counted.
         pieces = list(itertools.islice(ahead, recipe.accumulate))
         counted = [job.counts(*piece) for piece in pieces]
@@ -467,7 +501,8 @@ def optimise(
         sound = all(map(math.isfinite, sums.values())) and drawn <= (recipe.largest_loss or math.inf)
         norm = float(nn.utils.clip_grad_norm_(learning, 1.0))
         if sound and math.isfinite(norm):
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         else:
             skipped += 1
         step += 1
@@ -484,9 +519,10 @@ def optimise(
             report(step, numbers)
             since, tokens = time.monotonic(), 0.0
         if process.rank == 0 and (step % recipe.save_every == 0 or step == recipe.steps):
-            state = {"module": job.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            state = {"module": job.module.state_dict(), "step": step, "extra": job.extra_state()}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             partial = file.with_suffix(".partial")
-            torch.save({**state, "extra": job.extra_state()}, partial)
+            torch.save(state, partial)
             partial.rename(file)
         after(step)
 
@@ -1253,14 +1289,44 @@ def samples(job: Job, step: int) -> np.ndarray:
     return np.concatenate([result.pixels for result in results if result.pixels is not None], axis=1)
 
 
-def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
-    """Runs one stage in this process, on from where it was, and gives the folder of its checkpoint.
+def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1) -> Path:
+    """Runs one stage on this machine, on from where it was, and gives the folder of its checkpoint.
 
-    Of each file of rows it reads the JSON lines beside it.
+    workers: processes that share each step, this one among them; on CPUs each has its part of the cores,
+    which is a little quicker than threads for a small model. Of each file of rows it reads the JSON lines
+    beside it.
+    Raises InputError for a recipe that cannot be followed.
     """
+    recipe.share(workers)
     if (done := result(recipe)) is not None:
         say(f"{done} is there already, so there is nothing to do")
         return done
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as meeting:
+        spawned = torch.multiprocessing.get_context("spawn")
+        others = [
+            spawned.Process(target=_join, args=(recipe, say, rank, workers, meeting), daemon=True)
+            for rank in range(1, workers)
+        ]
+        try:
+            for other in others:
+                other.start()
+            return _join(recipe, say, 0, workers, meeting)
+        finally:
+            torch.set_num_threads(threads)
+            for other in others:
+                # One that still works waits for a process that has failed.
+                other.join(60 if result(recipe) else 0)
+                other.kill()
+
+
+def _join(recipe: Recipe, say: Callable[[str], None], rank: int, world: int, meeting: str) -> Path:
+    """Runs a stage as one of its processes on this machine, which meet in a folder."""
+    if rank:
+        # Ctrl-C is for the first, which ends the others.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{rank}" if cuda else "cpu"
     config, tokenizer = stage_config(load_config(recipe.base), recipe), load_tokenizer(recipe.base)
     data = {}
     for task, path in recipe.data.items():
@@ -1268,8 +1334,18 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
         data[task] = [row for row in rows if fits(row, task, tokenizer, config, recipe)]
         if not data[task]:
             raise InputError(f"All rows of {path} are too long or too small for this stage; see its lengths.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return run_stage(recipe, data, Process(device=device), say, ahead=True)
+    if world == 1:
+        return run_stage(recipe, data, Process(device=device), say, ahead=True)
+    if not cuda:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
+    # Nobody from outside is to join: the others are found by a file, and reached on this machine alone.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = torch.distributed.FileStore(f"{meeting}/store", world)
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    try:
+        return run_stage(recipe, data, process_of_group(recipe, device), say, ahead=True)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def run_stage(
@@ -1326,14 +1402,14 @@ _NO_LOSS = ("loss", "gradient_norm", "rate", "tokens_per_second", "skipped_steps
 
 
 def main() -> None:
-    """`python -m model.train RECIPES.toml STAGE`: one stage without Ray.
+    """`python -m model.train RECIPES.toml STAGE [WORKERS]`: one stage without Ray.
 
     Of each file of rows it reads the JSON lines beside it.
     """
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m model.train RECIPES.toml STAGE")
+    if len(sys.argv) not in (3, 4) or not "".join(sys.argv[3:] or "1").isdecimal():
+        sys.exit("usage: python -m model.train RECIPES.toml STAGE [WORKERS]")
     try:
-        print(train(Recipe.from_file(*sys.argv[1:])))
+        print(train(Recipe.from_file(*sys.argv[1:3]), workers=int("".join(sys.argv[3:] or "1"))))
     except InputError as error:
         sys.exit(f"model.train: {error}")
 

@@ -24,11 +24,11 @@ from model.prompts import detect_language
 from model.tokenizer import Tokenizer
 from model.train import (
     METRICS,
-    Process,
     Recipe,
     Row,
     check_start,
     fits,
+    process_of_group,
     progress,
     result,
     run_stage,
@@ -259,25 +259,10 @@ def _apart(action: Callable[[], Any]) -> None:
 
 def _work(config: dict[str, Any]) -> None:
     """What each worker does."""
-    import ray.train
-    import torch
-    from ray.train.torch import get_device, prepare_model
+    from ray.train.torch import get_device
 
     recipe: Recipe = config["recipe"]
-    context, device = ray.train.get_context(), get_device()
-    # A part that no task of the stage uses has no gradient to wait for.
-    unused = set(recipe.tasks or load_config(recipe.base).tasks) != set(recipe.rows)
-
-    def wrap(module: torch.nn.Module) -> torch.nn.Module:
-        return prepare_model(module, parallel_strategy_kwargs={"find_unused_parameters": unused})
-
-    def total(values: torch.Tensor) -> torch.Tensor:
-        summed = values.to(device)
-        torch.distributed.all_reduce(summed)
-        return summed.cpu()
-
-    process = Process(context.get_world_rank(), context.get_world_size(), str(device), wrap, total)
-    run_stage(recipe, config["data"], process)
+    run_stage(recipe, config["data"], process_of_group(recipe, str(get_device())))
 
 
 @contextmanager

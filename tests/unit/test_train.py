@@ -18,6 +18,7 @@ from model.config import Size
 from model.engine import Engine, EngineOptions, Request
 from model.errors import InputError
 from model.images import pixel_image, semantic_image
+from model.muon import orthogonal, takes
 from model.prompts import edit_prompt, generate_prompt, understand_prompt
 from model.sampling import Sampling
 from model.train import (
@@ -324,10 +325,11 @@ def losses_of(said):
     return {step: {k: v for k, v in line.items() if k not in NOT_COMPARED} for step, line in said.items()}
 
 
-def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
-    job, made, whole, report = learning(tmp_path / "whole", steps=6)
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_killed_run_goes_on_to_the_same_losses(tmp_path, muon):
+    job, made, whole, report = learning(tmp_path / "whole", steps=6, muon=muon)
     optimise(job, made, report)
-    job, made, first, report = learning(tmp_path / "parts", steps=6)
+    job, made, first, report = learning(tmp_path / "parts", steps=6, muon=muon)
 
     class Killed(Exception):
         pass
@@ -339,14 +341,15 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
     with pytest.raises(Killed):
         optimise(job, made, report, after=kill)
     # A new process: nothing is left but the folder.
-    job, made, second, report = learning(tmp_path / "parts", steps=6)
+    job, made, second, report = learning(tmp_path / "parts", steps=6, muon=muon)
     optimise(job, made, report)
     assert min(second) == 3
     assert losses_of(first | second) == losses_of(whole)
 
 
-def test_the_losses_fall_and_what_is_frozen_stays(tmp_path):
-    job, made, said, report = learning(tmp_path, steps=12, rate=3e-3)
+@pytest.mark.parametrize("muon", [False, True])
+def test_the_losses_fall_and_what_is_frozen_stays(tmp_path, muon):
+    job, made, said, report = learning(tmp_path, steps=12, rate=3e-3, muon=muon)
     before = {name: value.clone() for name, value in job.module.model.state_dict().items()}
     optimise(job, made, report)
     assert said[12]["loss"] < 0.8 * said[1]["loss"]
@@ -479,14 +482,64 @@ steps = 2
 """
 
 
-def test_stages_follow_each_other_from_a_file_without_ray(tmp_path):
-    """A square stage, then all sizes with the parts for editing drawn anew; each gives a checkpoint."""
-    lines = tmp_path / "generate.jsonl"
+def test_a_step_of_muon_turns_and_stretches_alike():
+    """All singular values of what it takes of a gradient are near one, whatever the gradient's are."""
+    generator = torch.Generator().manual_seed(3)
+    for shape in ((24, 40), (40, 24)):
+        wide = torch.randn(shape, generator=generator)
+        left, _, right = torch.linalg.svd(wide, full_matrices=False)
+        matrix = left @ torch.diag(torch.linspace(1.0, 0.03, 24)) @ right
+        values = torch.linalg.svdvals(orthogonal(matrix))
+        assert values.min() > 0.6 and values.max() < 1.3
+        assert torch.linalg.matrix_norm(orthogonal(matrix) - left @ right, 2) < 0.4
+
+
+def test_muon_takes_matrices_that_are_no_tables(model):
+    taken = {name for name, parameter in model.named_parameters() if takes(name, parameter)}
+    layer = "language_model.layers.0."
+    assert {f"{layer}self_attn.qkv_proj.weight", f"{layer}mlp.down_proj.weight"} <= taken
+    assert {"visual.blocks.0.attn.qkv.weight", "gen_image_head.0.weight"} <= taken
+    tables = ("embed_tokens.weight", "lm_head.weight", "image_head.2.weight", "norm.weight", ".bias")
+    assert not any(name.endswith(tables) or "conv" in name for name in taken)
+
+
+def recipes(folder):
+    """A file of recipes in a folder, with the rows that they name."""
+    lines = folder / "generate.jsonl"
     with open(lines, "w", encoding="utf-8") as file:
         for row in rows()["generate"]:
             file.write(json.dumps({**row, "picture": base64.b64encode(row["picture"]).decode()}) + "\n")
-    text = RECIPES.format(base=TINY, data=lines.with_suffix(".parquet"), folder=tmp_path)
-    (tmp_path / "recipes.toml").write_text(text)
+    text = RECIPES.format(base=TINY, data=lines.with_suffix(".parquet"), folder=folder)
+    (folder / "recipes.toml").write_text(text)
+    return folder / "recipes.toml"
+
+
+def test_two_processes_without_ray_do_what_one_does(tmp_path):
+    file = recipes(tmp_path)
+    made = [
+        train(
+            dataclasses.replace(Recipe.from_file(file, "first"), folder=str(tmp_path / name), muon=True),
+            workers=workers,
+        )
+        for name, workers in (("one", 1), ("two", 2))
+    ]
+    losses = [
+        [json.loads(line)["loss"] for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+        for folder in made
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    one, two = (load(folder).state_dict() for folder in made)
+    assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in one)
+
+
+def test_processes_that_cannot_share_a_step_are_refused(tmp_path):
+    with pytest.raises(InputError, match="a multiple of 5"):
+        train(Recipe.from_file(recipes(tmp_path), "first"), workers=5)
+
+
+def test_stages_follow_each_other_from_a_file_without_ray(tmp_path):
+    """A square stage, then all sizes with the parts for editing drawn anew; each gives a checkpoint."""
+    recipes(tmp_path)
     said: list[str] = []
     first = train(Recipe.from_file(tmp_path / "recipes.toml", "first"), said.append)
     assert said[-1].startswith("step 2 of 2: loss ") and said[-1].endswith("tokens/s")

@@ -1,0 +1,54 @@
+"""Muon: gradient descent whose steps for a matrix have singular values of about one (Jordan et al. 2024).
+
+What torch has of it multiplies in bfloat16, which CPUs without such units do hundreds of times slower.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ROUNDS = 5
+OUTSIDE = ("embed_tokens.weight", "lm_head.weight", "image_head.2.weight")
+"""Ends of the names of matrices that are tables with a row a token: their rows do not act together."""
+
+
+def takes(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon is for a parameter: it is a matrix, and no table of tokens."""
+    return parameter.dim() == 2 and not name.endswith(OUTSIDE)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The matrix `(m, n)` with all its singular values brought near one, by Newton-Schulz iterations."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    wide = wide / wide.norm().clamp_min(1e-7)
+    first, third, fifth = COEFFICIENTS
+    for _ in range(ROUNDS):
+        square = wide @ wide.mT
+        wide = first * wide + (third * square + fifth * square @ square) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices; a step is as long as one of AdamW at the same rate tends to be (Liu et al. 2025,
+    section 2.2: each number moves by a fifth of the rate, in the mean)."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Moves each matrix that has a gradient."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["mean"] = torch.zeros_like(matrix)
+                mean = state["mean"].lerp_(matrix.grad, 1 - group["momentum"])
+                # As Nesterov has it: the mean as it will be once this gradient comes again.
+                ahead = torch.lerp(matrix.grad, mean, group["momentum"])
+                length = 0.2 * max(matrix.shape) ** 0.5
+                matrix.add_(orthogonal(ahead), alpha=-group["lr"] * length)
