@@ -221,9 +221,10 @@ def copy_rate(device: torch.device) -> float:
     return 2 * source.numel() * 4 / timed["copy"].best
 
 
-def minimal_flops(config: ModelConfig, requests: Iterable[Request]) -> float:
-    """Multiplications and additions that guided rows cannot do without: every prompt once, every fed
-    token once a branch, attention over the keys that are there, the head once a drawn token."""
+def minimal_flops(config: ModelConfig, requests: Iterable[Request]) -> dict[str, float]:
+    """Multiplications and additions that guided rows cannot do without, by phase: in prefill every prompt
+    once, in decode every fed token once a branch, attention over the keys that are there, and the head once
+    a drawn token."""
     decoder = config.decoder
     width = decoder.num_attention_heads * decoder.head_dim
     linear = decoder.hidden_size * (width + 2 * decoder.num_key_value_heads * decoder.head_dim)
@@ -235,7 +236,7 @@ def minimal_flops(config: ModelConfig, requests: Iterable[Request]) -> float:
         keys = (first + 1 + last) * (last - first) / 2
         return layers * (2.0 * linear * (last - first) + 4.0 * width * keys)
 
-    total, prompts = 0.0, set()
+    flops, prompts = {"prefill": 0.0, "decode": 0.0}, set()
     for request in requests:
         assert request.size is not None and request.null is not None
         rows, columns = request.size.grid
@@ -244,11 +245,11 @@ def minimal_flops(config: ModelConfig, requests: Iterable[Request]) -> float:
             length = len(prompt.ids)
             if prompt.ids.tobytes() not in prompts:
                 prompts.add(prompt.ids.tobytes())
-                total += through(0, length)
-            total += through(length, length + fed)
+                flops["prefill"] += through(0, length)
+            flops["decode"] += through(length, length + fed)
         head = 2 * decoder.hidden_size**2 + decoder.hidden_size * config.vq.codebook_size
-        total += 2.0 * rows * columns * head
-    return total
+        flops["decode"] += 2.0 * rows * columns * head
+    return flops
 
 
 class Operators(TorchDispatchMode):
@@ -292,7 +293,7 @@ def counted(model: Wallaroo, requests: Sequence[Request], options: EngineOptions
         for _ in range(8):
             engine.step()
     return {
-        "flops_ratio": flops.get_total_flops() / minimal_flops(model.config, requests),
+        "flops_ratio": flops.get_total_flops() / sum(minimal_flops(model.config, requests).values()),
         "forwards_per_image": counts["forwards"] * engine.groups[0].rows / len(requests),
         "prefill_forwards": counts["prefill_forwards"],
         "slot_occupancy_full_batch": counts["row_steps"] / counts["slot_steps"],
@@ -323,19 +324,54 @@ def occupancy(model: Wallaroo, sizes: Sequence[Size], rows: int = 200, slots: in
     return used / total
 
 
+def step_bytes(model: Wallaroo, requests: Sequence[Request]) -> float:
+    """Bytes that a decode step of guided rows has to read: weights once, and half-way through the pictures
+    the keys and values of both branches."""
+    decoder, item = model.config.decoder, model.dtype.itemsize
+    _, head = model.image_parts("generate")
+    weights = [*model.language_model.layers.parameters(), *head.parameters()]
+    keys = 0.0
+    for request in requests:
+        assert request.null is not None
+        keys += row_length(request) + (len(request.prompt.ids) + len(request.null.ids)) / 2
+    cached = keys * 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
+    return item * (sum(one.numel() for one in weights) + cached)
+
+
+def vq_decode(model: Wallaroo, size: Size) -> Callable[[], None]:
+    """The image tokenizer's part of one picture."""
+    assert model.vq is not None
+    vq, tokens = model.vq, torch.zeros((1, *size.grid), dtype=torch.int64, device=model.device)
+
+    @torch.inference_mode()
+    def run() -> None:
+        vq.decode(tokens)
+
+    return run
+
+
+def flops_of(work: Callable[[], None]) -> int:
+    """Multiplications and additions in it."""
+    with FlopCounterMode(display=False) as flops:
+        work()
+    return flops.get_total_flops()
+
+
 def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Sequence[int]) -> dict[str, Any]:
     """Everything this module measures, for pictures of the given sides.
 
     decode_gemm_fraction is the time that the step's matrix products take by `F.linear`, over that of the
     step: above 1 where the engine's own products are faster by more than all else takes.
-    decode_own_gemm_fraction is the share of the step that its own products take.
+    decode_own_gemm_fraction is the share of the step that its own products take. floor_fraction is, by
+    phase, the least time over that taken: for all arithmetic at the rate of the faster of these products,
+    or if that takes longer, for reading weights, keys and values at the rate of a copy.
     """
     config = MODELS[name]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = random_model(config, ("generate",), device, dtype)
     options = EngineOptions(slots=slots, group_rows=slots, decode_vq=False)
     smaller = replace(options, slots=max(1, slots // 4), group_rows=max(1, slots // 4))
-    reference = Reference(model)
+    reference, copied = Reference(model), copy_rate(device)
     report: dict[str, Any] = {
         "model": name,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -364,22 +400,29 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
         products, double = (decode_products(model, "generate", count) for count in (slots, 2 * slots))
         own = decode_products(model, "generate", slots, packed)
         steps = size.grid[0] * (size.grid[1] + 1) - 1
+        vq = vq_decode(model, size)
 
         decode_seconds: list[float] = []
+        prefill_seconds: list[float] = []
 
         def decode(
-            requests: list[Request] = requests, seconds: list[float] = decode_seconds, steps: int = steps
+            requests: list[Request] = requests,
+            seconds: tuple[list[float], list[float]] = (decode_seconds, prefill_seconds),
+            steps: int = steps,
         ) -> None:
             running = Engine(model, "generate", options)
             for request in requests:
                 running.submit(request)
+            start = time.perf_counter()
+            # The prompts, and a step with the tokens that follow them.
             running.step()
             synchronise(device)
-            start = time.perf_counter()
+            first = time.perf_counter()
             for _ in range(steps - 2):
                 running.step()
             synchronise(device)
-            seconds.append((time.perf_counter() - start) / (steps - 2))
+            seconds[0].append((time.perf_counter() - first) / (steps - 2))
+            seconds[1].append(first - start - seconds[0][-1])
 
         timed = interleaved(
             device,
@@ -392,9 +435,13 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
             gemms_own=repeated(own),
             gemms_double=repeated(double),
             decode=decode,
+            vq=vq,
         )
         line, fused = size.grid[1] + 1, timed["gemms_double"].median / timed["gemms"].median
         step = statistics.median(decode_seconds[1:])
+        products_once = min(timed["gemms"].median, timed["gemms_own"].median) / REPEATS
+        rate, least = flops_of(products) / products_once, minimal_flops(config, requests)
+        read = steps * step_bytes(model, requests) / copied
         report["sizes"][f"{side}x{side}"] = {
             "images_per_second": slots / timed["engine"].median,
             f"images_per_second_at_{smaller.slots}_slots": smaller.slots / timed["few"].median,
@@ -402,11 +449,16 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
             "speedup_vs_reference_same_batch": timed["same"].median / timed["engine"].median,
             "decode_gemm_fraction": timed["gemms"].median / REPEATS / step,
             "decode_own_gemm_fraction": timed["gemms_own"].median / REPEATS / step,
+            "floor_fraction": {
+                "prefill": least["prefill"] / rate / statistics.median(prefill_seconds[1:]),
+                "decode": max(least["decode"] / rate, read) / (step * steps),
+                "vq": flops_of(vq) / rate / timed["vq"].median,
+            },
             "line_end_fusion_bound": line / (line - 2 + fused),
             "decode_share": step * steps / timed["engine"].median,
         } | counted(model, requests, options)
     report["slot_occupancy"] = occupancy(model, config.size_list())
-    report["copy_bytes_per_second"] = copy_rate(device)
+    report["copy_bytes_per_second"] = copied
     if name == "mid":
         report["edit_prefix_speedup"] = edit_prefix_speedup(config, slots, rounds, device, dtype)
     worst = list(report["sizes"].values())
