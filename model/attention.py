@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KEY_BLOCK = 64
-"""Keys that `BlockAttention` takes at a time."""
+"""Keys that a cache keeps together, and that `BlockAttention` takes at a time."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _index(count: int, device: torch.device) -> Tensor:
 
 class Attention(Protocol):
     """Attention of one forward: q `(n, t, heads, head_dim)` over the keys and values of a cache layer
-    `(rows, kv_heads, capacity, head_dim)`, those of the queries' own tokens included ->
+    `(rows, kv_heads, blocks, KEY_BLOCK, head_dim)`, those of the queries' own tokens included ->
     `(n, t, heads * head_dim)`. A run's result does not depend on the other runs or on the capacity."""
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
@@ -110,12 +110,10 @@ class BlockAttention:
 
     def _block(self, cached: Tensor, number: int) -> Tensor:
         """Keys or values of one block for every run, `(runs * kv_heads, KEY_BLOCK, head_dim)`."""
-        block = cached[:, :, number * KEY_BLOCK : (number + 1) * KEY_BLOCK]
+        block = cached[:, :, number]
         if self.rows is not None:
             block = block.index_select(0, self.rows)
-            return block.flatten(0, 1)
-        # A view: rows and heads are one axis of the cache's memory.
-        return cached.flatten(0, 1)[:, number * KEY_BLOCK : (number + 1) * KEY_BLOCK]
+        return block.flatten(0, 1)
 
 
 class SdpaAttention:
@@ -125,6 +123,7 @@ class SdpaAttention:
         self.rows, self.limits = visible.rows, visible.limits
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys, values = keys.flatten(2, 3), values.flatten(2, 3)
         if self.rows is not None:
             keys, values = keys[self.rows], values[self.rows]
         index = _index(keys.shape[2], q.device)
@@ -162,6 +161,7 @@ class FlashAttention:
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         runs, tokens = q.shape[:2]
+        keys, values = keys.flatten(2, 3), values.flatten(2, 3)
         if self.stops is None:
             # One split of the keys, since the library's own choice depends on how many rows there are.
             out = self._with_kvcache(

@@ -527,11 +527,12 @@ class Engine:
         attention = self.attention(visible, model.config.decoder.num_key_value_heads, x.dtype)
         assert visible.rows is not None
         row, place = visible.rows.repeat_interleave(width), (visible.limits - 1).reshape(-1)
+        block, offset = place // KEY_BLOCK, place % KEY_BLOCK
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
-            keys[row, :, place] = k
-            values[row, :, place] = v
+            keys[row, :, block, offset] = k
+            values[row, :, block, offset] = v
             return attention(q.view(count, width, *q.shape[1:]), keys, values).flatten(0, 1)
 
         return self.prefiller(x, cos, sin, attend)
@@ -762,11 +763,12 @@ class _Group:
         cos, sin = rope(positions, engine.frequencies, model.config.decoder.mrope_section, x.dtype)
         visible = Visible.decode(self.length + 1, longest)
         attention = engine.attention(visible, model.config.decoder.num_key_value_heads, x.dtype)
+        block, offset = self.length // KEY_BLOCK, self.length % KEY_BLOCK
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache.keys[layer], self.cache.values[layer]
-            keys[self.sequence, :, self.length] = k
-            values[self.sequence, :, self.length] = v
+            keys[self.sequence, :, block, offset] = k
+            values[self.sequence, :, block, offset] = v
             return attention(q.unsqueeze(1), keys, values).squeeze(1)
 
         self.hidden.copy_(engine.decoder(x, cos, sin, attend))

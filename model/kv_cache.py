@@ -16,8 +16,8 @@ from model.config import DecoderConfig
 class Prefix:
     """A prompt that has been through the decoder, ready to be copied into any slot.
 
-    keys, values: `(layers, kv_heads, length, head_dim)`; hidden: `(H,)`, the last token's output after
-    the final norm, from which the first generated token is drawn.
+    keys, values: of whole blocks, `(layers, kv_heads, blocks, KEY_BLOCK, head_dim)`; hidden: `(H,)`, the last
+    token's output after the final norm, from which the first generated token is drawn.
     """
 
     keys: Tensor
@@ -28,14 +28,19 @@ class Prefix:
 
     def copy_to(self, cache: "KVCache", row: int) -> None:
         """Writes keys and values to the start of a row, which must have room for them."""
+        blocks = self.keys.shape[2]
         for layer in range(self.keys.shape[0]):
-            cache.keys[layer][row, :, : self.length] = self.keys[layer]
-            cache.values[layer][row, :, : self.length] = self.values[layer]
+            cache.keys[layer][row, :, :blocks] = self.keys[layer]
+            cache.values[layer][row, :, :blocks] = self.values[layer]
 
 
 class KVCache:
-    """Keys and values of `rows` sequences, a pair of tensors `(rows, kv_heads, capacity, head_dim)` a
-    layer. The capacity is counted in tokens and grows in whole key blocks; growing keeps what is there.
+    """Keys and values of `rows` sequences in blocks of tokens, a pair of tensors `(rows, kv_heads, blocks,
+    KEY_BLOCK, head_dim)` a layer.
+
+    On CPUs, where attention takes a block of all rows at a time, such a block is one piece of memory, and in
+    it the numbers of one place of all keys of a head lie together; elsewhere all of a row lies together. The
+    capacity is counted in tokens and grows in whole blocks; growing keeps what is there.
     """
 
     def __init__(
@@ -43,28 +48,38 @@ class KVCache:
     ):
         self.rows = rows
         self.capacity = 0
-        shape = (rows, config.num_key_value_heads, 0, config.head_dim)
+        self._heads, self._dim = config.num_key_value_heads, config.head_dim
+        self._device, self._dtype = device, dtype
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.keys = [self._zeros(0, True) for _ in layers]
+        self.values = [self._zeros(0, False) for _ in layers]
         self.grow(capacity)
+
+    def _zeros(self, blocks: int, keys: bool) -> Tensor:
+        rows, heads, dim = self.rows, self._heads, self._dim
+        on_cpu = self._device.type == "cpu"
+        block = (dim, KEY_BLOCK) if on_cpu and keys else (KEY_BLOCK, dim)
+        shape = (blocks, rows, heads, *block) if on_cpu else (rows, heads, blocks, *block)
+        made = torch.zeros(shape, device=self._device, dtype=self._dtype)
+        if not on_cpu:
+            return made
+        made = made.permute(1, 2, 0, 3, 4)
+        return made.mT if keys else made
 
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` tokens a row; new room is zeros, since what is masked must be finite."""
-        capacity = -(-capacity // KEY_BLOCK) * KEY_BLOCK
-        if capacity <= self.capacity:
+        blocks, there = -(-capacity // KEY_BLOCK), self.capacity // KEY_BLOCK
+        if blocks <= there:
             return
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                if tensors is self.keys and old.device.type == "cpu":
-                    new = old.new_zeros((*old.shape[:2], old.shape[3], capacity)).mT
-                else:
-                    new = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
-                new[:, :, : self.capacity] = old
+                new = self._zeros(blocks, tensors is self.keys)
+                new[:, :, :there] = old
                 tensors[layer] = new
-        self.capacity = capacity
+        self.capacity = blocks * KEY_BLOCK
 
     def prefix(self, row: int, length: int, hidden: Tensor, next_position: int) -> Prefix:
         """A copy of the first `length` tokens of a row, with the last one's hidden state `(H,)`."""
-        keys, values = (torch.stack([x[row, :, :length] for x in both]) for both in (self.keys, self.values))
+        blocks = -(-length // KEY_BLOCK)
+        keys, values = (torch.stack([x[row, :, :blocks] for x in both]) for both in (self.keys, self.values))
         return Prefix(keys, values, hidden, length, next_position)

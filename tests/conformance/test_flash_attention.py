@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import (
+    KEY_BLOCK,
     BlockAttention,
     FlashAttention,
     SdpaAttention,
@@ -82,7 +83,8 @@ TOLERANCE = {"atol": 2e-2 if REAL else 2e-6, "rtol": 0}
 
 def cache_and_queries(runs: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(runs + tokens)
-    keys, values = (torch.randn(ROWS, KV_HEADS, CAPACITY, DIM, generator=generator) for _ in range(2))
+    shape = (ROWS, KV_HEADS, CAPACITY // KEY_BLOCK, KEY_BLOCK, DIM)
+    keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
     queries = torch.randn(runs, tokens, HEADS, DIM, generator=generator)
     if REAL:
         return tuple(x.to("cuda", torch.bfloat16) for x in (queries, keys, values))
@@ -126,7 +128,9 @@ def test_prefill_in_pieces_is_causal_attention_over_the_whole() -> None:
     q = torch.randn(96, HEADS, DIM, generator=generator)
     k, v = (torch.randn(96, KV_HEADS, DIM, generator=generator) for _ in range(2))
     whole = causal_attention(q[None], k[None], v[None])
-    keys, values = (F.pad(x.transpose(0, 1), (0, 0, 0, CAPACITY - 96))[None] for x in (k, v))
+    keys, values = (
+        F.pad(x.transpose(0, 1), (0, 0, 0, CAPACITY - 96))[None].unflatten(2, (-1, KEY_BLOCK)) for x in (k, v)
+    )
     visible = Visible.prefill([0] * 12, list(range(0, 96, 8)), 8, q.device)
     pieces = attend(BlockAttention, visible, q.view(12, 8, HEADS, DIM), keys, values)
     torch.testing.assert_close(pieces.reshape(1, 96, -1), whole, atol=2e-6, rtol=0)
@@ -135,7 +139,7 @@ def test_prefill_in_pieces_is_causal_attention_over_the_whole() -> None:
 def test_a_row_does_not_depend_on_capacity_or_on_longer_rows() -> None:
     q, keys, values = (x.cpu().float() for x in cache_and_queries(ROWS, 1))
     short, mixed = torch.full((ROWS,), 50), torch.tensor([50, 384, 50, 129, 50])
-    alone = attend(BlockAttention, Visible.decode(short, 50), q, keys[:, :, :64], values[:, :, :64])
+    alone = attend(BlockAttention, Visible.decode(short, 50), q, keys[:, :, :1], values[:, :, :1])
     among = attend(BlockAttention, Visible.decode(mixed, 384), q, keys, values)
     assert torch.equal(alone[[0, 2, 4]], among[[0, 2, 4]])
 
