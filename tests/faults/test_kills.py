@@ -84,17 +84,16 @@ class Rounds:
         assert self.start(state, **changes).wait(LIMIT_SECONDS) == 0, self.log()
 
     def is_killed(self, seed):
-        """A start that is killed from outside at a random moment, alone or with all that it started."""
-        chance = random.Random(seed)
+        """A start that is killed from outside at a random moment; of an odd seed all that it started too."""
         process = self.start("random")
         try:
-            process.wait(chance.uniform(*MOMENTS))
+            process.wait(random.Random(seed).uniform(*MOMENTS))
             assert process.returncode == 0, self.log()
         except subprocess.TimeoutExpired:
             family = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             process.wait()
-            for one in family if chance.random() < 0.5 else []:
+            for one in family if seed % 2 else []:
                 try:
                     one.kill()
                 except psutil.NoSuchProcess:
@@ -123,12 +122,25 @@ def on_s3(s3, tmp_path):
     return Rounds(run_config(s3), tmp_path)
 
 
-@pytest.fixture
-def on_cluster(tmp_path):
-    """On a disk that all nodes share, and all starts on one cluster, whose one node for work is replaced."""
+@pytest.fixture(scope="module")
+def cluster(s3_server):
+    """A Ray for all starts, whose one node for work is replaced."""
     with started_head(["--num-cpus=0"], {"PYTHONPATH": str(ROOT)}, cpu_nodes=1) as head:
-        config = dataclasses.replace(run_config(tmp_path), address=head.gcs)
-        yield Rounds(config, tmp_path, head.environment)
+        yield head
+
+
+@pytest.fixture
+def shared_disk(cluster, tmp_path):
+    """On a disk that all nodes of a cluster share."""
+    config = dataclasses.replace(run_config(tmp_path), address=cluster.gcs)
+    return Rounds(config, tmp_path, cluster.environment)
+
+
+@pytest.fixture
+def shared_s3(cluster, s3, tmp_path):
+    """On S3, from a cluster."""
+    config = dataclasses.replace(run_config(s3), address=cluster.gcs)
+    return Rounds(config, tmp_path, cluster.environment)
 
 
 def check(rounds, wanted):
@@ -139,7 +151,17 @@ def check(rounds, wanted):
     assert verify(output, said.append).state == "complete", said
 
 
-@pytest.mark.parametrize("place", ["on_cluster", "on_s3"])
+@pytest.mark.parametrize("place", ["local", "on_s3"])
+def test_kills_at_random_moments_lose_nothing(place, request, wanted):
+    rounds = request.getfixturevalue(place)
+    for seed in SEEDS[place]:
+        rounds.is_killed(seed)
+    assert rounds.kills > 0
+    rounds.ends("random")
+    check(rounds, wanted)
+
+
+@pytest.mark.parametrize("place", ["shared_disk", "shared_s3"])
 def test_kills_at_certain_states_lose_nothing(place, request, wanted):
     rounds = request.getfixturevalue(place)
     output = rounds.config.output
@@ -158,14 +180,4 @@ def test_kills_at_certain_states_lose_nothing(place, request, wanted):
     rounds.dies("retrying", retry_errors=True)
     assert read_success(output) is None
     rounds.ends("whole", retry_errors=True)
-    check(rounds, wanted)
-
-
-@pytest.mark.parametrize("place", ["local", "on_s3"])
-def test_kills_at_random_moments_lose_nothing(place, request, wanted):
-    rounds = request.getfixturevalue(place)
-    for seed in SEEDS[place]:
-        rounds.is_killed(seed)
-    assert rounds.kills > 0
-    rounds.ends("random")
     check(rounds, wanted)

@@ -28,7 +28,7 @@ from workflows.verify import verify
 ROOT = Path(__file__).parents[2]
 ROWS = [
     {"id": f"p{number:02d}", "prompt": f"a cat, {number}", "width": 64, "height": 128, "temperature": 3.0}
-    for number in range(48)
+    for number in range(24)
 ]
 OUTAGE_SECONDS = 30
 LIMIT_SECONDS = 400

@@ -31,7 +31,7 @@ def kill(driver):
 
 
 class DiesAtWork(Sick):
-    """Ends its process with rows in its slots, or on a cluster that somebody else started, its node."""
+    """Ends its process with rows in its slots, or the node that it is on."""
 
     mark = Path()
     with_node = False
@@ -85,7 +85,7 @@ def main(config_file, state, folder):
         least = {"first": 0, "writing": 1, "retrying": 0}[state]
         pipeline.write = functools.partial(dying_write, mark=mark, driver=os.getpid(), least=least)
     elif state == "success":
-        marks = {"mark": Path(folder) / "replica", "with_node": config.address is not None}
+        marks = {"mark": Path(folder) / "replica", "with_node": not storage.is_s3(config.output)}
         replica = type("Dies", (DiesAtWork,), marks)
         pipeline.finish = die
     summary = pipeline.run(config, replica=replica)
