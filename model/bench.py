@@ -275,12 +275,18 @@ def _packed_flops(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
     return 2 * math.prod(x) * out_shape[-1]
 
 
+def flops_of(work: Callable[[], object]) -> int:
+    """Multiplications and additions in it."""
+    formulas = {torch.ops.mkldnn._linear_pointwise: _packed_flops} if PACKS else {}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
+        work()
+    return flops.get_total_flops()
+
+
 def counted(model: Wallaroo, requests: Sequence[Request], options: EngineOptions) -> dict[str, float]:
     """What serving `requests` took in work, whatever the clock says."""
     engine = Engine(model, "generate", options)
-    formulas = {torch.ops.mkldnn._linear_pointwise: _packed_flops} if PACKS else {}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
-        list(engine.run(requests))
+    flops = flops_of(lambda: list(engine.run(requests)))
     counts = engine.counts
     needed = sum(row_length(request) for request in requests) / len(requests)
     capacity = engine.groups[0].cache.capacity
@@ -293,7 +299,7 @@ def counted(model: Wallaroo, requests: Sequence[Request], options: EngineOptions
         for _ in range(8):
             engine.step()
     return {
-        "flops_ratio": flops.get_total_flops() / sum(minimal_flops(model.config, requests).values()),
+        "flops_ratio": flops / sum(minimal_flops(model.config, requests).values()),
         "forwards_per_image": counts["forwards"] * engine.groups[0].rows / len(requests),
         "prefill_forwards": counts["prefill_forwards"],
         "slot_occupancy_full_batch": counts["row_steps"] / counts["slot_steps"],
@@ -348,13 +354,6 @@ def vq_decode(model: Wallaroo, size: Size) -> Callable[[], None]:
         vq.decode(tokens)
 
     return run
-
-
-def flops_of(work: Callable[[], None]) -> int:
-    """Multiplications and additions in it."""
-    with FlopCounterMode(display=False) as flops:
-        work()
-    return flops.get_total_flops()
 
 
 def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Sequence[int]) -> dict[str, Any]:

@@ -21,13 +21,14 @@ def takes(name: str, parameter: nn.Parameter) -> bool:
 
 def orthogonal(matrix: Tensor) -> Tensor:
     """The matrix `(m, n)` with all its singular values brought near one, by Newton-Schulz iterations."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.mT if tall else matrix
     wide = wide / wide.norm().clamp_min(1e-7)
     first, third, fifth = COEFFICIENTS
     for _ in range(ROUNDS):
         square = wide @ wide.mT
         wide = first * wide + (third * square + fifth * square @ square) @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.mT
+    return wide.mT if tall else wide
 
 
 class Muon(torch.optim.Optimizer):

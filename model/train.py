@@ -392,6 +392,8 @@ class Process:
 
 def process_of_group(recipe: Recipe, device: str) -> Process:
     """This process as one of the process group of torch.distributed that it has joined."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     # A part that no task of the stage uses has no gradient to wait for.
     unused = set(recipe.tasks or load_config(recipe.base).tasks) != set(recipe.rows)
 
@@ -447,8 +449,10 @@ def optimise(
     module = process.wrap(job.module)
     named = [(name, one) for name, one in job.module.named_parameters() if one.requires_grad]
     learning = [parameter for _, parameter in named]
-    matrices = [parameter for name, parameter in named if recipe.muon and takes(name, parameter)]
-    others = [parameter for name, parameter in named if not (recipe.muon and takes(name, parameter))]
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in named:
+        parts[recipe.muon and takes(name, parameter)].append(parameter)
+    matrices, others = parts[True], parts[False]
     optimizers: list[torch.optim.Optimizer] = []
     if others:
         optimizers.append(
