@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -130,13 +131,14 @@ class OutputLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        try:
-            if not self.lost.is_set() and self._is_mine():
-                storage.delete(self.path)
-        except InputError:
-            if error is None:
-                raise
-            # The block's own error says more; the next run finds an owner that is gone.
+        if error is None:
+            # What is done well must not end in an error, because the storage is out of order now.
+            with storage.patience():
+                self._give_back()
+            return
+        # The block's own error says more; the next run finds an owner that is gone.
+        with suppress(InputError):
+            self._give_back()
 
     def check(self) -> None:
         """Raises LockLost if the lock is no longer held."""
@@ -206,6 +208,10 @@ class OutputLock:
                     self._on_lost()
                 return
             self._owner, self._etag = owner, etag
+
+    def _give_back(self) -> None:
+        if not self.lost.is_set() and self._is_mine():
+            storage.delete(self.path)
 
     def _is_mine(self) -> bool:
         try:

@@ -293,7 +293,8 @@ def _count_retries(count: int) -> None:
 
 
 def patiently(path: str, action: Callable[[], T]) -> T:
-    """What `action` gives, which may be done twice; tried again where this process is patient.
+    """What `action` gives, which may be done twice; tried again where this process is patient, and where an
+    answer broke off, since whoever answers has the right address.
 
     Raises what it raises; if it was tried again in vain, an InputError that says so.
     """
@@ -303,7 +304,7 @@ def patiently(path: str, action: Callable[[], T]) -> T:
         try:
             return action()
         except Exception as error:
-            code = _passing(error) if is_s3(path) and _patient else None
+            code = _passing(error) if is_s3(path) and (_patient or _broke_off(error)) else None
             if code is None:
                 raise
             seconds = time.monotonic() - started
@@ -355,6 +356,14 @@ def _passing(error: BaseException) -> str | None:
         if isinstance(cause, (ConnectionError, TimeoutError)):
             return "lost"
     return None
+
+
+def _broke_off(error: BaseException) -> bool:
+    """Whether an answer of S3 had begun and did not come to its end."""
+    import botocore.exceptions
+
+    halves = (botocore.exceptions.IncompleteReadError, botocore.exceptions.ResponseStreamingError)
+    return isinstance(error, halves) or isinstance(error.__cause__, halves)
 
 
 _OF_ONE_PATH = {
