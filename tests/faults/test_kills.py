@@ -13,46 +13,21 @@ import psutil
 import pytest
 
 from tests.clusters import started_head
-from tests.e2e.test_generate import read_data, write_jsonl
-from tests.faults.test_poison import REFUSED, ROWS, SICK
+from tests.e2e.test_generate import read_data
+from tests.faults.conftest import ROUNDS
+from tests.faults.test_poison import SICK
 from workflows.finish import read_success
-from workflows.pipeline import run
 from workflows.results import VOLATILE, list_done
-from workflows.run_config import RunConfig
+from workflows.storage import write_atomic
 from workflows.verify import verify
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 300
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
-"""Kills at random moments; `make soak` has more."""
-
 MOMENTS = 2, 14
 """Seconds after a start in which it is killed. The earlier half of them is while Ray and replicas start, so
 that no machine has its rows done by then; the rest is while rows are made and written."""
 
 SEEDS = {"local": range(1, 1 + ROUNDS), "on_s3": range(1001, 1001 + ROUNDS)}
-
-# More rounds want more rows, or most of them find nothing left to do.
-COPIES = max(1, ROUNDS // 5)
-MANIFEST = [
-    {**row, "id": f"{row['id']}-{copy}", "seed": row["seed"] + 100 * copy}
-    for copy in range(COPIES)
-    for row in ROWS
-] + [REFUSED]
-
-
-@pytest.fixture(scope="module")
-def wanted(tmp_path_factory, local_ray):
-    """The rows of an undisturbed run."""
-    folder = tmp_path_factory.mktemp("kills")
-    config = RunConfig(
-        manifest=write_jsonl(folder / "prompts.jsonl", MANIFEST),
-        output=str(folder / "base"),
-        slots=8,
-        device="cpu",
-    )
-    run(config)
-    return read_data(config.output)
 
 
 class Rounds:
@@ -101,25 +76,18 @@ class Rounds:
             self.kills += 1
 
 
-def run_config(place):
-    return RunConfig(
-        manifest=write_jsonl(f"{place}/prompts.jsonl", MANIFEST),
-        output=f"{place}/out",
-        slots=8,
-        device="cpu",
-    )
-
-
 @pytest.fixture
-def local(tmp_path):
+def local(base, tmp_path):
     """On disk, each start with a Ray of its own."""
-    return Rounds(run_config(tmp_path), tmp_path)
+    return Rounds(dataclasses.replace(base[0], output=str(tmp_path / "out")), tmp_path)
 
 
 @pytest.fixture
-def on_s3(s3, tmp_path):
+def on_s3(base, s3, tmp_path):
     """On S3, each start with a Ray of its own."""
-    return Rounds(run_config(s3), tmp_path)
+    manifest = f"{s3}/prompts.jsonl"
+    write_atomic(manifest, Path(base[0].manifest).read_bytes())
+    return Rounds(dataclasses.replace(base[0], manifest=manifest, output=f"{s3}/out"), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -129,21 +97,25 @@ def cluster(s3_server):
         yield head
 
 
+def from_cluster(cluster, rounds):
+    config = dataclasses.replace(rounds.config, address=cluster.gcs)
+    return Rounds(config, rounds.folder, cluster.environment)
+
+
 @pytest.fixture
-def shared_disk(cluster, tmp_path):
+def shared_disk(cluster, local):
     """On a disk that all nodes of a cluster share."""
-    config = dataclasses.replace(run_config(tmp_path), address=cluster.gcs)
-    return Rounds(config, tmp_path, cluster.environment)
+    return from_cluster(cluster, local)
 
 
 @pytest.fixture
-def shared_s3(cluster, s3, tmp_path):
+def shared_s3(cluster, on_s3):
     """On S3, from a cluster."""
-    config = dataclasses.replace(run_config(s3), address=cluster.gcs)
-    return Rounds(config, tmp_path, cluster.environment)
+    return from_cluster(cluster, on_s3)
 
 
-def check(rounds, wanted):
+def check(rounds, base):
+    _, wanted = base
     output = rounds.config.output
     table = read_data(output)
     assert table.drop_columns(VOLATILE).equals(wanted.drop_columns(VOLATILE))
@@ -152,17 +124,17 @@ def check(rounds, wanted):
 
 
 @pytest.mark.parametrize("place", ["local", "on_s3"])
-def test_kills_at_random_moments_lose_nothing(place, request, wanted):
+def test_kills_at_random_moments_lose_nothing(place, request, base):
     rounds = request.getfixturevalue(place)
     for seed in SEEDS[place]:
         rounds.is_killed(seed)
     assert rounds.kills > 0
     rounds.ends("random")
-    check(rounds, wanted)
+    check(rounds, base)
 
 
 @pytest.mark.parametrize("place", ["shared_disk", "shared_s3"])
-def test_kills_at_certain_states_lose_nothing(place, request, wanted):
+def test_kills_at_certain_states_lose_nothing(place, request, base):
     rounds = request.getfixturevalue(place)
     output = rounds.config.output
     rounds.dies("planning")
@@ -180,4 +152,4 @@ def test_kills_at_certain_states_lose_nothing(place, request, wanted):
     rounds.dies("retrying", retry_errors=True)
     assert read_success(output) is None
     rounds.ends("whole", retry_errors=True)
-    check(rounds, wanted)
+    check(rounds, base)

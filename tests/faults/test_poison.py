@@ -13,20 +13,14 @@ import ray
 from actors.replica import Replica
 from model.errors import InputError
 from tests.e2e.test_generate import read_data, write_jsonl
+from tests.faults.conftest import ROWS
 from workflows.finish import read_success
 from workflows.pipeline import LEAST_ROWS, map_dataset, run
 from workflows.plan import read_plan
 from workflows.results import VOLATILE, list_done
-from workflows.run_config import RunConfig
 from workflows.runs import read_records
 from workflows.verify import verify
 
-ROWS = [
-    {"id": f"p{number:02d}", "prompt": f"a cat, {number}", "seed": number, "temperature": 3.0}
-    | {"width": 64, "height": 128}
-    for number in range(24)
-]
-REFUSED = {"id": "blank", "prompt": " "}
 ABORTS, GREEDY = 5, 17
 SICK = (3, 4, 20)
 
@@ -72,20 +66,6 @@ class Sick(Submits):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("poison")
-
-
-@pytest.fixture(scope="module")
-def base(folder, local_ray):
-    """An undisturbed run: its configuration and rows."""
-    config = RunConfig(
-        manifest=write_jsonl(folder / "prompts.jsonl", [*ROWS, REFUSED]),
-        output=str(folder / "base"),
-        slots=8,
-        device="cpu",
-    )
-    summary = run(config)
-    assert (summary.ok, summary.errors) == (24, 1)
-    return config, read_data(config.output)
 
 
 class AllSick(Sick):

@@ -1,5 +1,6 @@
 """Runs that are stopped on purpose finish what they have begun, and the same command goes on."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -9,12 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e.test_generate import write_jsonl
-from tests.faults.test_poison import ROWS
+from tests.faults.conftest import ROWS
+from workflows.pipeline import run
 from workflows.plan import read_plan
 from workflows.results import list_done
 from workflows.runs import read_records
+from workflows.stopping import RunStopped
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,15 +52,12 @@ def test_shards_in_flight_are_finished_and_no_others_begun(tmp_path):
     assert not list(output.glob("**/.wallaroo-tmp-*"))
 
 
-def test_a_deadline_that_comes_before_the_first_row(tmp_path):
+def test_a_deadline_that_comes_before_the_first_row(base, tmp_path):
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "jobs.cli", "generate"]
-    command += [write_jsonl(tmp_path / "prompts.jsonl", ROWS), str(output), "--slots", "8"]
     # It has come when the replica starts.
-    ended = subprocess.run([*command, "--deadline", "1s"], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 5, ended.stderr
-    assert "stopped, since its deadline has come; what is finished is kept" in ended.stderr
-    assert not (output / "lock.json").exists()
+    with pytest.raises(RunStopped, match="stopped, since its deadline has come; what is finished is kept"):
+        run(dataclasses.replace(base[0], output=str(output), deadline=1.0))
+    assert not list_done(str(output)) and not (output / "lock.json").exists()
 
 
 def test_a_wish_that_is_repeated_is_not_made_to_wait(tmp_path):
