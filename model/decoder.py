@@ -28,11 +28,23 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        # torch's own goes over x four times there.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.rsqrt(length * length / x.shape[-1] + self.eps) * self.weight
+
+
+def _added(residual: Tensor, linear: nn.Module, x: Tensor) -> Tensor:
+    """residual + linear(x); a packed product is added where its numbers come to be."""
+    if isinstance(linear, PackedLinear):
+        return linear(x, residual)
+    return residual + linear(x)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; query, key and value projections are one matrix, in that order."""
+    """Grouped-query attention, added to a residual; query, key and value projections are one matrix, in that
+    order."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -41,25 +53,27 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, (heads + 2 * kv_heads) * dim)
         self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, residual: Tensor, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> Tensor:
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         turned = self.heads + self.kv_heads
         qk = rotate(qkv[:, :turned], cos, sin)
         out = attend(layer, qk[:, : self.heads], qk[:, self.heads :], qkv[:, turned:])
-        return self.o_proj(out)
+        return _added(residual, self.o_proj, out)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020); gate and up projections are one matrix, in that order."""
+    """SwiGLU (Shazeer 2020), added to a residual; gate and up projections are one matrix, in that order."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return _added(residual, self.down_proj, F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -73,8 +87,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), layer, cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(x, self.input_layernorm(x), layer, cos, sin, attend)
+        return self.mlp(x, self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -107,7 +121,12 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = _laid_out(linear.weight, rows), linear.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:
+            added: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+                x, residual, self.weight, self.bias, "add"
+            )
+            return added
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 
@@ -120,10 +139,10 @@ class PackedMLP(nn.Module):
         self.gate, self.up = (_laid_out(part, rows) for part in mlp.gate_up_proj.weight.chunk(2))
         self.down_proj = PackedLinear(mlp.down_proj, rows)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
         gate = torch.ops.mkldnn._linear_pointwise(x, self.gate, None, "swish", [], "")
         wide = torch.ops.mkldnn._linear_pointwise.binary(x, gate, self.up, None, "mul")
-        return cast(Tensor, self.down_proj(wide))
+        return _added(residual, self.down_proj, wide)
 
 
 PACKED_BYTES = 16 << 20

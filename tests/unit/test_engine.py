@@ -153,9 +153,10 @@ def test_a_wide_row_has_the_same_bits_in_any_slot_with_threads_that_share_evenly
     mlp, x = MLP(decoder).requires_grad_(False), torch.randn(32, decoder.hidden_size)
     try:
         torch.set_num_threads(threads)
-        expected = mlp(x)
+        expected = mlp(x, x)
         for turned in range(1, 32):
-            assert torch.equal(mlp(x.roll(turned, 0)).roll(-turned, 0), expected)
+            other = x.roll(turned, 0)
+            assert torch.equal(mlp(other, other).roll(-turned, 0), expected)
     finally:
         torch.set_num_threads(1)
 
@@ -170,9 +171,10 @@ def test_a_row_has_the_same_bits_in_any_place_of_a_packed_product(threads: int) 
     try:
         torch.set_num_threads(threads)
         with torch.inference_mode():
-            expected = mlp(x)
+            expected = mlp(x, x)
             for turned in range(1, 32):
-                assert torch.equal(mlp(x.roll(turned, 0)).roll(-turned, 0), expected)
+                other = x.roll(turned, 0)
+                assert torch.equal(mlp(other, other).roll(-turned, 0), expected)
     finally:
         torch.set_num_threads(1)
 
@@ -554,11 +556,12 @@ def test_packed_weights_give_the_products_of_those_they_are_made_of() -> None:
                 (attention.qkv_proj, plain.qkv_proj),
                 (attention.o_proj, plain.o_proj),
                 (one.mlp.down_proj, other.mlp.down_proj),
-                (one.mlp, other.mlp),
             ):
-                width = CONFIG.decoder.hidden_size if linear is other.mlp else linear.in_features
-                x = torch.randn(32, width)
+                x, residual = torch.randn(32, linear.in_features), torch.randn(32, linear.out_features)
                 torch.testing.assert_close(product(x), linear(x), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(product(x, residual), residual + linear(x), rtol=1e-4, atol=1e-4)
+            x, residual = torch.randn(2, 32, CONFIG.decoder.hidden_size)
+            torch.testing.assert_close(one.mlp(residual, x), other.mlp(residual, x), rtol=1e-4, atol=1e-4)
     # Nothing is packed that is multiplied in another way.
     half = random_model(CONFIG, "generate").bfloat16().language_model
     assert not parts(packed(half, 32), *kinds)
