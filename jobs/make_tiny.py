@@ -45,19 +45,14 @@ RECIPES = Path(__file__).parent / "train" / "tiny.toml"
 WORK = Path("out/tiny")
 """Where base, data and stages of a training are kept; RECIPES name it too."""
 
-STAGES = (
-    *("vq", "stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-3-3"),
-    *("stage-4-1", "stage-4-2", "stage-4-3", "stage-4-4", "stage-4-5", "stage-4-6", "stage-4-7"),
-)
+STAGES = ("vq", "stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-4-1", "stage-4-2", "stage-4-3")
 
 DATA = (
-    ("shapes-64", 8000, [(64, 64)], False),
+    ("shapes-64", 24000, [(64, 64)], False),
     ("shapes-96", 8000, [(96, 96)], False),
     ("shapes", 24000, list(SIZES.values()), False),
-    ("edits-64", 24000, [(64, 64)], False),
-    ("shapes-late", 40000, list(SIZES.values()), False),
-    ("edits-hard-64", 24000, [(64, 64)], True),
-    ("shapes-hard", 40000, list(SIZES.values()), True),
+    ("hard-64", 24000, [(64, 64)], True),
+    ("hard", 40000, list(SIZES.values()), True),
 )
 """Folder in WORK, rows a task, sizes, whether mostly the hard kinds."""
 
