@@ -142,7 +142,7 @@ class PackedMLP(nn.Module):
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
         gate = torch.ops.mkldnn._linear_pointwise(x, self.gate, None, "swish", [], "")
         wide = torch.ops.mkldnn._linear_pointwise.binary(x, gate, self.up, None, "mul")
-        return _added(residual, self.down_proj, wide)
+        return cast(Tensor, self.down_proj(wide, residual))
 
 
 PACKED_BYTES = 16 << 20

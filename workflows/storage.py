@@ -249,6 +249,9 @@ _PASSING = {
 }
 """Codes of what may be otherwise soon; credentials that expired are renewed by whoever keeps the profile."""
 
+_BROKEN_OFF = "broken off"
+"""What is said of an answer that had begun and did not come to its end."""
+
 _patient = 0
 _retries = 0
 _guard = threading.Lock()
@@ -304,8 +307,8 @@ def patiently(path: str, action: Callable[[], T]) -> T:
         try:
             return action()
         except Exception as error:
-            code = _passing(error) if is_s3(path) and (_patient or _broke_off(error)) else None
-            if code is None:
+            code = _passing(error) if is_s3(path) else None
+            if code is None or not (_patient or code == _BROKEN_OFF):
                 raise
             seconds = time.monotonic() - started
             if seconds >= PATIENCE_SECONDS:
@@ -335,10 +338,10 @@ def _passing(error: BaseException) -> str | None:
     """A code of an error of S3 that may be gone the next time; None for all others."""
     import botocore.exceptions
 
+    halves = (botocore.exceptions.IncompleteReadError, botocore.exceptions.ResponseStreamingError)
     lost = (
         botocore.exceptions.ConnectionError,
         botocore.exceptions.HTTPClientError,
-        botocore.exceptions.IncompleteReadError,
         botocore.exceptions.CredentialRetrievalError,
     )
     for cause in (error, error.__cause__, error.__cause__ and error.__cause__.__cause__):
@@ -346,6 +349,8 @@ def _passing(error: BaseException) -> str | None:
             code = str(cause.response.get("Error", {}).get("Code", ""))
             code = _CODE_ALIASES.get(code, code)
             return code if code in _PASSING else None
+        if isinstance(cause, halves):
+            return _BROKEN_OFF
         if isinstance(cause, lost):
             return "lost"
         if isinstance(cause, OSError) and (found := re.search(r"AWS Error (\w+)", str(cause))):
@@ -356,14 +361,6 @@ def _passing(error: BaseException) -> str | None:
         if isinstance(cause, (ConnectionError, TimeoutError)):
             return "lost"
     return None
-
-
-def _broke_off(error: BaseException) -> bool:
-    """Whether an answer of S3 had begun and did not come to its end."""
-    import botocore.exceptions
-
-    halves = (botocore.exceptions.IncompleteReadError, botocore.exceptions.ResponseStreamingError)
-    return isinstance(error, halves) or isinstance(error.__cause__, halves)
 
 
 _OF_ONE_PATH = {
