@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from actors import metrics
-from actors.rows import Outcome, from_ipc, outcomes_table, requests, to_ipc
-from actors.watch import Start
-from model.errors import InputError
+from wallaroo.actors import metrics
+from wallaroo.actors.rows import Outcome, from_ipc, outcomes_table, requests, to_ipc
+from wallaroo.actors.watch import Start
+from wallaroo.model.errors import InputError
 
 # A driver names this class without using it, so torch waits until there is an engine to run.
 if TYPE_CHECKING:
-    from model.engine import Engine, Request
+    from wallaroo.model.engine import Engine, Request
 
 GAUGE_SECONDS = 1.0
 """How often a replica says how full it is; metrics are read every few seconds at most."""
@@ -268,9 +268,9 @@ class Replica:
     ) -> "Engine":
         import torch
 
-        from model.checkpoint import load
-        from model.engine import Engine, EngineOptions, even_threads, gpu_options
-        from model.quantise import quantise
+        from wallaroo.model.checkpoint import load
+        from wallaroo.model.engine import Engine, EngineOptions, even_threads, gpu_options
+        from wallaroo.model.quantise import quantise
 
         torch.set_num_threads(threads)
         if device == "auto":

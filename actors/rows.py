@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from model.config import Size
-from model.prompts import Prompt
+from wallaroo.model.config import Size
+from wallaroo.model.prompts import Prompt
 
 # Who only makes requests or reads outcomes has no use for torch, which the engine brings.
 if TYPE_CHECKING:
-    from model.engine import Request, Result
+    from wallaroo.model.engine import Request, Result
 
 _PROMPT = pa.struct(
     [
@@ -152,8 +152,8 @@ def requests_table(values: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 def requests(table: pa.Table, keys: Sequence[Hashable]) -> list["Request"]:
     """The requests of a table under REQUESTS, named by `keys`, one for each row."""
-    from model.engine import Request
-    from model.sampling import Sampling
+    from wallaroo.model.engine import Request
+    from wallaroo.model.sampling import Sampling
 
     made = []
     for key, values in zip(keys, table.to_pylist(), strict=True):

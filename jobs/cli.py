@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from jobs.config import SECTIONS, SETTINGS, Setting, resolve
-from model.errors import InputError
-from workflows.stopping import RunStopped, Stop
+from wallaroo.jobs.config import SECTIONS, SETTINGS, Setting, resolve
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.stopping import RunStopped, Stop
 
 if TYPE_CHECKING:
-    from workflows.plan import Plan
-    from workflows.run_config import RunConfig, RunSummary
+    from wallaroo.workflows.plans.plan import Plan
+    from wallaroo.workflows.settings import RunConfig, RunSummary
 
 OK, FATAL, USAGE, ERROR_ROWS, LOCKED, STOPPED = 0, 1, 2, 3, 4, 5
 INTERRUPTED = 128 + signal.SIGINT
 
-MOST_CHARACTERS = 20_000
+MAX_CHARACTERS = 20_000
 """Of a message."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -237,14 +237,14 @@ def plan(
     task: str, manifest: str, output: str | None, estimate: bool, rate: str | None, **options: Any
 ) -> int:
     config = _configure(task, manifest, output or "", options)
-    from jobs.progress import Display
-    from workflows.pipeline import plan as make
+    from wallaroo.jobs.progress import Display
+    from wallaroo.workflows.runs.setup import plan as make
 
     with Display() as display:
         made = make(config, display)
     click.echo(_plan_text(made))
     if estimate or rate:
-        from workflows.estimate import estimate as reckon
+        from wallaroo.workflows.reports.estimate import estimate as reckon
 
         click.echo("\n".join(reckon(made, config, rate).lines()))
     if output:
@@ -273,7 +273,7 @@ def compact(output: str) -> int:
 
     Exit codes: 0; 1 OUTPUT cannot be compacted; 4 a run is at work on it.
     """
-    from workflows.compact import compact as merge
+    from wallaroo.workflows.datasets.compact import compact as merge
 
     found = merge(output)
     words = f"{found.before:,} shards became {found.after:,}"
@@ -288,7 +288,7 @@ def status(output: str) -> int:
 
     Exit codes: 0 there is something to tell; 1 OUTPUT is no output of a run.
     """
-    from workflows.runs import status as read_status
+    from wallaroo.workflows.reports.status import status as read_status
 
     click.echo(_printable(read_status(output).text()))
     return OK
@@ -300,7 +300,7 @@ def report(output: str) -> int:
     """Write OUTPUT/report.html anew, at any time in the life of a run: counts, throughput over time,
     examples of errors and a gallery, in one file that needs no network.
     """
-    from workflows.report import write_report
+    from wallaroo.workflows.reports.page import write_report
 
     click.echo(write_report(output))
     return OK
@@ -314,7 +314,7 @@ def verify(output: str) -> int:
 
     Exit codes: 0 complete and as planned, error rows or not; 1 incomplete or broken.
     """
-    from workflows.verify import verify as check
+    from wallaroo.workflows.reports.verify import verify as check
 
     state = check(output, lambda line: click.echo(_printable(line))).state
     return OK if state == "complete" else FATAL
@@ -341,8 +341,8 @@ def submit(address: str | None, name: str | None, follow: bool, command: tuple[s
     found, not started twice; after it ended a new job goes on where it was. A token is taken from
     RAY_AUTH_TOKEN or ~/.ray/auth_token. Ctrl-C ends --follow, not the job.
     """
-    from jobs import submit as remote
-    from model.config import TASKS
+    from wallaroo.jobs import submit as remote
+    from wallaroo.model.config import TASKS
 
     task, *words = command
     if task not in TASKS:
@@ -369,7 +369,7 @@ def submit(address: str | None, name: str | None, follow: bool, command: tuple[s
 
 
 def _follow(client: Any, job: str) -> int:
-    from jobs import submit as remote
+    from wallaroo.jobs import submit as remote
 
     try:
         ended = remote.follow(client, job, functools.partial(click.echo, nl=False))
@@ -391,7 +391,7 @@ def jobs() -> None:
 @click.option("--address", metavar="URL", help=DASHBOARD)
 def jobs_list(address: str | None) -> int:
     """List the runs of a cluster, newest first, each with its own count of rows."""
-    from jobs import submit as remote
+    from wallaroo.jobs import submit as remote
 
     found = remote.jobs(remote.connect(address))
     for job in found:
@@ -410,7 +410,7 @@ def jobs_list(address: str | None) -> int:
 @click.option("--address", metavar="URL", help=DASHBOARD)
 def jobs_status(job: str, address: str | None) -> int:
     """Say what the cluster knows of JOB, and how far it is by its own records."""
-    from jobs import submit as remote
+    from wallaroo.jobs import submit as remote
 
     found = remote.find(remote.connect(address), job)
     click.echo(f"{found.id}: {found.state}" + (f", {found.message}" if found.message else ""))
@@ -425,7 +425,7 @@ def jobs_status(job: str, address: str | None) -> int:
 @click.option("--address", metavar="URL", help=DASHBOARD)
 def jobs_logs(job: str, follow: bool, address: str | None) -> int:
     """Show what JOB said. Once the cluster is gone, it stands in OUTPUT/runs/*.log."""
-    from jobs import submit as remote
+    from wallaroo.jobs import submit as remote
 
     client = remote.connect(address)
     found = remote.find(client, job)
@@ -443,7 +443,7 @@ def jobs_stop(job: str, address: str | None) -> int:
 
     Exit codes: 0 it is over; 1 it does not stop.
     """
-    from jobs import submit as remote
+    from wallaroo.jobs import submit as remote
 
     ended = remote.stop(remote.connect(address), job)
     click.echo(f"{ended.id}: {ended.state.lower()}" + ("" if ended.over else " still"))
@@ -503,7 +503,7 @@ def convert(
         raise click.UsageError("--vq is absent, but pictures need it: give it, or --understanding-only.")
     import torch
 
-    from model.convert import convert as write
+    from wallaroo.model.convert import convert as write
 
     write(
         weights,
@@ -555,7 +555,7 @@ def export(format: str, output: str, dest: str, embed_metadata: bool, image_urls
     Exit codes: 0 every row is exported; 1 nothing can be; 3 error rows or rows that the format has no
     place for are left out.
     """
-    from workflows.export import export as write
+    from wallaroo.workflows.datasets.export import export as write
 
     summary = write(output, dest, format, embed_metadata=embed_metadata, image_urls=image_urls)
     click.echo(summary.text())
@@ -597,8 +597,8 @@ def expand(
     aspect_ratio, ...) that no template has becomes a column. {{ and }} are braces. Ids depend on what
     is in a row alone, so lists may grow.
     """
-    from workflows.expand import expand as write
-    from workflows.expand import read_list
+    from wallaroo.workflows.manifests.expand import expand as write
+    from wallaroo.workflows.manifests.expand import read_list
 
     values = {name: text.split(",") for name, text in map(_pair, lists)}
     values |= {name: read_list(path) for name, path in map(_pair, files)}
@@ -621,7 +621,9 @@ def data() -> None:
     "--model", default="tiny", metavar="FOLDER", help="Checkpoint whose sizes to draw (default tiny)."
 )
 @click.option("--square", type=int, metavar="PIXELS", help="Draw one size, of this side, instead.")
-@click.option("--lines", is_flag=True, help="Also as JSON lines, which `python -m model.train` reads.")
+@click.option(
+    "--lines", is_flag=True, help="Also as JSON lines, which `python -m wallaroo.model.train` reads."
+)
 @click.option(
     "--hard", is_flag=True, help="To train on, mostly edits of one object of two, and questions for captions."
 )
@@ -645,9 +647,10 @@ def shapes(
       wallaroo generate out/shapes/held-out/generate.parquet out/drawn
       wallaroo evaluate shapes out/drawn
     """
-    from model.checkpoint import TINY, load_config
-    from model.config import VQ_FACTOR, Size
-    from workflows.shapes import SPANS, write
+    from wallaroo.model.checkpoint import TINY, load_config
+    from wallaroo.model.config import VQ_FACTOR, Size
+    from wallaroo.workflows.scenes.world import SPANS
+    from wallaroo.workflows.scenes.write import write
 
     least = VQ_FACTOR * 2 * SPANS["small"]
     if square is not None and (square % VQ_FACTOR or square < least):
@@ -683,8 +686,8 @@ def train(stage: str, file: str, workers: int, device: str, address: str | None)
     Exit codes: 0; 1 the training failed; 2 a mistake in the command line or the recipe; 4 another
     training is at work in the folder.
     """
-    from model.train import Recipe
-    from workflows import train as on_ray
+    from wallaroo.model.train import Recipe
+    from wallaroo.workflows import training as on_ray
 
     try:
         recipe = on_ray.absolute(Recipe.from_file(file, stage))
@@ -709,10 +712,10 @@ def bench() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench_engine(model: str, slots: int, rounds: int, as_json: bool) -> int:
     """Time the engine, with random weights, beside the plain loop over Hugging Face's modules, at batch 1
-    and at the same batch, and count its work. The same as python -m model.bench, which has more options
+    and at the same batch, and count its work. The same as python -m wallaroo.model.bench, which has more options
     and runs where Ray is absent.
     """
-    from model.bench import main
+    from wallaroo.model.bench import main
 
     given = ["--model", model, "--slots", str(slots), "--rounds", str(rounds)]
     main([*given, *(["--json"] if as_json else [])])
@@ -735,8 +738,8 @@ def evaluate_shapes(output: str) -> int:
     to OUTPUT/evaluation.json, and is part of the report from then on. Rows of combinations that
     occur in training are counted apart.
     """
-    from workflows.evaluate import evaluate, to_text
-    from workflows.report import write_report
+    from wallaroo.workflows.reports.page import write_report
+    from wallaroo.workflows.scenes.evaluate import evaluate, to_text
 
     click.echo(to_text(evaluate(output)))
     write_report(output)
@@ -782,8 +785,8 @@ def select(
     DEST gets data/*.parquet, or a folder for each split; README.md; and _dropped.jsonl, which says of
     every other row why it is not there. Exit codes: 0; 3 if a function, a score or a picture failed.
     """
-    from workflows.selection import Rules
-    from workflows.selection import select as copy
+    from wallaroo.workflows.datasets.rules import Rules
+    from wallaroo.workflows.datasets.select import select as copy
 
     # Last, and only where it is asked for: a folder of data may hold a module with the name of a library's.
     if any(name and ":" in name for name in (filter_, best_of)):
@@ -821,9 +824,9 @@ def _run(
 ) -> int:
     """Does a run and says how it ended."""
     config = _configure(task, manifest, output, options)
-    from jobs.progress import Display
-    from workflows.lock import RunInProgress
-    from workflows.pipeline import run
+    from wallaroo.jobs.progress import Display
+    from wallaroo.workflows.outputs.lock import RunInProgress
+    from wallaroo.workflows.runs.driver import run
 
     stop = Stop(config.grace, config.deadline)
     news: dict[str, Any] = {"task": task, "output": output, "state": "failed", "message": ""}
@@ -846,7 +849,7 @@ def _run(
         raise
     finally:
         if on_finish:
-            from jobs.notify import notify
+            from wallaroo.jobs.notify import notify
 
             notify(on_finish, news)
     _say_summary(config, summary)
@@ -870,9 +873,9 @@ def _configure(
 
 
 def _say_summary(config: "RunConfig", summary: "RunSummary") -> None:
-    from workflows.results import DATA_FOLDER
-    from workflows.runs import duration
-    from workflows.storage import join
+    from wallaroo.workflows.outputs.layout import DATA_FOLDER
+    from wallaroo.workflows.storage import join
+    from wallaroo.workflows.text import duration
 
     made = summary.rows - summary.before
     errors = "1 error" if summary.errors == 1 else f"{summary.errors:,} errors"
@@ -920,7 +923,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             click.echo(f"Help: {error.ctx.command_path} --help", err=True)
         code = USAGE
     except InputError as error:
-        from workflows.run_config import OptionError
+        from wallaroo.workflows.settings import OptionError
 
         _complain(str(error))
         code = USAGE if isinstance(error, OptionError) else FATAL
@@ -931,7 +934,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain("stopped; the same command goes on where this one was.")
         code = INTERRUPTED
     except RuntimeError as error:
-        from workflows.lock import LockLost, RunInProgress
+        from wallaroo.workflows.outputs.lock import LockLost, RunInProgress
 
         if not isinstance(error, RunInProgress | LockLost):
             raise
@@ -951,7 +954,7 @@ def _complain(sentence: str) -> None:
 def _printable(text: str) -> str:
     """Text of files that are not ours, for a terminal: no control characters, and not without end."""
     text = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
 
 
 if __name__ == "__main__":

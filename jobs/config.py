@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from model.errors import InputError, did_you_mean
-from workflows.tasks import ONLY_FOR, PRESETS, SAMPLING
+from wallaroo.model.errors import InputError, did_you_mean
+from wallaroo.workflows.tasks import ONLY_FOR, PRESETS, SAMPLING
 
 if TYPE_CHECKING:
-    from workflows.run_config import RunConfig
+    from wallaroo.workflows.settings import RunConfig
 
 SECTIONS = {
     "run": "What to make",
@@ -214,8 +214,8 @@ def resolve(
     Raises InputError for an unknown section or key, with the nearest right one, for a value that is
     not of its type, and for whatever RunConfig refuses.
     """
-    from model.sampling import Sampling
-    from workflows.run_config import RunConfig
+    from wallaroo.model.sampling import Sampling
+    from wallaroo.workflows.settings import RunConfig
 
     values: dict[str, Any] = {}
     if environment.get("RAY_ADDRESS"):
@@ -285,7 +285,7 @@ def _known(section: str, key: str, where: str) -> Setting:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    from workflows.storage import info, read_bytes
+    from wallaroo.workflows.storage import info, read_bytes
 
     found = info(path)
     if found is not None and found.size > RUN_FILE_BYTES:

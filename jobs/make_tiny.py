@@ -1,4 +1,4 @@
-"""Makes the small checkpoint in `model/tiny` from nothing: `python -m jobs.make_tiny [FOLDER]`.
+"""Makes the small checkpoint in `model/tiny` from nothing: `python -m wallaroo.jobs.make_tiny [FOLDER]`.
 
 Its configuration stands here. Its merges are trained on captions written below and on the words of the
 drawn scenes; its weights are trained on the scenes, by the stages of `jobs/train/tiny.toml`, which takes
@@ -17,12 +17,13 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from model.checkpoint import TINY, TOKENIZER, load, load_config, save
-from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.prompts import SYSTEM, TEMPLATES
-from model.tokenizer import QWEN_TOKENS, Tokenizer, add_control_tokens, added_tokens, build
-from model.train import Recipe, fresh_model, train
-from workflows import shapes
+from wallaroo.model.checkpoint import TINY, TOKENIZER, load, load_config, save
+from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from wallaroo.model.prompts import SYSTEM, TEMPLATES
+from wallaroo.model.tokenizer import QWEN_TOKENS, Tokenizer, add_control_tokens, added_tokens, build
+from wallaroo.model.train import Recipe, fresh_model, train
+from wallaroo.workflows.scenes import captions as scenes_captions
+from wallaroo.workflows.scenes import write
 
 TEXT_TOKENS = 1000
 """Tokens of the vocabulary that stand for text: 256 bytes, the others merged."""
@@ -142,10 +143,10 @@ def scene_words() -> list[str]:
     """The texts of the drawn scenes, the Chinese ones cut into words, so that no merge joins two."""
     sizes = [Size(*size) for size in SIZES.values()]
     between = ["的", "在", "背景", "上的", "把", "移到", "换成", "变成", "去掉", "和", "、", "加", "一个"]
-    words = sorted({*shapes.CHINESE.values(), *between}, key=len, reverse=True)
+    words = sorted({*scenes_captions.CHINESE.values(), *between}, key=len, reverse=True)
     cut = re.compile(f"({'|'.join(words)})")
     texts: list[str] = []
-    for example in shapes.examples(6000, 9, sizes, False):
+    for example in scenes_captions.examples(6000, 9, sizes, False):
         prompt = example.prompt
         if example.task != "understand":
             values = {"target_w": example.scene.width, "target_h": example.scene.height}
@@ -153,7 +154,7 @@ def scene_words() -> list[str]:
         answer = example.answer
         if example.kind == "caption":
             # Prompts name two objects in either order, as these answers do not.
-            answer = shapes.caption(example.scene, example.language)
+            answer = scenes_captions.caption(example.scene, example.language)
         for text in (prompt, answer):
             texts += filter(None, cut.split(text) if example.language == "zh" else [text])
     chinese = [word for items in CHINESE.values() for word in items.split("|")]
@@ -229,7 +230,7 @@ def make(folder: str | Path) -> None:
         if not (WORK / name / "held-out" / "understand.parquet").exists():
             print(f"drawing {WORK / name}", flush=True)
             drawn = [Size(*size) for size in sizes]
-            shapes.write(str(WORK / name), rows, 600, 0, drawn, lines=True, hard=hard)
+            write.write(str(WORK / name), rows, 600, 0, drawn, lines=True, hard=hard)
     for stage in STAGES:
         print(stage, flush=True)
         recipe = Recipe.from_file(RECIPES, stage)
@@ -244,7 +245,7 @@ def make(folder: str | Path) -> None:
 def main() -> None:
     """Make the checkpoint anew in the folder that is named, or in its place in the program."""
     if len(sys.argv) > 2:
-        sys.exit("usage: python -m jobs.make_tiny [FOLDER]")
+        sys.exit("usage: python -m wallaroo.jobs.make_tiny [FOLDER]")
     make(sys.argv[1] if len(sys.argv) > 1 else TINY)
 
 

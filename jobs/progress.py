@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from workflows.runs import duration
+from wallaroo.workflows.text import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-    from workflows.run_config import Progress
+    from wallaroo.workflows.settings import Progress
 
 LINE_SECONDS = 10.0
 RATE_SECONDS = 60.0

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.errors import InputError, did_you_mean
+from wallaroo.model.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-    from workflows.run_config import RunConfig
-    from workflows.runs import Status
+    from wallaroo.workflows.reports.status import Status
+    from wallaroo.workflows.settings import RunConfig
 
 PACKAGES = ("model", "actors", "workflows", "jobs")
 CARRIED_BYTES = 64 << 20
@@ -179,7 +179,7 @@ def _send(
     name: str | None,
 ) -> str:
     return client.submit_job(
-        entrypoint=f"python -m jobs.cli {shlex.join(command)}",
+        entrypoint=f"python -m wallaroo.jobs.cli {shlex.join(command)}",
         submission_id=wanted,
         runtime_env={
             "working_dir": folder,
@@ -214,7 +214,7 @@ def carried(config: "RunConfig", command: Sequence[str]) -> list[Path]:
     command: the words after `wallaroo`, which resolve to `config`. Raises InputError where they name what
     a cluster could not read.
     """
-    from workflows.storage import is_s3
+    from wallaroo.workflows.storage import is_s3
 
     if config.address is not None:
         raise InputError(
@@ -309,7 +309,7 @@ def _job(details: "JobDetails") -> Job:
 def progress(job: Job) -> "Status | None":
     """How far a run is by its own records; None where this machine cannot read its output, or nothing is
     there yet."""
-    from workflows.runs import status
+    from wallaroo.workflows.reports.status import status
 
     try:
         return status(job.output)

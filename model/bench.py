@@ -1,6 +1,6 @@
 """How fast the engine is: side by side with the plain loop and with the machine's own limits.
 
-`python -m model.bench --model mid --json` runs where Ray is absent. Everything is measured in one
+`python -m wallaroo.model.bench --model mid --json` runs where Ray is absent. Everything is measured in one
 process, interleaved, and told as ratios and counts; seconds on a shared machine mean little.
 
 Where the time of a step goes, and what was tried, stands in tests/benchmarks/README.md.
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.decoder import PACKS, Layer, packed
-from model.engine import END_OF_LINE, Engine, EngineOptions, Request
-from model.prompts import Prompt
-from model.reference import Reference
-from model.sampling import Sampling
-from model.wallaroo import Wallaroo
+from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from wallaroo.model.decoder import PACKS, Layer, packed
+from wallaroo.model.engine import END_OF_LINE, Engine, EngineOptions, Request
+from wallaroo.model.prompts import Prompt
+from wallaroo.model.reference import Reference
+from wallaroo.model.sampling import Sampling
+from wallaroo.model.wallaroo import Wallaroo
 
 PROMPT_TOKENS, NULL_TOKENS = 40, 24
 SAMPLING = Sampling(cfg=3.0, temperature=1.0, top_k=100, top_p=1.0)
@@ -536,7 +536,9 @@ def decode_steps(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints a report, or with `--json` one JSON object; with `--steps` a JSON line a cache length."""
-    parser = argparse.ArgumentParser(prog="python -m model.bench", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m wallaroo.model.bench", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--model", choices=sorted(MODELS), default="mid", help="shapes to measure")
     parser.add_argument("--slots", type=int, default=32, help="pictures decoded at once")
     parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of")

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors
 
-from model.config import ModelConfig
-from model.errors import InputError
-from model.tokenizer import Tokenizer
+from wallaroo.model.config import ModelConfig
+from wallaroo.model.errors import InputError
+from wallaroo.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-    from model.wallaroo import Wallaroo
+    from wallaroo.model.wallaroo import Wallaroo
 
 TINY = Path(__file__).parent / "tiny"
 """The small checkpoint that comes with the program."""
@@ -248,7 +248,7 @@ def empty_model(
     """A model with the parts of `task` (all by default), its parameters allocated and not yet filled."""
     import torch
 
-    from model.wallaroo import Wallaroo
+    from wallaroo.model.wallaroo import Wallaroo
 
     # Built without memory first: the constructors of layers would fill 7B numbers by chance, for minutes.
     with torch.device("meta"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model.errors import InputError, did_you_mean
+from wallaroo.model.errors import InputError, did_you_mean
 
 VQ_FACTOR = 16
 """Pixels a side of one image token (the VQ model halves the picture four times)."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from model.checkpoint import (
+from wallaroo.model.checkpoint import (
     DTYPES,
     SHARD_BYTES,
     Shape,
@@ -25,10 +25,10 @@ from model.checkpoint import (
     save,
     write_safetensors,
 )
-from model.config import SIZES_512, TASKS, DecoderConfig, ModelConfig, VisionConfig, VQConfig
-from model.errors import InputError
-from model.images import FRAMES, MEAN, MERGE, PATCH, STD
-from model.tokenizer import Tokenizer, add_control_tokens, added_tokens, build
+from wallaroo.model.config import SIZES_512, TASKS, DecoderConfig, ModelConfig, VisionConfig, VQConfig
+from wallaroo.model.errors import InputError
+from wallaroo.model.images import FRAMES, MEAN, MERGE, PATCH, STD
+from wallaroo.model.tokenizer import Tokenizer, add_control_tokens, added_tokens, build
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import DecoderConfig
+from wallaroo.model.config import DecoderConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v) -> output: q `(tokens, heads, head_dim)`, k and v `(tokens, kv_heads, head_dim)`,

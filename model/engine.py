@@ -20,24 +20,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import BACKENDS, KEY_BLOCK, Visible, default_backend
-from model.config import SLOTS, VQ_FACTOR, DecoderConfig, ModelConfig, Size
-from model.decoder import packed, rope, rope_frequencies
-from model.errors import RowError
-from model.graphs import Replayed
-from model.images import patchify
-from model.kv_cache import KVCache, Prefix
-from model.prompts import Prompt
-from model.sampling import ALWAYS, Filters, Sampling, draws, sample
-from model.vision import encode_image
-from model.vq import to_float, to_uint8
-from model.wallaroo import Wallaroo
+from wallaroo.model.attention import BACKENDS, KEY_BLOCK, Visible, default_backend
+from wallaroo.model.config import SLOTS, VQ_FACTOR, DecoderConfig, ModelConfig, Size
+from wallaroo.model.decoder import packed, rope, rope_frequencies
+from wallaroo.model.errors import RowError
+from wallaroo.model.graphs import Replayed
+from wallaroo.model.images import patchify
+from wallaroo.model.kv_cache import KVCache, Prefix
+from wallaroo.model.prompts import Prompt
+from wallaroo.model.sampling import ALWAYS, Filters, Sampling, draws, sample
+from wallaroo.model.vision import encode_image
+from wallaroo.model.vq import to_float, to_uint8
+from wallaroo.model.wallaroo import Wallaroo
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 END_OF_LINE = "<|end_of_line>|"
 GPU_GROUP_ROWS = 64
 """Rows of a group on a GPU with room for them: fewer would read the weights more often than they compute."""
-LEAST_SHARED = 1 << 15
+MIN_SHARED = 1 << 15
 """Numbers a thread that torch gives one at least, of an operator on a CPU."""
 VECTOR = 32
 """Numbers that torch's float32 operators take at once where vectors are widest."""
@@ -166,7 +166,7 @@ def even_threads(config: DecoderConfig, options: EngineOptions, threads: int) ->
 
     def even(count: int, tokens: int, width: int) -> bool:
         numbers = tokens * width
-        share = -(-numbers // min(count, -(-numbers // LEAST_SHARED)))
+        share = -(-numbers // min(count, -(-numbers // MIN_SHARED)))
         return share % width == 0 or (share % VECTOR == 0 and width % VECTOR == 0)
 
     return next(

@@ -10,8 +10,8 @@ import math
 import numpy as np
 from PIL import Image
 
-from model.config import Size
-from model.errors import RowError
+from wallaroo.model.config import Size
+from wallaroo.model.errors import RowError
 
 PATCH = 14
 MERGE = 2

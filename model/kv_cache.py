@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.attention import KEY_BLOCK
-from model.config import DecoderConfig
+from wallaroo.model.attention import KEY_BLOCK
+from wallaroo.model.config import DecoderConfig
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.config import ModelConfig, Size
-from model.errors import InputError, did_you_mean
-from model.tokenizer import Control, Tokenizer, indicator
+from wallaroo.model.config import ModelConfig, Size
+from wallaroo.model.errors import InputError, did_you_mean
+from wallaroo.model.tokenizer import Control, Tokenizer, indicator
 
 SYSTEM = "You are a helpful assistant."
 

@@ -5,10 +5,10 @@ Knows nothing of how the decoder is used. Nothing else needs torchao.
 
 from typing import TYPE_CHECKING
 
-from model.errors import InputError
+from wallaroo.model.errors import InputError
 
 if TYPE_CHECKING:
-    from model.wallaroo import Wallaroo
+    from wallaroo.model.wallaroo import Wallaroo
 
 WEIGHTS = ("int8", "fp8")
 """int8: one scale a row, multiplied in the model's own type, so smaller but not faster. fp8: activations too,

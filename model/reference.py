@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.checkpoint import disk_tensors
-from model.config import DecoderConfig
-from model.engine import END_OF_LINE, STOP_TOKENS, Request, Result
-from model.images import patchify
-from model.prompts import Prompt
-from model.sampling import MIN_TEMPERATURE, Sampling
-from model.vision import encode_image
-from model.vq import to_float, to_uint8
-from model.wallaroo import Wallaroo
+from wallaroo.model.checkpoint import disk_tensors
+from wallaroo.model.config import DecoderConfig
+from wallaroo.model.engine import END_OF_LINE, STOP_TOKENS, Request, Result
+from wallaroo.model.images import patchify
+from wallaroo.model.prompts import Prompt
+from wallaroo.model.sampling import MIN_TEMPERATURE, Sampling
+from wallaroo.model.vision import encode_image
+from wallaroo.model.vq import to_float, to_uint8
+from wallaroo.model.wallaroo import Wallaroo
 
 
 def text_model(config: DecoderConfig, tensors: dict[str, Tensor]) -> Any:

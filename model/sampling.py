@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.errors import RowError
+from wallaroo.model.errors import RowError
 
 if TYPE_CHECKING:
     from torch import Tensor

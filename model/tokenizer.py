@@ -11,8 +11,8 @@ from typing import Any
 
 import tokenizers
 
-from model.config import SIZES_512
-from model.errors import InputError, RowError, did_you_mean
+from wallaroo.model.config import SIZES_512
+from wallaroo.model.errors import InputError, RowError, did_you_mean
 
 QWEN_TOKENS = (
     "<|endoftext|>",

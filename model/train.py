@@ -1,6 +1,6 @@
 """Training: the losses of the image tokenizer and of the four stages, and one loop for all of them.
 
-Rows, losses and what is frozen follow the published recipe (arXiv 2603.04980); `python -m model.train
+Rows, losses and what is frozen follow the published recipe (arXiv 2603.04980); `python -m wallaroo.model.train
 RECIPES.toml STAGE [WORKERS]` runs one stage. The rows of a step, and what is drawn for each, depend on the
 seed and the step alone, however many processes share them, so a run that was killed goes on to the same
 losses. Knows nothing of Ray or Parquet: rows are dicts.
@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from model.attention import causal_attention
-from model.checkpoint import (
+from wallaroo.model.attention import causal_attention
+from wallaroo.model.checkpoint import (
     TOKENIZER,
     disk_tensors,
     empty_model,
@@ -45,11 +45,11 @@ from model.checkpoint import (
     load_tokenizer,
     save,
 )
-from model.config import VQ_FACTOR, ModelConfig, Size, VisionConfig
-from model.decoder import rope, rope_frequencies
-from model.engine import END_OF_LINE, Engine, EngineOptions, Request
-from model.errors import InputError, did_you_mean
-from model.images import (
+from wallaroo.model.config import VQ_FACTOR, ModelConfig, Size, VisionConfig
+from wallaroo.model.decoder import rope, rope_frequencies
+from wallaroo.model.engine import END_OF_LINE, Engine, EngineOptions, Request
+from wallaroo.model.errors import InputError, did_you_mean
+from wallaroo.model.images import (
     FACTOR,
     FRAMES,
     MEAN,
@@ -60,13 +60,13 @@ from model.images import (
     semantic_image,
     smart_resize,
 )
-from model.muon import Muon, takes
-from model.prompts import TEMPLATES, Prompt, edit_prompt, generate_prompt, understand_prompt
-from model.sampling import Sampling
-from model.tokenizer import Control, Tokenizer
-from model.vision import take_many, tower_plan
-from model.vq import VQModel, to_float, to_uint8
-from model.wallaroo import Wallaroo
+from wallaroo.model.muon import Muon, takes
+from wallaroo.model.prompts import TEMPLATES, Prompt, edit_prompt, generate_prompt, understand_prompt
+from wallaroo.model.sampling import Sampling
+from wallaroo.model.tokenizer import Control, Tokenizer
+from wallaroo.model.vision import take_many, tower_plan
+from wallaroo.model.vq import VQModel, to_float, to_uint8
+from wallaroo.model.wallaroo import Wallaroo
 
 NO_LATENT = -1.0
 """What stands in each number of a source latent that is masked in training."""
@@ -1406,12 +1406,12 @@ _NO_LOSS = ("loss", "gradient_norm", "rate", "tokens_per_second", "skipped_steps
 
 
 def main() -> None:
-    """`python -m model.train RECIPES.toml STAGE [WORKERS]`: one stage without Ray.
+    """`python -m wallaroo.model.train RECIPES.toml STAGE [WORKERS]`: one stage without Ray.
 
     Of each file of rows it reads the JSON lines beside it.
     """
     if len(sys.argv) not in (3, 4) or not "".join(sys.argv[3:] or "1").isdecimal():
-        sys.exit("usage: python -m model.train RECIPES.toml STAGE [WORKERS]")
+        sys.exit("usage: python -m wallaroo.model.train RECIPES.toml STAGE [WORKERS]")
     try:
         print(train(Recipe.from_file(*sys.argv[1:3]), workers=int("".join(sys.argv[3:] or "1"))))
     except InputError as error:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import VQConfig
+from wallaroo.model.config import VQConfig
 
 NORM_EPS = 1e-6
 PIXEL_CHANNELS = 3

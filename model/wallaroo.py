@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from model.config import TASKS, ModelConfig
-from model.decoder import Decoder
-from model.vq import VQModel
+from wallaroo.model.config import TASKS, ModelConfig
+from wallaroo.model.decoder import Decoder
+from wallaroo.model.vq import VQModel
 
 if TYPE_CHECKING:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -46,7 +46,7 @@ class Wallaroo(nn.Module):
         self.lm_head = nn.Linear(hidden, config.decoder.vocab_size, bias=False) if understands else None
         self.visual: Qwen2_5_VisionTransformerPretrainedModel | None = None
         if edits or understands:
-            from model.vision import vision_tower
+            from wallaroo.model.vision import vision_tower
 
             self.visual = vision_tower(config.vision)
         self.vq = VQModel(config.vq) if generates or edits else None

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.replica import Replica
 from tests.clusters import HEAD_NODE, Head, started_head
+from wallaroo.actors.replica import Replica
 
 GPU_NODES = 4
 ROWS = 120
@@ -170,9 +170,9 @@ def kill(head: Head, port: int) -> None:
 
 def main(manifest: str, output: str, address: str) -> None:
     """The run itself: what `wallaroo generate --replicas 1:4 --address ...` does, with OnCpu."""
-    from jobs.progress import line
-    from workflows.pipeline import run
-    from workflows.run_config import Progress, RunConfig
+    from wallaroo.jobs.progress import line
+    from wallaroo.workflows.runs.driver import run
+    from wallaroo.workflows.settings import Progress, RunConfig
 
     said: list[str] = []
 

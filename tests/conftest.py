@@ -162,7 +162,7 @@ def s3(s3_server: S3Server) -> Iterator[str]:
     """A bucket of the test's own, as `s3://bucket`."""
     import boto3
 
-    from workflows import storage
+    from wallaroo.workflows import storage
 
     storage.forget_clients()
     bucket = f"test-{secrets.token_hex(6)}"
@@ -178,7 +178,7 @@ def local_ray(s3_server: S3Server) -> Iterator[None]:
     It counts more CPUs than a test asks for: after a run that failed, Ray may keep its replicas, and their
     CPUs, for as long as it likes, and the next run of the same process would wait for them.
     """
-    from workflows.cluster import connected
+    from wallaroo.workflows.cluster import connected
 
     with connected(cpus=12):
         yield

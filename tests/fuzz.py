@@ -18,8 +18,10 @@ with atheris.instrument_imports(include=["workflows", "PIL"]):
     import pyarrow.parquet as pq
     from PIL import Image
 
-    from model.errors import InputError, RowError
-    from workflows import manifest, sources
+    from wallaroo.model.errors import InputError, RowError
+    from wallaroo.workflows.manifests import discover, read
+    from wallaroo.workflows.manifests import schema as manifests_schema
+    from wallaroo.workflows.sources import decode
 
 ROW = {"id": ["a", "b"], "prompt": ["a red circle", "一个红色的圆"], "cfg": [3.0, None], "seed": [1, 2]}
 
@@ -27,7 +29,7 @@ ROW = {"id": ["a", "b"], "prompt": ["a red circle", "一个红色的圆"], "cfg"
 def pictures(data: bytes) -> None:
     """One picture."""
     try:
-        found = sources.decode(data, most_pixels=1 << 20, seconds=5)
+        found = decode.decode(data, most_pixels=1 << 20, seconds=5)
     except RowError as error:
         assert "\n" not in str(error)
     else:
@@ -42,12 +44,12 @@ def manifests(data: bytes) -> None:
         file.write(data[1:])
         file.flush()
         try:
-            for one in manifest.discover(file.name).files:
-                found, columns = manifest.scan(one), manifest.Columns()
+            for one in discover.discover(file.name).files:
+                found, columns = read.scan(one), manifests_schema.Columns()
                 columns.add(0, one.path, found)
                 schema = columns.schema()
                 rows = sum(
-                    batch.table.num_rows for piece in found.pieces for batch in manifest.read(piece, schema)
+                    batch.table.num_rows for piece in found.pieces for batch in read.read(piece, schema)
                 )
                 assert rows == sum(piece.rows for piece in found.pieces)
         except InputError as error:

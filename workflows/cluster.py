@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from model.errors import InputError
+from wallaroo.model.errors import InputError
 
 _TOKEN = secrets.token_hex(32)
 """Of every local Ray of this process; Ray reads it once a process, so it cannot change."""

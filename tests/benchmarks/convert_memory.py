@@ -11,8 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jobs.make_tiny import tokenizer_json
-from model.config import DecoderConfig, ModelConfig, VisionConfig, VQConfig
 from tests.conformance.released import (
     flat_config,
     split,
@@ -21,6 +19,8 @@ from tests.conformance.released import (
     write_wallaroo,
     zeros,
 )
+from wallaroo.jobs.make_tiny import tokenizer_json
+from wallaroo.model.config import DecoderConfig, ModelConfig, VisionConfig, VQConfig
 
 GIB = 2**30
 

@@ -49,9 +49,9 @@ def main() -> None:
 
 def measure(folder: Path, task: str) -> None:
     """Runs the rows and prints the largest memory seen."""
-    from workflows.cluster import connected
-    from workflows.pipeline import run
-    from workflows.run_config import RunConfig
+    from wallaroo.workflows.cluster import connected
+    from wallaroo.workflows.runs.driver import run
+    from wallaroo.workflows.settings import RunConfig
 
     with connected(cpus=2):
         time.sleep(5)

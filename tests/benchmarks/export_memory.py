@@ -17,12 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.rows import Outcome
-from workflows import results, storage
-from workflows.export import FORMATS
-from workflows.plan import FOLDER, PlanPart, Round
-from workflows.plan_rows import plan_schema
-from workflows.results import Made, RunConstants, build_result_table, result_schema
+from wallaroo.actors.rows import Outcome
+from wallaroo.workflows import storage
+from wallaroo.workflows.datasets.export import FORMATS
+from wallaroo.workflows.outputs import run_file, shards
+from wallaroo.workflows.outputs import values as outputs_values
+from wallaroo.workflows.outputs.layout import PLAN_FOLDER
+from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table
+from wallaroo.workflows.outputs.schema import result_schema
+from wallaroo.workflows.plans.columns import plan_schema
+from wallaroo.workflows.plans.plan import PlanPart, Round
 
 ROWS, SAMPLES, SIDE = 10_000, 4, 512
 SHARD_ROWS = 80
@@ -53,8 +57,8 @@ print(max(peak, anonymous()), summary.exported, summary.files)
 def write_output(output: str, rows: int = ROWS, shard_rows: int = SHARD_ROWS, side: int = SIDE) -> None:
     """A finished output (local or S3) of noise; pictures are those of the first shard in another order."""
     fields = {"task": "generate", "save_tokens": False}
-    results.put_run(output, fields)
-    run = RunConstants("generate", "m" * 64, results.digest(fields))
+    run_file.put_run(output, fields)
+    run = RunConstants("generate", "m" * 64, outputs_values.digest(fields))
     carried = pa.schema([("tag", pa.string())])
     noise = np.random.default_rng(0).integers(0, 256, (shard_rows, side, side, 3), np.uint8)
     started = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -69,7 +73,7 @@ def write_output(output: str, rows: int = ROWS, shard_rows: int = SHARD_ROWS, si
     first = build_result_table(plans[0], outcomes, run, Made(), result_schema(carried))
     name = "part-00000-test.parquet"
     with (
-        storage.write_stream(storage.join(output, FOLDER, name)) as stream,
+        storage.write_stream(storage.join(output, PLAN_FOLDER, name)) as stream,
         pq.ParquetWriter(stream, plans[0].schema) as writer,
     ):
         for shard, plan in enumerate(plans):
@@ -78,12 +82,12 @@ def write_output(output: str, rows: int = ROWS, shard_rows: int = SHARD_ROWS, si
             for column in ("row_id", "shard", "id", "sample", "prompt", "seed"):
                 place = table.schema.get_field_index(column)
                 table = table.set_column(place, table.schema.field(place), plan.column(column))
-            results.write_shard(output, shard, table)
+            shards.write_shard(output, shard, table)
     part = PlanPart(0, name, 0, 0, rows, 0, len(plans), shard_rows, 0, {}, {}, True)
     selected = np.ones(-(-rows // SAMPLES), bool)
     opening = Round(rows, shard_rows, selected, {}, "m" * 64, [], carried, [])
     values = vars(part) | {"format": 1, "opening": opening.to_values()}
-    storage.write_atomic(storage.join(output, FOLDER, "part-00000.json"), json.dumps(values).encode())
+    storage.write_atomic(storage.join(output, PLAN_FOLDER, "part-00000.json"), json.dumps(values).encode())
 
 
 def _planned(shard: int, numbers: range, side: int, schema: pa.Schema) -> pa.Table:

@@ -21,13 +21,13 @@ import boto3
 import numpy as np
 from PIL import Image
 
-from actors.replica import Replica
-from model.checkpoint import TINY, load_config
 from tests import conftest
 from tests.s3_proxy import proxy
-from workflows.pipeline import run
-from workflows.plan import read_plan
-from workflows.run_config import RunConfig
+from wallaroo.actors.replica import Replica
+from wallaroo.model.checkpoint import TINY, load_config
+from wallaroo.workflows.plans.plan import read_plan
+from wallaroo.workflows.runs.driver import run
+from wallaroo.workflows.settings import RunConfig
 
 SLOTS, DELAY_SECONDS, BOUND = 16, 0.03, 0.9
 STEPS = "STEPS_OF_THE_ENGINE"

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from model.config import Size
-from model.engine import Engine, EngineOptions, Request, Result
-from model.images import pixel_image, semantic_image
-from model.prompts import Prompt
-from model.reference import Reference
-from model.sampling import Sampling
-from model.wallaroo import Wallaroo
 from tests.conformance.published import Family, metadata
+from wallaroo.model.config import Size
+from wallaroo.model.engine import Engine, EngineOptions, Request, Result
+from wallaroo.model.images import pixel_image, semantic_image
+from wallaroo.model.prompts import Prompt
+from wallaroo.model.reference import Reference
+from wallaroo.model.sampling import Sampling
+from wallaroo.model.wallaroo import Wallaroo
 
 SERVERS = ("engine", "plain loop")
 

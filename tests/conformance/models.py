@@ -7,13 +7,13 @@ from functools import cache
 
 import torch
 
-from model.checkpoint import disk_tensors, empty_model
-from model.config import DecoderConfig, ModelConfig, VisionConfig, VQConfig
-from model.convert import rename
-from model.vq import VQModel
-from model.wallaroo import Wallaroo
 from tests.conformance import weights
 from tests.conformance.published import metadata
+from wallaroo.model.checkpoint import disk_tensors, empty_model
+from wallaroo.model.config import DecoderConfig, ModelConfig, VisionConfig, VQConfig
+from wallaroo.model.convert import rename
+from wallaroo.model.vq import VQModel
+from wallaroo.model.wallaroo import Wallaroo
 
 CONTROL_TOKENS_OF_MID = {"<|end_of_line>|": "eol"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import dashscope
 import tokenizers
 
-from model.tokenizer import QWEN_TOKENS, add_control_tokens, build
+from wallaroo.model.tokenizer import QWEN_TOKENS, add_control_tokens, build
 
 
 @cache

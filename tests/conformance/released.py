@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import expected_shapes
-from model.config import DecoderConfig, ModelConfig, VisionConfig
+from wallaroo.model.checkpoint import expected_shapes
+from wallaroo.model.config import DecoderConfig, ModelConfig, VisionConfig
 
 PREPROCESSOR = {
     "min_pixels": 3136,

@@ -2,10 +2,10 @@
 
 import pytest
 
-from model.config import ModelConfig, Size
-from model.errors import RowError
-from model.images import cover_size, smart_resize
 from tests.conformance.published import metadata
+from wallaroo.model.config import ModelConfig, Size
+from wallaroo.model.errors import RowError
+from wallaroo.model.images import cover_size, smart_resize
 
 TABLES = ("ASPECT_RATIO_512", "ASPECT_RATIO_256", "ASPECT_RATIO_384", "ASPECT_RATIO_1024")
 MIN_PIXELS, MAX_PIXELS = 12544, {"smart_resize_stage4": 188160, "smart_resize_stage3": 254016}

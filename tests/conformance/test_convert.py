@@ -10,14 +10,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from model.checkpoint import check, disk_tensors, load, load_config, load_tokenizer, verify_files
-from model.config import SIZES_512, DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.convert import convert, rename, rename_vq
-from model.engine import Engine, EngineOptions, Request
-from model.errors import InputError
-from model.prompts import Prompt
-from model.sampling import Sampling
-from model.tokenizer import QWEN_TOKENS, add_control_tokens, added_tokens, build
 from tests.benchmarks.convert_memory import anonymous_memory, write_published
 from tests.conformance.models import config_of, published_tensors
 from tests.conformance.published import Family, Where, assert_close, cases, metadata
@@ -30,6 +22,14 @@ from tests.conformance.released import (
     write_wallaroo,
     zeros,
 )
+from wallaroo.model.checkpoint import check, disk_tensors, load, load_config, load_tokenizer, verify_files
+from wallaroo.model.config import SIZES_512, DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from wallaroo.model.convert import convert, rename, rename_vq
+from wallaroo.model.engine import Engine, EngineOptions, Request
+from wallaroo.model.errors import InputError
+from wallaroo.model.prompts import Prompt
+from wallaroo.model.sampling import Sampling
+from wallaroo.model.tokenizer import QWEN_TOKENS, add_control_tokens, added_tokens, build
 
 SINGLE_ROW = 5e-5
 TEXT = 1e-4
@@ -318,7 +318,7 @@ def test_a_real_vocabulary_gets_the_published_ids(released: Released, tmp_path: 
 
 
 def test_the_older_form_of_a_tokenizer_gives_the_same(released: Released):
-    from model.convert import _tokenizer_json
+    from wallaroo.model.convert import _tokenizer_json
 
     older = released.folder / "older"
     older.mkdir()

@@ -5,10 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-from model.config import Size
-from model.images import cover_size, patchify, pixel_image, semantic_image
-from model.vision import encode_image
-from model.vq import to_float
 from tests.conformance.cases import SERVERS, edit_requests, serve
 from tests.conformance.models import config_of, tiny
 from tests.conformance.published import (
@@ -20,6 +16,10 @@ from tests.conformance.published import (
     metadata,
     name_of,
 )
+from wallaroo.model.config import Size
+from wallaroo.model.images import cover_size, patchify, pixel_image, semantic_image
+from wallaroo.model.vision import encode_image
+from wallaroo.model.vq import to_float
 
 ROW, GUIDED, PATCH, FEATURE = 5e-5, 2e-4, 1e-5, 5e-5
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import (
+from wallaroo.model.attention import (
     KEY_BLOCK,
     BlockAttention,
     FlashAttention,

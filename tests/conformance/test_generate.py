@@ -4,9 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention import causal_attention
-from model.decoder import rope, rope_frequencies
-from model.reference import Reference
 from tests.conformance.cases import SERVERS, generate_requests, prompt_of, serve
 from tests.conformance.models import config_of, tiny
 from tests.conformance.published import (
@@ -18,6 +15,9 @@ from tests.conformance.published import (
     metadata,
     name_of,
 )
+from wallaroo.model.attention import causal_attention
+from wallaroo.model.decoder import rope, rope_frequencies
+from wallaroo.model.reference import Reference
 
 ROW, GUIDED = 5e-5, 2e-4
 

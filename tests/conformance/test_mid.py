@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from model.config import Size
-from model.engine import Request
-from model.prompts import Prompt
 from tests.conformance.cases import GUIDED, PLAIN, SERVERS, serve
 from tests.conformance.models import mid
 from tests.conformance.published import Family, assert_close, assert_greedy
+from wallaroo.model.config import Size
+from wallaroo.model.engine import Request
+from wallaroo.model.prompts import Prompt
 
 ALLOWED = 5e-4
 METHODS = {"line_break_128x128": True, "no_line_128x128": False}

@@ -2,11 +2,11 @@
 
 import torch
 
-from model.checkpoint import disk_tensors, expected_shapes
-from model.config import ModelConfig
-from model.convert import rename, rename_vq
-from model.wallaroo import Wallaroo
 from tests.conformance.published import metadata
+from wallaroo.model.checkpoint import disk_tensors, expected_shapes
+from wallaroo.model.config import ModelConfig
+from wallaroo.model.convert import rename, rename_vq
+from wallaroo.model.wallaroo import Wallaroo
 
 HIDDEN, CODEBOOK, CODEBOOK_DIM = 3584, 16384, 8
 

@@ -13,14 +13,14 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from model.checkpoint import TINY, disk_tensors, empty_model, load_config, load_tokenizer
-from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.engine import STOP_TOKENS, Engine, EngineOptions, Request, Result
-from model.prompts import edit_prompt, generate_prompt, understand_prompt
-from model.reference import Reference, probabilities
-from model.sampling import Sampling, draws
-from model.wallaroo import Wallaroo
 from tests.conformance import weights
+from wallaroo.model.checkpoint import TINY, disk_tensors, empty_model, load_config, load_tokenizer
+from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from wallaroo.model.engine import STOP_TOKENS, Engine, EngineOptions, Request, Result
+from wallaroo.model.prompts import edit_prompt, generate_prompt, understand_prompt
+from wallaroo.model.reference import Reference, probabilities
+from wallaroo.model.sampling import Sampling, draws
+from wallaroo.model.wallaroo import Wallaroo
 
 ALLOWED = 2e-4
 """Of logits; and as a share of the probability between a random number and the choice it should give."""

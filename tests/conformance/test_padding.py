@@ -13,10 +13,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from model.engine import END_OF_LINE, Request
-from model.prompts import Prompt
-from model.reference import Reference
-from model.wallaroo import Wallaroo
 from tests.conformance.cases import GUIDED as GUIDED_SAMPLING
 from tests.conformance.cases import SERVERS, edit_requests, generate_requests, serve
 from tests.conformance.models import mid, tiny
@@ -30,6 +26,10 @@ from tests.conformance.published import (
     name_of,
 )
 from tests.conformance.test_mid import METHODS, SIZE, text_prompt
+from wallaroo.model.engine import END_OF_LINE, Request
+from wallaroo.model.prompts import Prompt
+from wallaroo.model.reference import Reference
+from wallaroo.model.wallaroo import Wallaroo
 
 VARIANTS = ("asis_cpu", "asis_cuda")
 ROW, GUIDED, MID = 5e-5, 2e-4, 5e-4

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.reference import probabilities
-from model.sampling import Sampling, filtered_probabilities, sample
 from tests.conformance.published import Family, assert_close, assert_equal, cases, name_of
+from wallaroo.model.reference import probabilities
+from wallaroo.model.sampling import Sampling, filtered_probabilities, sample
 
 ALLOWED, RELATIVE = 1e-6, 1e-4
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from model.config import SIZES_512, ModelConfig, Size
-from model.prompts import Prompt, edit_prompt, generate_prompt, understand_prompt
-from model.tokenizer import Tokenizer, added_tokens
 from tests.conformance.qwen import qwen_tokenizer_json, vocabulary_and_merges, with_tokens
+from wallaroo.model.config import SIZES_512, ModelConfig, Size
+from wallaroo.model.prompts import Prompt, edit_prompt, generate_prompt, understand_prompt
+from wallaroo.model.tokenizer import Tokenizer, added_tokens
 
 LANGUAGE = {"EN": "en", "CN": "zh"}
 

@@ -4,8 +4,6 @@ import pytest
 import torch
 from PIL import Image
 
-from model.images import patchify, semantic_image
-from model.vision import encode_image
 from tests.conformance.cases import SERVERS, serve, understand_requests
 from tests.conformance.models import tiny
 from tests.conformance.published import (
@@ -17,6 +15,8 @@ from tests.conformance.published import (
     metadata,
     name_of,
 )
+from wallaroo.model.images import patchify, semantic_image
+from wallaroo.model.vision import encode_image
 
 LOGIT, PATCH, FEATURE = 1e-4, 1e-5, 5e-5
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.vq import to_float, to_uint8
 from tests.conformance.models import vq_model
 from tests.conformance.published import Family, assert_close, assert_equal, cases, metadata, name_of
+from wallaroo.model.vq import to_float, to_uint8
 
 LATENT, MARGIN, PIXEL = 5e-5, 1e-4, 2e-4
 SHARE = 1e-4

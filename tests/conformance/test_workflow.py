@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 from PIL import Image
 
-from actors.rows import from_ipc, request_values, requests, requests_table, to_ipc
 from tests.conformance.cases import GUIDED, PLAIN, edit_requests, serve, understand_requests
 from tests.conformance.models import config_of, tiny
 from tests.conformance.published import Family, assert_close, assert_greedy, cases, metadata, name_of
-from workflows.sources import Source, SourceOptions, load_many
+from wallaroo.actors.rows import from_ipc, request_values, requests, requests_table, to_ipc
+from wallaroo.workflows.sources.prepare import Source, load_many
+from wallaroo.workflows.sources.references import SourceOptions
 
 ROW, GUIDED_LOGIT, TEXT = 5e-5, 2e-4, 1e-4
 LIMITS = metadata("i2i_meta")["seg"]["min_pixels"], metadata("i2i_meta")["seg"]["max_pixels"]

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from jobs import cli
-from jobs.make_tiny import tokenizer_json
-from model.checkpoint import TINY, disk_tensors, load_config
-from model.config import VQConfig
-from model.train import fresh_model
 from tests.conformance.released import flat_config, split, write_backbone, write_vq, write_wallaroo
+from wallaroo.jobs import cli
+from wallaroo.jobs.make_tiny import tokenizer_json
+from wallaroo.model.checkpoint import TINY, disk_tensors, load_config
+from wallaroo.model.config import VQConfig
+from wallaroo.model.train import fresh_model
 
 GOOD = {"id": "good", "prompt": "a red circle", "width": 64, "height": 96}
 
@@ -118,7 +118,7 @@ def rewrite_file_list(model: Path) -> None:
 
 
 def test_an_unreachable_endpoint(wallaroo, manifest, tmp_path, monkeypatch):
-    from workflows import storage
+    from wallaroo.workflows import storage
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -132,7 +132,7 @@ def test_an_unreachable_endpoint(wallaroo, manifest, tmp_path, monkeypatch):
 
 
 def test_a_bucket_that_is_not_there_or_forbidden(wallaroo, manifest, tmp_path, s3, s3_server, monkeypatch):
-    from workflows import storage
+    from wallaroo.workflows import storage
 
     code, _, complaint = wallaroo("generate", "s3://no-such-bucket-here/m.jsonl", tmp_path / "out")
     assert code == 1
@@ -269,7 +269,7 @@ def test_an_output_that_belongs_to_another_run(wallaroo, finished):
 
 
 def test_a_second_run_on_the_same_output(wallaroo, finished):
-    from workflows.lock import OutputLock
+    from wallaroo.workflows.outputs.lock import OutputLock
 
     with OutputLock(str(finished / "out"), "of this test"):
         code, _, complaint = wallaroo("generate", finished / "m.jsonl", finished / "out", "--cfg", 1)
@@ -296,7 +296,14 @@ def test_a_plan_is_what_the_run_goes_on_with(wallaroo, local_ray, manifest, tmp_
 
 def test_ctrl_c_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path):
     write_lines(tmp_path / "m.jsonl", [{"prompt": f"a cat, number {i}"} for i in range(12)])
-    command = [sys.executable, "-m", "jobs.cli", "generate", str(tmp_path / "m.jsonl"), str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "wallaroo.jobs.cli",
+        "generate",
+        str(tmp_path / "m.jsonl"),
+        str(tmp_path / "out"),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while process.poll() is None and not list((tmp_path / "out" / "runs").glob("*.json")):
         time.sleep(0.1)

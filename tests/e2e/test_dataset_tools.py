@@ -5,10 +5,12 @@ import json
 
 import pyarrow.parquet as pq
 
-from workflows import results, storage
-from workflows.expand import expand, read_list
-from workflows.manifest import discover
-from workflows.selection import Rules, select
+from wallaroo.workflows import storage
+from wallaroo.workflows.datasets.rules import Rules
+from wallaroo.workflows.datasets.select import select
+from wallaroo.workflows.manifests.discover import discover
+from wallaroo.workflows.manifests.expand import expand, read_list
+from wallaroo.workflows.outputs import layout
 
 
 def files(folder):
@@ -41,4 +43,4 @@ def test_rows_are_chosen_from_and_to_s3(s3, tmp_path):
         kept += pq.read_table(inner, filesystem=filesystem).to_pylist()
     assert {row["prompt"] for row in kept} == {f"cat {n}" for n in range(2, 300, 3)}
     assert select(f"{s3}/m", f"{s3}/chosen", rules) == found
-    assert results.DATA_FOLDER not in found.splits
+    assert layout.DATA_FOLDER not in found.splits

@@ -14,19 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs import cli
-from model.checkpoint import TINY, load_config
-from model.errors import InputError
 from tests.e2e.test_generate import read_data, write_jsonl
 from tests.pictures import real_pictures, save, write_pictures
-from workflows import storage
-from workflows.edit import edit
-from workflows.pipeline import plan, run
-from workflows.results import VOLATILE, list_done
-from workflows.run_config import RunConfig
-from workflows.sources import decode
-from workflows.understand import understand
-from workflows.verify import verify
+from wallaroo.jobs import cli
+from wallaroo.model.checkpoint import TINY, load_config
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.api import edit, understand
+from wallaroo.workflows.outputs.layout import list_done
+from wallaroo.workflows.outputs.schema import VOLATILE
+from wallaroo.workflows.reports.verify import verify
+from wallaroo.workflows.runs.driver import run
+from wallaroo.workflows.runs.setup import plan
+from wallaroo.workflows.settings import RunConfig
+from wallaroo.workflows.sources.decode import decode
 
 CONFIG = load_config(TINY)
 

@@ -5,11 +5,12 @@ import re
 
 import pytest
 
-from model.errors import InputError
-from workflows.estimate import compare, estimate
-from workflows.pipeline import plan, run
-from workflows.run_config import RunConfig
-from workflows.runs import read_records
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.outputs.run_log import read_records
+from wallaroo.workflows.reports.estimate import compare, estimate
+from wallaroo.workflows.runs.driver import run
+from wallaroo.workflows.runs.setup import plan
+from wallaroo.workflows.settings import RunConfig
 
 ROWS = 24
 
@@ -46,7 +47,7 @@ def test_a_look_tells_what_the_whole_run_takes(local_ray, tmp_path):
 
 @pytest.mark.parametrize("rate", ["0", "-1", "inf", "nan", "nowhere"])
 def test_a_rate_that_is_none(rate, tmp_path, monkeypatch):
-    from workflows.plan import Plan
+    from wallaroo.workflows.plans.plan import Plan
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=rate):

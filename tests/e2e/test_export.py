@@ -7,10 +7,11 @@ import boto3
 import pytest
 from PIL import Image
 
-from model.errors import InputError
 from tests.benchmarks.export_memory import write_output
-from workflows import results, storage
-from workflows.export import export
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.datasets.export import export
+from wallaroo.workflows.outputs import layout, shards
 
 ROWS, SHARD_ROWS, SIDE = 48, 16, 256
 """Pictures of noise, of which some dozens are more than one part of a multipart upload."""
@@ -18,8 +19,8 @@ ROWS, SHARD_ROWS, SIDE = 48, 16, 256
 
 def rows_of(output):
     found = []
-    for shard in sorted(results.list_done(output)):
-        with results.open_shard(output, shard) as parquet:
+    for shard in sorted(layout.list_done(output)):
+        with shards.open_shard(output, shard) as parquet:
             found += parquet.read().to_pylist()
     return found
 
@@ -75,7 +76,7 @@ def test_pictures_are_those_of_the_rows(s3, output):
 
 def test_an_export_that_fails_leaves_no_half_object(s3, output):
     """The lines were already more than one part of the upload when it failed."""
-    path = storage.join(output, "data", results.shard_name(2))
+    path = storage.join(output, "data", layout.shard_name(2))
     data = storage.read_bytes(path)
     storage.write_atomic(path, data[:-100])
     with pytest.raises(InputError, match="cannot be read"):

@@ -19,17 +19,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.replica import Replica
-from model.checkpoint import TINY
-from model.errors import InputError
-from workflows import storage
-from workflows.finish import read_success
-from workflows.pipeline import generate, run
-from workflows.plan import read_plan
-from workflows.results import VOLATILE, list_done
-from workflows.run_config import RunConfig
-from workflows.runs import read_records
-from workflows.verify import verify
+from wallaroo.actors.replica import Replica
+from wallaroo.model.checkpoint import TINY
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.api import generate
+from wallaroo.workflows.outputs.layout import list_done
+from wallaroo.workflows.outputs.run_log import read_records
+from wallaroo.workflows.outputs.schema import VOLATILE
+from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.plans.plan import read_plan
+from wallaroo.workflows.reports.verify import verify
+from wallaroo.workflows.runs.driver import run
+from wallaroo.workflows.settings import RunConfig
 
 ROOT = Path(__file__).parents[2]
 SIZES = [(128, 64), (64, 128), (96, 64), (112, 128)]
@@ -238,7 +240,16 @@ def test_a_killed_run_on_s3_keeps_its_finished_shards_and_goes_on(base, folder, 
         storage.write_atomic(f"{s3}/model/{file.name}", file.read_bytes())
     manifest = write_jsonl(f"{s3}/prompts.jsonl", ROWS + REFUSED)
     output = f"{s3}/out"
-    command = [sys.executable, "-m", "jobs.cli", "generate", manifest, output, "--model", f"{s3}/model"]
+    command = [
+        sys.executable,
+        "-m",
+        "wallaroo.jobs.cli",
+        "generate",
+        manifest,
+        output,
+        "--model",
+        f"{s3}/model",
+    ]
     command += ["--samples", str(SAMPLES), "--save-tokens", "--slots", "16", "--device", "cpu"]
     with open(folder / "killed.log", "wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)

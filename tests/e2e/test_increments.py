@@ -17,16 +17,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs import cli
-from model.errors import InputError
-from workflows import storage
-from workflows.compact import Compacted, compact
-from workflows.pipeline import plan, run
-from workflows.plan import read_plan
-from workflows.results import list_done, open_shard
-from workflows.run_config import RunConfig
-from workflows.runs import status
-from workflows.verify import verify
+from wallaroo.jobs import cli
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.datasets.compact import Compacted, compact
+from wallaroo.workflows.outputs.layout import list_done
+from wallaroo.workflows.outputs.shards import open_shard
+from wallaroo.workflows.plans.plan import read_plan
+from wallaroo.workflows.reports.status import status
+from wallaroo.workflows.reports.verify import verify
+from wallaroo.workflows.runs.driver import run
+from wallaroo.workflows.runs.setup import plan
+from wallaroo.workflows.settings import RunConfig
 
 SAMPLES = 2
 
@@ -116,7 +118,16 @@ def test_five_scheduled_runs_of_a_growing_source(s3, local_ray, tmp_path):
     def start() -> subprocess.Popen:
         command = ["edit", source, output, "--prompt", "make it winter", "--samples", str(SAMPLES)]
         return subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", *command, "--slots", "1", "--incremental", "--scheduled"],
+            [
+                sys.executable,
+                "-m",
+                "wallaroo.jobs.cli",
+                *command,
+                "--slots",
+                "1",
+                "--incremental",
+                "--scheduled",
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -272,7 +283,7 @@ def test_increments_are_compacted(increments):
 @pytest.mark.parametrize("moment", ["_replace_plan", "finish", "_remove_others"])
 def test_a_compaction_that_is_cut_off(increments, monkeypatch, moment):
     """Whenever it ends, nothing is lost, an increment goes on, and the next try brings it to its end."""
-    from workflows import compact as module
+    from wallaroo.workflows.datasets import compact as module
 
     output, one_more = increments
     before = contents(output)

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from actors.metrics import METRICS
 from tests.clusters import Head, started_head
+from wallaroo.actors.metrics import METRICS
 
 ROWS = 60
 
@@ -43,7 +43,7 @@ def shell(head, tmp_path):
             environment["RAY_AUTH_TOKEN"] = token
         environment["RAY_API_SERVER_ADDRESS"] = head.address
         return subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+            [sys.executable, "-m", "wallaroo.jobs.cli", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -176,8 +176,8 @@ def test_what_a_cluster_cannot_read_is_not_submitted(shell, tmp_path):
 
 def test_what_is_sent_along(shell, head, tmp_path, monkeypatch):
     """Code and the files that were named; nothing else of the folder, and no weights."""
-    from jobs.config import resolve
-    from jobs.submit import _stage, carried
+    from wallaroo.jobs.config import resolve
+    from wallaroo.jobs.submit import _stage, carried
 
     (tmp_path / "secret.txt").write_text("x")
     (tmp_path / "run.toml").write_text("[run]\nmodel = 's3://bucket/model'\n")

@@ -4,11 +4,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model.checkpoint import TINY, load_config
-from workflows.evaluate import evaluate
-from workflows.pipeline import run
-from workflows.run_config import RunConfig
-from workflows.shapes import examples, to_values
+from wallaroo.model.checkpoint import TINY, load_config
+from wallaroo.workflows.runs.driver import run
+from wallaroo.workflows.scenes.captions import examples
+from wallaroo.workflows.scenes.evaluate import evaluate
+from wallaroo.workflows.scenes.write import to_values
+from wallaroo.workflows.settings import RunConfig
 
 RIGHT = {"generate": 33, "edit": 30, "understand": 36}
 """How many of 40 rows must be right at least."""

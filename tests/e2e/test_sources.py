@@ -9,17 +9,20 @@ import urllib.parse
 import numpy as np
 import pytest
 
-from model.checkpoint import TINY, load_config
-from model.errors import InputError, RowError
 from tests.pictures import write_pictures
-from workflows import sources, storage
-from workflows.sources import Fetched, SourceOptions, fetch, fetch_many, load_many
+from wallaroo.model.checkpoint import TINY, load_config
+from wallaroo.model.errors import InputError, RowError
+from wallaroo.workflows import storage
+from wallaroo.workflows.sources import fetch as sources_fetch
+from wallaroo.workflows.sources.fetch import Fetched, fetch, fetch_many
+from wallaroo.workflows.sources.prepare import load_many
+from wallaroo.workflows.sources.references import SourceOptions
 
 
 @pytest.fixture(autouse=True)
 def no_memories():
     """What one test's endpoints did, none is to pause for."""
-    sources._endpoint.cache_clear()
+    sources_fetch._endpoint.cache_clear()
 
 
 def test_pictures_on_s3_are_those_of_the_same_files_on_disk(s3, tmp_path):
@@ -96,7 +99,7 @@ def test_a_storage_out_of_order_is_no_rows_fault(s3, monkeypatch, variable, valu
 
 
 def test_a_storage_that_fails_for_a_while_is_waited_for(s3, s3_server, monkeypatch):
-    monkeypatch.setattr(sources, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(sources_fetch, "FIRST_PAUSE_SECONDS", 0.1)
     for number in range(4):
         storage.write_atomic(f"{s3}/{number}", b"%d" % number * 1000)
     with failing_at_first(s3_server.endpoint, 14) as (endpoint, faults):

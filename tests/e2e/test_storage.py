@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model.checkpoint import TINY, load_config, model_digest
-from model.errors import InputError
-from workflows import storage
+from wallaroo.model.checkpoint import TINY, load_config, model_digest
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.storage import checkpoints
 
 
 def test_a_file_is_written_read_listed_and_deleted(s3):
@@ -195,10 +196,10 @@ def test_a_fetch_that_was_cut_off_goes_on(s3, tmp_path, monkeypatch):
     """Ranges that are there are not fetched again; where the disk lost them, all are."""
     for file in TINY.iterdir():
         storage.write_atomic(f"{s3}/model/{file.name}", file.read_bytes())
-    monkeypatch.setattr(storage, "RANGE_BYTES", 1 << 20)
+    monkeypatch.setattr(checkpoints, "RANGE_BYTES", 1 << 20)
     size = (TINY / "model.safetensors").stat().st_size
     every = range(0, size, 1 << 20)
-    read, asked = storage._read_range, []
+    read, asked = checkpoints._read_range, []
 
     def cut_off(path, start, stop):
         if start >= 3 << 20:
@@ -210,7 +211,7 @@ def test_a_fetch_that_was_cut_off_goes_on(s3, tmp_path, monkeypatch):
         return read(path, start, stop)
 
     def fetch(cache, way):
-        monkeypatch.setattr(storage, "_read_range", way)
+        monkeypatch.setattr(checkpoints, "_read_range", way)
         return storage.fetch_folder(f"{s3}/model", ("model.safetensors",), cache=cache) / "model.safetensors"
 
     for name in ("kept", "lost"):

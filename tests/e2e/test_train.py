@@ -12,16 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs import cli
-from model.checkpoint import TINY, load, load_config, load_tokenizer
-from model.config import Size
-from model.engine import Engine, EngineOptions, Request
-from model.prompts import generate_prompt
-from model.sampling import Sampling
-from model.train import Recipe
-from model.train import train as train_alone
-from workflows import shapes, storage
-from workflows.train import check, read
+from wallaroo.jobs import cli
+from wallaroo.model.checkpoint import TINY, load, load_config, load_tokenizer
+from wallaroo.model.config import Size
+from wallaroo.model.engine import Engine, EngineOptions, Request
+from wallaroo.model.prompts import generate_prompt
+from wallaroo.model.sampling import Sampling
+from wallaroo.model.train import Recipe
+from wallaroo.model.train import train as train_alone
+from wallaroo.workflows import storage
+from wallaroo.workflows.scenes import captions, write
+from wallaroo.workflows.training import check, read
 
 STEPS = 10
 RECIPES = """
@@ -52,9 +53,9 @@ def data(tmp_path_factory):
     """Rows of two tasks, as Parquet and as JSON lines."""
     folder = tmp_path_factory.mktemp("data")
     for task in ("generate", "understand"):
-        found = shapes.examples(20, 5, [Size(64, 64)], False, (task,))
-        rows = [shapes.to_values(example, str(number)) for number, example in enumerate(found)]
-        lines = "".join(shapes.to_line(row) + "\n" for row in rows)
+        found = captions.examples(20, 5, [Size(64, 64)], False, (task,))
+        rows = [write.to_values(example, str(number)) for number, example in enumerate(found)]
+        lines = "".join(write.to_line(row) + "\n" for row in rows)
         (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
         for row in rows if task == "understand" else ():
             row["image"] = {"bytes": row["image"], "path": None}

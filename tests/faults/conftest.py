@@ -5,8 +5,8 @@ import os
 import pytest
 
 from tests.e2e.test_generate import read_data, write_jsonl
-from workflows.pipeline import run
-from workflows.run_config import RunConfig
+from wallaroo.workflows.runs.driver import run
+from wallaroo.workflows.settings import RunConfig
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
 """Kills at random moments; `make soak` has more."""

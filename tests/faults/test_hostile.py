@@ -26,14 +26,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs import cli
-from model import checkpoint
-from model.config import Size
-from model.errors import InputError, RowError
-from model.prompts import generate_prompt
-from model.tokenizer import Tokenizer
-from workflows import https, manifest, sources
-from workflows.cluster import connected
+from wallaroo.jobs import cli
+from wallaroo.model import checkpoint
+from wallaroo.model.config import Size
+from wallaroo.model.errors import InputError, RowError
+from wallaroo.model.prompts import generate_prompt
+from wallaroo.model.tokenizer import Tokenizer
+from wallaroo.workflows.cluster import connected
+from wallaroo.workflows.manifests import discover, read
+from wallaroo.workflows.manifests import schema as manifests_schema
+from wallaroo.workflows.sources import decode, fetch, https, references
 
 SECRET = "hunter2"
 DEEP = "[" * 100_000
@@ -141,13 +143,13 @@ COMMANDS = [
 
 def rows_of(path: Path, task: str = "generate") -> str:
     """Every row of a manifest as text, faults included."""
-    found = manifest.discover(str(path), task)
-    columns, scans = manifest.Columns(), [manifest.scan(file) for file in found.files]
+    found = discover.discover(str(path), task)
+    columns, scans = manifests_schema.Columns(), [read.scan(file) for file in found.files]
     for number, (file, one) in enumerate(zip(found.files, scans, strict=True)):
         columns.add(number, file.path, one)
     schema, told = columns.schema(), []
     for piece in (piece for one in scans for piece in one.pieces):
-        for batch in manifest.read(piece, schema):
+        for batch in read.read(piece, schema):
             told += [str(row)[:300] for row in batch.table.to_pylist()] + list(batch.faults.values())
     return "\n".join(told)
 
@@ -296,7 +298,7 @@ BMP_RLE = struct.pack("<IHHI", 70, 0, 0, 54) + struct.pack(
 def picture(name: str, data: bytes, words: str) -> Case:
     return Case(
         f"picture: {name}",
-        lambda work: sources.decode(data).size,
+        lambda work: decode.decode(data).size,
         error="image" if words else "",
         words=words,
     )
@@ -385,7 +387,7 @@ def place(name: str, path: str, words: str, allow: bool = True) -> Case:
     def act(work: Work) -> str:
         (work / "pictures").mkdir()
         (work / "pictures" / "link.png").symlink_to("../../outside/kept.png")
-        return sources.fetch(path, sources.SourceOptions(str(work / "pictures"), https=allow)).uri
+        return fetch.fetch(path, references.SourceOptions(str(work / "pictures"), https=allow)).uri
 
     return Case(f"source: {name}", act, error="image", words=words)
 

@@ -16,10 +16,11 @@ from tests.clusters import started_head
 from tests.e2e.test_generate import read_data
 from tests.faults.conftest import ROUNDS
 from tests.faults.test_poison import SICK
-from workflows.finish import read_success
-from workflows.results import VOLATILE, list_done
-from workflows.storage import write_atomic
-from workflows.verify import verify
+from wallaroo.workflows.outputs.layout import list_done
+from wallaroo.workflows.outputs.schema import VOLATILE
+from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.reports.verify import verify
+from wallaroo.workflows.storage import write_atomic
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 300

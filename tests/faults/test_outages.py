@@ -13,22 +13,25 @@ from pathlib import Path
 import boto3
 import pytest
 
-from model.errors import InputError
 from tests import conftest
 from tests.e2e.test_generate import read_data
 from tests.faults.test_poison import AllSick, many
 from tests.s3_proxy import proxy
-from workflows import pipeline, storage
-from workflows.lock import OutputLock
-from workflows.pipeline import run
-from workflows.results import VOLATILE, list_done
-from workflows.runs import read_records
-from workflows.verify import verify
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import list_done
+from wallaroo.workflows.outputs.lock import OutputLock
+from wallaroo.workflows.outputs.run_log import read_records
+from wallaroo.workflows.outputs.schema import VOLATILE
+from wallaroo.workflows.reports.verify import verify
+from wallaroo.workflows.runs import driver, stages
+from wallaroo.workflows.runs.driver import run
+from wallaroo.workflows.storage import clients, retries
 
 ROOT = Path(__file__).parents[2]
 OUTAGE_SECONDS = 30
 LIMIT_SECONDS = 400
-WRITE = pipeline.write
+WRITE = stages.write
 
 
 def same(output, wanted):
@@ -39,7 +42,7 @@ def same(output, wanted):
 
 def started(config, variables, log):
     """The command of a run as a process of its own, with a Ray of its own."""
-    command = [sys.executable, "-m", "jobs.cli", "generate", config.manifest, config.output]
+    command = [sys.executable, "-m", "wallaroo.jobs.cli", "generate", config.manifest, config.output]
     command += ["--slots", "8", "--device", "cpu"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     return subprocess.Popen(command, cwd=ROOT, env=environment | variables, stdout=log, stderr=log)
@@ -122,18 +125,18 @@ def test_few_finished_shards_wait_for_a_slow_storage(base, tmp_path, monkeypatch
     other = many(base, tmp_path, "slow", replicas=(2, 2))
     (tmp_path / "marks").mkdir()
     kind = type("Counted", (Marks,), {"marks": tmp_path / "marks", "output": other.output})
-    monkeypatch.setattr(pipeline, "write", slow_write)
+    monkeypatch.setattr(stages, "write", slow_write)
     assert run(other, replica=kind).errors == 400
     counts = [int(mark.read_text()) for mark in (tmp_path / "marks").iterdir()]
     assert len(counts) == len(list_done(other.output)) > 20
     # Two for each replica, and one for each writer.
-    assert 2 < max(counts) < 2 * 2 + 2 * pipeline.WRITERS
+    assert 2 < max(counts) < 2 * 2 + 2 * driver.WRITERS
 
 
 def test_what_stays_out_of_order_stops_the_run_with_a_sentence(s3, s3_server, monkeypatch):
     storage.write_atomic(f"{s3}/file", b"one")
     # Longer than the pauses of botocore, which tries four times by itself.
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 8.0)
+    monkeypatch.setattr(retries, "PATIENCE_SECONDS", 8.0)
     with proxy(s3_server.endpoint, share=1.0, seed=2) as between:
         between._random.choice = lambda faults: "throttle"
         monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
@@ -171,7 +174,7 @@ def test_credentials_that_expire_are_looked_for_again(s3, s3_server, tmp_path, m
     def read():
         data = (
             tries.append(1)
-            or storage._client().get_object(Bucket=s3.removeprefix("s3://"), Key="file")["Body"].read()
+            or clients.s3_client().get_object(Bucket=s3.removeprefix("s3://"), Key="file")["Body"].read()
         )
         return data
 

@@ -10,16 +10,18 @@ import pyarrow.compute as pc
 import pytest
 import ray
 
-from actors.replica import Replica
-from model.errors import InputError
 from tests.e2e.test_generate import read_data, write_jsonl
 from tests.faults.conftest import ROWS
-from workflows.finish import read_success
-from workflows.pipeline import LEAST_ROWS, map_dataset, run
-from workflows.plan import read_plan
-from workflows.results import VOLATILE, list_done
-from workflows.runs import read_records
-from workflows.verify import verify
+from wallaroo.actors.replica import Replica
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.api import map_dataset
+from wallaroo.workflows.outputs.layout import list_done
+from wallaroo.workflows.outputs.run_log import read_records
+from wallaroo.workflows.outputs.schema import VOLATILE
+from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.plans.plan import read_plan
+from wallaroo.workflows.reports.verify import verify
+from wallaroo.workflows.runs.driver import MIN_ROWS, run
 
 ABORTS, GREEDY = 5, 17
 SICK = (3, 4, 20)
@@ -161,5 +163,5 @@ def test_too_many_error_rows_stop_a_run_soon(base, folder):
     with pytest.raises(InputError, match=r"are errors \(\d+ engine\), more than the --max-error-rate of 0.1"):
         run(other, replica=AllSick)
     shard_rows = read_plan(other.output).parts[0].shard_rows
-    assert 1 <= len(list_done(other.output)) <= -(-LEAST_ROWS // shard_rows) + 2
+    assert 1 <= len(list_done(other.output)) <= -(-MIN_ROWS // shard_rows) + 2
     assert read_success(other.output) is None

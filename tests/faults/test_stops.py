@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs import cli
 from tests.e2e.test_generate import write_jsonl
 from tests.faults.conftest import ROWS
-from workflows.plan import read_plan
-from workflows.results import list_done
-from workflows.runs import read_records
+from wallaroo.jobs import cli
+from wallaroo.workflows.outputs.layout import list_done
+from wallaroo.workflows.outputs.run_log import read_records
+from wallaroo.workflows.plans.plan import read_plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def test_shards_in_flight_are_finished_and_no_others_begun(tmp_path):
         tmp_path / "prompts.jsonl", [{**row, "id": f"{row['id']}-{n}"} for row in ROWS for n in range(7)]
     )
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "jobs.cli", "generate", manifest, str(output), "--slots", "8"]
+    command = [sys.executable, "-m", "wallaroo.jobs.cli", "generate", manifest, str(output), "--slots", "8"]
     command += ["--grace", "1h"]
     command += ["--on-finish", f"cat > {tmp_path}/news"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -63,7 +63,7 @@ def test_a_deadline_that_comes_before_the_first_row(base, tmp_path, capsys):
 
 def test_a_wish_that_is_repeated_is_not_made_to_wait(tmp_path):
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "jobs.cli", "generate"]
+    command = [sys.executable, "-m", "wallaroo.jobs.cli", "generate"]
     command += [write_jsonl(tmp_path / "prompts.jsonl", ROWS), str(output), "--slots", "8", "--grace", "1h"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     replicas = []

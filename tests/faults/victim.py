@@ -10,12 +10,15 @@ from pathlib import Path
 
 import psutil
 
-from actors.replica import Replica
 from tests.faults.test_poison import Sick
-from workflows import pipeline, storage
-from workflows.results import list_done
+from wallaroo.actors.replica import Replica
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import list_done
+from wallaroo.workflows.runs import driver as runs_driver
+from wallaroo.workflows.runs import stages
+from wallaroo.workflows.storage import clients, local
 
-WRITE = pipeline.write
+WRITE = stages.write
 
 
 def kill(driver):
@@ -65,7 +68,7 @@ def dying_write(row, mark, driver, least, output, again, watch):
             mark.touch()
             kill(driver)
 
-        storage._sync = storage._client = end
+        local.sync = clients.s3_client = end
     return WRITE(row, output, again, watch)
 
 
@@ -83,12 +86,12 @@ def main(config_file, state, folder):
         storage.put_if_absent = lambda path, data: die() if "/plan/part" in path else put(path, data)
     elif state in ("first", "writing", "retrying"):
         least = {"first": 0, "writing": 1, "retrying": 0}[state]
-        pipeline.write = functools.partial(dying_write, mark=mark, driver=os.getpid(), least=least)
+        stages.write = functools.partial(dying_write, mark=mark, driver=os.getpid(), least=least)
     elif state == "success":
         marks = {"mark": Path(folder) / "replica", "with_node": not storage.is_s3(config.output)}
         replica = type("Dies", (DiesAtWork,), marks)
         pipeline.finish = die
-    summary = pipeline.run(config, replica=replica)
+    summary = runs_driver.run(config, replica=replica)
     print(f"{summary.ok} ok of {summary.rows}", flush=True)
 
 

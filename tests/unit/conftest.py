@@ -12,14 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.rows import Outcome
-from workflows import results
-from workflows.plan import PlanPart, Round, read_plan
-from workflows.results import Made, RunConstants, build_result_table, result_schema
+from wallaroo.actors.rows import Outcome
+from wallaroo.workflows.outputs import rows as outputs_rows
+from wallaroo.workflows.outputs import run_file, shards
+from wallaroo.workflows.outputs import schema as outputs_schema
+from wallaroo.workflows.outputs import values as outputs_values
+from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table
+from wallaroo.workflows.outputs.schema import result_schema
+from wallaroo.workflows.plans.plan import PlanPart, Round, read_plan
 
 STARTED = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
 FIELDS = {"task": "generate", "seed": 0, "sampling": {"cfg": 3.0}, "save_tokens": False}
-RUN = RunConstants(task="generate", model_digest="m" * 64, config_digest=results.digest(FIELDS))
+RUN = RunConstants(task="generate", model_digest="m" * 64, config_digest=outputs_values.digest(FIELDS))
 CARRIED = pa.schema(
     [("tag", pa.string()), ("weight", pa.float32()), ("when", pa.timestamp("s")), ("include", pa.string())],
     metadata={b"wallaroo.json": b'["include"]', b"pandas": b"{}"},
@@ -55,7 +59,7 @@ def plan_table(rows=6, first_row=0, shard=0, errors=()):
         for i in range(rows)
     ]
     names = [name for name in values[0] if name not in CARRIED.names]
-    fields = [field for field in results.RESULT_FIELDS if field.name in names]
+    fields = [field for field in outputs_schema.RESULT_FIELDS if field.name in names]
     return pa.Table.from_pylist(values, schema=pa.schema([*fields, *CARRIED], metadata=CARRIED.metadata))
 
 
@@ -86,7 +90,7 @@ def outcomes(plan, failed=()):
 def result_table(plan, failed=(), save_tokens=False, run=RUN, made=None):
     """The result rows of a shard of a plan."""
     carried = pa.schema(
-        [field for field in plan.schema if field.name not in results.RESULT_NAMES],
+        [field for field in plan.schema if field.name not in outputs_schema.RESULT_NAMES],
         metadata=plan.schema.metadata,
     )
     schema = result_schema(carried, save_tokens)
@@ -107,7 +111,9 @@ def write_plan(output, tables, complete=True):
     rows = sum(len(table) for table in tables)
     errors = sum(table.column("status").to_pylist().count("error") for table in tables)
     carried = pq.read_schema(folder / name)
-    carried = pa.schema([f for f in carried if f.name not in results.RESULT_NAMES], metadata=carried.metadata)
+    carried = pa.schema(
+        [f for f in carried if f.name not in outputs_schema.RESULT_NAMES], metadata=carried.metadata
+    )
     written = PlanPart(
         part=part,
         file=name,
@@ -142,13 +148,13 @@ def make_output(output, tables, failed=None, skip=(), edit=lambda row: row):
     failed: shard -> positions of rows that became errors. edit: is given every planned row first.
     """
     output = str(output)
-    results.put_run(output, FIELDS)
+    run_file.put_run(output, FIELDS)
     tables = [pa.Table.from_pylist([edit(row) for row in t.to_pylist()], schema=t.schema) for t in tables]
     write_plan(output, tables)
     for table in tables:
         shard = table.column("shard")[0].as_py()
         if shard not in skip:
-            results.write_shard(output, shard, result_table(table, (failed or {}).get(shard, ())))
+            shards.write_shard(output, shard, result_table(table, (failed or {}).get(shard, ())))
     return read_plan(output)
 
 
@@ -162,11 +168,11 @@ def make_task_output(output, task, rows=6, bad=(), failed=(), samples=2, more=No
     folder = output.parent / "sources"
     folder.mkdir(exist_ok=True)
     fields = FIELDS | {"task": task}
-    results.put_run(str(output), fields)
+    run_file.put_run(str(output), fields)
     planned, loaded = [], []
     for row in plan_table(rows).to_pylist():
         number = row["row_id"]
-        image = results.encode_image(picture(500 + number // samples, 40, 60), "png")[0]
+        image = outputs_rows.encode_image(picture(500 + number // samples, 40, 60), "png")[0]
         uri = folder / f"s{number // samples}.png"
         uri.write_bytes(image)
         values = {"id": f"p{number // samples}", "sample": number % samples, "width": None, "height": None}
@@ -178,7 +184,7 @@ def make_task_output(output, task, rows=6, bad=(), failed=(), samples=2, more=No
         else:
             known = {"sha256": hashlib.sha256(image).hexdigest(), "width": 60, "height": 40}
             loaded.append(row | {"source": row["source"] | known})
-    schema = plan_table(1).schema.append(pa.field("source", results.SOURCE_TYPE))
+    schema = plan_table(1).schema.append(pa.field("source", outputs_schema.SOURCE_TYPE))
     given = [
         Outcome(
             row=position,
@@ -198,12 +204,12 @@ def make_task_output(output, task, rows=6, bad=(), failed=(), samples=2, more=No
     table = build_result_table(
         pa.Table.from_pylist(loaded, schema),
         given,
-        dataclasses.replace(RUN, task=task, config_digest=results.digest(fields)),
+        dataclasses.replace(RUN, task=task, config_digest=outputs_values.digest(fields)),
         Made("replica 1", "e" * 64, 1),
         result_schema(pa.schema(CARRIED, metadata=CARRIED.metadata)),
         decode=lambda ids: f"Score {ids[1]}/10: row {ids[0]}, ein Känguru 袋鼠",
     )
-    results.write_shard(str(output), 0, table)
+    shards.write_shard(str(output), 0, table)
     return read_plan(str(output))
 
 

@@ -6,9 +6,11 @@ import re
 import pytest
 import yaml
 
-from workflows import card, results
-from workflows.finish import Counts, finish
-from workflows.plan import read_plan
+from wallaroo.workflows.outputs import run_file, values
+from wallaroo.workflows.outputs.success import RowTotals
+from wallaroo.workflows.plans.plan import read_plan
+from wallaroo.workflows.reports import card as reports_card
+from wallaroo.workflows.reports.finish import finish
 
 HOSTILE = '"\n---\nlicense: mit\n# <img src=x onerror=alert(1)> ``a`b``` [x](y) \x00\u2028\u202e \\" : {}'
 
@@ -35,7 +37,7 @@ def test_a_card_says_what_is_there(outputs, tmp_path):
     for words in (
         "12 rows: 9 ok and 3 errors",
         "- `sampling.cfg`: `3.0`",
-        f'- `config_digest`: `"{results.digest(outputs.FIELDS)}"`',
+        f'- `config_digest`: `"{values.digest(outputs.FIELDS)}"`',
         "- language `en`: 9",
         "- 64 x 64 pixels: 6",
         "- 80 x 64 pixels: 3",
@@ -64,10 +66,10 @@ def test_many_folders_are_put_together(outputs, tmp_path):
 
 def test_words_of_users_stay_words(outputs, tmp_path):
     fields = outputs.FIELDS | {"templates": {"en": HOSTILE}}
-    results.put_run(str(tmp_path), fields, {"manifest": f"/x/{HOSTILE}", "model": HOSTILE})
+    run_file.put_run(str(tmp_path), fields, {"manifest": f"/x/{HOSTILE}", "model": HOSTILE})
     outputs.write_plan(tmp_path, [outputs.plan_table(rows=2, errors=(0, 1))])
-    counts = Counts(rows=2, errors={HOSTILE: 2})
-    card.write_card(str(tmp_path), read_plan(str(tmp_path)), counts)
+    counts = RowTotals(rows=2, errors={HOSTILE: 2})
+    reports_card.write_card(str(tmp_path), read_plan(str(tmp_path)), counts)
     front, body = parts(tmp_path)
     assert "license" not in front and "tags" in front
     assert front["pretty_name"].startswith('"\n---\nlicense: mit')
@@ -79,7 +81,7 @@ def test_words_of_users_stay_words(outputs, tmp_path):
 
 @pytest.mark.parametrize("text", ["", " ", "`", "``", "a`b", "`a`", "a\nb", "\ud800", "|", "x" * 1000])
 def test_a_code_span_holds_its_text(text):
-    span = card.code(text)
+    span = reports_card.code(text)
     fence = re.match("`+", span)[0]
     inner = span[len(fence) : -len(fence)]
     assert span.endswith(fence) and fence not in re.findall("`+", inner)
@@ -91,7 +93,7 @@ def test_a_code_span_holds_its_text(text):
     "text", ["", "a: b", '"', "\\", "\n", "\x00\x7f\x85\u2028\ufeff", "袋鼠🦘", "- x", "!!", "' #"]
 )
 def test_yaml_reads_back_what_was_quoted(text):
-    assert yaml.safe_load(f"a: {card.quoted(text)}") == {"a": text}
+    assert yaml.safe_load(f"a: {reports_card.quoted(text)}") == {"a": text}
 
 
 def test_datasets_reads_the_folder_by_its_card(outputs, tmp_path, monkeypatch):

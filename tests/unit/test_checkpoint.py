@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs import make_tiny
-from model.checkpoint import (
+from wallaroo.jobs import make_tiny
+from wallaroo.model.checkpoint import (
     FILE_LIST,
     TINY,
     check,
@@ -27,9 +27,9 @@ from model.checkpoint import (
     save,
     verify_files,
 )
-from model.config import TASKS, ModelConfig
-from model.errors import InputError
-from model.wallaroo import Wallaroo
+from wallaroo.model.config import TASKS, ModelConfig
+from wallaroo.model.errors import InputError
+from wallaroo.model.wallaroo import Wallaroo
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import cli
-from jobs.config import SETTINGS
+from wallaroo.jobs import cli
+from wallaroo.jobs.config import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = str(ROOT / "jobs" / "examples" / "prompts.jsonl")
@@ -138,7 +138,7 @@ def test_status_report_and_verify_of_an_output(wallaroo, outputs, tmp_path):
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):
-    command = f"{sys.executable} -m jobs.cli generate --help | head -n 1"
+    command = f"{sys.executable} -m wallaroo.jobs.cli generate --help | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith("Usage: ")
     assert done.stderr == ""

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.config import SECTIONS, SETTINGS, resolve
-from model.config import TASKS
-from model.errors import InputError
-from model.sampling import Sampling
-from workflows.run_config import RunConfig
+from wallaroo.jobs.config import SECTIONS, SETTINGS, resolve
+from wallaroo.model.config import TASKS
+from wallaroo.model.errors import InputError
+from wallaroo.model.sampling import Sampling
+from wallaroo.workflows.settings import RunConfig
 
 
 def made(flags=None, assignments=(), file=None, environment=None, task="generate") -> RunConfig:

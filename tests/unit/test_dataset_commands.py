@@ -5,8 +5,8 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import cli
-from workflows.finish import finish
+from wallaroo.jobs import cli
+from wallaroo.workflows.reports.finish import finish
 
 
 @pytest.fixture

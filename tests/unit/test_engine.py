@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.bench import MODELS, Operators, counted, text_requests
-from model.bench import random_model as bench_model
-from model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from model.decoder import MLP, PACKS, PackedLinear, PackedMLP, packed
-from model.engine import Engine, EngineOptions, Request, Result, even_threads, gpu_options
-from model.prompts import Prompt
-from model.sampling import Sampling
-from model.wallaroo import Wallaroo
+from wallaroo.model.bench import MODELS, Operators, counted, text_requests
+from wallaroo.model.bench import random_model as bench_model
+from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from wallaroo.model.decoder import MLP, PACKS, PackedLinear, PackedMLP, packed
+from wallaroo.model.engine import Engine, EngineOptions, Request, Result, even_threads, gpu_options
+from wallaroo.model.prompts import Prompt
+from wallaroo.model.sampling import Sampling
+from wallaroo.model.wallaroo import Wallaroo
 
 VOCABULARY = 300
 CONFIG = ModelConfig(

@@ -7,21 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.checkpoint import TINY, load_config
-from model.errors import InputError
-from workflows.evaluate import look, same_answer, score, score_edit, score_picture, tabulate, to_text
-from workflows.shapes import (
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    Scene,
-    Thing,
-    draw,
-    examples,
-    held_out,
-    png,
-    to_values,
+from wallaroo.model.checkpoint import TINY, load_config
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.scenes.captions import examples
+from wallaroo.workflows.scenes.evaluate import (
+    look,
+    same_answer,
+    score,
+    score_edit,
+    score_picture,
+    tabulate,
+    to_text,
 )
+from wallaroo.workflows.scenes.world import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, draw, held_out, png
+from wallaroo.workflows.scenes.write import to_values
 
 SIZES = load_config(TINY).size_list()
 

@@ -5,10 +5,10 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from model.errors import InputError
-from workflows import expand as module
-from workflows.expand import draw, expand, read_list
-from workflows.run_config import OptionError
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.manifests import expand as module
+from wallaroo.workflows.manifests.expand import draw, expand, read_list
+from wallaroo.workflows.settings import OptionError
 
 
 def rows(path):

@@ -19,15 +19,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jobs.cli import main
-from model.errors import InputError
-from workflows import results
-from workflows.export import FORMATS, export
-from workflows.export_io import file_stem
-from workflows.picture_metadata import DIGITAL_SOURCE_TYPE, embed, xmp_packet
-from workflows.plan import Round
-from workflows.results import Made, RunConstants, build_result_table, encode_image, result_schema
-from workflows.run_config import OptionError
+from wallaroo.jobs.cli import main
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.datasets.export import FORMATS, export
+from wallaroo.workflows.datasets.export_files import file_stem
+from wallaroo.workflows.datasets.xmp import DIGITAL_SOURCE_TYPE, embed, xmp_packet
+from wallaroo.workflows.outputs import layout, run_file, shards
+from wallaroo.workflows.outputs import schema as outputs_schema
+from wallaroo.workflows.outputs import values as outputs_values
+from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table, encode_image
+from wallaroo.workflows.outputs.schema import result_schema
+from wallaroo.workflows.plans.plan import Round
+from wallaroo.workflows.settings import OptionError
 
 HOSTILE = [
     "plain-id_1.a",
@@ -59,7 +62,7 @@ def planned(outputs, ids, samples=1, errors=(), edit=lambda row: row, shard_rows
     first = template.to_pylist()[0]
     schema = template.schema
     if source:
-        schema = schema.insert(len(schema) - 4, pa.field("source", results.SOURCE_TYPE))
+        schema = schema.insert(len(schema) - 4, pa.field("source", outputs_schema.SOURCE_TYPE))
     rows = []
     for position, (row_id, sample) in enumerate((one, n) for one in ids for n in range(samples)):
         wrong = position in errors
@@ -93,12 +96,12 @@ def planned(outputs, ids, samples=1, errors=(), edit=lambda row: row, shard_rows
 def make(outputs, output, tables, task="generate", image_format="png", quality=None):
     """A finished output of these shards; returns its rows. Pictures are noise made of the seed."""
     fields = outputs.FIELDS | {"task": task}
-    results.put_run(str(output), fields)
+    run_file.put_run(str(output), fields)
     outputs.write_plan(output, tables)
-    run = RunConstants(task, "m" * 64, results.digest(fields), "exact", image_format, quality)
+    run = RunConstants(task, "m" * 64, outputs_values.digest(fields), "exact", image_format, quality)
     for table in tables:
         carried = pa.schema(
-            [field for field in table.schema if field.name not in results.RESULT_NAMES],
+            [field for field in table.schema if field.name not in outputs_schema.RESULT_NAMES],
             metadata=table.schema.metadata,
         )
         made = outputs.outcomes(table)
@@ -109,7 +112,7 @@ def make(outputs, output, tables, task="generate", image_format="png", quality=N
         built = build_result_table(
             table, made, run, Made("r", "e" * 64, 1), result_schema(carried), decode=decode
         )
-        results.write_shard(str(output), table.column("shard")[0].as_py(), built)
+        shards.write_shard(str(output), table.column("shard")[0].as_py(), built)
     return pq.read_table(output / "data").to_pylist()
 
 
@@ -250,7 +253,7 @@ def test_geneval_reads_the_prompts_metadata_and_samples(outputs, tmp_path, image
 
     # All of the second prompt and one sample of the third are error rows.
     tables = planned(outputs, ["p0", "p1", "p2"], 4, errors=(4, 5, 6, 7, 9), edit=edit)
-    mark = {results.JSON_MARK: b'["include", "exclude"]'}
+    mark = {outputs_schema.JSON_MARK: b'["include", "exclude"]'}
     tables = [table.replace_schema_metadata(mark) for table in tables]
     rows = make(outputs, tmp_path / "out", tables, image_format=image_format)
     export(str(tmp_path / "out"), str(tmp_path / "dest"), "geneval")
@@ -267,7 +270,7 @@ def test_geneval_reads_the_prompts_metadata_and_samples(outputs, tmp_path, image
 
 def test_geneval_numbers_follow_the_manifest_though_a_look_came_first(outputs, tmp_path):
     output = tmp_path / "out"
-    results.put_run(str(output), outputs.FIELDS)
+    run_file.put_run(str(output), outputs.FIELDS)
     # A look at rows 1 and 3 of the manifest, then the others.
     rounds = [[1, 3], [0, 2]]
     tables = planned(outputs, [f"p{number}" for one in rounds for number in one], 2, shard_rows=2)
@@ -280,7 +283,7 @@ def test_geneval_numbers_follow_the_manifest_though_a_look_came_first(outputs, t
         values["opening"] = dataclasses.replace(opening, selected=selected).to_values()
         path.write_text(json.dumps(values))
     for shard, table in enumerate(tables):
-        results.write_shard(str(output), shard, outputs.result_table(table))
+        shards.write_shard(str(output), shard, outputs.result_table(table))
     export(str(output), str(tmp_path / "dest"), "geneval")
     found = read_geneval(tmp_path / "dest")
     assert {number: metadata["prompt"] for number, (metadata, _) in found.items()} == {
@@ -501,7 +504,7 @@ def test_an_export_that_was_cut_off_is_repeated(outputs, tmp_path, form):
     export(str(tmp_path / "out"), str(tmp_path / "whole"), form)
     whole = tree(tmp_path / "whole")
 
-    last = tmp_path / "out" / "data" / results.shard_name(7)
+    last = tmp_path / "out" / "data" / layout.shard_name(7)
     data = last.read_bytes()
     last.write_bytes(data[:-100])
     with pytest.raises(InputError, match=r"shard-00000007\.parquet cannot be read"):
@@ -558,7 +561,7 @@ def test_outputs_that_do_not_fit_are_refused(outputs, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="a part of this path is a file"):
         export(output, str(tmp_path / "file"), "files")
-    (tmp_path / "out" / "data" / results.shard_name(1)).unlink()
+    (tmp_path / "out" / "data" / layout.shard_name(1)).unlink()
     with pytest.raises(InputError, match="1 of its 2 shards are missing"):
         export(output, dest, "files")
     assert not (tmp_path / "dest").exists()

@@ -5,9 +5,10 @@ import json
 import pyarrow as pa
 import pytest
 
-from model.errors import InputError
-from workflows import finish, results
-from workflows.cells import parse_cell
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.outputs import schema, shards, success
+from wallaroo.workflows.reports import finish as reports_finish
+from wallaroo.workflows.sources.embedded import parse_cell
 
 
 def lines(output):
@@ -23,10 +24,10 @@ def two_shards(outputs, **changes):
 
 def test_a_run_without_errors_ends_with_success(outputs, tmp_path):
     plan = outputs.make_output(tmp_path, two_shards(outputs))
-    counts = finish.finish(str(tmp_path), plan)
+    counts = reports_finish.finish(str(tmp_path), plan)
     assert (counts.rows, counts.ok, counts.errors) == (12, 12, {})
     assert lines(tmp_path) == []
-    assert finish.read_success(str(tmp_path)) == {
+    assert success.read_success(str(tmp_path)) == {
         "format": 1,
         "rows": 12,
         "ok": 12,
@@ -39,7 +40,7 @@ def test_a_run_without_errors_ends_with_success(outputs, tmp_path):
 def test_errors_become_a_manifest_for_a_second_try(outputs, tmp_path):
     tables = two_shards(outputs, shard0={"errors": (0, 1)})
     plan = outputs.make_output(tmp_path, tables, failed={0: (3,), 1: (0,)})
-    counts = finish.finish(str(tmp_path), plan)
+    counts = reports_finish.finish(str(tmp_path), plan)
     assert (counts.rows, counts.ok, counts.errors) == (12, 8, {"size": 2, "engine": 2})
     whole, second, first = lines(tmp_path)
     # Both samples of p0 were refused alike: one line asks for both again, with their seeds.
@@ -57,7 +58,7 @@ def test_errors_become_a_manifest_for_a_second_try(outputs, tmp_path):
 def test_seeds_that_came_from_the_id_are_left_to_come_from_it_again(outputs, tmp_path):
     tables = [outputs.plan_table(rows=2, errors=(0, 1))]
     plan = outputs.make_output(tmp_path, tables, edit=lambda row: row | {"seed": row["seed"] * 77})
-    finish.finish(str(tmp_path), plan)
+    reports_finish.finish(str(tmp_path), plan)
     [line] = lines(tmp_path)
     assert (line["id"], line["samples"]) == ("p0", 2) and "seed" not in line
 
@@ -65,7 +66,7 @@ def test_seeds_that_came_from_the_id_are_left_to_come_from_it_again(outputs, tmp
 def test_rows_of_an_equal_id_are_not_taken_for_samples(outputs, tmp_path):
     tables = [outputs.plan_table(rows=3, errors=(0, 1, 2))]
     plan = outputs.make_output(tmp_path, tables, edit=lambda row: row | {"id": "same", "sample": 0})
-    finish.finish(str(tmp_path), plan)
+    reports_finish.finish(str(tmp_path), plan)
     assert [(line["id"], line["samples"]) for line in lines(tmp_path)] == [("same", 1)] * 3
 
 
@@ -73,7 +74,7 @@ def test_samples_that_fail_alike_across_shards_are_one_line(outputs, tmp_path):
     tables = [outputs.plan_table(rows=2, first_row=2 * n, shard=n, errors=(0, 1)) for n in range(2)]
     edit = {"id": "p", "error_message": "no"}
     plan = outputs.make_output(tmp_path, tables, edit=lambda row: row | edit | {"sample": row["row_id"]})
-    finish.finish(str(tmp_path), plan)
+    reports_finish.finish(str(tmp_path), plan)
     [line] = lines(tmp_path)
     assert (line["id"], line["samples"], line["seed"]) == ("p", 4, 1000)
 
@@ -81,20 +82,20 @@ def test_samples_that_fail_alike_across_shards_are_one_line(outputs, tmp_path):
 def test_a_missing_file_or_row_ends_without_success(outputs, tmp_path):
     plan = outputs.make_output(tmp_path, two_shards(outputs), skip={1})
     with pytest.raises(InputError, match=r"lacks 1 of its shards, the first is shard-00000001\.parquet"):
-        finish.finish(str(tmp_path), plan)
+        reports_finish.finish(str(tmp_path), plan)
     short = outputs.plan_table(rows=5, first_row=6, shard=1)
-    results.write_shard(str(tmp_path), 1, outputs.result_table(short))
+    shards.write_shard(str(tmp_path), 1, outputs.result_table(short))
     with pytest.raises(InputError, match="has 11 rows, but 12 were planned"):
-        finish.finish(str(tmp_path), plan)
+        reports_finish.finish(str(tmp_path), plan)
     (tmp_path / "data" / "shard-00000001.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"shard-00000001\.parquet cannot be read"):
-        finish.finish(str(tmp_path), plan)
-    assert finish.read_success(str(tmp_path)) is None
+        reports_finish.finish(str(tmp_path), plan)
+    assert success.read_success(str(tmp_path)) is None
     assert not (tmp_path / "errors.jsonl").exists()
 
 
 def test_carried_columns_get_their_names_back(outputs):
-    row = dict.fromkeys(results.RESULT_NAMES) | {"id": "a", "error_type": "size", "error_message": "m"}
+    row = dict.fromkeys(schema.RESULT_NAMES) | {"id": "a", "error_type": "size", "error_message": "m"}
     row |= {
         "prompt": "now",
         "in_prompt": "then",
@@ -105,8 +106,8 @@ def test_carried_columns_get_their_names_back(outputs):
     }
     row |= {"marked": '{"a": "\\ud800"}', "nan": float("nan"), "source": {"uri": "s3://b/k.png"}}
     carried = ["in_prompt", "in_text", "in_house", "kind", "raw", "marked", "nan"]
-    fields = [(name, pa.string()) for name in [*results.RESULT_NAMES, *carried]]
-    line = finish.manifest_row(row, pa.schema(fields, metadata={results.JSON_MARK: b'["marked"]'}))
+    fields = [(name, pa.string()) for name in [*schema.RESULT_NAMES, *carried]]
+    line = reports_finish.manifest_row(row, pa.schema(fields, metadata={schema.JSON_MARK: b'["marked"]'}))
     assert line == {
         "id": "a",
         "kind": "size",
@@ -126,13 +127,13 @@ def test_carried_columns_get_their_names_back(outputs):
 def test_a_success_of_another_kind_is_one_sentence(tmp_path, content):
     (tmp_path / "_SUCCESS").write_bytes(content)
     with pytest.raises(InputError, match="_SUCCESS"):
-        finish.read_success(str(tmp_path))
+        success.read_success(str(tmp_path))
 
 
 @pytest.mark.parametrize("task", ["edit", "understand"])
 def test_errors_of_a_task_with_pictures_name_the_picture_again(outputs, tmp_path, task):
     plan = outputs.make_task_output(tmp_path / "out", task, bad=(2, 3), failed=(5,))
-    counts = finish.finish(str(tmp_path / "out"), plan)
+    counts = reports_finish.finish(str(tmp_path / "out"), plan)
     assert (counts.ok, counts.errors) == (3, {"image": 2, "engine": 1})
     first, last = lines(tmp_path / "out")
     assert (first["id"], first["samples"], first["kind"]) == ("p1", 2, "image")
@@ -147,7 +148,7 @@ def test_errors_of_a_task_with_pictures_name_the_picture_again(outputs, tmp_path
 def test_a_picture_within_a_file_is_named_by_its_row(outputs, tmp_path):
     within = lambda n: {"source": {"uri": "s3://b/data/shard-00000003.parquet", "row_id": 800 + n}}  # noqa: E731
     plan = outputs.make_task_output(tmp_path / "out", "edit", failed=(1,), more=within)
-    finish.finish(str(tmp_path / "out"), plan)
+    reports_finish.finish(str(tmp_path / "out"), plan)
     [line] = lines(tmp_path / "out")
     assert line["image"] == "s3://b/data/shard-00000003.parquet#801"
     assert parse_cell(line["image"]) == ("s3://b/data/shard-00000003.parquet", 801)

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.config import ModelConfig, Size
-from model.errors import RowError
-from model.images import cover_size, patchify, pixel_image, semantic_image, smart_resize
+from wallaroo.model.config import ModelConfig, Size
+from wallaroo.model.errors import RowError
+from wallaroo.model.images import cover_size, patchify, pixel_image, semantic_image, smart_resize
 
 sides = st.integers(1, 6000)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actors.metrics import METRICS
+from wallaroo.actors.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -281,7 +281,7 @@ def test_every_command_exists_with_its_options(line):
     """Resolved as it stands, a mistake in any flag or value is refused; with --help it is run."""
     words = shlex.split(line, comments=True)
     assert words[0] == "wallaroo"
-    from jobs.cli import cli
+    from wallaroo.jobs.cli import cli
 
     inner = words[1:]
     if "--" in inner:
@@ -290,7 +290,7 @@ def test_every_command_exists_with_its_options(line):
     check(cli, inner)
     path = inner[:2] if inner[0] == "jobs" else inner[:1]
     ran = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *path, "--help"],
+        [sys.executable, "-m", "wallaroo.jobs.cli", *path, "--help"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -302,7 +302,7 @@ def check(group, words: list[str]) -> None:
     """Parses a command line as the command would."""
     import click
 
-    from jobs.config import resolve
+    from wallaroo.jobs.config import resolve
 
     command = group.commands[words[0]]
     rest = words[1:]

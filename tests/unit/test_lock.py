@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from workflows import storage
-from workflows.lock import LockLost, OutputLock, Owner, RunInProgress
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.lock import LockLost, OutputLock, Owner, RunInProgress
 
 LEASE = 0.5
 STEADY = 4.0

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from jobs.notify import notify
+from wallaroo.jobs.notify import notify
 
 NEWS = {"task": "generate", "output": "out/first", "state": "finished", "rows": 3, "message": ""}
 

@@ -9,19 +9,24 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from actors.rows import requests
-from model.checkpoint import TINY, load_config, load_tokenizer
-from model.config import ModelConfig
-from model.errors import InputError, RowError
-from model.prompts import DEFAULT_QUESTION, edit_prompt
-from model.sampling import Sampling
-from workflows.cells import Cell, parse_cell, read_cells
-from workflows.load import load_requests
-from workflows.manifest import Columns, discover, read, scan
-from workflows.plan_rows import PlanSettings, carried_schema, check_columns, plan_rows, plan_schema
-from workflows.planning import shard_rows
-from workflows.results import RESULT_FIELDS, RunConstants, result_schema
-from workflows.sources import SourceOptions
+from wallaroo.actors.rows import requests
+from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
+from wallaroo.model.config import ModelConfig
+from wallaroo.model.errors import InputError, RowError
+from wallaroo.model.prompts import DEFAULT_QUESTION, edit_prompt
+from wallaroo.model.sampling import Sampling
+from wallaroo.workflows.manifests.discover import discover
+from wallaroo.workflows.manifests.read import read, scan
+from wallaroo.workflows.manifests.schema import Columns
+from wallaroo.workflows.outputs.rows import RunConstants
+from wallaroo.workflows.outputs.schema import RESULT_FIELDS, result_schema
+from wallaroo.workflows.plans.columns import carried_schema, check_columns, plan_schema
+from wallaroo.workflows.plans.layout import shard_rows
+from wallaroo.workflows.plans.rows import plan_rows
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.runs.requests import load_requests
+from wallaroo.workflows.sources.embedded import Cell, parse_cell, read_cells
+from wallaroo.workflows.sources.references import SourceOptions
 
 CONFIG = load_config(TINY)
 TOKENIZER = load_tokenizer(TINY)

@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from model.checkpoint import TINY, load_config
-from model.config import ModelConfig
-from model.errors import InputError
-from workflows.plan import Plan, PlanPart, Round, read_plan, read_shard
-from workflows.planning import _repeated, shard_rows
+from wallaroo.model.checkpoint import TINY, load_config
+from wallaroo.model.config import ModelConfig
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.plans.layout import shard_rows
+from wallaroo.workflows.plans.passes import _repeated
+from wallaroo.workflows.plans.plan import Plan, PlanPart, Round, read_plan, read_shard
 
 PART = PlanPart(
     part=0,

@@ -9,21 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.checkpoint import TINY, load_config, load_tokenizer
-from model.config import Size
-from model.errors import InputError
-from model.sampling import Sampling
-from workflows.plan_rows import (
-    MOST_SAMPLES,
-    PLAN_FIELDS,
-    PlanSettings,
-    carried_schema,
-    check_columns,
-    derived_seed,
-    plan_rows,
-    plan_schema,
-    sample_counts,
-)
+from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
+from wallaroo.model.config import Size
+from wallaroo.model.errors import InputError
+from wallaroo.model.sampling import Sampling
+from wallaroo.workflows.plans.columns import PLAN_FIELDS, carried_schema, check_columns, plan_schema
+from wallaroo.workflows.plans.rows import derived_seed, plan_rows, sample_counts
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.plans.values import MAX_SAMPLES
 
 CONFIG = load_config(TINY)
 TOKENIZER = load_tokenizer(TINY)
@@ -275,10 +268,10 @@ def test_a_derived_seed_never_changes():
 
 
 def test_counts_agree_with_rows():
-    table = pa.table({"prompt": ["x"] * 6, "samples": [1, 5, None, -1, MOST_SAMPLES, MOST_SAMPLES + 1]})
+    table = pa.table({"prompt": ["x"] * 6, "samples": [1, 5, None, -1, MAX_SAMPLES, MAX_SAMPLES + 1]})
     config = PlanSettings(samples=3)
     counts = sample_counts(table, config, range(6), faults={1})
-    assert counts.tolist() == [1, 1, 3, 1, MOST_SAMPLES, 1]
+    assert counts.tolist() == [1, 1, 3, 1, MAX_SAMPLES, 1]
     planned = plan_rows(table, config, CONFIG, TOKENIZER, faults={1: "is bad"})
     assert (
         np.bincount([int(name.split(":")[1]) for name in planned["id"].to_pylist()]).tolist()
@@ -366,7 +359,7 @@ def test_no_rows_are_a_table_too():
         ({"width": 64, "height": 64}, "nearest is 96x96"),
         ({"width": 96}, "height is missing"),
         ({"samples": 0}, "samples is 0"),
-        ({"samples": MOST_SAMPLES + 1}, "samples is 10001"),
+        ({"samples": MAX_SAMPLES + 1}, "samples is 10001"),
         ({"seed": -1}, "seed is -1"),
         ({"limit": 0}, "limit is 0"),
         ({"language": "de"}, "language is 'de'"),

@@ -2,8 +2,8 @@
 
 import io
 
-from jobs.progress import Display, Rate, line
-from workflows.run_config import Progress
+from wallaroo.jobs.progress import Display, Rate, line
+from wallaroo.workflows.settings import Progress
 
 
 def test_rate_is_that_of_the_last_minute():

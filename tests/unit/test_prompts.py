@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.checkpoint import TINY, load_config
-from model.config import ModelConfig, Size
-from model.errors import InputError
-from model.prompts import (
+from wallaroo.model.checkpoint import TINY, load_config
+from wallaroo.model.config import ModelConfig, Size
+from wallaroo.model.errors import InputError
+from wallaroo.model.prompts import (
     DEFAULT_QUESTION,
     LANGUAGES,
     SYSTEM,
@@ -20,7 +20,7 @@ from model.prompts import (
     generate_prompt,
     understand_prompt,
 )
-from model.tokenizer import Tokenizer
+from wallaroo.model.tokenizer import Tokenizer
 
 SIZE = Size(64, 96)
 SYSTEM_BLOCK = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import TINY, load
-from model.engine import Engine, EngineOptions, Request, Result
-from model.errors import InputError
-from model.quantise import quantise
-from model.sampling import Sampling
-from model.wallaroo import Wallaroo
 from tests.unit.test_engine import text_prompt
+from wallaroo.model.checkpoint import TINY, load
+from wallaroo.model.engine import Engine, EngineOptions, Request, Result
+from wallaroo.model.errors import InputError
+from wallaroo.model.quantise import quantise
+from wallaroo.model.sampling import Sampling
+from wallaroo.model.wallaroo import Wallaroo
 
 
 def results(model: Wallaroo, rows: int, trace: bool = False) -> list[Result]:

@@ -13,11 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from model.errors import InputError
-from workflows import report, results
-from workflows.finish import finish
-from workflows.report import Place, Stratum, Survey, draw_chart, thumbnail
-from workflows.runs import RunLog, RunRecord
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.outputs import rows as outputs_rows
+from wallaroo.workflows.outputs import run_file
+from wallaroo.workflows.outputs import shards as outputs_shards
+from wallaroo.workflows.outputs.run_log import RunLog, RunRecord
+from wallaroo.workflows.reports import chart as reports_chart
+from wallaroo.workflows.reports import gallery
+from wallaroo.workflows.reports import page as reports_page
+from wallaroo.workflows.reports import survey as reports_survey
+from wallaroo.workflows.reports.chart import draw_chart
+from wallaroo.workflows.reports.finish import finish
+from wallaroo.workflows.reports.gallery import thumbnail
+from wallaroo.workflows.reports.survey import Place, Stratum, Survey
 
 HOSTILE = (
     "<script>alert(1)</script>\" onload='x' </textarea><img src=x onerror=alert(1)>{{ 7*7 }} &amp; \x00\u202e"
@@ -49,7 +57,7 @@ class Page(html.parser.HTMLParser):
 
 
 def write(output):
-    path = report.write_report(str(output))
+    path = reports_page.write_report(str(output))
     assert path == f"{output}/report.html"
     return Page((output / "report.html").read_bytes())
 
@@ -82,8 +90,8 @@ def test_a_report_counts_everything_and_shows_every_picture(outputs, tmp_path):
 
 def test_a_report_can_be_written_at_any_time(outputs, tmp_path):
     with pytest.raises(InputError, match=r"has no run\.json"):
-        report.write_report(str(tmp_path))
-    results.put_run(str(tmp_path), outputs.FIELDS)
+        reports_page.write_report(str(tmp_path))
+    run_file.put_run(str(tmp_path), outputs.FIELDS)
     assert "no pictures yet" in write(tmp_path).text
     outputs.make_output(tmp_path, tables(outputs, 10, 3), skip={0, 2})
     page = write(tmp_path)
@@ -131,7 +139,7 @@ def test_the_page_needs_no_network_and_only_its_own_script_may_run(outputs, tmp_
 
 
 def test_the_gallery_is_drawn_over_all_strata_and_says_so(outputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MAX_PICTURES", 12)
+    monkeypatch.setattr(reports_survey, "MAX_PICTURES", 12)
 
     def edit(row):
         rare = row["row_id"] % 50 == 7
@@ -194,8 +202,8 @@ def test_many_kinds_do_not_make_many_tables(outputs, tmp_path):
 
 
 def test_the_page_stays_within_its_bound_whatever_the_rows(outputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MAX_BYTES", 200_000)
-    monkeypatch.setattr(report, "PICTURE_BYTES", 150_000)
+    monkeypatch.setattr(reports_page, "MAX_BYTES", 200_000)
+    monkeypatch.setattr(reports_page, "PICTURE_BYTES", 150_000)
     # Noise compresses badly, and quotes are five times as long as they look.
     edit = lambda row: row | {"prompt": '"' * 5000, "width": 96, "height": 96}  # noqa: E731
     outputs.make_output(tmp_path, tables(outputs, 40, 2, edit))
@@ -208,12 +216,12 @@ def test_the_page_stays_within_its_bound_whatever_the_rows(outputs, tmp_path, mo
 
 @pytest.mark.parametrize("budget", [200, 1000, 20_000])
 def test_a_thumbnail_keeps_to_its_budget(outputs, budget):
-    data, _ = results.encode_image(outputs.picture(1, 600, 300), "png")
+    data, _ = outputs_rows.encode_image(outputs.picture(1, 600, 300), "png")
     uri = thumbnail(data, budget)
     small = base64.b64decode(uri.removeprefix("data:image/webp;base64,"))
     assert len(small) <= budget
     image = Image.open(io.BytesIO(small))
-    assert max(image.size) <= report.THUMBNAIL and image.size[1] == pytest.approx(2 * image.size[0], abs=2)
+    assert max(image.size) <= gallery.THUMBNAIL and image.size[1] == pytest.approx(2 * image.size[0], abs=2)
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>", b"\x89PNG\r\n\x1a\n", b"RIFF\x00\x00\x00\x00WEBP"])
@@ -243,7 +251,7 @@ def test_the_graph_shows_rows_a_second_over_the_time_at_work():
     assert {y for x, y in line if x < middle} == {heights["2"]}
     assert {y for x, y in line if x > middle} == {heights["4"]}
     assert [label for _, label in chart.x_ticks] == ["0 s", "30 s", "1 min", "1 min 30 s", "2 min"]
-    assert len(line) <= 2 * report.BINS + 2
+    assert len(line) <= 2 * reports_chart.BINS + 2
 
 
 @pytest.mark.parametrize(
@@ -285,14 +293,14 @@ def test_records_show_in_the_report(outputs, tmp_path):
 def test_environments_that_differ_are_counted(outputs, tmp_path):
     outputs.make_output(tmp_path, tables(outputs, 4, 2))
     assert "round differently" not in write(tmp_path).text
-    table = outputs.result_table(tables(outputs, 4, 2)[1], made=results.Made("r", "f" * 64))
-    results.write_shard(str(tmp_path), 1, table)
+    table = outputs.result_table(tables(outputs, 4, 2)[1], made=outputs_rows.Made("r", "f" * 64))
+    outputs_shards.write_shard(str(tmp_path), 1, table)
     text = write(tmp_path).text
     assert "made in 2 environments" in text and "4 in ffffffffffff" in text
 
 
 def test_the_configuration_is_in_the_report(outputs, tmp_path):
-    results.put_run(
+    run_file.put_run(
         str(tmp_path), {"task": "generate", "sampling": {"cfg": 3.5}, "templates": {"en": "x" * 1000}}
     )
     text = write(tmp_path).text
@@ -301,9 +309,9 @@ def test_the_configuration_is_in_the_report(outputs, tmp_path):
 
 
 def test_lossy_shortcuts_are_in_the_report(outputs, tmp_path):
-    results.put_run(str(tmp_path / "exact"), {"task": "generate"})
+    run_file.put_run(str(tmp_path / "exact"), {"task": "generate"})
     assert "lossy shortcuts" not in write(tmp_path / "exact").text
-    results.put_run(str(tmp_path / "lossy"), {"task": "generate", "mode": "cfg-interval 0.0:0.5"})
+    run_file.put_run(str(tmp_path / "lossy"), {"task": "generate", "mode": "cfg-interval 0.0:0.5"})
     assert "Made with lossy shortcuts: cfg-interval 0.0:0.5." in write(tmp_path / "lossy").text
 
 
@@ -339,7 +347,7 @@ def test_sources_that_are_gone_or_changed_are_named(outputs, tmp_path):
 
 
 def test_each_source_is_asked_for_once_and_only_if_it_is_shown(outputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MAX_PICTURES", 8)
+    monkeypatch.setattr(reports_survey, "MAX_PICTURES", 8)
     outputs.make_task_output(tmp_path / "out", "edit", rows=40, samples=20)
     asked = []
 
@@ -347,7 +355,7 @@ def test_each_source_is_asked_for_once_and_only_if_it_is_shown(outputs, tmp_path
         asked.append(uri)
         return (tmp_path / "sources" / uri.rpartition("/")[2]).read_bytes() if "s0" in uri else b"<html>"
 
-    report.write_report(str(tmp_path / "out"), read)
+    reports_page.write_report(str(tmp_path / "out"), read)
     page = Page((tmp_path / "out" / "report.html").read_bytes())
     assert sorted(asked) == [f"{tmp_path}/sources/s{n}.png" for n in range(2)]
     # Two thumbnails an edit.
@@ -355,9 +363,9 @@ def test_each_source_is_asked_for_once_and_only_if_it_is_shown(outputs, tmp_path
 
 
 def test_a_slow_store_does_not_hold_a_report_up(outputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "SOURCE_SECONDS", 0.0)
+    monkeypatch.setattr(gallery, "SOURCE_SECONDS", 0.0)
     outputs.make_task_output(tmp_path / "out", "understand")
-    report.write_report(str(tmp_path / "out"), lambda uri: pytest.fail("asked"))
+    reports_page.write_report(str(tmp_path / "out"), lambda uri: pytest.fail("asked"))
     page = Page((tmp_path / "out" / "report.html").read_bytes())
     assert not page.all("img") and "Score 3/10" in page.text
 
@@ -395,7 +403,7 @@ def test_sources_within_the_rows_of_another_output_are_shown(outputs, tmp_path):
     for row in edited[:3]:
         # The third names a row that has no picture now, the last one another picture than it was made of.
         row["source"]["sha256"] = hashlib.sha256((made[row["row_id"]] or {}).get("bytes", b"")).hexdigest()
-    results.write_shard(str(tmp_path / "out"), 0, pa.Table.from_pylist(edited, rows.schema))
+    outputs_shards.write_shard(str(tmp_path / "out"), 0, pa.Table.from_pylist(edited, rows.schema))
     page = write(tmp_path / "out")
     sizes = [Image.open(io.BytesIO(base64.b64decode(i["src"].split(",")[1]))).size for i in page.all("img")]
     assert sizes == [(80, 64), (64, 48), (64, 48), (64, 64), (64, 48), (64, 48)]

@@ -11,11 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from actors.rows import Outcome
-from model.errors import InputError
-from workflows import results
-from workflows.finish import read_success
-from workflows.results import Made, RunConstants, build_result_table, encode_image, result_schema
+from wallaroo.actors.rows import Outcome
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.outputs import layout, run_file, shards, values
+from wallaroo.workflows.outputs import rows as outputs_rows
+from wallaroo.workflows.outputs import schema as outputs_schema
+from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table, encode_image
+from wallaroo.workflows.outputs.schema import result_schema
+from wallaroo.workflows.outputs.success import read_success
 
 
 def test_columns_come_in_the_declared_order_with_their_types(outputs):
@@ -148,49 +151,49 @@ def test_pixels_of_another_kind_are_refused(outputs):
 
 def test_names_of_shards_are_read_back_and_nothing_else_is():
     for shard in (0, 123, 99_999_999, 123_456_789):
-        assert results.shard_number(results.shard_name(shard)) == shard
-    assert results.shard_name(123) == "shard-00000123.parquet"
+        assert layout.shard_number(layout.shard_name(shard)) == shard
+    assert layout.shard_name(123) == "shard-00000123.parquet"
     for name in (
         "shard-123.parquet",
         "shard-000000123.parquet",
         "shard-00000123.parquet.tmp",
         "x/shard-00000001.parquet",
     ):
-        assert results.shard_number(name) is None
+        assert layout.shard_number(name) is None
 
 
 def test_a_shard_written_twice_is_the_same_file(outputs, tmp_path):
     output = str(tmp_path / "out")
     table = outputs.result_table(outputs.plan_table(shard=3, errors=(4,)))
-    results.write_shard(output, 3, table)
+    shards.write_shard(output, 3, table)
     path = tmp_path / "out" / "data" / "shard-00000003.parquet"
     first = path.read_bytes()
-    results.write_shard(output, 3, outputs.result_table(outputs.plan_table(shard=3, errors=(4,))))
+    shards.write_shard(output, 3, outputs.result_table(outputs.plan_table(shard=3, errors=(4,))))
     assert path.read_bytes() == first
     (tmp_path / "out" / "data" / "notes.txt").write_text("mine")
-    assert results.list_done(output) == {3}
+    assert layout.list_done(output) == {3}
     with pytest.raises(ValueError, match="rows of another shard"):
-        results.write_shard(output, 4, table)
+        shards.write_shard(output, 4, table)
 
 
 def test_only_the_volatile_columns_tell_two_makings_apart(outputs):
     one = outputs.result_table(outputs.plan_table(), made=Made("replica 1", "e" * 64, 1))
     two = outputs.result_table(outputs.plan_table(), made=Made("replica 2", "e" * 64, 3))
     differing = {name for name in one.column_names if one.column(name) != two.column(name)}
-    assert differing and differing <= set(results.VOLATILE)
+    assert differing and differing <= set(outputs_schema.VOLATILE)
 
 
 def test_a_file_reads_back_with_the_declared_schema(outputs, tmp_path):
     table = outputs.result_table(outputs.plan_table(rows=70), save_tokens=True)
-    results.write_shard(str(tmp_path), 0, table)
-    with results.open_shard(str(tmp_path), 0) as parquet:
+    shards.write_shard(str(tmp_path), 0, table)
+    with shards.open_shard(str(tmp_path), 0) as parquet:
         assert parquet.schema_arrow.equals(table.schema, check_metadata=True)
         assert parquet.read().equals(table)
         groups = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
         assert [group.num_rows for group in groups] == [32, 32, 6]
         compression = {groups[0].column(i).path_in_schema: groups[0].column(i).compression for i in range(40)}
         assert compression["image.bytes"] == "UNCOMPRESSED" and compression["prompt"] == "ZSTD"
-    with pytest.raises(FileNotFoundError), results.open_shard(str(tmp_path), 1):
+    with pytest.raises(FileNotFoundError), shards.open_shard(str(tmp_path), 1):
         pass
 
 
@@ -204,7 +207,7 @@ def test_all_readers_agree(outputs, tmp_path):
         table = outputs.result_table(
             outputs.plan_table(first_row=6 * shard, shard=shard, errors=(1,) if shard else ())
         )
-        results.write_shard(output, shard, table)
+        shards.write_shard(output, shard, table)
     files = sorted(str(path) for path in (tmp_path / "out" / "data").iterdir())
 
     frame = pandas.read_parquet(tmp_path / "out" / "data")
@@ -229,7 +232,7 @@ def test_all_readers_agree(outputs, tmp_path):
 def test_features_of_carried_pictures_are_kept_in_hugging_face_s_metadata():
     features = {"photo": {"_type": "Image"}, "gone": {"_type": "Value", "dtype": "string"}}
     carried = pa.schema(
-        [("photo", results.IMAGE_TYPE)],
+        [("photo", outputs_schema.IMAGE_TYPE)],
         metadata={b"huggingface": json.dumps({"info": {"features": features}}).encode()},
     )
     found = json.loads(result_schema(carried).metadata[b"huggingface"])["info"]["features"]
@@ -247,12 +250,12 @@ def test_run_json_is_made_once_and_guards_the_output(tmp_path):
         "templates": {},
         "width": None,
     }
-    results.put_run(output, fields, {"replicas": [1, 2]})
+    run_file.put_run(output, fields, {"replicas": [1, 2]})
     made = (tmp_path / "run.json").read_bytes()
-    results.put_run(output, fields | {"sampling": {"cfg": 3, "top_k": 1000}}, {"replicas": [4, 4]})
+    run_file.put_run(output, fields | {"sampling": {"cfg": 3, "top_k": 1000}}, {"replicas": [4, 4]})
     assert (tmp_path / "run.json").read_bytes() == made
-    document = results.read_run(output)
-    assert document["config"] == fields and document["config_digest"] == results.digest(fields)
+    document = run_file.read_run(output)
+    assert document["config"] == fields and document["config_digest"] == values.digest(fields)
     other = {
         "task": "edit",
         "seed": 2,
@@ -261,7 +264,7 @@ def test_run_json_is_made_once_and_guards_the_output(tmp_path):
         "width": None,
     }
     with pytest.raises(InputError) as caught:
-        results.put_run(output, other)
+        run_file.put_run(output, other)
     message = str(caught.value)
     assert "seed is 1 there and 2 here" in message and "sampling.cfg is 3.0 there and 5.0 here" in message
     assert "templates.en is absent there" in message and "another output folder" in message
@@ -272,35 +275,35 @@ def test_run_json_is_made_once_and_guards_the_output(tmp_path):
 def test_a_run_json_of_another_kind_is_one_sentence(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(InputError, match=re.escape(str(tmp_path / "run.json"))):
-        results.read_run(str(tmp_path))
+        run_file.read_run(str(tmp_path))
 
 
 def test_a_folder_without_run_json_is_no_output(tmp_path):
     with pytest.raises(InputError, match=r"not the output of a run"):
-        results.read_run(str(tmp_path))
+        run_file.read_run(str(tmp_path))
 
 
 def test_digests_do_not_depend_on_order_or_on_how_a_number_is_written():
-    assert results.digest({"a": 1.0, "b": [2, {"c": "ü"}]}) == results.digest({"b": (2, {"c": "ü"}), "a": 1})
-    assert results.digest({"a": 1}) != results.digest({"a": True})
+    assert values.digest({"a": 1.0, "b": [2, {"c": "ü"}]}) == values.digest({"b": (2, {"c": "ü"}), "a": 1})
+    assert values.digest({"a": 1}) != values.digest({"a": True})
     with pytest.raises(ValueError):
-        results.digest({"a": float("nan")})
+        values.digest({"a": float("nan")})
 
 
 def test_an_environment_names_what_may_round_otherwise():
-    one = results.environment("cpu", 1, {"group_rows": 8})
+    one = outputs_rows.environment("cpu", 1, {"group_rows": 8})
     assert one["versions"]["torch"] and one["versions"]["pillow"]
-    assert results.digest(one) == results.digest(results.environment("cpu", 1, {"group_rows": 8}))
+    assert values.digest(one) == values.digest(outputs_rows.environment("cpu", 1, {"group_rows": 8}))
     for other in (
         ("cpu", 2, {"group_rows": 8}),
         ("H200", 1, {"group_rows": 8}),
         ("cpu", 1, {"group_rows": 16}),
     ):
-        assert results.digest(results.environment(*other)) != results.digest(one)
+        assert values.digest(outputs_rows.environment(*other)) != values.digest(one)
 
 
 def test_map_shards_keeps_order_and_passes_errors_on():
-    assert list(results.map_shards(lambda shard: shard * shard, range(100), threads=4)) == [
+    assert list(shards.map_shards(lambda shard: shard * shard, range(100), threads=4)) == [
         n * n for n in range(100)
     ]
 
@@ -310,19 +313,19 @@ def test_map_shards_keeps_order_and_passes_errors_on():
         return shard
 
     with pytest.raises(InputError, match="five"):
-        list(results.map_shards(fail, range(100), threads=4))
+        list(shards.map_shards(fail, range(100), threads=4))
 
 
 def test_a_table_of_texts_or_errors_only_is_one_row_group(outputs, tmp_path):
     table = outputs.result_table(outputs.plan_table(rows=40, errors=range(40)))
-    results.write_shard(str(tmp_path), 0, table)
-    assert pq.ParquetFile(results.shard_path(str(tmp_path), 0)).num_row_groups == 1
+    shards.write_shard(str(tmp_path), 0, table)
+    assert pq.ParquetFile(layout.shard_path(str(tmp_path), 0)).num_row_groups == 1
 
 
 def test_what_is_wrong_with_the_storage_is_not_taken_for_a_broken_file(tmp_path):
     (tmp_path / "run.json").mkdir()
     with pytest.raises(InputError, match=r"run\.json cannot be used, it is a folder"):
-        results.read_run(str(tmp_path))
+        run_file.read_run(str(tmp_path))
     (tmp_path / "_SUCCESS").mkdir()
     with pytest.raises(InputError, match=r"_SUCCESS cannot be used, it is a folder"):
         read_success(str(tmp_path))
@@ -332,7 +335,7 @@ def test_an_edit_keeps_its_source_and_an_answer_is_a_text_with_a_hash(outputs, t
     outputs.make_task_output(tmp_path / "edit", "edit", bad=(1,))
     outputs.make_task_output(tmp_path / "understand", "understand", bad=(1,))
     for task in ("edit", "understand"):
-        table = pq.read_table(results.shard_path(str(tmp_path / task), 0))
+        table = pq.read_table(layout.shard_path(str(tmp_path / task), 0))
         assert table.schema.equals(result_schema(outputs.CARRIED), check_metadata=True)
         rows = table.to_pylist()
         assert [row["status"] for row in rows] == ["ok", "error", "ok", "ok", "ok", "ok"]
@@ -367,7 +370,7 @@ def test_a_text_needs_something_that_decodes_it(outputs):
 def test_the_content_of_an_answer_is_that_of_its_source_and_length(outputs):
     def digest_of(sha256="0" * 64, **changes):
         row = outputs.plan_table(rows=1).to_pylist()[0] | {"source": {"sha256": sha256}}
-        schema = outputs.plan_table(1).schema.append(pa.field("source", results.SOURCE_TYPE))
+        schema = outputs.plan_table(1).schema.append(pa.field("source", outputs_schema.SOURCE_TYPE))
         given = Outcome(0, outputs.STARTED, 0.5, tokens=np.array([1], np.int32))
         run = RunConstants("understand", "m" * 64, "c" * 64, **changes)
         plan = pa.Table.from_pylist([row], schema)

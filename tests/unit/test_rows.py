@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.replica import EXIT_DEVICE, Replica
-from actors.rows import (
+from wallaroo.actors.replica import EXIT_DEVICE, Replica
+from wallaroo.actors.rows import (
     OUTCOMES,
     REQUESTS,
     Outcome,
@@ -23,13 +23,13 @@ from actors.rows import (
     requests_table,
     to_ipc,
 )
-from actors.watch import Limits, Watch
-from model.checkpoint import TINY, load, load_config, load_tokenizer
-from model.config import Size
-from model.engine import Engine, Request
-from model.errors import InputError
-from model.prompts import Prompt, generate_prompt
-from model.sampling import Sampling
+from wallaroo.actors.watch import Limits, Watch
+from wallaroo.model.checkpoint import TINY, load, load_config, load_tokenizer
+from wallaroo.model.config import Size
+from wallaroo.model.engine import Engine, Request
+from wallaroo.model.errors import InputError
+from wallaroo.model.prompts import Prompt, generate_prompt
+from wallaroo.model.sampling import Sampling
 
 STARTED = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
 

@@ -9,10 +9,12 @@ from itertools import pairwise
 
 import pytest
 
-from model.errors import InputError
-from workflows import results, runs
-from workflows.finish import finish
-from workflows.runs import MAX_SAMPLES, RunLog, RunRecord, duration, status
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.outputs import layout, run_file, run_log, shards
+from wallaroo.workflows.outputs.run_log import MAX_SAMPLES, RunLog, RunRecord
+from wallaroo.workflows.reports.finish import finish
+from wallaroo.workflows.reports.status import status
+from wallaroo.workflows.text import duration
 
 
 class Clock:
@@ -69,10 +71,10 @@ def test_the_rate_is_that_of_the_last_minute(tmp_path):
 def test_each_start_takes_the_next_number(tmp_path):
     output = str(tmp_path)
     numbers = [RunLog(output, {}).record.run for _ in range(3)]
-    assert numbers == [1, 2, 3] == runs.record_numbers(output)
+    assert numbers == [1, 2, 3] == layout.record_numbers(output)
     (tmp_path / "runs" / "0002.json").unlink()
     assert RunLog(output, {}).record.run == 4
-    assert [record.run for record in runs.read_records(output)[0]] == [1, 3, 4]
+    assert [record.run for record in run_log.read_records(output)[0]] == [1, 3, 4]
 
 
 def test_a_long_run_has_a_short_record(tmp_path):
@@ -90,7 +92,7 @@ def test_a_long_run_has_a_short_record(tmp_path):
     assert times == sorted(times) and times[0] == 1 and times[-1] == 4_000
     gaps = [later - earlier for earlier, later in pairwise(times)]
     assert max(gaps) <= 32
-    assert os.path.getsize(runs.record_path(str(tmp_path), 1)) < 50_000
+    assert os.path.getsize(layout.record_path(str(tmp_path), 1)) < 50_000
 
 
 @pytest.mark.parametrize(
@@ -104,11 +106,11 @@ def test_a_long_run_has_a_short_record(tmp_path):
 def test_a_record_says_how_the_run_ended(tmp_path, error, state, message):
     with pytest.raises(type(error)), RunLog(str(tmp_path), {}):
         raise error
-    [record], _ = runs.read_records(str(tmp_path))
+    [record], _ = run_log.read_records(str(tmp_path))
     assert (record.state, record.message) == (state, message)
     with RunLog(str(tmp_path), {}):
         pass
-    assert runs.read_records(str(tmp_path))[0][1].state == "finished"
+    assert run_log.read_records(str(tmp_path))[0][1].state == "finished"
 
 
 @pytest.mark.parametrize(
@@ -130,9 +132,9 @@ def test_a_record_that_is_none_is_told_and_passed_over(tmp_path, changes):
     log = RunLog(str(tmp_path), {})
     path = tmp_path / "runs" / "0001.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
-    assert runs.read_records(str(tmp_path)) == ([], [runs.record_path(str(tmp_path), 1)])
+    assert run_log.read_records(str(tmp_path)) == ([], [layout.record_path(str(tmp_path), 1)])
     path.write_bytes(b"{")
-    assert runs.read_records(str(tmp_path))[1]
+    assert run_log.read_records(str(tmp_path))[1]
     assert RunLog(str(tmp_path), {}).record.run == log.record.run + 1
 
 
@@ -161,7 +163,7 @@ def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
     output, clock = str(tmp_path), Clock()
     with pytest.raises(InputError, match=r"has no run\.json"):
         status(output)
-    results.put_run(output, outputs.FIELDS)
+    run_file.put_run(output, outputs.FIELDS)
     assert status(output).state == "empty"
     tables = [outputs.plan_table(rows=6, first_row=6 * n, shard=n) for n in range(2)]
     plan = outputs.make_output(tmp_path, tables, failed={0: (1,)}, skip={1})
@@ -199,7 +201,7 @@ def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
     found = status(output, clock)
     assert found.state == "failed" and "s3://b cannot be used." in found.text()
 
-    results.write_shard(output, 1, outputs.result_table(outputs.plan_table(rows=6, first_row=6, shard=1)))
+    shards.write_shard(output, 1, outputs.result_table(outputs.plan_table(rows=6, first_row=6, shard=1)))
     finish(output, plan)
     found = status(output, clock)
     assert (found.state, found.done_shards) == ("finished", 2)

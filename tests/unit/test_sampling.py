@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.errors import RowError
-from model.sampling import Filters, Sampling, draws, filtered_probabilities, kept_logits, sample
+from wallaroo.model.errors import RowError
+from wallaroo.model.sampling import Filters, Sampling, draws, filtered_probabilities, kept_logits, sample
 
 VOCABULARY = 24
 SETTINGS = [

@@ -12,14 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from model.errors import InputError
-from workflows import results, selection
-from workflows.cells import parse_cell, read_cells
-from workflows.finish import finish
-from workflows.manifest import Columns, discover, read, scan
-from workflows.run_config import OptionError
-from workflows.selection import Rules, dhash, load_function, select
-from workflows.verify import verify
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.datasets import decide, look
+from wallaroo.workflows.datasets import rules as datasets_rules
+from wallaroo.workflows.datasets.rules import Rules, dhash, load_function
+from wallaroo.workflows.datasets.select import select
+from wallaroo.workflows.manifests.discover import discover
+from wallaroo.workflows.manifests.read import read, scan
+from wallaroo.workflows.manifests.schema import Columns
+from wallaroo.workflows.outputs import layout, shards
+from wallaroo.workflows.reports.finish import finish
+from wallaroo.workflows.reports.verify import verify
+from wallaroo.workflows.settings import OptionError
+from wallaroo.workflows.sources.embedded import parse_cell, read_cells
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def test_without_rules_all_ok_rows_are_copied_as_they_are(pictures, tmp_path):
     found = select(str(pictures), str(dest), Rules())
     assert (found.rows, found.kept, found.dropped, found.failures) == (60, 57, {"error row": 3}, 0)
     for shard in range(3):
-        name = results.shard_name(shard)
+        name = layout.shard_name(shard)
         before, after = (pq.read_table(folder / "data" / name) for folder in (pictures, dest))
         ok = before.filter(np.array(before.column("status")) == "ok")
         assert after.equals(ok) and after.schema.equals(before.schema, check_metadata=True)
@@ -99,16 +104,16 @@ def test_the_best_of_each_id_by_a_column(pictures, tmp_path):
 
 def judge(outputs, pictures, output, change=lambda row: row):
     """A data set of answers about `pictures`, whose row_ids go from 0: each gets a score of its own."""
-    rows = pq.read_table(pictures / "data" / results.shard_name(0)).to_pylist()
+    rows = pq.read_table(pictures / "data" / layout.shard_name(0)).to_pylist()
     ok = [row for row in rows if row["status"] == "ok"]
 
     plan = outputs.make_task_output(output, "understand", rows=len(ok))
-    path = output / "data" / results.shard_name(0)
+    path = output / "data" / layout.shard_name(0)
     table = pq.read_table(path)
     judged = table.to_pylist()
     for row, origin in zip(judged, ok, strict=True):
         row["source"] |= change({"row_id": origin["row_id"], "sha256": origin["sha256"]})
-    results.write_shard(str(output), 0, type(table).from_pylist(judged, table.schema))
+    shards.write_shard(str(output), 0, type(table).from_pylist(judged, table.schema))
     finish(str(output), plan)
     return {origin["row_id"]: row["text"] for row, origin in zip(judged, ok, strict=True)}
 
@@ -190,7 +195,7 @@ def test_near_hashes_are_found_as_by_looking_at_all(distance):
         hashes[row] = hashes[rng.integers(0, 100)]
         for flip in flips:
             hashes[row] ^= np.uint64(1) << flip
-    known, stay, found, wanted = selection._Near(hashes, distance), [], [], []
+    known, stay, found, wanted = decide._Near(hashes, distance), [], [], []
     for row in range(400):
         wanted.append(next((n for n in stay if bits(int(hashes[n]), int(hashes[row])) <= distance), -1))
         found.append(known.first(row))
@@ -230,7 +235,7 @@ def test_pictures_of_an_output_and_sources_of_answers_are_hashed(pictures, outpu
 
 
 def test_answers_about_pictures_of_an_output_are_hashed_by_these(pictures, outputs, tmp_path):
-    shard = str(pictures / "data" / results.shard_name(1))
+    shard = str(pictures / "data" / layout.shard_name(1))
     answers = tmp_path / "answers"
     within = lambda n: {"source": {"uri": shard, "row_id": 20 + n // 2}}  # noqa: E731
     finish(str(answers), outputs.make_task_output(answers, "understand", rows=10, more=within))
@@ -376,7 +381,7 @@ def test_rules_that_cannot_be_are_told(pictures, tmp_path, rules, words):
 
 
 def test_a_function_that_always_fails_ends_it(pictures, tmp_path, functions, monkeypatch):
-    monkeypatch.setattr(selection, "MOST_FAILURES", 10)
+    monkeypatch.setattr(look, "MAX_FAILURES", 10)
 
     def broken(row):
         raise KeyError("nope")
@@ -399,13 +404,13 @@ def test_functions_are_found_by_name(tmp_path, monkeypatch):
     [(3, 3), (2.5, 2.5), ("8/10", 8), ("I'd say -1.5.", -1.5), (True, 1), (np.float32(2), 2)],
 )
 def test_scores_are_numbers_or_texts_with_one(value, score):
-    assert selection.number(value) == score
+    assert datasets_rules.number(value) == score
 
 
 @pytest.mark.parametrize("value", [None, "none", "", float("nan"), float("inf")])
 def test_what_is_no_score(value):
     with pytest.raises(ValueError, match="score"):
-        selection.number(value)
+        datasets_rules.number(value)
 
 
 def test_every_row_is_kept_or_told(pictures, tmp_path, functions):

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from jobs.cli import cli
-from model.train import read_rows
-from workflows.shapes import HARD, KINDS, Scene, draw, held_out
+from wallaroo.jobs.cli import cli
+from wallaroo.model.train import read_rows
+from wallaroo.workflows.scenes.world import HARD, KINDS, Scene, draw, held_out
 
 
 @pytest.fixture(scope="module")

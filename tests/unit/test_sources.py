@@ -16,22 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.checkpoint import TINY, load_config
-from model.config import ModelConfig, Size
-from model.errors import RowError
 from tests.pictures import base, real_pictures, save, write_pictures
-from workflows import https, sources
-from workflows.sources import (
-    Fetched,
-    SourceOptions,
-    decode,
-    fetch,
-    fetch_many,
-    load_many,
-    locate,
-    prepare,
-    restore_size,
-)
+from wallaroo.model.checkpoint import TINY, load_config
+from wallaroo.model.config import ModelConfig, Size
+from wallaroo.model.errors import RowError
+from wallaroo.workflows.outputs.rows import restore_size
+from wallaroo.workflows.sources import fetch as sources_fetch
+from wallaroo.workflows.sources import https
+from wallaroo.workflows.sources.decode import decode
+from wallaroo.workflows.sources.fetch import Fetched, fetch, fetch_many
+from wallaroo.workflows.sources.prepare import load_many, prepare
+from wallaroo.workflows.sources.references import SourceOptions, locate
 
 PUBLISHED = ModelConfig()
 
@@ -39,7 +34,7 @@ PUBLISHED = ModelConfig()
 @pytest.fixture(autouse=True)
 def no_memories():
     """What one test's endpoints did, none is to pause for."""
-    sources._endpoint.cache_clear()
+    sources_fetch._endpoint.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -543,7 +538,7 @@ def test_what_may_work_later_is_not_the_sources_fault(host):
 
 
 def test_a_host_is_asked_again_until_patience_ends(host, monkeypatch):
-    monkeypatch.setattr(sources, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(sources_fetch, "FIRST_PAUSE_SECONDS", 0.05)
 
     def download(url, most):
         return ask(host, url.removeprefix("https://good.example"), most)

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model.errors import InputError
-from workflows import storage
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
 
 
 def names(folder):

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.checkpoint import TINY
-from model.config import SIZES_512
-from model.errors import InputError, RowError
-from model.tokenizer import (
+from wallaroo.model.checkpoint import TINY
+from wallaroo.model.config import SIZES_512
+from wallaroo.model.errors import InputError, RowError
+from wallaroo.model.tokenizer import (
     QWEN_TOKENS,
     SIDES_512,
     WALLAROO_TOKENS,

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import jobs.make_tiny
-from model.checkpoint import TINY, load, load_config, load_tokenizer, save
-from model.config import Size
-from model.engine import Engine, EngineOptions, Request
-from model.errors import InputError
-from model.images import pixel_image, semantic_image
-from model.muon import orthogonal, takes
-from model.prompts import edit_prompt, generate_prompt, understand_prompt
-from model.sampling import Sampling
-from model.train import (
+from wallaroo.jobs import make_tiny
+from wallaroo.model.checkpoint import TINY, load, load_config, load_tokenizer, save
+from wallaroo.model.config import Size
+from wallaroo.model.engine import Engine, EngineOptions, Request
+from wallaroo.model.errors import InputError
+from wallaroo.model.images import pixel_image, semantic_image
+from wallaroo.model.muon import orthogonal, takes
+from wallaroo.model.prompts import edit_prompt, generate_prompt, understand_prompt
+from wallaroo.model.sampling import Sampling
+from wallaroo.model.train import (
     NO_LATENT,
     Batch,
     LMJob,
@@ -45,8 +45,8 @@ from model.train import (
     train,
     unlike,
 )
-from model.vision import encode_image, take_many, tower_plan
-from model.vq import to_float
+from wallaroo.model.vision import encode_image, take_many, tower_plan
+from wallaroo.model.vq import to_float
 
 
 @pytest.fixture(scope="module")
@@ -562,9 +562,9 @@ def test_stages_follow_each_other_from_a_file_without_ray(tmp_path):
 
 def test_the_recipes_that_come_along_can_be_followed():
     """Each stage starts from the one before, and the published ones can be shared by eight workers."""
-    folder = Path(jobs.make_tiny.__file__).parent / "train"
+    folder = Path(make_tiny.__file__).parent / "train"
     for name, workers, stages in (
-        ("tiny", 1, jobs.make_tiny.STAGES),
+        ("tiny", 1, make_tiny.STAGES),
         ("published", 8, ("stage-1", "stage-2", "stage-3-1", "stage-3-2", "stage-4")),
     ):
         made = [Recipe.from_file(folder / f"{name}.toml", stage) for stage in stages]

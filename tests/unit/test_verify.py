@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from model.errors import InputError
-from workflows import results
-from workflows.finish import finish
-from workflows.verify import MOST_FAULTS, verify
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.outputs import layout, shards
+from wallaroo.workflows.reports.finish import finish
+from wallaroo.workflows.reports.verify import MAX_FAULTS, verify
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def judged(output):
 
 def rewrite(output, shard, change):
     """Replaces a file by one whose rows `change` has had its way with."""
-    table = pq.read_table(results.shard_path(str(output), shard))
+    table = pq.read_table(layout.shard_path(str(output), shard))
     rows = table.to_pylist()
     change(rows)
-    data = results.shard_bytes(pa.Table.from_pylist(rows, schema=table.schema))
-    Path(results.shard_path(str(output), shard)).write_bytes(data)
+    data = shards.shard_bytes(pa.Table.from_pylist(rows, schema=table.schema))
+    Path(layout.shard_path(str(output), shard)).write_bytes(data)
 
 
 def test_a_whole_output_is_complete(whole):
@@ -203,7 +203,7 @@ def test_of_many_faults_the_first_are_told(whole):
 
     rewrite(whole, 0, change)
     verdict, said = judged(whole)
-    assert verdict.faults == 40 and len(said) == MOST_FAULTS + 2
+    assert verdict.faults == 40 and len(said) == MAX_FAULTS + 2
     assert said[-2] == "20 more faults are not told." and "40 faults" in said[-1]
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from model.config import VQConfig
-from model.vq import VQModel, to_float, to_uint8
+from wallaroo.model.config import VQConfig
+from wallaroo.model.vq import VQModel, to_float, to_uint8
 
 CONFIG = VQConfig(
     channels=16,

@@ -1,0 +1,1 @@
+"""Wallaroo Batch: distributed batch generation with the Wallaroo model on Ray."""

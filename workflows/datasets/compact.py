@@ -1,0 +1,170 @@
+"""Many small shards become few: what a year of increments leaves behind, put together.
+
+The merged shards are written first, under numbers that no plan has given out. Then the JSON of the last
+part is replaced, if nobody else did, by one that stands for all parts so far; from that moment on they are
+the plan. Only then do the old files go. Cut off at any point, the output is the old one or the new one, and
+files of the other are removed by the next `compact`. Knows nothing of Ray.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import DATA_FOLDER, PLAN_FOLDER, part_name, shard_number, shard_path
+from wallaroo.workflows.outputs.lock import OutputLock
+from wallaroo.workflows.outputs.run_file import read_run
+from wallaroo.workflows.outputs.schema import TEXT_TASKS
+from wallaroo.workflows.outputs.shards import open_shard, write_shard
+from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.plans.increments import read_known, write_known
+from wallaroo.workflows.plans.layout import SHARD_ROWS, SHARD_TEXTS, write_shards
+from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_plan, read_shard
+from wallaroo.workflows.reports.finish import finish
+from wallaroo.workflows.reports.page import write_report
+
+MAX_BYTES = 256 << 20
+"""Of a merged shard, which is held in memory."""
+
+NUMBERS = 1_000_000
+"""Merged shards begin at a multiple of it, so that those of an increment never meet what was cut off."""
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """Shards before and after."""
+
+    before: int
+    after: int
+
+
+def compact(output: str) -> Compacted:
+    """Merges the shards of a finished incremental output. Rows, ids and row_ids stay as they are.
+
+    Raises InputError if the output is not incremental or not finished, RunInProgress if a run is at work.
+    """
+    task = read_run(output)["config"]["task"]
+    with OutputLock(output, f"of process {os.getpid()}, which compacts") as lock:
+        plan = read_plan(output)
+        if not plan.incremental:
+            raise InputError(f"{output} is not of a run with --incremental, so there is nothing to compact.")
+        success = read_success(output)
+        names = [part.name for part in plan.parts]
+        if success is None or success["parts"][-1] != names[-1]:
+            raise InputError(f"{output} is not finished: start its run again, and compact it then.")
+        _remove_others(output, plan)
+        if success["parts"] != names:
+            finish(output, plan)  # an earlier try was cut off after its plan had become the plan
+        groups = list(_groups(output, plan, SHARD_TEXTS if task in TEXT_TASKS else SHARD_ROWS[1]))
+        if len(groups) == len(plan.shards):
+            return Compacted(len(groups), len(groups))
+        first = (plan.shards.stop // NUMBERS + 1) * NUMBERS
+        for shard, group in enumerate(groups, first):
+            lock.check()
+            write_shard(
+                output, shard, pa.concat_tables(_numbered(_data(output, one), shard) for one in group)
+            )
+        lock.check()
+        _replace_plan(output, plan, groups, first)
+        merged = read_plan(output)
+        finish(output, merged)
+        _remove_others(output, merged)
+        write_report(output)
+        return Compacted(len(plan.shards), len(groups))
+
+
+def _groups(output: str, plan: Plan, most_rows: int) -> Iterator[list[int]]:
+    """Consecutive shards that go into one, by their rows and the bytes of their files."""
+    group: list[int] = []
+    rows = size = 0
+    for shard in plan.shards:
+        with open_shard(output, shard) as parquet:
+            more = parquet.metadata.num_rows
+        found = storage.info(shard_path(output, shard))
+        bytes_more = found.size if found else 0
+        if group and (rows + more > most_rows or size + bytes_more > MAX_BYTES):
+            yield group
+            group, rows, size = [], 0, 0
+        group.append(shard)
+        rows, size = rows + more, size + bytes_more
+    yield group
+
+
+def _data(output: str, shard: int) -> pa.Table:
+    with open_shard(output, shard) as parquet:
+        return parquet.read()
+
+
+def _numbered(table: pa.Table, shard: int) -> pa.Table:
+    """The rows under the number of another shard."""
+    index = table.schema.get_field_index("shard")
+    return table.set_column(index, table.schema.field(index), pa.array(np.full(len(table), shard)))
+
+
+def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) -> None:
+    """Makes the merged shards the plan: the moment from which they count."""
+    last = plan.parts[-1]
+    path = storage.join(output, PLAN_FOLDER, f"{last.name}.json")
+    etag = storage.read_with_etag(path)[1]
+    name = hashlib.sha256(json.dumps([part.file for part in plan.parts]).encode()).hexdigest()[:16]
+    file = f"{part_name(last.part)}-{name}.parquet"
+    tables = (
+        pa.concat_tables(_numbered(read_shard(output, one), shard) for one in group)
+        for shard, group in enumerate(groups, first)
+    )
+    rows = write_shards(storage.join(output, PLAN_FOLDER, file), tables)
+    known = read_known(output, plan.rounds)
+    start = plan.rounds[0]
+    identities = {tuple(one): one for round_ in plan.rounds for one in round_.manifest}
+    opening = Round(
+        rows=rows,
+        shard_rows=max(map(len, groups)) * max(one.shard_rows for one in plan.rounds),
+        selected=np.concatenate([one.selected for one in plan.rounds]),
+        settings=start.settings,
+        model_digest=start.model_digest,
+        manifest=list(identities.values()),
+        carried=start.carried,
+        warnings=start.warnings,
+        known=write_known(output, known.pairs, known.versions),
+        schema=start.schema,
+    )
+    part = PlanPart(
+        part=last.part,
+        file=file,
+        round=0,
+        first_row_id=0,
+        rows=rows,
+        first_shard=first,
+        shards=len(groups),
+        shard_rows=opening.shard_rows,
+        error_rows=plan.error_rows,
+        errors=plan.errors,
+        sizes=dict(sum((Counter(one.sizes) for one in plan.parts), Counter())),
+        complete=True,
+        compacted=True,
+    )
+    document = {"format": FORMAT, **dataclasses.asdict(part), "opening": opening.to_values()}
+    data = json.dumps(document, ensure_ascii=False).encode() + b"\n"
+    if storage.replace_if_match(path, data, etag) is None:
+        raise InputError(f"{path} was changed by somebody else meanwhile: compact {output} again.")
+
+
+def _remove_others(output: str, plan: Plan) -> None:
+    """Removes files of plan and data that the plan does not name: from before, or of a try cut off."""
+    kept = {part.file for part in plan.parts} | {one.known for one in plan.rounds}
+    kept |= {f"{part.name}.json" for part in plan.parts}
+    for file in storage.list_files(storage.join(output, PLAN_FOLDER)):
+        if file.relative not in kept and file.relative.startswith(("part-", "known-", "pictures-")):
+            storage.delete(file.path)
+    for file in storage.list_files(storage.join(output, DATA_FOLDER)):
+        shard = shard_number(file.relative)
+        if shard is not None and shard not in plan.shards:
+            storage.delete(file.path)

@@ -1,0 +1,251 @@
+"""What every export format needs: the rows of a finished output, safe names, a place to write files.
+
+Rows are read row group by row group, in order; files are written whole, several at a time, and only
+where they are not there already. Knows nothing of any format.
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import list_done, shard_path
+from wallaroo.workflows.outputs.run_file import read_run
+from wallaroo.workflows.outputs.schema import RESULT_NAMES, json_columns, result_schema
+from wallaroo.workflows.outputs.shards import open_shard
+from wallaroo.workflows.outputs.values import json_again, jsonable
+from wallaroo.workflows.plans.plan import read_plan
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+WRITERS = 8
+WAITING_BYTES = 32 << 20
+"""What files that wait for a writer may take of memory; a larger one is waited for."""
+
+
+# Reading
+
+
+class Row(NamedTuple):
+    """A row of `data/`.
+
+    values: its columns but for the picture. number: of its row in the manifest, from 0. follows,
+    followed: whether the row before, or after, is another sample of the same.
+    """
+
+    values: dict[str, Any]
+    picture: bytes | None
+    number: int
+    follows: bool
+    followed: bool
+
+    @property
+    def ok(self) -> bool:
+        return self.values["status"] == "ok"
+
+
+class Results:
+    """The rows of a finished output. errors: how many error rows have been met.
+
+    Raises InputError if it is none, or lacks a shard.
+    """
+
+    def __init__(self, output: str):
+        run = read_run(output)
+        self.output, self.errors = output, 0
+        self.plan = read_plan(output)
+        self.task = str(run["config"].get("task", "generate"))
+        done = list_done(output)
+        missing = sum(shard not in done for shard in self.plan.shards)
+        if missing or not self.plan.complete:
+            what = f"{missing:,} of its {len(self.plan.shards):,} shards are missing"
+            raise InputError(
+                f"{output} is not finished, {what if missing else 'its plan is not complete'}: "
+                f"start the run again, it makes what is missing."
+            )
+        self.schema = result_schema(self.plan.carried, bool(run["config"].get("save_tokens")))
+        self.carried = [field for field in self.schema if field.name not in RESULT_NAMES]
+        self.marked = json_columns(self.schema)
+
+    def rows(self, pictures: bool = True) -> Iterator[Row]:
+        """Every row in order, error rows too; a row group at a time is in memory."""
+        before: dict[str, Any] | None = None
+        waiting: Row | None = None
+        for values, picture, number in self._stored(pictures):
+            self.errors += values["status"] != "ok"
+            follows = before is not None and place(values) == (*place(before)[:2], before["sample"] + 1)
+            if waiting is not None:
+                yield waiting._replace(followed=follows)
+            before, waiting = values, Row(values, picture, number, follows, False)
+        if waiting is not None:
+            yield waiting
+
+    def _stored(self, pictures: bool) -> Iterator[tuple[dict[str, Any], bytes | None, int]]:
+        position: dict[int, int] = {}
+        for part in self.plan.parts:
+            numbers = np.flatnonzero(self.plan.rounds[part.round].selected)
+            for shard in range(part.first_shard, part.first_shard + part.shards):
+                for values, picture in self._shard(shard, pictures):
+                    # The rows of a manifest row begin with its sample 0, even if it is an error.
+                    position[part.round] = position.get(part.round, -1) + (values["sample"] == 0)
+                    if not 0 <= position[part.round] < len(numbers):
+                        raise InputError(
+                            f"{self.output} has more rows than its plan selects: restore its plan."
+                        )
+                    yield values, picture, int(numbers[position[part.round]])
+
+    def _shard(self, shard: int, pictures: bool) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+        try:
+            with open_shard(self.output, shard) as parquet:
+                for group in range(parquet.num_row_groups):
+                    yield from self._group(parquet, group, pictures)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{shard_path(self.output, shard)} cannot be read ({str(error).splitlines()[0]}): "
+                f"delete it and start the run again."
+            ) from error
+
+    def _group(
+        self, parquet: "pq.ParquetFile", group: int, pictures: bool
+    ) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+        names = [name for name in self.schema.names if name not in ("image", "tokens")]
+        table = parquet.read_row_group(group, columns=[*names, "image"] if pictures else names)
+        images = table.column("image") if pictures else None
+        for index, values in enumerate(table.select(names).to_pylist()):
+            # One picture at a time becomes an object of Python's.
+            yield values, (images[index].as_py() or {}).get("bytes") if images is not None else None
+
+    def carried_values(
+        self,
+        row: Row,
+        taken: Collection[str] = (),
+        rename: Callable[[str], str] = str,
+        text: bool = False,
+    ) -> dict[str, Any]:
+        """The carried columns of a row as JSON values, by their new names; one that is taken gets `in_`.
+
+        text: JSON text and nested values stay, or become, text.
+        """
+        found: dict[str, Any] = {}
+        for field in self.carried:
+            value = row.values[field.name]
+            marked = field.name in self.marked and value is not None
+            value = json_again(value) if marked and not text else jsonable(value)
+            if text and value is not None and _nested(field.type):
+                value = json.dumps(value, ensure_ascii=False)
+            name = rename(field.name)
+            while name in taken or name in found or (name != field.name and name in self.plan.carried.names):
+                name = f"in_{name}"
+            found[name] = value
+        return found
+
+
+def place(values: Mapping[str, Any]) -> tuple[str, int, int]:
+    """Id, version and sample number of a row, which no two rows share unless one is an error."""
+    return values["id"], values["version"], values["sample"]
+
+
+def _nested(kind: pa.DataType) -> bool:
+    """Whether values are more than a plain one or a list of plain ones."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return pa.types.is_nested(kind)
+
+
+# Writing
+
+
+class Sink:
+    """Writes files below a folder, some at once; leaves those alone that are already as they should be."""
+
+    def __init__(self, dest: str):
+        self.dest, self.files, self.unchanged = dest, 0, 0
+        # The first look at a place must not be that of several threads, which would share a half-made client.
+        storage.info(storage.join(dest, "metadata.jsonl"))
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._waiting: deque[tuple[int, Future[bool]]] = deque()
+
+    def __enter__(self) -> "Sink":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            while self._waiting and kind is None:
+                self._take()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def put(self, relative: str, make: Callable[[], bytes], size: int) -> None:
+        """Writes what `make()` returns, in a thread; size: memory that this takes until it is done, bytes."""
+        path = storage.join(self.dest, relative)
+        self._waiting.append((size, self._pool.submit(_write, path, make)))
+        while len(self._waiting) > 2 * WRITERS or sum(taken for taken, _ in self._waiting) > WAITING_BYTES:
+            self._take()
+
+    def _take(self) -> None:
+        written = self._waiting.popleft()[1].result()
+        self.files += 1
+        self.unchanged += not written
+
+    @contextlib.contextmanager
+    def stream(self, relative: str) -> Iterator[Any]:
+        """A file that is written bit by bit, and is there when all others are."""
+        with storage.write_stream(storage.join(self.dest, relative)) as stream:
+            yield stream
+            while self._waiting:
+                self._take()
+        self.files += 1
+
+
+def _write(path: str, make: Callable[[], bytes]) -> bool:
+    """Writes a file unless it is there already with these bytes; says whether it did."""
+    data = make()
+    found = storage.info(path)
+    if found is not None and found.size == len(data):
+        if storage.is_s3(path):
+            # The etag of an object that came in one piece; with any other it is only written again.
+            same = found.etag == hashlib.md5(data, usedforsecurity=False).hexdigest()
+        else:
+            same = storage.read_bytes(path) == data
+        if same:
+            return False
+    storage.write_atomic(path, data)
+    return True
+
+
+# Names
+
+
+MARK = "@"
+"""Stands in no name that an id gives as it is, so that what follows it makes no two names alike."""
+
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_PLAIN_WITH_DOTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+"""Names that Windows keeps for itself, whatever follows their first dot."""
+
+
+def file_stem(row_id: str, dots: bool = True) -> str:
+    """A file name without suffix for an id, safe on every file system and in every URL.
+
+    The id itself where it is plain: up to 64 ASCII letters, digits, `_`, `-` and, where `dots` are
+    allowed, `.`, the first one a letter or digit. Any other is cleaned, and gets a hash of what it was.
+    Two ids never give one name, unless the file system takes `A` and `a` for the same.
+    """
+    plain = _PLAIN_WITH_DOTS if dots else _PLAIN
+    if plain.fullmatch(row_id) and not _DEVICES.fullmatch(row_id):
+        return row_id
+    cleaned = re.sub(r"[^A-Za-z0-9_-]", "_", row_id)[:40].lstrip("_-") or "id"
+    hashed = hashlib.sha256(row_id.encode("utf-8", "surrogatepass")).digest()[:10]
+    return f"{cleaned}{MARK}{base64.b32encode(hashed).decode().lower()}"

@@ -1,0 +1,121 @@
+"""Rows to choose from: of an output, or of a manifest."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.discover import discover
+from wallaroo.workflows.manifests.read import read, scan
+from wallaroo.workflows.manifests.schema import Columns
+from wallaroo.workflows.outputs.layout import list_done, shard_name
+from wallaroo.workflows.outputs.run_file import read_run
+from wallaroo.workflows.outputs.schema import TEXT_TASKS
+from wallaroo.workflows.outputs.shards import open_shard, shard_bytes
+from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.plans.rows import row_ids
+from wallaroo.workflows.sources.embedded import Cell
+from wallaroo.workflows.sources.references import Reference
+
+MANIFEST_GROUP_ROWS = 1024
+
+
+class Chunk(NamedTuple):
+    """Some rows. first: number of the first in the source. faults: place in the chunk -> what is wrong."""
+
+    table: pa.Table
+    first: int
+    faults: dict[int, str]
+
+
+class OutputRows:
+    """The rows of a finished run."""
+
+    def __init__(self, path: str):
+        if read_success(path) is None:
+            raise InputError(f"{path} is not finished: start its run again, it goes on by itself.")
+        self.path = path
+        self.task = str(read_run(path)["config"].get("task", "generate"))
+        self.shards = sorted(list_done(path))
+        self.pieces = [shard_name(shard) for shard in self.shards]
+        self.folder = "/"
+        if not self.shards:
+            raise InputError(f"{path} has no rows: give another data set.")
+        with self._open(0) as parquet:
+            self.schema = parquet.schema_arrow
+
+    def chunks(self, piece: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
+        with self._open(piece) as parquet:
+            first = 0
+            for group in range(parquet.num_row_groups):
+                table = parquet.read_row_group(group, columns=columns)
+                yield Chunk(table, first, {})
+                first += table.num_rows
+
+    @contextmanager
+    def _open(self, piece: int) -> Iterator[pq.ParquetFile]:
+        try:
+            with open_shard(self.path, self.shards[piece]) as parquet:
+                yield parquet
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{self.pieces[piece]} of {self.path} cannot be read ({str(error).splitlines()[0]}): "
+                f"delete it and start its run again."
+            ) from error
+
+    def names(self, chunk: Chunk, piece: int, column: str) -> list[str]:
+        return [str(value) for value in chunk.table.column(column).to_pylist()]
+
+    def reference(self, row: Mapping[str, Any]) -> Reference:
+        if row["task"] not in TEXT_TASKS:
+            return row["image"]
+        source = row["source"] or {}
+        inside = source.get("row_id") is not None
+        return str(Cell(source["uri"], source["row_id"])) if inside else source.get("uri")
+
+    def write(self, path: str, table: pa.Table) -> None:
+        storage.write_atomic(path, memoryview(shard_bytes(table)))
+
+
+class ManifestRows:
+    """The rows of a manifest."""
+
+    def __init__(self, path: str):
+        self.path, self.task = path, ""
+        manifest = discover(path)
+        columns, self._pieces = Columns(), []
+        for number, file in enumerate(manifest.files):
+            found = scan(file)
+            columns.add(number, file.path, found)
+            self._pieces += found.pieces
+        self.schema = columns.schema()
+        self.pieces = [f"part-{number:05d}.parquet" for number in range(len(self._pieces))]
+        fixed = re.split(r"[*?\[]", path, maxsplit=1)[0]
+        single = storage.exists(path) or fixed != path
+        self.folder = (fixed.rpartition("/")[0] or ".") if single else path
+
+    def chunks(self, piece: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
+        start = self._pieces[piece].first_row
+        for batch in read(self._pieces[piece], self.schema, columns):
+            faults = {number - batch.first_row: fault for number, fault in batch.faults.items()}
+            yield Chunk(batch.table, batch.first_row - start, faults)
+
+    def names(self, chunk: Chunk, piece: int, column: str) -> list[str]:
+        if column in chunk.table.column_names and column != "id":
+            return [str(value) for value in chunk.table.column(column).to_pylist()]
+        first = self._pieces[piece].first_row + chunk.first
+        numbers = range(first, first + chunk.table.num_rows)
+        return row_ids(chunk.table, self._pieces[piece].file.relative, numbers)[0]
+
+    def reference(self, row: Mapping[str, Any]) -> Reference:
+        return row["image"]
+
+    def write(self, path: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=MANIFEST_GROUP_ROWS)
+        storage.write_atomic(path, memoryview(sink.getvalue()))

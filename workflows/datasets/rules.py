@@ -1,0 +1,139 @@
+"""The rules of a selection, and the functions of a user that they call."""
+
+import hashlib
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wallaroo.workflows.settings import OptionError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DEFAULT_FOLDER = "data"
+HASH_BITS = 64
+MAX_DISTANCE = 16
+REASONS = (
+    "",
+    "error row",
+    "filter",
+    "not the best",
+    "near-duplicate",
+    "unreadable row",
+    "filter failed",
+    "score failed",
+    "picture failed",
+)
+"""Why a row is not kept; the first is for one that is. A row's reason is its place in here."""
+KEPT, ERROR, FILTER, WORSE, NEAR, UNREADABLE, FILTER_FAILED, SCORE_FAILED, PICTURE_FAILED = range(
+    len(REASONS)
+)
+FAILURES = frozenset({UNREADABLE, FILTER_FAILED, SCORE_FAILED, PICTURE_FAILED})
+Function = Callable[[dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is kept. The rules apply in this order, each to the rows that those before it left.
+
+    Error rows of a data set are never kept.
+    filter: `package.module:function`; rows for which it returns True stay.
+    best_of: a column, or `package.module:function` that returns a number; of the rows of one group the
+        one with the greatest number stays, of equal ones the first. Of a text the first number in it
+        counts, so that `8/10` is 8. scores: a data set that was made from this one, whose column it is:
+        its rows name rows of this one in `source`, and of several about one row the mean counts.
+    near_duplicates: a row goes if the perceptual hash of its picture (see `dhash`) differs in at most so
+        many of 64 bits from that of an earlier row that stays.
+    split: name -> share. A group's side follows from sha256 of its name alone: a row never changes
+        sides, whatever is added or left out.
+    group: the column that says which rows belong together.
+    """
+
+    filter: str | None = None
+    best_of: str | None = None
+    scores: str | None = None
+    near_duplicates: int | None = None
+    split: Mapping[str, float] = field(default_factory=dict)
+    group: str = "id"
+
+    def check(self) -> None:
+        """Raises OptionError if a rule breaks a rule."""
+        if self.scores is not None and (self.best_of is None or ":" in self.best_of):
+            raise OptionError("scores are given, but no column of them: name it with --best-of COLUMN.")
+        distance = self.near_duplicates
+        if distance is not None and not 0 <= distance <= MAX_DISTANCE:
+            raise OptionError(f"near_duplicates is {distance}, but must be from 0 to {MAX_DISTANCE} bits.")
+        for name, share in self.split.items():
+            if not re.fullmatch(r"\w+", name):
+                raise OptionError(f"The split '{name}' must be named with letters, digits and _ alone.")
+            if not 0 < share <= 1:
+                raise OptionError(f"The split {name} is {share:g}, but must be above 0 and at most 1.")
+        if self.split and not math.isclose(sum(self.split.values()), 1, abs_tol=1e-9):
+            raise OptionError(f"The splits make {sum(self.split.values()):g} together, but must make 1.")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What became of the rows. dropped: reason -> rows. splits: name -> rows kept. failures: how many of
+    the dropped rows a function or a picture failed on, rather than a rule decided."""
+
+    rows: int
+    kept: int
+    dropped: dict[str, int]
+    splits: dict[str, int]
+    failures: int
+
+
+def load_function(name: str) -> Function:
+    """The function that `package.module:function` names. Raises OptionError if there is none."""
+    module, mark, attribute = name.partition(":")
+    if not (module and mark and attribute):
+        raise OptionError(f"'{name}' names no function: write package.module:function.")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        words = str(error).strip().split("\n", 1)[0][:200]
+        raise OptionError(
+            f"{name} cannot be imported ({type(error).__name__}: {words}): "
+            f"check the name, and that its module is in the present folder or installed."
+        ) from error
+    if not callable(found):
+        raise OptionError(f"{name} is no function: name one that takes a row.")
+    return found
+
+
+def dhash(image: "Image.Image") -> int:
+    """The 64-bit difference hash of a picture.
+
+    The picture in grey is scaled to 9x8 pixels (Lanczos); a bit is set where a pixel is brighter than
+    the one to its left, row by row, the first bit the highest. A picture of one colour has 0.
+    """
+    from PIL import Image
+
+    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS))
+    return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes())
+
+
+def number(value: Any) -> float:
+    """A score as a finite number: itself, or the first number in a text. Raises ValueError."""
+    if isinstance(value, str):
+        match = re.search(r"[-+]?\d+(\.\d+)?", value)
+        value = float(match[0]) if match else None
+    if value is None:
+        raise ValueError("it has no score")
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"its score is {value}, which is no number to compare")
+    return value
+
+
+def group_hash(name: str) -> int:
+    """The first 64 bits of sha256 of a group's name."""
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:8])

@@ -1,0 +1,181 @@
+"""Selection: rows of a data set or manifest are chosen and written as a new one."""
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.datasets.decide import Decided, decide
+from wallaroo.workflows.datasets.look import Found, Look
+from wallaroo.workflows.datasets.rows import Chunk, ManifestRows, OutputRows
+from wallaroo.workflows.datasets.rules import DEFAULT_FOLDER, FAILURES, KEPT, REASONS, Rules, Selection
+from wallaroo.workflows.outputs.layout import CARD_FILE, DROPPED_FILE, RUN_FILE, SELECTION_FILE
+from wallaroo.workflows.reports.card import code, front_matter
+
+
+def select(source: str, dest: str, rules: Rules) -> Selection:
+    """Copies the rows of `source` that the rules keep to `dest`, a folder; both are local or on S3.
+
+    source: the finished output of a run, or a manifest. dest gets Parquet files with the columns of the
+    source, in `data/` or a folder for each split; `_dropped.jsonl`, every other row with its reason; and
+    a card. The same call gives the same files, and a call that was cut short is repeated as a whole.
+    Holds one shard, and some 40 bytes a row. Raises InputError if the source cannot be read, a column or
+    function does not exist, or dest holds anything else.
+    """
+    rules.check()
+    rows = OutputRows(source) if storage.exists(storage.join(source, RUN_FILE)) else ManifestRows(source)
+    look = Look(rows, rules)
+    _claim(source, dest, rules)
+    found = look.all()
+    decided = decide(found, rules)
+    return _write(rows, dest, rules, found, decided, look.messages)
+
+
+def _claim(source: str, dest: str, rules: Rules) -> None:
+    """Makes sure that dest is new, of this very selection, or of one that did not end."""
+    if storage.is_s3(source) == storage.is_s3(dest):
+        ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (source, dest)]
+        outer, inner = (path.rstrip("/") + "/" for path in ends)
+        if inner.startswith(outer):
+            raise InputError(f"{dest} lies in {source}, and would be taken for a part of it: choose another.")
+    path = storage.join(dest, SELECTION_FILE)
+    files = storage.list_files(dest)
+    settings = {"source": source, "rules": asdict(rules)}
+    if files and not storage.exists(path):
+        raise InputError(f"{dest} is not empty, but holds such as {files[0].relative}: give a new folder.")
+    if files:
+        try:
+            there = dict(json.loads(storage.read_bytes(path)))
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(f"{path} is damaged: give a new folder.") from None
+        # Of one that was cut short nothing is of use to anybody.
+        if "result" in there and there.get("settings") != settings:
+            raise InputError(
+                f"{dest} holds another selection ({json.dumps(there.get('settings'))[:200]}): "
+                f"give a new folder, or the same rules."
+            )
+    storage.write_atomic(path, json.dumps({"settings": settings}, indent=2).encode() + b"\n")
+
+
+def _write(
+    rows: OutputRows | ManifestRows,
+    dest: str,
+    rules: Rules,
+    found: Found,
+    decided: Decided,
+    messages: Mapping[int, str],
+) -> Selection:
+    names = sorted(rules.split) or [DEFAULT_FOLDER]
+    written = set()
+    with tempfile.TemporaryFile() as lines:
+        for piece, file in enumerate(rows.pieces):
+            sides: dict[str, list[pa.Table]] = {name: [] for name in names}
+            first = int(found.starts[piece])
+            for chunk in rows.chunks(piece):
+                numbers = np.arange(first + chunk.first, first + chunk.first + chunk.table.num_rows)
+                if len(numbers) and numbers[-1] >= found.starts[piece + 1]:
+                    raise InputError(f"{rows.path} changed while it was read: start again.")
+                kept = decided.why[numbers] == KEPT
+                for side, name in enumerate(names):
+                    mask = kept & (decided.sides[numbers] == side)
+                    if mask.any():
+                        sides[name].append(chunk.table.filter(pa.array(mask)))
+                _tell(lines, rows, piece, chunk, numbers, decided, messages)
+            for name, tables in sides.items():
+                if tables:
+                    path = storage.join(dest, name, file)
+                    rows.write(path, pa.concat_tables(tables).combine_chunks())
+                    written.add(f"{name}/{file}")
+        lines.seek(0)
+        with storage.write_stream(storage.join(dest, DROPPED_FILE)) as stream:
+            while data := lines.read(storage.COPY_BYTES):
+                stream.write(data)
+    for stale in storage.list_files(dest):
+        if stale.relative.endswith(".parquet") and stale.relative not in written:
+            storage.delete(stale.path)
+    reasons = Counter(decided.why.tolist())
+    kept_rows = decided.why == KEPT
+    counts = np.bincount(decided.sides[kept_rows], minlength=len(names)).tolist()
+    selection = Selection(
+        rows=len(decided.why),
+        kept=reasons.pop(KEPT, 0),
+        dropped={REASONS[reason]: count for reason, count in reasons.most_common()},
+        splits=dict(zip(names, counts, strict=True)),
+        failures=sum(count for reason, count in reasons.items() if reason in FAILURES),
+    )
+    storage.write_atomic(storage.join(dest, CARD_FILE), _card(rows, rules, selection).encode())
+    document = {"settings": {"source": rows.path, "rules": asdict(rules)}, "result": asdict(selection)}
+    storage.write_atomic(storage.join(dest, SELECTION_FILE), json.dumps(document, indent=2).encode() + b"\n")
+    return selection
+
+
+def _tell(
+    lines: IO[bytes],
+    rows: OutputRows | ManifestRows,
+    piece: int,
+    chunk: Chunk,
+    numbers: np.ndarray,
+    decided: Decided,
+    messages: Mapping[int, str],
+) -> None:
+    """Writes a line for every row of a chunk that is not kept."""
+    dropped = np.flatnonzero(decided.why[numbers] != KEPT).tolist()
+    if not dropped:
+        return
+    ids = rows.names(chunk, piece, "id")
+    for place in dropped:
+        row = int(numbers[place])
+        line: dict[str, Any] = {"id": ids[place], "row": row}
+        if "sample" in chunk.table.column_names:
+            line["sample"] = chunk.table.column("sample")[place].as_py()
+        line["why"] = REASONS[decided.why[row]]
+        if row in messages:
+            line["message"] = messages[row]
+        if decided.near[row] >= 0:
+            line["near_row"] = int(decided.near[row])
+        lines.write(json.dumps(line).encode() + b"\n")
+
+
+def _card(rows: OutputRows | ManifestRows, rules: Rules, selection: Selection) -> str:
+    patterns = {
+        ("train" if name == DEFAULT_FOLDER else name): f"{name}/*.parquet"
+        for name, count in selection.splits.items()
+        if count
+    }
+    name = rows.path.rstrip("/").rpartition("/")[2]
+    lines = [
+        front_matter(name, rows.task, [], selection.kept, patterns),
+        "# A selection of rows",
+        "",
+        f"{selection.kept:,} of {selection.rows:,} rows of {code(rows.path)}, chosen with Wallaroo Batch.",
+        "",
+        "```python",
+        "from datasets import load_dataset",
+        "",
+        'rows = load_dataset("PATH OF THIS FOLDER")',
+        "```",
+        "",
+        "## Rules",
+        "",
+        *(
+            f"- {code(key)}: {code(json.dumps(value, ensure_ascii=False))}"
+            for key, value in asdict(rules).items()
+            if value not in (None, {})
+        ),
+        "",
+        "## Rows",
+        "",
+        *(f"- kept in {code(split)}: {count:,}" for split, count in selection.splits.items()),
+        *(f"- dropped ({reason}): {count:,}" for reason, count in selection.dropped.items()),
+        "",
+        f"Every dropped row is in `{DROPPED_FILE}` with its reason.",
+    ]
+    return "\n".join(lines) + "\n"

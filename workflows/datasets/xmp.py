@@ -1,0 +1,124 @@
+"""Metadata inside picture files: an XMP packet, put into PNG, JPEG or WebP without touching the pixels.
+
+The packet goes between the parts of a file, which stay as they are, byte for byte. Knows nothing of
+data sets, and of pictures only the containers they come in.
+"""
+
+import re
+import struct
+import zlib
+from xml.sax.saxutils import escape
+
+DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's term for what a trained model has made."""
+
+SYSTEM = "Wallaroo"
+NAMESPACE = "urn:x-wallaroo-batch:xmp:1.0:"
+"""Of what IPTC has no property for."""
+
+MAX_PROMPT_BYTES = 50_000
+"""A JPEG segment has 64 KiB; a longer prompt is cut, and ends with an ellipsis."""
+
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_PNG_KEYWORD = b"XML:com.adobe.xmp"
+_JPEG_KEYWORD = b"http://ns.adobe.com/xap/1.0/\0"
+_XMP_FLAG, _ALPHA_FLAG = 0x04, 0x10
+
+
+def xmp_packet(prompt: str, seed: str, model_digest: str) -> bytes:
+    """XMP (UTF-8) with IPTC's properties of generated pictures: source type, prompt, system and version.
+
+    model_digest is the version of the system; the seed has a property of our own. Equal values give
+    equal bytes. Characters that XML cannot hold become U+FFFD.
+    """
+    properties = {
+        "Iptc4xmpExt:DigitalSourceType": DIGITAL_SOURCE_TYPE,
+        "Iptc4xmpExt:AISystemUsed": SYSTEM,
+        "Iptc4xmpExt:AISystemVersionUsed": model_digest,
+        "Iptc4xmpExt:AIPromptInformation": prompt,
+        "wallaroo:Seed": seed,
+    }
+    lines = [f"<{name}>{_xml_text(value)}</{name}>" for name, value in properties.items()]
+    return "\n".join(
+        [
+            '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>',
+            '<x:xmpmeta xmlns:x="adobe:ns:meta/">',
+            '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">',
+            '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+            f' xmlns:wallaroo="{NAMESPACE}">',
+            *lines,
+            "</rdf:Description>",
+            "</rdf:RDF>",
+            "</x:xmpmeta>",
+            '<?xpacket end="r"?>',
+        ]
+    ).encode()
+
+
+def _xml_text(text: str) -> str:
+    text = _NO_XML.sub("\ufffd", text)
+    escaped = escape(text, {"\r": "&#13;"})
+    while len(escaped.encode()) > MAX_PROMPT_BYTES:
+        text = text[: len(text) * 9 // 10]
+        escaped = escape(text, {"\r": "&#13;"}) + "…"
+    return escaped
+
+
+def embed(data: bytes, packet: bytes) -> bytes:
+    """The file `data` with an XMP packet in it. It must be PNG, JPEG or WebP and have none yet.
+
+    Raises ValueError if it is of none of these formats.
+    """
+    if data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR":
+        return _embed_png(data, packet)
+    if data.startswith(b"\xff\xd8\xff"):
+        return _embed_jpeg(data, packet)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return _embed_webp(data, packet)
+    raise ValueError(f"a file that begins with {data[:16]!r} is neither PNG nor JPEG nor WebP")
+
+
+def _embed_png(data: bytes, packet: bytes) -> bytes:
+    """As an international text chunk after the header, where a reader finds it before the pixels."""
+    header_end = 8 + 12 + 13
+    # Not compressed, no language, no translated keyword.
+    body = b"iTXt" + _PNG_KEYWORD + b"\0\0\0\0\0" + packet
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return data[:header_end] + chunk + data[header_end:]
+
+
+def _embed_jpeg(data: bytes, packet: bytes) -> bytes:
+    """As a segment APP1 after those that must come first, JFIF and Exif."""
+    place = 2
+    while data[place + 1] in (0xE0, 0xE1):
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    body = _JPEG_KEYWORD + packet
+    return data[:place] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[place:]
+
+
+def _embed_webp(data: bytes, packet: bytes) -> bytes:
+    """As the last chunk, of which the header tells; a file without one gets a header."""
+    chunks = data[12:]
+    kind, body = chunks[:4], chunks[8:]
+    if kind == b"VP8X":
+        header, chunks = bytearray(body[:10]), chunks[18:]
+    else:
+        width, height, alpha = _webp_frame(kind, body)
+        header = bytearray(struct.pack("<I", _ALPHA_FLAG if alpha else 0))
+        header += (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    header[0] |= _XMP_FLAG
+    padding = b"\0" * (len(packet) % 2)
+    xmp = b"XMP " + struct.pack("<I", len(packet)) + packet + padding
+    content = b"WEBPVP8X" + struct.pack("<I", len(header)) + header + chunks + xmp
+    return b"RIFF" + struct.pack("<I", len(content)) + content
+
+
+def _webp_frame(kind: bytes, body: bytes) -> tuple[int, int, bool]:
+    """Width, height and whether there is transparency, of the one frame of a WebP file."""
+    if kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, bool(bits >> 28 & 1)
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", body[6:10])
+        return width & 0x3FFF, height & 0x3FFF, False
+    raise ValueError(f"a WebP file begins with the chunk {kind!r}")

@@ -1,0 +1,150 @@
+"""Manifests of other kinds: ImgEdit's JSON, folders of pictures, outputs of a run."""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.discover import list_pictures
+from wallaroo.workflows.manifests.parquet_files import open_parquet, parquet_batches
+from wallaroo.workflows.manifests.schema import is_text, kind_of, mended, text_table, to_table
+from wallaroo.workflows.manifests.text_files import is_deep
+from wallaroo.workflows.manifests.types import (
+    BATCH_ROWS,
+    PIECE_ROWS,
+    Batch,
+    ManifestFile,
+    Piece,
+    Scan,
+    check_width,
+)
+from wallaroo.workflows.outputs.layout import shard_name, shard_number
+from wallaroo.workflows.outputs.schema import JSON_MARK, TEXT_TASKS, json_columns, lacking
+from wallaroo.workflows.sources.embedded import COLUMN, Cell
+
+
+def _imgedit_rows(file: ManifestFile) -> list[dict[str, Any]]:
+    """Rows of ImgEdit's JSON, an object of keys: its `id` is the path of the source picture."""
+    try:
+        found = json.loads(storage.read_bytes(file.path))
+        if is_deep(found):
+            raise RecursionError
+        rows = [{**entry, "id": key, COLUMN: entry.get("id")} for key, entry in found.items()]
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        raise InputError(
+            f"{file.path} is not an object of keys, each with id, prompt and edit_type, which is the JSON "
+            f"that edit reads: write one object a line and name the file .jsonl."
+        ) from None
+    check_width(file, list({name: None for row in rows for name in row}))
+    return [json.loads(mended(json.dumps(row, ensure_ascii=False))) for row in rows]
+
+
+def scan_imgedit(file: ManifestFile) -> Scan:
+    rows = _imgedit_rows(file)
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(kind_of(value))
+    return Scan([Piece(file, 0, len(rows), 0, file.size)] if rows else [], kinds=kinds)
+
+
+def read_imgedit(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    rows, marked = _imgedit_rows(piece.file), json_columns(schema)
+    for start in range(0, len(rows), BATCH_ROWS):
+        yield Batch(start, text_table(rows[start : start + BATCH_ROWS], schema, marked), {})
+
+
+def scan_pictures(file: ManifestFile) -> Scan:
+    count = len(list_pictures(file.path))
+    starts = range(0, count, PIECE_ROWS)
+    pieces = [Piece(file, start, min(PIECE_ROWS, count - start), start, start) for start in starts]
+    return Scan(pieces, pa.schema([("id", pa.string()), (COLUMN, pa.string())]))
+
+
+def read_pictures(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    files = list_pictures(piece.file.path)[piece.first_row : piece.first_row + piece.rows]
+    for start in range(0, len(files), BATCH_ROWS):
+        few = files[start : start + BATCH_ROWS]
+        faults: dict[int, str] = {}
+        for row, one in enumerate(few, piece.first_row + start):
+            if not is_text(one.path):
+                faults[row] = "has a name that is not valid UTF-8"
+        columns = {"id": [mended(one.relative) for one in few], COLUMN: [mended(one.path) for one in few]}
+        arrays = [pa.array(columns[field.name], field.type) for field in schema]
+        yield Batch(piece.first_row + start, to_table(arrays, schema, len(few)), faults)
+
+
+CARRIED_PREFIX = "in_"
+"""How the columns of a run's output begin, where it is the manifest of another run."""
+
+
+def scan_results(file: ManifestFile) -> Scan:
+    """Its ok rows: `id`, `image` (a reference), and all other columns under names of their own."""
+    with open_parquet(file) as parquet:
+        theirs = parquet.schema_arrow
+        if words := lacking(theirs):
+            raise InputError(f"{file.path} says that it is a file of results, but {words}: leave it out.")
+        ok = parquet.read(columns=["status"]).column("status").to_pylist().count("ok")
+        groups = parquet.metadata.num_row_groups
+    fields = [field.with_name(CARRIED_PREFIX + field.name) for field in theirs if field.name != COLUMN]
+    marked = [CARRIED_PREFIX + name for name in json_columns(theirs)]
+    metadata = {JSON_MARK: json.dumps(sorted(marked)).encode()} if marked else None
+    schema = pa.schema([("id", pa.string()), (COLUMN, pa.string()), *fields], metadata=metadata)
+    return Scan([Piece(file, 0, ok, 0, groups)] if ok else [], schema)
+
+
+def read_results(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    path, first = piece.file.path, 0
+    wanted = [name.removeprefix(CARRIED_PREFIX) for name in schema.names if name.startswith(CARRIED_PREFIX)]
+    needed = {"row_id", "id", "sample", "status", "task", "source", *wanted}
+    with open_parquet(piece.file) as parquet:
+        several = _with_samples(path, parquet)
+        names = [name for name in parquet.schema_arrow.names if name in needed]
+        for chunk in parquet_batches(piece.file, parquet, names):
+            table = pa.Table.from_batches([chunk])
+            table = table.filter([status == "ok" for status in table.column("status").to_pylist()])
+            rows = table.select(["row_id", "id", "sample", "task", "source"]).to_pylist()
+            made = {
+                "id": [f"{row['id']}/{row['sample']}" if row["id"] in several else row["id"] for row in rows],
+                COLUMN: [_picture_of(path, row) for row in rows],
+            }
+            columns = [
+                pa.array(made[field.name], field.type)
+                if field.name in made
+                else table.column(field.name.removeprefix(CARRIED_PREFIX)).cast(field.type)
+                for field in schema
+            ]
+            yield Batch(first, to_table(columns, schema, len(rows)), {})
+            first += len(rows)
+
+
+def _picture_of(path: str, row: dict[str, Any]) -> str | None:
+    """Where the picture of a result is: in its own row, or where the one is that a text is about."""
+    if row["task"] not in TEXT_TASKS:
+        return str(Cell(path, row["row_id"]))
+    source = row["source"] or {}
+    if source.get("row_id") is None:
+        return source.get("uri")
+    return str(Cell(source["uri"], source["row_id"]))
+
+
+def _with_samples(path: str, parquet: pq.ParquetFile) -> set[str]:
+    """Ids of a shard that have several samples. They stand together, but may go on in the next shard."""
+    table = parquet.read(columns=["id", "sample"])
+    ids, samples = table.column("id").to_pylist(), table.column("sample").to_pylist()
+    several = {one for one, sample in zip(ids, samples, strict=True) if sample}
+    if ids and ids[-1] not in several:
+        number = shard_number(os.path.basename(path))
+        following = storage.join(path.rpartition("/")[0], shard_name((number or 0) + 1))
+        if storage.exists(following):
+            filesystem, inner = storage.parquet_filesystem(following)
+            with filesystem.open_input_file(inner) as file, pq.ParquetFile(file) as after:
+                first = next(after.iter_batches(1, columns=["id", "sample"])).to_pylist()[0]
+                if first["sample"] and first["id"] == ids[-1]:
+                    several.add(ids[-1])
+    return several

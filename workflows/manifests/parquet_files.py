@@ -1,0 +1,178 @@
+"""Rows of Parquet files, row group by row group."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.schema import is_text, mended, to_table
+from wallaroo.workflows.manifests.types import (
+    BATCH_ROWS,
+    PIECE_BYTES,
+    PIECE_ROWS,
+    Batch,
+    ManifestFile,
+    Piece,
+    Scan,
+    check_width,
+)
+from wallaroo.workflows.sources.embedded import COLUMN, Cell
+
+REPEATED_BYTES = 256 << 20
+REPEATED_TIMES = 100
+"""A column of a batch of Parquet rows may take more bytes than the former, but not more than the latter times
+those of its distinct values: a file of a few kilobytes can say a long text again and again."""
+
+
+def open_parquet(file: ManifestFile, **options: Any) -> pq.ParquetFile:
+    with storage.explained(file.path):
+        filesystem, inner = storage.parquet_filesystem(file.path)
+        source = filesystem.open_input_file(inner)
+    return pq.ParquetFile(source, page_checksum_verification=True, **options)
+
+
+def parquet_batches(
+    file: ManifestFile,
+    parquet: pq.ParquetFile,
+    names: list[str],
+    first_row: int = 0,
+    groups: Sequence[int] | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a file, which is open, in batches, with the columns that are named.
+
+    Raises InputError for a column of few long values before these are written out for each row.
+    """
+    schema = parquet.schema_arrow
+    texts = [name for name in names if _is_long(schema.field(name).type)]
+    with open_parquet(file, metadata=parquet.metadata, read_dictionary=texts) as compact:
+        for chunk in compact.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
+            for index, name in enumerate(chunk.schema.names):
+                column, field = chunk.column(index), schema.field(name)
+                if pa.types.is_dictionary(column.type):
+                    _refuse_repetition(column, name, file.path, first_row)
+                    chunk = chunk.set_column(index, field, column.cast(field.type))
+            yield chunk
+            first_row += chunk.num_rows
+
+
+def _is_long(kind: pa.DataType) -> bool:
+    """Whether a value of this type may have any length."""
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return any(known(kind) for known in kinds)
+
+
+def _refuse_repetition(column: pa.DictionaryArray, name: str, path: str, first_row: int) -> None:
+    values = column.dictionary
+    if not _is_long(values.type) or values.nbytes * len(column) <= REPEATED_BYTES:
+        return
+    size = pc.sum(pc.binary_length(values).take(column.indices)).as_py() or 0
+    if size > max(REPEATED_BYTES, REPEATED_TIMES * values.nbytes):
+        raise InputError(
+            f"Column '{name}' of {path} has {size >> 20:,} MiB in {len(column):,} rows from row {first_row} "
+            f"on, which repeat {len(values):,} long values: shorten these."
+        )
+
+
+def scan_parquet(file: ManifestFile) -> Scan:
+    with open_parquet(file) as parquet:
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+        for name in schema.names:
+            if schema.names.count(name) > 1:
+                raise InputError(f"{file.path} has two columns named '{name}': rename one.")
+        for field in schema:
+            _refuse_extension(field, field.name, file)
+        if file.cells:
+            schema = _with_references(schema, file)
+        pieces, first, start, rows, size = [], 0, 0, 0, 0
+        for group in range(metadata.num_row_groups):
+            rows += metadata.row_group(group).num_rows
+            size += metadata.row_group(group).total_byte_size
+            if rows >= PIECE_ROWS or size >= PIECE_BYTES or group == metadata.num_row_groups - 1:
+                if rows:
+                    pieces.append(Piece(file, first, rows, start, group + 1))
+                first, start, rows, size = first + rows, group + 1, 0, 0
+    check_width(file, schema.names)
+    return Scan(pieces, schema)
+
+
+def _with_references(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
+    """The schema of a file whose pictures are read as references to their rows, if it holds any."""
+    index = schema.get_field_index(COLUMN)
+    if index < 0 or _is_named(schema.field(index).type):
+        return schema
+    kind = schema.field(index).type
+    if pa.types.is_struct(kind):
+        kind = next((field.type for field in kind if field.name == "bytes"), kind)
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)):
+        raise InputError(
+            f"Column '{COLUMN}' of {file.path} is {schema.field(index).type}, but must hold paths, bytes or "
+            f"structs of bytes and path: convert it."
+        )
+    return schema.set(index, pa.field(COLUMN, pa.string()))
+
+
+def _is_named(kind: pa.DataType) -> bool:
+    """Whether a column of this type says where pictures are and does not hold them."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
+
+
+def _refuse_extension(field: pa.Field, name: str, file: ManifestFile) -> None:
+    if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
+        raise InputError(
+            f"Column '{name}' of {file.path} has an Arrow extension type, which is not read: "
+            f"store it as a plain type, or leave it out."
+        )
+    for index in range(field.type.num_fields):
+        _refuse_extension(field.type.field(index), name, file)
+
+
+def read_parquet(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    row = piece.first_row
+    with open_parquet(piece.file) as parquet:
+        theirs = parquet.schema_arrow
+        names = [name for name in schema.names if name in theirs.names]
+        referred = piece.file.cells and COLUMN in names and not _is_named(theirs.field(COLUMN).type)
+        names = [name for name in names if not (referred and name == COLUMN)]
+        groups = range(piece.start, min(piece.stop, parquet.metadata.num_row_groups))
+        for chunk in parquet_batches(piece.file, parquet, names, row, groups):
+            table, faults = _mended_columns(pa.Table.from_batches([chunk]), row)
+            columns = [
+                table.column(field.name).cast(field.type)
+                if field.name in names
+                else pa.nulls(chunk.num_rows, field.type)
+                for field in schema
+            ]
+            if referred:
+                cells = [str(Cell(piece.file.path, row + index)) for index in range(chunk.num_rows)]
+                columns[schema.names.index(COLUMN)] = pa.array(cells)
+            # A batch without columns still has rows.
+            yield Batch(row, to_table(columns, schema, chunk.num_rows), faults)
+            row += chunk.num_rows
+
+
+def _mended_columns(table: pa.Table, first_row: int) -> tuple[pa.Table, dict[int, str]]:
+    """The table with valid text in all columns, and the rows that had other."""
+    faults: dict[int, str] = {}
+    for index, field in enumerate(table.schema):
+        try:
+            table.column(index).validate(full=True)
+            continue
+        except pa.ArrowInvalid:
+            inner = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            if inner not in (pa.string(), pa.large_string(), pa.string_view()):
+                raise
+        texts = []
+        for row, raw in enumerate(table.column(index).cast(inner).cast(pa.large_binary()).to_pylist()):
+            text = None if raw is None else raw.decode(errors="surrogateescape")
+            if text is not None and not is_text(text):
+                faults.setdefault(first_row + row, f"is not valid UTF-8 in column '{field.name}'")
+                text = mended(text)
+            texts.append(text)
+        table = table.set_column(index, field, pa.array(texts, inner).cast(field.type))
+    return table, faults

@@ -1,0 +1,147 @@
+"""One Arrow schema for all files of a manifest, and values as Arrow holds them."""
+
+import json
+import re
+from typing import Any
+
+import pyarrow as pa
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.manifests.types import Scan
+from wallaroo.workflows.outputs.schema import JSON_MARK, json_columns
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is: a scalar, `list:` of one kind of scalar, or `json` for anything else."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        inner = merged_kind({kind_of(item) for item in value})
+        return "json" if inner == "json" or inner.startswith("list:") else f"list:{inner}"
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int" if abs(value) <= 2**53 else "long" if -(2**63) <= value < 2**63 else "json"
+    return {float: "float", str: "str"}.get(type(value), "json")
+
+
+def merged_kind(kinds: set[str]) -> str:
+    """The one kind that all values of these kinds have without loss; `json` if there is none."""
+    kinds = kinds - {"null"}
+    if len(kinds) <= 1:
+        return next(iter(kinds), "null")
+    if kinds <= {"int", "float"}:
+        return "float"
+    if kinds <= {"int", "long"}:
+        return "long"
+    if all(kind.startswith("list:") for kind in kinds):
+        inner = merged_kind({kind.removeprefix("list:") for kind in kinds})
+        return "json" if inner == "json" else f"list:{inner}"
+    return "json"
+
+
+_ARROW = {
+    "null": pa.string(),
+    "bool": pa.bool_(),
+    "int": pa.int64(),
+    "long": pa.int64(),
+    "float": pa.float64(),
+    "str": pa.string(),
+    "json": pa.string(),
+}
+
+
+class Columns:
+    """Settles one Arrow schema for all files of a manifest, whatever the order they are scanned in."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[int, str, Scan]] = {}
+
+    def add(self, number: int, path: str, found: Scan) -> None:
+        """number, path: of the file. Of files with equal columns only the first is kept."""
+        columns = Scan([], found.schema, found.kinds)
+        key = columns.to_json()
+        if key not in self.files or number < self.files[key][0]:
+            self.files[key] = (number, path, columns)
+
+    def schema(self) -> pa.Schema:
+        """Columns in the order they are first met; its metadata names those that hold JSON text.
+
+        Raises InputError if two files have one column with types that do not go together.
+        """
+        ordered = sorted(self.files.values(), key=lambda entry: entry[0])
+        kinds: dict[str, set[str]] = {}
+        for _, _, found in ordered:
+            for name, seen in found.kinds.items():
+                kinds.setdefault(name, set()).update(seen)
+        types: dict[str, tuple[pa.DataType, str]] = {}
+        metadata: dict[bytes, bytes] = {}
+        for _, path, found in ordered:
+            for name, arrow in self._types(found, kinds).items():
+                if name in types:
+                    arrow = self._together(name, types[name], arrow, path)
+                types[name] = (arrow, path)
+            if found.schema is not None:
+                features = (found.schema.metadata or {}).get(b"huggingface")
+                metadata |= {b"huggingface": features} if features and not metadata else {}
+        marked = [name for name, seen in kinds.items() if merged_kind(seen) in ("json", "list:null")]
+        for _, _, found in ordered:
+            marked += sorted(json_columns(found.schema) - {*marked}) if found.schema is not None else []
+        if marked:
+            metadata[JSON_MARK] = json.dumps(marked).encode()
+        fields = [
+            # No type at all is text, so that a file with values can follow.
+            pa.field(name, pa.string() if pa.types.is_null(arrow) else arrow)
+            for name, (arrow, _) in types.items()
+        ]
+        return pa.schema(fields, metadata=metadata)
+
+    @staticmethod
+    def _types(found: Scan, kinds: dict[str, set[str]]) -> dict[str, pa.DataType]:
+        if found.schema is not None:
+            return {field.name: field.type for field in found.schema}
+        return {name: _arrow_type(merged_kind(kinds[name])) for name in found.kinds}
+
+    @staticmethod
+    def _together(name: str, before: tuple[pa.DataType, str], arrow: pa.DataType, path: str) -> pa.DataType:
+        if before[0] == arrow:
+            return arrow
+        two = [pa.schema([(name, before[0])]), pa.schema([(name, arrow)])]
+        try:
+            return pa.unify_schemas(two, promote_options="permissive").field(0).type
+        except pa.ArrowException:
+            raise InputError(
+                f"Column '{name}' is {before[0]} in {before[1]} but {arrow} in {path}: "
+                f"give it one type in all files."
+            ) from None
+
+
+def _arrow_type(kind: str) -> pa.DataType:
+    if kind.startswith("list:") and kind != "list:null":
+        return pa.list_(_ARROW[kind.removeprefix("list:")])
+    return _ARROW.get(kind, pa.string())
+
+
+def to_table(columns: list[Any], schema: pa.Schema, rows: int) -> pa.Table:
+    if columns:
+        return pa.Table.from_arrays(columns, schema=schema)
+    return pa.table({"": pa.nulls(rows)}).select([])
+
+
+def text_table(values: list[dict[str, Any]], schema: pa.Schema, marked: frozenset[str]) -> pa.Table:
+    columns = []
+    for field in schema:
+        column = [row.get(field.name) for row in values]
+        if field.name in marked:
+            column = [None if value is None else json.dumps(value, ensure_ascii=False) for value in column]
+        columns.append(pa.array(column, field.type))
+    return to_table(columns, schema, len(values))
+
+
+def is_text(text: str) -> bool:
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+
+
+def mended(text: str) -> str:
+    """The text with U+FFFD for every byte or half that is none."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)

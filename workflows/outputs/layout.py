@@ -1,0 +1,78 @@
+"""The name of every file in an output."""
+
+import re
+
+from wallaroo.workflows import storage
+
+PLAN_FOLDER = "plan"
+
+
+def part_name(part: int) -> str:
+    """How the files of a part begin, such as `part-00000`."""
+    return f"part-{part:05d}"
+
+
+RUN_FILE = "run.json"
+DATA_FOLDER = "data"
+_SHARD_NAME = re.compile(r"shard-(\d{8,})\.parquet")
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard, such as `shard-00000123.parquet`."""
+    return f"shard-{shard:08d}.parquet"
+
+
+def shard_path(output: str, shard: int) -> str:
+    """Where the rows of a shard lie."""
+    return storage.join(output, DATA_FOLDER, shard_name(shard))
+
+
+def shard_number(name: str) -> int | None:
+    """The shard whose file has this name; None for any other file."""
+    match = _SHARD_NAME.fullmatch(name)
+    number = int(match.group(1)) if match else None
+    return number if number is not None and shard_name(number) == name else None
+
+
+def list_done(output: str) -> set[int]:
+    """Numbers of the shards that are there. One listing; no file is opened."""
+    found = (shard_number(info.relative) for info in storage.list_files(storage.join(output, DATA_FOLDER)))
+    return {number for number in found if number is not None}
+
+
+ERRORS_FILE = "errors.jsonl"
+SUCCESS_FILE = "_SUCCESS"
+
+
+RUNS_FOLDER = "runs"
+_RECORD_NAME = re.compile(r"(\d{4,})\.json")
+
+
+def record_path(output: str, run: int) -> str:
+    """Where the record of a run lies: `runs/0001.json` for the first."""
+    return storage.join(output, RUNS_FOLDER, f"{run:04d}.json")
+
+
+def record_numbers(output: str) -> list[int]:
+    """Numbers of the records that are there, ascending."""
+    names = (info.relative for info in storage.list_files(storage.join(output, RUNS_FOLDER)))
+    return sorted(int(match.group(1)) for match in map(_RECORD_NAME.fullmatch, names) if match)
+
+
+CARD_FILE = "README.md"
+
+
+LOCK_FILE = "lock.json"
+
+
+ESTIMATE_FILE = "estimate.json"
+
+
+REPORT_FILE = "report.html"
+EVALUATION_FILE = "evaluation.json"
+"""The table of `wallaroo evaluate`."""
+
+
+SELECTION_FILE = "_selection.json"
+DROPPED_FILE = "_dropped.jsonl"
+"""Names that begin so that nobody takes them for a part of a manifest."""

@@ -1,0 +1,221 @@
+"""The lock on an output: one run at a time, and a run that was killed never in the way of the next.
+
+`lock.json` in the output names its owner and counts the owner's heartbeats. Who finds it there watches
+it: a heartbeat that moves is a run at work; an owner whose process on this machine is gone is replaced at
+once, any other silent one after a lease by the watcher's own clock. No two clocks are ever compared. All
+changes are conditional on what was read, so of several watchers one wins, and an owner notices the loss
+of its lock. Knows nothing of what the run does.
+"""
+
+import dataclasses
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import LOCK_FILE
+
+FORMAT = 1
+LEASE_SECONDS = 20.0
+BEATS_PER_LEASE = 5
+POLLS_PER_LEASE = 20
+
+
+class RunInProgress(RuntimeError):
+    """Another run is at work on the output; the message names it."""
+
+
+class LockLost(RuntimeError):
+    """Somebody took the lock over; what is unfinished now belongs to them."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock. token: of this one holding. started: start of the process, in clock ticks of its
+    machine, which tells a process from a later one of the same number. machine: what host names and
+    process numbers hold good within. heartbeat: counts up while the owner lives.
+    """
+
+    token: str
+    run: str
+    host: str
+    machine: str
+    pid: int
+    started: int
+    heartbeat: int = 0
+    format: int = FORMAT
+
+    @classmethod
+    def myself(cls, run: str) -> "Owner":
+        pid = os.getpid()
+        return cls(secrets.token_hex(8), run, socket.gethostname(), _machine(), pid, _process_start(pid) or 0)
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Owner | None":
+        """None if it is not a lock of ours, such as half a file of a broken disk."""
+        try:
+            return cls(**json.loads(data))
+        except (ValueError, TypeError, RecursionError):
+            return None
+
+    def is_gone(self) -> bool:
+        """Whether it was a process of this machine that has ended. False where that cannot be known."""
+        return bool(self.machine) and self.machine == _machine() and _process_start(self.pid) != self.started
+
+
+def _machine() -> str:
+    """One running system and one set of process numbers; empty where that cannot be told."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _process_start(pid: int) -> int | None:
+    """Start of a living process in clock ticks since boot, None if there is none such."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            # The name before the last bracket may hold anything.
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    # A zombie has ended; only its parent has not looked yet.
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+class OutputLock:
+    """The lock on an output, as a context manager.
+
+    Entering takes it, or raises RunInProgress. Within, a thread beats; when the lock is lost, `lost` is
+    set and `on_lost` called once, from that thread. Leaving gives it back.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        run: str,
+        lease: float = LEASE_SECONDS,
+        on_lost: Callable[[], None] | None = None,
+    ):
+        """run: a name of the run for people. lease: seconds after which a silent owner is given up."""
+        self.path = storage.join(output, LOCK_FILE)
+        self.lost = threading.Event()
+        self._owner = Owner.myself(run)
+        self._lease = lease
+        self._on_lost = on_lost
+        self._etag = ""
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "OutputLock":
+        self._take()
+        self._thread = threading.Thread(target=self._beat, name="output-lock", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if error is None:
+            # What is done well must not end in an error, because the storage is out of order now.
+            with storage.patience():
+                self._give_back()
+            return
+        # The block's own error says more; the next run finds an owner that is gone.
+        with suppress(InputError):
+            self._give_back()
+
+    def check(self) -> None:
+        """Raises LockLost if the lock is no longer held."""
+        if self.lost.is_set():
+            raise LockLost(f"Another run took over {self.path}, so this one stops; what it finished is kept.")
+
+    def _take(self) -> None:
+        """Takes the lock, or raises RunInProgress."""
+        data = self._owner.to_json()
+        watched: tuple[bytes, float] | None = None
+        while True:
+            if watched is None and storage.put_if_absent(self.path, data):
+                self._etag = storage.read_with_etag(self.path)[1]
+                return
+            try:
+                found, etag = storage.read_with_etag(self.path)
+            except FileNotFoundError:
+                watched = None
+                continue
+            now = time.monotonic()
+            if watched is None:
+                watched = (found, now)
+            owner = Owner.from_json(found)
+            if found != watched[0]:
+                raise RunInProgress(self._words(owner, now - watched[1]))
+            if (owner and owner.is_gone()) or now - watched[1] >= self._lease:
+                taken = self._replace(data, etag)
+                if taken is not None:
+                    self._etag = taken
+                    return
+                watched = None  # another watcher was first; it is watched like any owner
+                continue
+            time.sleep(self._lease / POLLS_PER_LEASE)
+
+    def _words(self, owner: Owner | None, seconds: float) -> str:
+        who = f"Run {owner.run} (process {owner.pid} on {owner.host})" if owner else "Another run"
+        return (
+            f"{who} is at work on {self.path.removesuffix('/' + LOCK_FILE)}, its last sign of life came "
+            f"while this one looked on for {seconds:.0f} s: wait until it ends, or stop it."
+        )
+
+    def _replace(self, data: bytes, etag: str) -> str | None:
+        """The new tag if the lock was as `etag` says and is now `data`."""
+        taken = storage.replace_if_match(self.path, data, etag)
+        if taken is None:
+            # A PUT may have been done and its answer lost; repeated, it is refused.
+            try:
+                found, now = storage.read_with_etag(self.path)
+            except FileNotFoundError:
+                return None
+            return now if found == data else None
+        return taken
+
+    def _beat(self) -> None:
+        """Counts up until stopped. A storage that does not answer is no loss: it asks again."""
+        while not self._stop.wait(self._lease / BEATS_PER_LEASE):
+            owner = dataclasses.replace(self._owner, heartbeat=self._owner.heartbeat + 1)
+            try:
+                etag = self._replace(owner.to_json(), self._etag)
+            except FileNotFoundError:
+                etag = None  # the output itself is gone
+            except Exception:
+                continue
+            if etag is None:
+                self.lost.set()
+                if self._on_lost is not None:
+                    self._on_lost()
+                return
+            self._owner, self._etag = owner, etag
+
+    def _give_back(self) -> None:
+        if not self.lost.is_set() and self._is_mine():
+            storage.delete(self.path)
+
+    def _is_mine(self) -> bool:
+        try:
+            owner = Owner.from_json(storage.read_bytes(self.path))
+        except FileNotFoundError:
+            return False
+        return owner is not None and owner.token == self._owner.token

@@ -1,0 +1,252 @@
+""""""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import io
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from wallaroo.workflows.tasks import EXACT
+
+if TYPE_CHECKING:
+    from wallaroo.actors.rows import Outcome
+from wallaroo.workflows.outputs.schema import MIME_TYPES, RESULT_NAMES, TEXT_TASKS
+from wallaroo.workflows.outputs.values import digest
+
+
+def restore_size(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """An edit's result, uint8 [H, W, 3], at its source's size: uint8 [height, width, 3].
+
+    It is scaled by one factor until it covers that size, and what goes beyond is cut off evenly, so
+    nothing is distorted and no border is added. The model was shown the middle of the source, so the
+    two agree but for a margin of a few per cent where the table has a size of about the source's ratio,
+    and for much more where a source is far longer than any size of the table.
+    """
+    image = Image.fromarray(pixels)
+    scale = max(height / image.height, width / image.width)
+    # Cut first: the whole of a picture that covers 20000x100 pixels would be hundreds of megabytes.
+    top = max(0.0, (image.height - height / scale) / 2)
+    left = max(0.0, (image.width - width / scale) / 2)
+    box = (left, top, image.width - left, image.height - top)
+    return np.array(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def environment(device: str, threads: int, shapes: Mapping[str, int]) -> dict[str, Any]:
+    """What may change a picture by rounding only; its `digest` stands in every row.
+
+    device: the device's model name, `cpu` or that of the GPU. threads: CPU threads of the engine.
+    shapes: the sizes that its operators run at (rows of a group, tokens of a chunk and so on).
+    """
+    versions = {}
+    for name in ("torch", "pillow", "wallaroo-batch"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
+    return {
+        "device": device,
+        # Kernels are chosen by instruction set.
+        "machine": platform.machine(),
+        "threads": threads,
+        "shapes": dict(shapes),
+        "versions": versions,
+    }
+
+
+@dataclass(frozen=True)
+class RunConstants:
+    """What is the same in every row of a run.
+
+    task, mode: `generate` and the like; `mode` names lossy shortcuts, and is EXACT without any.
+    model_digest, config_digest: hex. image_format: `png`, `webp` or `jpeg`; image_quality as for
+    `encode_image`. templates: language -> prompt template, where the built-in one is replaced.
+    restore_size: whether a picture gets the size of its source. max_new_tokens: the most tokens of a text.
+    """
+
+    task: str
+    model_digest: str
+    config_digest: str
+    mode: str = EXACT
+    image_format: str = "png"
+    image_quality: int | None = None
+    templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    restore_size: bool = False
+    max_new_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Made:
+    """Who made the rows of a shard: a replica's name for people, its environment's digest, and how many
+    attempts it took."""
+
+    replica: str = ""
+    environment_digest: str = ""
+    attempts: int = 1
+
+
+def encode_image(pixels: np.ndarray, image_format: str, quality: int | None = None) -> tuple[bytes, str]:
+    """Pixels (uint8 [H, W, 3], RGB) as a file, and its MIME type; equal pixels give equal bytes.
+
+    `png` and, without a quality, `webp` are lossless. `quality` (1 to 100) makes `webp` lossy and is
+    that of `jpeg` (95 if None), which keeps its colours at full resolution.
+    """
+    from PIL import Image
+
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}, expected uint8 [H, W, 3]")
+    options: dict[str, Any]
+    if image_format == "png":
+        options = {"compress_level": 6}
+    elif image_format == "webp":
+        options = {"lossless": True} if quality is None else {"quality": quality}
+        options["method"] = 4
+    elif image_format == "jpeg":
+        options = {"quality": 95 if quality is None else quality, "subsampling": "4:4:4"}
+    else:
+        raise ValueError(f"image format '{image_format}', expected one of {', '.join(MIME_TYPES)}")
+    sink = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(sink, image_format.upper(), **options)
+    return sink.getvalue(), MIME_TYPES[image_format]
+
+
+def image_path(row_id: int, image_format: str) -> str:
+    """Name of a row's picture inside the data set; made of its number, never of a user's words."""
+    return f"row-{row_id:08d}.{'jpg' if image_format == 'jpeg' else image_format}"
+
+
+def build_result_table(
+    plan: pa.Table,
+    outcomes: Iterable["Outcome"],
+    run: RunConstants,
+    made: Made,
+    schema: pa.Schema,
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> pa.Table:
+    """The rows of one shard as they will stand in `data/`, in the order of the plan.
+
+    plan: the plan's rows of the shard, the carried columns among them, and for tasks with a picture to
+    start from the column `source`. Whoever loads the pictures adds to a copy of the plan what can only
+    be known then: sha256, width and height of `source`, and error rows of kind `image`. outcomes: one of
+    every row that this plan did not refuse, in any order. schema: from `result_schema`. decode: token
+    ids -> text; needed where the results are texts.
+    Raises ValueError if a row has no outcome, or an outcome no row: none may be lost on the way.
+    """
+    rows = plan.select([name for name in plan.column_names if name in RESULT_NAMES]).to_pylist()
+    planned = {position for position, row in enumerate(rows) if row["status"] != "error"}
+    given = list(outcomes)
+    by_row = {outcome.row: outcome for outcome in given}
+    if planned != set(by_row) or len(given) != len(by_row):
+        lost, extra = sorted(planned - set(by_row)), sorted(set(by_row) - planned)
+        raise ValueError(
+            f"{len(given)} outcomes for {len(planned)} rows of a shard: "
+            f"without an outcome are {lost[:5]}, without a row {extra[:5]}"
+        )
+    built = [_result_row(row, by_row.get(position), run, made, decode) for position, row in enumerate(rows)]
+    columns = []
+    for field in schema:
+        if field.name in RESULT_NAMES:
+            columns.append(pa.array([row.get(field.name) for row in built], type=field.type))
+        else:
+            columns.append(plan.column(field.name).cast(field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _result_row(
+    planned: dict[str, Any],
+    outcome: "Outcome | None",
+    run: RunConstants,
+    made: Made,
+    decode: Callable[[Sequence[int]], str] | None,
+) -> dict[str, Any]:
+    row = {
+        **planned,
+        "task": run.task,
+        "mode": run.mode,
+        "model_digest": run.model_digest,
+        "config_digest": run.config_digest,
+        "status": "error",
+        "mime_type": "",
+        "sha256": "",
+        "text": "",
+        "finish_reason": "",
+        "prompt_tokens": 0,
+        "output_tokens": 0,
+        "environment_digest": "",
+        "content_digest": "",
+        "attempts": 0,
+        "replica": "",
+    }
+    if outcome is None:
+        return row
+    row |= {
+        "prompt_tokens": outcome.prompt_tokens,
+        "attempts": made.attempts,
+        "replica": made.replica,
+        "started_at": outcome.started_at,
+        "seconds": outcome.seconds,
+    }
+    if outcome.error_type:
+        return row | {"error_type": outcome.error_type, "error_message": outcome.error_message}
+    textual = run.task in TEXT_TASKS
+    if outcome.tokens is None or (outcome.pixels is None) != textual:
+        raise ValueError(f"row {row['row_id']} is ok, but has no {'text' if textual else 'picture'}")
+    row |= {
+        "status": "ok",
+        "error_type": "",
+        "error_message": "",
+        "finish_reason": outcome.finish_reason,
+        "output_tokens": len(outcome.tokens),
+        "tokens": np.asarray(outcome.tokens, np.int32),
+        "environment_digest": made.environment_digest,
+    }
+    if textual:
+        if decode is None:
+            raise ValueError(f"row {row['row_id']} is a text, but nothing decodes it")
+        row |= _text_values(decode(outcome.tokens.tolist()))
+    else:
+        pixels = outcome.pixels
+        assert pixels is not None
+        if run.restore_size:
+            pixels = restore_size(pixels, row["source"]["height"], row["source"]["width"])
+        row |= _picture_values(row["row_id"], pixels, run)
+    return row | {"content_digest": _content_digest(row, run)}
+
+
+def _picture_values(row_id: int, pixels: np.ndarray, run: RunConstants) -> dict[str, Any]:
+    """The columns of a result that is a picture."""
+    encoded, mime_type = encode_image(pixels, run.image_format, run.image_quality)
+    return {
+        "image": {"bytes": encoded, "path": image_path(row_id, run.image_format)},
+        "mime_type": mime_type,
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
+        "sha256": hashlib.sha256(encoded).hexdigest(),
+    }
+
+
+def _text_values(text: str) -> dict[str, Any]:
+    """The columns of a result that is a text: it has no size, and its `sha256` is of its UTF-8 bytes."""
+    return {"text": text, "height": None, "width": None, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _content_digest(row: Mapping[str, Any], run: RunConstants) -> str:
+    """Digest of all that makes a result what it is, and of nothing that only names or places it.
+
+    Rows of two runs with the same one hold the same result, up to the rounding of their environments.
+    """
+    named = ("task", "mode", "model_digest", "prompt", "language", "width", "height", "seed")
+    fields = {name: row[name] for name in (*named, "cfg", "temperature", "top_k", "top_p")}
+    if run.task in TEXT_TASKS:
+        fields["max_new_tokens"] = run.max_new_tokens
+    else:
+        fields |= {"image_format": run.image_format, "image_quality": run.image_quality}
+    fields["source"] = (row.get("source") or {}).get("sha256")
+    fields["template"] = run.templates.get(row["language"] or "")
+    return digest(fields)

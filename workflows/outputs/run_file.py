@@ -1,0 +1,66 @@
+"""`run.json`: the configuration of a run, put once and never changed."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from wallaroo.model.config import TASKS
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import RUN_FILE
+from wallaroo.workflows.outputs.schema import FORMAT
+from wallaroo.workflows.outputs.values import digest, flat, plain, shown
+
+
+def put_run(output: str, fields: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
+    """Makes `run.json`, or checks that the one there is of the same run.
+
+    fields: plain JSON values of what may change a row by meaning. options: others, kept to be read.
+    Raises InputError, naming every key that differs with both values, if the output is another run's.
+    """
+    path = storage.join(output, RUN_FILE)
+    document = {"format": FORMAT, "config_digest": digest(fields), "config": fields, "options": options or {}}
+    if storage.put_if_absent(path, json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"):
+        return
+    there, here = flat(read_run(output)["config"]), flat(fields)
+    differing = [key for key in sorted({*there, *here}) if plain(there.get(key)) != plain(here.get(key))]
+    if differing:
+        words = "; ".join(
+            f"{key} is {shown(there, key)} there and {shown(here, key)} here" for key in differing
+        )
+        raise InputError(
+            f"the output {output} belongs to another run: {words}; "
+            f"give another output folder, or the values it was made with."
+        )
+
+
+def read_run(output: str) -> dict[str, Any]:
+    """What `run.json` says: `format`, `config_digest`, `config`, `options`.
+
+    Raises InputError if there is none, so that this is no output of ours, or it cannot be read.
+    """
+    path = storage.join(output, RUN_FILE)
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError:
+        raise InputError(
+            f"{output} is not the output of a run, since it has no {RUN_FILE}: give the folder of one."
+        ) from None
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not JSON ({error}): restore it, or give another output folder."
+        ) from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else document
+        raise InputError(
+            f"{path} has format {found!r:.80}, but this version reads {FORMAT}: use the version that made it."
+        )
+    config, options = document.get("config"), document.get("options")
+    whole = isinstance(config, dict) and isinstance(options, dict) and config.get("task") in TASKS
+    if not (whole and isinstance(document.get("config_digest"), str)):
+        raise InputError(
+            f"{path} lacks config, its task or options: restore it, or give another output folder."
+        )
+    return document

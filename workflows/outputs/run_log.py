@@ -1,0 +1,298 @@
+"""`runs/NNNN.json`: the record of each start of a driver."""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import socket
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import record_numbers, record_path
+from wallaroo.workflows.stopping import RunStopped
+
+WRITE_SECONDS = 10.0
+WINDOW_SECONDS = 60.0
+"""The current rate is the mean over so many seconds."""
+LOG_LINES = 10_000
+"""Lines that the log of a start keeps, the last ones; at one in ten seconds that is more than a day."""
+MAX_SAMPLES = 500
+"""Points of a record's throughput graph; when there are more, every second one goes."""
+STATES = ("running", "finished", "stopped", "failed")
+
+
+@dataclass
+class RunRecord:
+    """One start of a driver, as `runs/NNNN.json` holds it. Times are ISO 8601 in UTC, spans seconds.
+
+    options: the command's resolved options. rows: output rows planned, 0 while unknown. done: rows in
+    the output, `before` of them there already at the start; images: made by this run. errors: kind ->
+    rows. retries: what was tried again, by name; waits: seconds spent waiting, by name.
+    rate, overall_rate: rows/s over the last WINDOW_SECONDS and over the whole run. first_row_seconds:
+    from the start to this run's first row. replica_seconds: replicas that were up, times how long.
+    samples: [seconds since the start, done, error rows].
+    """
+
+    run: int
+    started: str
+    updated: str
+    format: int = 1
+    state: str = "running"
+    message: str = ""
+    seconds: float = 0.0
+    host: str = ""
+    pid: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    rows: int = 0
+    before: int = 0
+    done: int = 0
+    images: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    retries: dict[str, int] = field(default_factory=dict)
+    waits: dict[str, float] = field(default_factory=dict)
+    rate: float = 0.0
+    overall_rate: float = 0.0
+    first_row_seconds: float | None = None
+    replica_seconds: float = 0.0
+    samples: list[list[float]] = field(default_factory=list)
+
+    @property
+    def cost(self) -> float | None:
+        """Price of the replicas so far, where the run was told what one costs an hour."""
+        price = self.options.get("price_per_hour")
+        return None if price is None else price * self.replica_seconds / 3600
+
+    def to_json(self) -> bytes:
+        """The record as a JSON file."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "RunRecord":
+        """The record in a JSON file; raises ValueError if it is none, or one of another version."""
+        try:
+            values = json.loads(data)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        names = {one.name for one in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or values.get("format") != 1 or set(values) != names:
+            raise ValueError("not a run record of this version")
+        record = cls(**values)
+        fields = {one.name: getattr(record, one.name) for one in dataclasses.fields(cls)}
+        blank = dataclasses.asdict(cls(run=0, started="", updated=""))
+        for name, value in fields.items():
+            if blank[name] is not None and not isinstance(value, _like(blank[name])):
+                raise ValueError(f"{name} is {value!r:.60}")
+        datetime.fromisoformat(record.updated)
+        numbers = [record.first_row_seconds or 0.0, record.seconds, record.rate, record.overall_rate]
+        numbers += [record.replica_seconds]
+        numbers += [*record.errors.values(), *record.retries.values()]
+        numbers += [*record.waits.values(), *(number for sample in record.samples for number in sample)]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise ValueError("a number is none")
+        if record.state not in STATES or any(len(sample) != 3 for sample in record.samples):
+            raise ValueError("unknown state or samples")
+        return record
+
+
+def _like(value: Any) -> type | tuple[type, ...]:
+    return (int, float) if isinstance(value, float) else type(value)
+
+
+class _Lines(logging.Handler):
+    """Keeps what is logged, and what it is told, as lines with their time."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: deque[str] = deque(maxlen=LOG_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.add(record.created, f"{record.levelname} {record.getMessage()}")
+
+    def add(self, seconds: float, text: str) -> None:
+        self.lines.extend(f"{_iso(seconds)} {line}" for line in text.splitlines())
+
+
+class RunLog:
+    """Keeps the record of this start, and rewrites it every WRITE_SECONDS while it is told numbers.
+
+    Beside it, as `runs/NNNN.log`, stands what there was to say: how far the run was, warnings, and how it
+    ended, with the traceback of what nobody expected. The log of a job is gone with its cluster.
+
+    A context manager: leaving it writes how the run ended, `failed` with the reason if by an exception
+    and `stopped` if on purpose. clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self, output: str, options: Mapping[str, Any], clock: Callable[[], float] = time.time
+    ) -> None:
+        self._output = output
+        self._clock = clock
+        self._start = clock()
+        self._written = self._start
+        self._every = 1.0
+        self._recent: deque[tuple[float, int]] = deque()
+        self._said = _Lines()
+        now = _iso(self._start)
+        self.record = RunRecord(
+            run=0,
+            started=now,
+            updated=now,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            versions=_versions(),
+            options=dict(options),
+        )
+        self.record.run = max(record_numbers(output), default=0)
+        while True:
+            self.record.run += 1
+            # Another driver may take the number between the listing and this.
+            if storage.put_if_absent(self._path, self.record.to_json()):
+                break
+
+    @property
+    def _path(self) -> str:
+        return record_path(self._output, self.record.run)
+
+    def update(
+        self,
+        *,
+        rows: int,
+        done: int,
+        before: int,
+        errors: Mapping[str, int],
+        images: int,
+        replicas: int = 0,
+        retries: Mapping[str, int] | None = None,
+        waits: Mapping[str, float] | None = None,
+    ) -> None:
+        """Takes the numbers as they are now (see RunRecord); cheap, so call it as often as they change."""
+        record, now = self.record, self._clock()
+        record.replica_seconds += replicas * max(0.0, now - self._start - record.seconds)
+        record.seconds = now - self._start
+        record.rows, record.done, record.before, record.images = rows, done, before, images
+        record.errors = dict(errors)
+        record.retries = dict(retries or {})
+        record.waits = {name: round(seconds, 3) for name, seconds in (waits or {}).items()}
+        if record.first_row_seconds is None and done > before:
+            record.first_row_seconds = record.seconds
+        self._rates(now)
+        if not record.samples or record.seconds - record.samples[-1][0] >= self._every:
+            self._sample()
+        if now - self._written >= WRITE_SECONDS:
+            self._written = now
+            record = self.record
+            counts = f"{record.done:,} of {record.rows:,} rows, {sum(record.errors.values()):,} errors"
+            self._said.add(now, f"{counts}, {record.rate:.3g} rows/s")
+            # A missed rewrite loses nothing: the next one says more. A store that is really gone stops
+            # the run where it writes rows.
+            with suppress(OSError, InputError):
+                storage.write_atomic(self._path, self._stamped(now))
+                self._write_log()
+
+    def end(self, state: str, message: str = "") -> None:
+        """Writes the last state: `finished`, `stopped` or `failed`, and the reason in words."""
+        if state not in STATES:
+            raise ValueError(f"state {state!r}, expected one of {STATES}")
+        now = self._clock()
+        self.record.state, self.record.message = state, message
+        self.record.seconds = now - self._start
+        self._rates(now)
+        self._sample()
+        self._said.add(now, f"{state}: {message}" if message else state)
+        storage.write_atomic(self._path, self._stamped(now))
+        self._write_log()
+
+    def _write_log(self) -> None:
+        path = self._path.removesuffix(".json") + ".log"
+        storage.write_atomic(path, "".join(f"{line}\n" for line in self._said.lines).encode())
+
+    def __enter__(self) -> "RunLog":
+        self._said.add(self._start, f"run {self.record.run} on {self.record.host}")
+        logging.getLogger().addHandler(self._said)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        logging.getLogger().removeHandler(self._said)
+        if error is None:
+            if self.record.state == "running":
+                self.end("finished")
+            return
+        stopped = isinstance(error, KeyboardInterrupt | RunStopped)
+        if not (stopped or isinstance(error, InputError)):
+            self._said.add(self._clock(), "".join(traceback.format_exception(error)))
+        state = "stopped" if stopped else "failed"
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        message = (
+            words[0] if isinstance(error, InputError | RunStopped) else f"{type(error).__name__}: {words[0]}"
+        )
+        # The error that ended the run is the one to be seen, not that the store took no note of it.
+        with suppress(OSError, InputError):
+            self.end(state, message[:500])
+
+    def _rates(self, now: float) -> None:
+        record, recent = self.record, self._recent
+        recent.append((now, record.done))
+        while len(recent) > 2 and recent[1][0] <= now - WINDOW_SECONDS:
+            recent.popleft()
+        span = now - recent[0][0]
+        record.rate = round((record.done - recent[0][1]) / span, 4) if span > 0 else 0.0
+        made = record.done - record.before
+        record.overall_rate = round(made / record.seconds, 4) if record.seconds > 0 else 0.0
+
+    def _sample(self) -> None:
+        samples = self.record.samples
+        point = [round(self.record.seconds, 2), self.record.done, sum(self.record.errors.values())]
+        if samples and samples[-1][0] >= point[0]:
+            samples[-1] = point
+        else:
+            samples.append(point)
+        if len(samples) > MAX_SAMPLES:
+            # The first stays, the last stays, and the rest get twice as far apart.
+            self.record.samples = samples[:-1:2] + samples[-1:]
+            self._every *= 2
+
+    def _stamped(self, now: float) -> bytes:
+        self.record.updated = _iso(now)
+        return self.record.to_json()
+
+
+def read_records(output: str) -> tuple[list[RunRecord], list[str]]:
+    """The records in order, and the paths of those that cannot be read."""
+    records, unreadable = [], []
+    for number in record_numbers(output):
+        path = record_path(output, number)
+        data = storage.read_bytes(path)
+        try:
+            records.append(RunRecord.from_json(data))
+        except (ValueError, TypeError):
+            unreadable.append(path)
+    return records, unreadable
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("wallaroo-batch", "ray", "torch", "pyarrow", "pillow"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
+    return versions

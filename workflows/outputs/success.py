@@ -1,0 +1,80 @@
+"""`_SUCCESS`: what says that an output is complete, and how many rows of each kind it has."""
+
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import SUCCESS_FILE
+from wallaroo.workflows.outputs.schema import FORMAT
+
+MAX_FOLDERS = 20
+ELSEWHERE = ""
+"""In place of a folder, where sources are in too many."""
+
+
+@dataclass
+class RowTotals:
+    """Rows that are in `data/`: all, ok, and errors by kind.
+
+    Of the ok rows also: sizes in pixels, width first, of their pictures; languages; and the folders that
+    their source pictures are in, at most MOST_FOLDERS of them told apart.
+    """
+
+    rows: int = 0
+    ok: int = 0
+    errors: dict[str, int] = dataclasses.field(default_factory=dict)
+    sizes: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
+    languages: Counter[str] = dataclasses.field(default_factory=Counter)
+    folders: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def _add(self, shard: "ShardTotals") -> None:
+        self.rows += shard.rows
+        self.ok += shard.rows - len(shard.errors)
+        for row in shard.errors:
+            self.errors[row["error_type"]] = self.errors.get(row["error_type"], 0) + 1
+        self.sizes += shard.sizes
+        self.languages += shard.languages
+        for folder, count in shard.folders.items():
+            known = folder in self.folders or len(self.folders) < MAX_FOLDERS
+            self.folders[folder if known else ELSEWHERE] += count
+
+
+class ShardTotals(NamedTuple):
+    """What the end of a run must know of one shard. errors: its error rows, without pictures."""
+
+    rows: int
+    errors: list[dict[str, Any]]
+    schema: pa.Schema
+    sizes: Counter[tuple[int, int]]
+    languages: Counter[str]
+    folders: Counter[str]
+
+
+def read_success(output: str) -> dict[str, Any] | None:
+    """What `_SUCCESS` says: `rows`, `ok`, `errors` by kind, `shards`, `parts`; None if there is none."""
+    path = storage.join(output, SUCCESS_FILE)
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError:
+        return None
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}): delete it and start the run again.") from None
+    keys = {"format", "rows", "ok", "errors", "shards", "parts"}
+    if not isinstance(document, dict) or set(document) != keys or document["format"] != FORMAT:
+        raise InputError(f"{path} was written by another version: use the version that made it.")
+    numbers = [document["rows"], document["ok"], document["shards"]]
+    if isinstance(document["errors"], dict):
+        numbers += document["errors"].values()
+    names = document["parts"]
+    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not (whole and isinstance(document["errors"], dict) and all(type(one) is int for one in numbers)):
+        raise InputError(f"{path} is damaged: delete it and start the run again.")
+    return document

@@ -1,0 +1,122 @@
+"""The columns of a plan: of a manifest, checked against the settings of a run, and the resolved ones."""
+
+import json
+import re
+
+import pyarrow as pa
+
+from wallaroo.model.errors import InputError, did_you_mean
+from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
+from wallaroo.workflows.outputs.schema import JSON_MARK, RESULT_NAMES, SOURCE_TYPE, json_columns
+from wallaroo.workflows.plans.settings import PlanSettings, prompt_column
+from wallaroo.workflows.sources.embedded import COLUMN
+from wallaroo.workflows.tasks import PICTURE_TASKS
+
+PLAN_FIELDS = (
+    pa.field("row_id", pa.int64()),
+    pa.field("shard", pa.int64()),
+    pa.field("id", pa.string()),
+    pa.field("version", pa.int32()),
+    pa.field("sample", pa.int32()),
+    pa.field("status", pa.string()),
+    pa.field("error_type", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("prompt", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("language", pa.string()),
+    pa.field("seed", pa.int64()),
+    pa.field("cfg", pa.float64()),
+    pa.field("temperature", pa.float64()),
+    pa.field("top_k", pa.int32()),
+    pa.field("top_p", pa.float64()),
+)
+"""Columns of a plan; the carried ones follow. `status` is "planned" or "error".
+
+width, height: pixels. In an error row any of `prompt` to `top_p` is null if it could not be read.
+"""
+SOURCE_FIELD = pa.field("source", SOURCE_TYPE)
+"""Where a picture to start from is, for tasks that do: an absolute path or address, and for one within a
+Parquet file the number of its row there. The rest of it is learnt when it is loaded."""
+
+
+def known_columns(schema: pa.Schema, settings: PlanSettings) -> tuple[str, ...]:
+    """The columns of a manifest that mean something, all others being carried through."""
+    return (prompt_column(schema, settings), *KNOWN_COLUMNS[settings.task][1:])
+
+
+def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
+    """Warnings about columns that look like misspelt ones. Raises InputError if one is missing."""
+    known = known_columns(schema, settings)
+    needed = [COLUMN] if settings.task in PICTURE_TASKS else []
+    if settings.prompt_column or (settings.task != "understand" and settings.prompt is None):
+        needed.append(known[0])
+    for column in needed:
+        if column in schema.names:
+            continue
+        others = [name for name in schema.names if name not in known]
+        # A column that an earlier run's output had is not a misspelt one.
+        others = [name for name in others if not re.fullmatch(f"(in_)+{re.escape(column)}", name)]
+        hint = did_you_mean(column, others)
+        if not hint and any("\t" in name or ";" in name for name in schema.names):
+            hint = "; a CSV file must be separated by commas."
+        elif not hint:
+            hint = f": it has {', '.join(schema.names[:10]) or 'none at all'}."
+            if column == "prompt" and settings.task in PICTURE_TASKS:
+                hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
+        raise InputError(f"The manifest has no column '{column}'{hint}")
+    warnings = []
+    for name in schema.names:
+        near = next((word for word in known if name not in known and _nearly(name, word)), None)
+        if near:
+            warnings.append(
+                f"Column '{name}' is carried through without a meaning; rename it if '{near}' is meant."
+            )
+    return warnings
+
+
+def _nearly(name: str, word: str) -> bool:
+    """Whether two names differ in case, or in one letter changed, added, left out or swapped."""
+    if name.lower() == word:
+        return True
+    if len(word) < 4 or abs(len(name) - len(word)) > 1:
+        return False
+    start = next((i for i, pair in enumerate(zip(name, word, strict=False)) if len(set(pair)) > 1), None)
+    start = min(len(name), len(word)) if start is None else start
+    swapped = name[start : start + 2] == word[start : start + 2][::-1]
+    skips = [(1, 1), (1, 0), (0, 1)] + [(2, 2)] * swapped
+    return any(name[start + one :] == word[start + other :] for one, other in skips)
+
+
+def carried_schema(schema: pa.Schema, settings: PlanSettings) -> pa.Schema:
+    """The columns of a manifest that are carried through, under the names they will have.
+
+    One with the name of a result column is `in_<name>`. Metadata names those that hold JSON text.
+    """
+    names = carried_names(schema, settings)
+    fields = [schema.field(name).with_name(new).remove_metadata() for name, new in names.items()]
+    metadata = {key: value for key, value in (schema.metadata or {}).items() if key == b"huggingface"}
+    marked = sorted(names[name] for name in json_columns(schema) if name in names)
+    if marked:
+        metadata[JSON_MARK] = json.dumps(marked).encode()
+    return pa.schema(fields, metadata=metadata)
+
+
+def carried_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
+    names: dict[str, str] = {}
+    known = known_columns(schema, settings)
+    kept = {name for name in schema.names if name not in known and name not in RESULT_NAMES}
+    for name in schema.names:
+        if name in known:
+            continue
+        new = name
+        while new in RESULT_NAMES or (new != name and new in kept):
+            new = f"in_{new}"
+        names[name] = new
+    return names
+
+
+def plan_schema(carried: pa.Schema, task: str = "generate") -> pa.Schema:
+    """The schema of a plan with these carried columns."""
+    fields = [*PLAN_FIELDS, SOURCE_FIELD] if task in PICTURE_TASKS else PLAN_FIELDS
+    return pa.schema([*fields, *carried], metadata=carried.metadata)

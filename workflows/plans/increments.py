@@ -1,0 +1,215 @@
+"""What is new in a manifest that grows: rows by what they say, and by what is listed of their sources.
+
+A row is an id and a digest of its own columns and of the address, size and etag of its source; a pair that
+no round has seen is a new row, the next version of its id. Nothing of a source is downloaded for it. Each
+round leaves its pairs beside the plan, as `plan/known-<digest>.parquet`. Knows nothing of Ray and of parts.
+"""
+
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wallaroo.model.errors import InputError, RowError
+from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.types import Manifest, ManifestFile, decode_schema
+from wallaroo.workflows.outputs.layout import PLAN_FOLDER
+from wallaroo.workflows.outputs.schema import json_columns
+from wallaroo.workflows.plans.columns import carried_schema, known_columns
+from wallaroo.workflows.plans.plan import Round
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.sources.embedded import COLUMN, parse_cell
+from wallaroo.workflows.sources.references import SourceOptions, locate, parts_of
+
+PAIR = np.dtype([("id_high", "u8"), ("id_low", "u8"), ("row_high", "u8"), ("row_low", "u8")])
+"""Digests of a row's id and of all that it says, 128 bits each."""
+
+_ID = ["id_high", "id_low"]
+
+
+class Known(NamedTuple):
+    """All that earlier rounds have planned. pairs: PAIR [rows]. versions: int32 [rows]."""
+
+    pairs: np.ndarray
+    versions: np.ndarray
+
+    def new(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each of these rows whether no round has it (bool), and the version that it would be (int32)."""
+        fresh = ~np.isin(_bytes(pairs), _bytes(self.pairs))
+        ids = np.concatenate([self.pairs[_ID], pairs[_ID]])
+        unique, place = np.unique(_bytes(ids), return_inverse=True)
+        following = np.zeros(len(unique), np.int32)
+        np.maximum.at(following, place[: len(self.pairs)], self.versions + 1)
+        return fresh, following[place[len(self.pairs) :]]
+
+
+def _bytes(pairs: np.ndarray) -> np.ndarray:
+    """Each row as one value, which sorts and compares as a whole."""
+    names = pairs.dtype.names or ()
+    columns = np.stack([pairs[name] for name in names], axis=1).astype(">u8")
+    # As text of fixed length; a zero at the end would be cut off, so a one is put behind.
+    raw = np.concatenate([columns.view(np.uint8), np.ones((len(pairs), 1), np.uint8)], axis=1)
+    return np.ascontiguousarray(raw).view(f"S{raw.shape[1]}").ravel()
+
+
+def read_known(output: str, rounds: Iterable[Round]) -> Known:
+    """What the rounds of a plan have left. Raises InputError if a file of theirs is gone or corrupt."""
+    pairs, versions = [np.empty(0, PAIR)], [np.empty(0, np.int32)]
+    for one in rounds:
+        path = storage.join(output, PLAN_FOLDER, one.known)
+        try:
+            table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        except (FileNotFoundError, pa.ArrowException):
+            raise InputError(
+                f"{path}, which says what is planned already, is gone or corrupt: restore it."
+            ) from None
+        found = np.empty(table.num_rows, PAIR)
+        for name in PAIR.names or ():
+            found[name] = table.column(name).to_numpy()
+        pairs.append(found)
+        versions.append(table.column("version").to_numpy())
+    return Known(np.concatenate(pairs), np.concatenate(versions))
+
+
+def write_known(output: str, pairs: np.ndarray, versions: np.ndarray) -> str:
+    """Puts what a round plans beside the plan, and returns the file's name, which follows from its rows."""
+    columns = {name: pairs[name] for name in PAIR.names or ()} | {"version": versions.astype(np.int32)}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    name = f"known-{hashlib.sha256(sink.getvalue()).hexdigest()[:16]}.parquet"
+    storage.write_atomic(storage.join(output, PLAN_FOLDER, name), sink.getvalue())
+    return name
+
+
+# Rows
+
+
+def row_pairs(
+    table: pa.Table, ids: Sequence[str], settings: PlanSettings, folder: str, faults: Sequence[str], when: str
+) -> np.ndarray:
+    """PAIR [rows] of some manifest rows.
+
+    ids, faults: of every row, the latter empty where it could be read. folder: where relative paths of
+    pictures start, unless the settings say. when: names this planning, within which a folder of sources is
+    listed once a process.
+    """
+    allowed = SourceOptions(settings.image_root or folder, https=settings.allow_https)
+    pairs = np.empty(len(ids), PAIR)
+    for index, (name, values, fault) in enumerate(zip(ids, table.to_pylist(), faults, strict=True)):
+        # A column that comes later, and is empty in this row, does not make another row of it.
+        said = sorted((key, value) for key, value in values.items() if value is not None)
+        source = _source(values.get(COLUMN), allowed, when) if COLUMN in values else None
+        pairs[index] = (*_digest(name), *_digest(repr((said, fault, source))))
+    return pairs
+
+
+def _digest(text: str) -> tuple[int, int]:
+    found = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return int.from_bytes(found[:8], "big"), int.from_bytes(found[8:], "big")
+
+
+def _source(reference: Any, allowed: SourceOptions, when: str) -> tuple[str, int, str] | None:
+    """Address, size and etag of a picture that is a file; None if it is none or cannot be told."""
+    try:
+        data, path = parts_of(reference)
+        if data is not None or path is None:
+            return None
+        cell = parse_cell(path)
+        place = locate(cell.path if cell else path, allowed)
+    except RowError:
+        return None
+    if storage.is_s3(place):
+        found = _listing(place.rpartition("/")[0], when).get(place)
+    else:
+        found = None if place.startswith("https://") else storage.info(place)
+    return (place, found.size, found.etag) if found else (place, 0, "")
+
+
+@functools.lru_cache(maxsize=16)
+def _listing(folder: str, when: str) -> dict[str, storage.FileInfo]:
+    return {file.path: file for file in storage.list_files(folder)}
+
+
+# Manifests
+
+
+def unseen(manifest: Manifest, rounds: Sequence[Round], settings: PlanSettings) -> Manifest:
+    """The files of a manifest that may have new rows.
+
+    One that a round has read to its end is left out, if its rows name no sources that could change.
+    """
+    seen = {tuple(one) for round_ in rounds for one in round_.manifest}
+    changing = settings.task != "generate"
+    files = [
+        file
+        for file, identity in zip(manifest.files, manifest.identity(), strict=True)
+        if (changing and file.format not in ("results", "pictures")) or tuple(identity) not in seen
+    ]
+    return Manifest(manifest.path, tuple(files), manifest.ignored)
+
+
+def picture_pairs(files: Sequence[storage.FileInfo]) -> np.ndarray:
+    """PAIR [files] of the pictures of a folder, from their listing alone."""
+    pairs = np.empty(len(files), PAIR)
+    for index, file in enumerate(files):
+        pairs[index] = (*_digest(file.relative), *_digest(repr((file.path, file.size, file.etag))))
+    return pairs
+
+
+def write_pictures(output: str, files: Sequence[storage.FileInfo]) -> ManifestFile:
+    """A manifest of these pictures beside the plan, so that all who plan them see the same ones, whatever
+    comes to their folder meanwhile."""
+    lines = [json.dumps({"id": file.relative, COLUMN: file.path}) + "\n" for file in files]
+    data = "".join(lines).encode()
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    path = storage.join(output, PLAN_FOLDER, f"pictures-{digest}.jsonl")
+    storage.write_atomic(path, data)
+    return ManifestFile(path, "pictures", "jsonl", len(data), digest)
+
+
+def joined_schema(found: pa.Schema, rounds: Sequence[Round], settings: PlanSettings) -> pa.Schema:
+    """The schema in which rows of a later round are read: that of the first, and parameters that are new.
+
+    Raises InputError if a column has another type than it had, or there is one more to be carried.
+    """
+    if not rounds:
+        return found
+    first = decode_schema(rounds[0].schema)
+    fields = {field.name: field for field in first}
+    for field in found:
+        old = fields.get(field.name)
+        if old is None:
+            if field.name not in known_columns(found, settings):
+                raise InputError(
+                    f"The manifest has the new column '{field.name}', but all rows of an output have the "
+                    f"same columns: leave it out, or give a new output."
+                )
+            fields[field.name] = field
+        elif old.type != field.type and not _fits(field, old):
+            raise InputError(
+                f"Column '{field.name}' of the manifest is {field.type}, but was {old.type} before: "
+                f"give it the type it had, or give a new output."
+            )
+    if json_columns(found) - json_columns(first):
+        name = min(json_columns(found) - json_columns(first))
+        raise InputError(
+            f"Column '{name}' of the manifest has values of several types, which it had not before: "
+            f"give it the type it had, or give a new output."
+        )
+    joined = pa.schema(fields.values(), metadata=first.metadata)
+    assert carried_schema(joined, settings).names == rounds[0].carried.names
+    return joined
+
+
+def _fits(field: pa.Field, old: pa.Field) -> bool:
+    try:
+        unified = pa.unify_schemas([pa.schema([old]), pa.schema([field])], promote_options="permissive")
+    except pa.ArrowException:
+        return False
+    return unified.field(0).type == old.type

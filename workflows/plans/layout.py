@@ -1,0 +1,69 @@
+"""How planned rows are laid out: rows a shard, shards a part, a row group a shard."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wallaroo.model.config import ModelConfig
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.schema import TEXT_TASKS
+
+PART_SHARDS = 1024
+SHARD_ROWS = (8, 256)
+SHARD_TEXTS = 4096
+RESTORED_PIXELS = 4 << 20
+SHARDS_WANTED = 32
+SHARD_PIXEL_BYTES = 64 << 20
+
+
+def shard_rows(rows: int, config: ModelConfig, task: str = "generate", restored: bool = False) -> int:
+    """Rows of a shard in a round of so many rows: enough shards for every replica to get several.
+
+    No more than are 64 MiB of pixels, in and out, in the largest sizes of the checkpoint. restored: whether
+    pictures get the sizes of their sources, which nobody knows yet: RESTORED_PIXELS are reckoned.
+    """
+    largest = max(size.height * size.width for size in config.size_list())
+    pixels = {
+        "generate": largest,
+        "edit": largest + config.edit_pixels[1] + (RESTORED_PIXELS if restored else largest),
+        "understand": config.understand_pixels[1],
+    }[task]
+    least, most = SHARD_ROWS
+    wanted = min(max(-(-rows // SHARDS_WANTED), least), SHARD_TEXTS if task in TEXT_TASKS else most)
+    return max(1, min(wanted, SHARD_PIXEL_BYTES // (3 * pixels)))
+
+
+def write_shards(path: str, shards: Iterator[pa.Table]) -> int:
+    """Writes the Parquet file of a part, a row group a shard; how many rows it has."""
+    rows = 0
+    first = next(shards)
+    with (
+        storage.write_stream(path) as stream,
+        pq.ParquetWriter(stream, first.schema, compression="zstd") as writer,
+    ):
+        for table in itertools.chain([first], shards):
+            writer.write_table(table, row_group_size=table.num_rows)
+            rows += table.num_rows
+    return rows
+
+
+def split_into_shards(tables: Iterator[pa.Table], row_id: int, shard: int, rows: int) -> Iterator[pa.Table]:
+    """The rows of some tables, cut into shards and numbered from these numbers on."""
+    waiting: list[pa.Table] = []
+    for table in itertools.chain(tables, [None]):
+        waiting += [table] if table is not None else []
+        count = sum(one.num_rows for one in waiting)
+        whole = count // rows * rows if table is not None else count
+        if not whole:
+            continue
+        joined = pa.concat_tables(waiting)
+        for start in range(0, whole, rows):
+            part = joined.slice(start, min(rows, whole - start))
+            numbers = np.arange(row_id, row_id + part.num_rows)
+            part = part.set_column(0, part.schema.field(0), pa.array(numbers))
+            yield part.set_column(1, part.schema.field(1), pa.array(np.full(part.num_rows, shard)))
+            row_id, shard = row_id + part.num_rows, shard + 1
+        waiting = [joined.slice(whole)]

@@ -1,0 +1,286 @@
+"""Passes over a manifest by Ray Data: its files scanned, its rows chosen, counted and identified."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.read import read, scan
+from wallaroo.workflows.manifests.schema import Columns
+from wallaroo.workflows.manifests.types import (
+    Manifest,
+    ManifestFile,
+    Piece,
+    Scan,
+    decode_schema,
+    encode_schema,
+)
+from wallaroo.workflows.manifests.where import Filter
+from wallaroo.workflows.plans.increments import joined_schema
+from wallaroo.workflows.plans.plan import Round
+from wallaroo.workflows.plans.rows import row_ids, sample_counts
+from wallaroo.workflows.plans.settings import PlanSettings
+
+MAX_BLOCKS = 256
+Task = Callable[..., dict[str, Any]]
+"""A function of an item: gives JSON values, and bytes under `data` if it has any."""
+
+
+def each(
+    items: list[dict[str, Any]], task: Task, **constants: Any
+) -> Iterator[tuple[int, dict[str, Any], bytes]]:
+    """`task(item, **constants)` of every item, in Ray tasks, as they come: item's index, values, data.
+
+    A fault of the input is an answer like any other, so that it arrives as the sentence it is.
+    """
+    import ray.data
+
+    answer = functools.partial(_answer, task=task, constants=constants)
+    rows = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
+    for row in rows.map(answer, num_cpus=1).iter_rows():
+        if row["fault"]:
+            raise InputError(row["fault"])
+        yield row["index"], json.loads(row["values"]), row["data"]
+
+
+def _answer(row: dict[str, Any], task: Task, constants: dict[str, Any]) -> dict[str, Any]:
+    storage.be_patient()
+    try:
+        values = task(row, **constants)
+    except InputError as error:
+        return {"index": row["index"], "values": "", "data": b"", "fault": str(error)}
+    data = values.pop("data", b"")
+    return {"index": row["index"], "values": json.dumps(values), "data": data, "fault": ""}
+
+
+def pack_bits(bits: np.ndarray) -> bytes:
+    return np.packbits(bits).tobytes()
+
+
+def unpack_bits(data: bytes, count: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
+
+
+class ScannedManifest:
+    """A manifest, and what is learnt of it: pieces in order, and one schema. Each is found out once."""
+
+    def __init__(
+        self, manifest: Manifest, rounds: Sequence[Round] = (), settings: PlanSettings | None = None
+    ):
+        """rounds: those before, whose schema this one must share; settings: of the plan, with rounds."""
+        self.manifest, self.rounds, self.settings = manifest, rounds, settings
+        self.warnings: list[str] = []
+        if manifest.ignored:
+            more = f" and {len(manifest.ignored) - 1} more" if len(manifest.ignored) > 1 else ""
+            self.warnings.append(f"Not read as a manifest: {manifest.ignored[0]}{more}.")
+
+    @functools.cached_property
+    def _scanned(self) -> tuple[list[Piece], pa.Schema]:
+        files = self.manifest.files
+        items = [{"index": i, "file": json.dumps(dataclasses.asdict(file))} for i, file in enumerate(files)]
+        columns, pieces = Columns(), {}
+        for index, answer, _ in each(items, _scan):
+            found = Scan.from_json(answer["scan"], files[index])
+            columns.add(index, files[index].path, found)
+            pieces[index] = found.pieces
+        return [piece for index in range(len(files)) for piece in pieces[index]], columns.schema()
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return self._scanned[0]
+
+    @functools.cached_property
+    def schema(self) -> pa.Schema:
+        found = self._scanned[1]
+        return joined_schema(found, self.rounds, self.settings) if self.settings else found
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [pieces + 1]: number in the manifest of the first row of each piece, and of all rows."""
+        return np.cumsum([0, *(piece.rows for piece in self.pieces)], dtype=np.int64)
+
+    @property
+    def rows(self) -> int:
+        return int(self.starts[-1])
+
+    def slice(self, index: int) -> slice:
+        """The rows of a piece among those of the manifest."""
+        return slice(self.starts[index], self.starts[index + 1])
+
+    def sums(self, bits: np.ndarray) -> np.ndarray:
+        """int64 [pieces]: how many of bits (bool [rows]) are set in each piece."""
+        return np.add.reduceat(bits, self.starts[:-1], dtype=np.int64) if len(bits) else np.zeros(0, np.int64)
+
+    def items(self, bits: np.ndarray, selected: np.ndarray | None = None) -> list[dict[str, Any]]:
+        """A Ray row for each piece that has a set bit (bool [rows]); the rows also selected, if given."""
+        found = []
+        for index in np.flatnonzero(self.sums(bits)).tolist():
+            mine = pack_bits(bits[self.slice(index)])
+            item = {"index": index, "piece": self.pieces[index].to_json(), "bits": mine}
+            if selected is not None:
+                item["selected"] = pack_bits(selected[self.slice(index)])
+            found.append(item)
+        return found
+
+
+def _scan(row: dict[str, Any]) -> dict[str, Any]:
+    return {"scan": scan(ManifestFile(**json.loads(row["file"]))).to_json()}
+
+
+def selected_rows(source: ScannedManifest, settings: PlanSettings) -> np.ndarray:
+    """bool [rows of the manifest]: those that `where` and `limit` choose."""
+    selected = np.ones(source.rows, bool)
+    if settings.where is not None:
+        Filter(settings.where, source.schema)  # says what is wrong with it before any task does
+        schema = encode_schema(source.schema)
+        for index, _, data in each(source.items(selected), _match, schema=schema, where=settings.where):
+            selected[source.slice(index)] = unpack_bits(data, source.pieces[index].rows)
+    if settings.limit is not None:
+        selected[np.flatnonzero(selected)[settings.limit :]] = False
+    return selected
+
+
+def _match(row: dict[str, Any], schema: str, where: str) -> dict[str, Any]:
+    columns = decode_schema(schema)
+    chooser = Filter(where, columns)
+    found = [chooser.matches(batch.table) for batch in read(Piece.from_json(row["piece"]), columns)]
+    return {"data": pack_bits(np.concatenate(found))}
+
+
+class RowCounts(NamedTuple):
+    """outputs: int64 [pieces], planned rows of each. duplicates: piece -> its rows that repeat an id."""
+
+    outputs: np.ndarray
+    duplicates: dict[int, list[int]]
+
+
+def counted(
+    source: ScannedManifest, selected: np.ndarray, taken: np.ndarray, settings: PlanSettings
+) -> RowCounts:
+    """How many planned rows each piece gives, and which of its rows repeat the id of an earlier one.
+
+    selected, taken: bool [rows of the manifest], those of this round and of earlier ones. Rows of an
+    earlier round come before all of this one.
+    """
+    names = set(source.schema.names)
+    if not names & {"id", "samples"} and all(file.format == "parquet" for file in source.manifest.files):
+        # The footers have told all there is to know.
+        return RowCounts(source.sums(selected) * settings.samples, {})
+    outputs = np.zeros(len(source.pieces), np.int64)
+    considered = selected | taken if "id" in names else selected
+    ends = np.cumsum([0, *source.sums(considered)])
+    # Without an `id` column ids are places in files, which no two rows share.
+    hashes = np.empty(ends[-1] if "id" in names else 0, np.uint64)
+    constants = {"schema": encode_schema(source.schema), "settings": settings}
+    for index, answer, data in each(source.items(considered, selected), _count, **constants):
+        outputs[index] = answer["outputs"]
+        if len(hashes):
+            hashes[ends[index] : ends[index + 1]] = np.frombuffer(data, np.uint64)
+    suspects = _repeated(hashes)
+    del hashes
+    items = source.items(considered)
+    bounds = np.searchsorted(suspects, ends)
+    for item in items:
+        index = item["index"]
+        item["ranks"] = (suspects[bounds[index] : bounds[index + 1]] - ends[index]).astype(np.int64).tobytes()
+    items = [item for item in items if item["ranks"]]
+    if not items:
+        return RowCounts(outputs, {})
+    found = []
+    for index, _, data in each(items, _identify, **constants):
+        rows = np.frombuffer(data, _IDENTITY)
+        entry = np.zeros(len(rows), [*_IDENTITY.descr, ("piece", "i8"), ("position", "i8"), ("new", "?")])
+        for name in ("high", "low", "row", "count"):
+            entry[name] = rows[name]
+        entry["piece"] = index
+        entry["position"] = source.starts[index] + rows["row"]
+        entry["new"] = ~taken[entry["position"]]
+        found.append(entry)
+    rows = np.concatenate(found)
+    rows = rows[np.lexsort((rows["position"], rows["new"], rows["low"], rows["high"]))]
+    same = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
+    duplicates: dict[int, list[int]] = {}
+    for row in rows[1:][same & rows["new"][1:]]:
+        duplicates.setdefault(int(row["piece"]), []).append(int(row["row"]))
+        outputs[row["piece"]] -= row["count"] - 1
+    return RowCounts(outputs, duplicates)
+
+
+_IDENTITY = np.dtype([("high", np.uint64), ("low", np.uint64), ("row", np.int64), ("count", np.int64)])
+"""What tells one id from another beyond doubt, the row in the piece, and the planned rows it would give."""
+
+
+def _repeated(hashes: np.ndarray) -> np.ndarray:
+    """int64: where in hashes (uint64) a value stands that occurs more than once, ascending."""
+    found = [np.empty(0, np.int64)]
+    # One sixteenth at a time, since sorting all of it would take its memory again.
+    nibbles = hashes.view(np.uint8)[::8] & 15 if len(hashes) else ()
+    for nibble in range(16):
+        mine = np.flatnonzero(nibbles == nibble) if len(hashes) else found[0]
+        values, counts = np.unique(hashes[mine], return_counts=True)
+        found.append(mine[np.isin(hashes[mine], values[counts > 1])])
+    return np.sort(np.concatenate(found))
+
+
+def considered_rows(row: dict[str, Any], schema: str, names: set[str]) -> Iterator["_Rows"]:
+    """The rows of a piece whose bit is set, with these columns, a batch at a time."""
+    piece = Piece.from_json(row["piece"])
+    bits = unpack_bits(row["bits"], piece.rows)
+    for batch in read(piece, decode_schema(schema), names):
+        start = batch.first_row - piece.first_row
+        rows = start + np.flatnonzero(bits[start : start + batch.table.num_rows])
+        if len(rows):
+            table = batch.table if len(rows) == batch.table.num_rows else batch.table.take(rows - start)
+            yield _Rows(piece, rows, table, batch.faults)
+
+
+class _Rows(NamedTuple):
+    """Some rows of a piece. rows: int64, their numbers in it. faults: number in the file -> fault."""
+
+    piece: Piece
+    rows: np.ndarray
+    table: pa.Table
+    faults: dict[int, str]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Their numbers in the file."""
+        return (self.piece.first_row + self.rows).tolist()
+
+    def slice(self, start: int, stop: int) -> "_Rows":
+        return self._replace(rows=self.rows[start:stop], table=self.table.slice(start, stop - start))
+
+
+def ids_of(rows: _Rows) -> list[str]:
+    return row_ids(rows.table, rows.piece.file.relative, rows.numbers)[0]
+
+
+def _count(row: dict[str, Any], schema: str, settings: PlanSettings) -> dict[str, Any]:
+    """Planned rows that the selected rows of a piece give, and 8 bytes of a hash of every id considered."""
+    selected = unpack_bits(row["selected"], Piece.from_json(row["piece"]).rows)
+    outputs, hashes = 0, []
+    for rows in considered_rows(row, schema, {"id", "samples"}):
+        counts = sample_counts(rows.table, settings, rows.numbers, rows.faults)
+        outputs += int(counts[selected[rows.rows]].sum())
+        hashes += [hashlib.blake2b(one.encode(), digest_size=8).digest() for one in ids_of(rows)]
+    return {"outputs": outputs, "data": b"".join(hashes)}
+
+
+def _identify(row: dict[str, Any], schema: str, settings: PlanSettings) -> dict[str, Any]:
+    """The rows whose ranks (among those considered) are asked for, as _IDENTITY."""
+    ranks = np.frombuffer(row["ranks"], np.int64)
+    found, seen = [], 0
+    for rows in considered_rows(row, schema, {"id", "samples"}):
+        counts, ids = sample_counts(rows.table, settings, rows.numbers, rows.faults), ids_of(rows)
+        for rank in ranks[(ranks >= seen) & (ranks < seen + len(ids))] - seen:
+            both = np.frombuffer(hashlib.blake2b(ids[rank].encode(), digest_size=16).digest(), np.uint64)
+            found.append((*both, rows.rows[rank], counts[rank]))
+        seen += len(ids)
+    return {"data": np.array(found, _IDENTITY).tobytes()}

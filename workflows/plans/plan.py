@@ -1,0 +1,250 @@
+"""The plan of a run: its parts, rounds and totals, and how they are read back from an output."""
+
+import base64
+import dataclasses
+import functools
+import json
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wallaroo.model.config import Size
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.types import decode_schema, encode_schema
+from wallaroo.workflows.outputs.layout import PLAN_FOLDER, part_name
+
+FORMAT = 1
+MAX_SHARDS = 100_000_000
+
+
+@dataclass(frozen=True)
+class PlanPart:
+    """A valid part of a plan: up to 1,024 shards, whose rows and numbers follow those of the part before.
+
+    file: name of its Parquet file. round: number of the round it belongs to. shard_rows: rows of every
+    shard but the last of the round. error_rows: rows that are refused; errors: how many of each kind.
+    sizes: "WIDTHxHEIGHT" in pixels -> rows to be made. complete: whether it ends its round.
+    compacted: whether it stands for all parts before it too (see `workflows.compact`), and its shards begin
+    at any number.
+    """
+
+    part: int
+    file: str
+    round: int
+    first_row_id: int
+    rows: int
+    first_shard: int
+    shards: int
+    shard_rows: int
+    error_rows: int
+    errors: dict[str, int]
+    sizes: dict[str, int]
+    complete: bool
+    compacted: bool = False
+
+    @property
+    def name(self) -> str:
+        return part_name(self.part)
+
+    @property
+    def end(self) -> int:
+        """The number after that of its last shard."""
+        return self.first_shard + self.shards
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was decided for a round before its first part, and stands in that part's JSON.
+
+    selected: bool [rows of the manifest]. settings, model_digest, manifest: what all rounds of a plan
+    must share. carried: schema of the carried columns.
+
+    Of an incremental plan each round has a manifest of its own, of which selected are the rows; known names
+    the file of what it planned (see `workflows.increments`), empty otherwise. schema: of the manifest's
+    rows, encoded.
+    """
+
+    rows: int
+    shard_rows: int
+    selected: np.ndarray
+    settings: dict[str, Any]
+    model_digest: str
+    manifest: list[list[Any]]
+    carried: pa.Schema
+    warnings: list[str]
+    known: str = ""
+    schema: str = ""
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    def to_values(self) -> dict[str, Any]:
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        bits = zlib.compress(np.packbits(self.selected).tobytes())
+        return values | {
+            "shards": self.shards,
+            "selected": base64.b64encode(bits).decode(),
+            "manifest_rows": len(self.selected),
+            "carried": encode_schema(self.carried),
+        }
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "Round":
+        values = {key: value for key, value in values.items() if key != "shards"}
+        rows = values.pop("manifest_rows")
+        packed = zlib.decompressobj().decompress(base64.b64decode(values["selected"]), rows // 8 + 1)
+        bits = np.frombuffer(packed, np.uint8)
+        if len(bits) != -(-rows // 8):
+            raise ValueError("it selects other rows than it has")
+        selected = np.unpackbits(bits, count=rows).astype(bool)
+        return cls(**values | {"selected": selected, "carried": decode_schema(values["carried"])})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The valid parts of a plan, in order; none where nothing is planned yet."""
+
+    parts: tuple[PlanPart, ...] = ()
+    rounds: tuple[Round, ...] = field(default=(), repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are planned."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def error_rows(self) -> int:
+        """Rows among them that are refused."""
+        return sum(part.error_rows for part in self.parts)
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """How many rows are refused, by kind."""
+        return dict(sum((Counter(part.errors) for part in self.parts), Counter()))
+
+    @property
+    def sizes(self) -> dict[Size, int]:
+        """How many pictures are to be made, by size."""
+        total = sum((Counter(part.sizes) for part in self.parts), Counter())
+        return {Size(*reversed([int(side) for side in key.split("x")])): n for key, n in total.items()}
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(self.parts[0].first_shard, self.parts[-1].end) if self.parts else range(0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row that was asked for is planned."""
+        return bool(self.parts) and self.parts[-1].complete
+
+    @property
+    def incremental(self) -> bool:
+        """Whether its rounds plan what is new in a manifest that grows."""
+        return bool(self.rounds and self.rounds[0].known)
+
+    @property
+    def carried(self) -> pa.Schema:
+        """The columns that are carried through; the same for all parts."""
+        return self.rounds[0].carried if self.rounds else pa.schema([])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What somebody should be told, though it stops nothing."""
+        return self.rounds[0].warnings if self.rounds else []
+
+
+def _check(part: PlanPart) -> None:
+    """Raises ValueError for a part that no run has written: it may lead to no other folder, and not say more
+    shards than rows, which would be counted one by one."""
+    whole = (part.part, part.first_row_id, part.rows, part.first_shard, part.shards, part.shard_rows)
+    if not all(type(number) is int and 0 <= number < 2**62 for number in whole):
+        raise ValueError("a number of it is none")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", part.file) or part.shards > min(part.rows, MAX_SHARDS):
+        raise ValueError("its file or its shards cannot be")
+    for counts in (part.errors, part.sizes):
+        if not all(type(number) is int for number in counts.values()):
+            raise ValueError("a count of it is none")
+
+
+def read_plan(output: str) -> Plan:
+    """The plan of an output as far as it is made; without parts if there is none.
+
+    A part that has no JSON yet does not exist. Raises InputError if a JSON cannot be read.
+    """
+    names = [file.relative for file in storage.list_files(storage.join(output, PLAN_FOLDER))]
+    numbers = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"part-(\d{5,})\.json", name)))
+    parts: list[PlanPart] = []
+    rounds: list[Round] = []
+    for number in numbers:
+        name = f"{part_name(number)}.json"
+        path = storage.join(output, PLAN_FOLDER, name)
+        try:
+            values = json.loads(storage.read_bytes(path))
+            if not isinstance(values, dict):
+                raise ValueError("it is no object")
+            if values.pop("format") != FORMAT:
+                raise InputError(f"{path} was written by another version: use the version that made it.")
+            opening = values.pop("opening", None)
+            part = PlanPart(**values)
+            _check(part)
+            rounds += [Round.from_values(opening)] if opening else []
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} cannot be read ({error}): restore it, or give a new output.") from None
+        if part.compacted:
+            parts, rounds = [], rounds[-1:]
+        part = dataclasses.replace(part, round=len(rounds) - 1)
+        rows, last = sum(one.rows for one in parts), parts[-1] if parts else None
+        follows = (last.part + 1, last.end) if last else (0, 0)
+        if part.first_row_id != rows or not (part.compacted or (part.part, part.first_shard) == follows):
+            raise InputError(f"{path} does not follow the parts before it: restore those that are missing.")
+        parts.append(part)
+    return Plan(tuple(parts), tuple(rounds))
+
+
+def read_shard(output: str, shard: int) -> pa.Table:
+    """The planned rows of one shard, with their carried columns: reads one row group.
+
+    For any process that can read the output. Raises InputError if no valid part has the shard.
+    """
+    part = _part_of(output, shard)
+    path = storage.join(output, PLAN_FOLDER, part.file)
+    with storage.explained(path):
+        filesystem, inner = storage.parquet_filesystem(path)
+        try:
+            with filesystem.open_input_file(inner) as file:
+                parquet = pq.ParquetFile(file, metadata=_footer(path), pre_buffer=True)
+                return parquet.read_row_group(shard - part.first_shard)
+        except (FileNotFoundError, pa.ArrowException) as error:
+            words = "is absent" if isinstance(error, FileNotFoundError) else "is corrupt"
+            raise InputError(f"{path} {words}, but {part.name}.json names it: restore it.") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _footer(path: str) -> pq.FileMetaData:
+    filesystem, inner = storage.parquet_filesystem(path)
+    return pq.read_metadata(inner, filesystem=filesystem)
+
+
+_PARTS: dict[str, tuple[PlanPart, ...]] = {}
+"""Parts seen by this process, by output. A valid part never changes, so only new ones are looked for."""
+
+
+def _part_of(output: str, shard: int) -> PlanPart:
+    for fresh in (False, True):
+        if fresh:
+            _PARTS[output] = read_plan(output).parts
+        for part in _PARTS.get(output, ()):
+            if part.first_shard <= shard < part.first_shard + part.shards:
+                return part
+    raise InputError(f"{output} has no plan for shard {shard}: plan it first.")

@@ -1,0 +1,403 @@
+"""Planning: manifest -> plan, in three passes, before anything is spent on a row."""
+
+import base64
+import dataclasses
+import json
+import os
+import secrets
+from typing import Any
+
+import numpy as np
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.discover import discover, list_pictures
+from wallaroo.workflows.manifests.types import (
+    Manifest,
+    decode_schema,
+    encode_schema,
+)
+from wallaroo.workflows.outputs.layout import PLAN_FOLDER
+from wallaroo.workflows.plans.columns import carried_schema, check_columns
+from wallaroo.workflows.plans.increments import (
+    PAIR,
+    Known,
+    picture_pairs,
+    read_known,
+    row_pairs,
+    unseen,
+    write_known,
+    write_pictures,
+)
+from wallaroo.workflows.plans.layout import PART_SHARDS, shard_rows
+from wallaroo.workflows.plans.parts import folder_of, write_part
+from wallaroo.workflows.plans.passes import (
+    RowCounts,
+    ScannedManifest,
+    considered_rows,
+    counted,
+    each,
+    ids_of,
+    pack_bits,
+    selected_rows,
+)
+from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_plan
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.settings import OptionError
+from wallaroo.workflows.storage.checkpoints import read_checkpoint
+
+
+def make_plan(manifest: str, settings: PlanSettings, model: str, output: str | None = None) -> Plan:
+    """Plans the rows of a manifest that are not planned yet, and returns the whole plan.
+
+    manifest, model, output: local or `s3://` paths, the model a checkpoint's folder. Without an output
+    nothing is written, and the plan only counts. Ray must be connected. What is planned already is never
+    planned again: with the same arguments a second call reads the parts and does no more.
+    Raises InputError if the manifest cannot be read or has no rows, or the plan there is of another
+    manifest, model or other settings. Rows that cannot be served raise nothing: they are error rows.
+    """
+    checkpoint = read_checkpoint(model)
+    settings.check(checkpoint.config)
+    _refuse_inside(manifest, output)
+    found = discover(manifest, settings.task)
+    if settings.incremental:
+        return _make_increment(found, settings, model, output)
+    source = ScannedManifest(found)
+    while True:
+        plan = read_plan(output) if output else Plan()
+        _check_same(plan, source.manifest, settings, checkpoint.digest)
+        if _covers(plan, settings):
+            return plan
+        try:
+            return _Planner(source, settings, model, output).extended(plan)
+        except _LostRace:
+            continue  # somebody else made a part meanwhile; what they chose is taken
+
+
+def existing_plan(manifest: str, settings: PlanSettings, model: str, output: str) -> Plan | None:
+    """The plan of an output if it has all that `make_plan` would be asked for; needs no Ray.
+
+    None where there is more to plan, or only reading the manifest could tell. Raises as `make_plan`.
+    """
+    _refuse_inside(manifest, output)
+    plan = read_plan(output)
+    found = discover(manifest, settings.task)
+    _check_same(plan, found, settings, read_checkpoint(model).digest)
+    if settings.incremental:
+        return plan if plan.rounds and not unseen(found, plan.rounds, settings).files else None
+    return plan if _covers(plan, settings) else None
+
+
+class _LostRace(Exception):
+    pass
+
+
+def _make_increment(found: Manifest, settings: PlanSettings, model: str, output: str | None) -> Plan:
+    """`make_plan` for a manifest that grows: rounds of one part each, until nothing is new.
+
+    One JSON then decides for a whole round, and who loses the race for it looks again for what is new.
+    """
+    if output is None:
+        raise OptionError("incremental is set, but there is no output to go on from: give OUTPUT.")
+    while True:
+        plan = read_plan(output)
+        _check_same(plan, found, settings, read_checkpoint(model).digest)
+        known, left = read_known(output, plan.rounds), unseen(found, plan.rounds, settings)
+        identity, pairs = left.identity(), None
+        if any(file.format == "pictures" for file in left.files):
+            left, pairs = _new_pictures(left, known, output)
+        added = None
+        if left.files:
+            try:
+                source = ScannedManifest(left, plan.rounds, settings)
+                added = _Increment(source, settings, model, output, known, identity).added(plan, pairs)
+            except _LostRace:
+                continue
+        if added is None:
+            if not plan.parts:
+                raise InputError(
+                    f"The manifest {found.path} gives nothing to do, it has no rows: correct it."
+                )
+            return plan
+
+
+def _new_pictures(found: Manifest, known: Known, output: str) -> tuple[Manifest, np.ndarray]:
+    """In place of a folder of pictures a manifest of those that are new, and PAIR of each."""
+    files = list_pictures(found.path)
+    pairs = picture_pairs(files)
+    new = np.flatnonzero(known.new(pairs)[0])
+    one = [write_pictures(output, [files[index] for index in new])] if len(new) else []
+    return Manifest(found.path, tuple(one), found.ignored), pairs[new]
+
+
+def _covers(plan: Plan, settings: PlanSettings) -> bool:
+    """Whether all that is asked for is planned, as far as the plan alone can tell."""
+    if not plan.complete or settings.where is not None:
+        return False
+    taken = np.logical_or.reduce([one.selected for one in plan.rounds])
+    return bool(taken[: settings.limit].all())
+
+
+def _refuse_inside(manifest: str, output: str | None) -> None:
+    """An output within the manifest would be read as a part of it the next time."""
+    if output is None or storage.is_s3(manifest) != storage.is_s3(output):
+        return
+    ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (manifest, output)]
+    folder, inner = (path.rstrip("/") + "/" for path in ends)
+    if inner.startswith(folder):
+        raise InputError(f"The output {output} lies in the manifest {manifest}: choose another place.")
+
+
+def _check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_digest: str) -> None:
+    """Raises InputError, naming what differs, unless the plan there is of this manifest and settings."""
+    if not plan.rounds:
+        return
+    first = plan.rounds[0]
+    there = first.settings | first.settings["sampling"] | {"model_digest": first.model_digest}
+    here = settings.meaning() | settings.meaning()["sampling"] | {"model_digest": model_digest}
+    differing = [key for key in here if key != "sampling" and there.get(key) != here[key]]
+    if plan.incremental != settings.incremental:
+        there_words, here_words = ("with", "without") if plan.incremental else ("without", "with")
+        raise InputError(
+            f"The plan there was made {there_words} --incremental, but this run is {here_words}: "
+            f"give it as before, or give a new output."
+        )
+    if differing:
+        words = "; ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing)
+        raise InputError(f"The plan belongs to another run: {words}; give another output, or these values.")
+    if plan.incremental:
+        return
+    old = {name: tuple(rest) for name, *rest in first.manifest}
+    new = {name: tuple(rest) for name, *rest in manifest.identity()}
+    changes = [
+        f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for what, names in (
+            ("lacks", sorted(old.keys() - new.keys())),
+            ("has the new", sorted(new.keys() - old.keys())),
+            ("has the changed", sorted(name for name in old.keys() & new.keys() if old[name] != new[name])),
+        )
+        if names
+    ]
+    if changes:
+        raise InputError(
+            f"The manifest {manifest.path} is not the one that was planned, since it {', '.join(changes)}: "
+            f"give another output, or the manifest as it was."
+        )
+
+
+class _Planner:
+    """Adds rounds to a plan."""
+
+    def __init__(self, source: ScannedManifest, settings: PlanSettings, model: str, output: str | None):
+        self.source, self.settings, self.model, self.output = source, settings, model, output
+        self.versions: np.ndarray | None = None
+        # A file without rows may show no columns either, and that is not what is wrong with it.
+        self.warnings = source.warnings + (check_columns(source.schema, settings) if source.rows else [])
+
+    def extended(self, plan: Plan) -> Plan:
+        """The plan with all that is asked for. Raises _LostRace if somebody else planned meanwhile."""
+        source = self.source
+        if plan.rounds and len(plan.rounds[0].selected) != source.rows:
+            raise _changed(source.manifest.path)
+        if plan.parts and not plan.complete:
+            plan = self._with_round(plan, plan.rounds[-1].selected, plan.rounds[-1])
+        selected = selected_rows(source, self.settings)
+        for earlier in plan.rounds:
+            selected &= ~earlier.selected
+        if selected.any():
+            return self._with_round(plan, selected)
+        if not plan.parts:
+            why = "it has no rows"
+            if source.rows:
+                why = f"where '{self.settings.where}' chooses none of its rows"
+            raise InputError(f"The manifest {source.manifest.path} gives nothing to do, {why}: correct it.")
+        return plan
+
+    def _with_round(self, plan: Plan, selected: np.ndarray, old: Round | None = None) -> Plan:
+        """The plan with a round of the selected rows (bool [rows of the manifest]).
+
+        old: the last round of the plan, if it is that one which lacks parts and is to be finished.
+        """
+        earlier = plan.rounds[:-1] if old else plan.rounds
+        # Rounds of a manifest that grows have rows of their own each.
+        same = [one.selected for one in earlier if not one.known]
+        taken = np.logical_or.reduce(same or [np.zeros_like(selected)])
+        counts = counted(self.source, selected, taken, self.settings)
+        ends = np.cumsum(counts.outputs)
+        rows = int(ends[-1])
+        if old and old.rows != rows:
+            raise _changed(self.source.manifest.path)
+        checkpoint = read_checkpoint(self.model)
+        carried = carried_schema(self.source.schema, self.settings)
+        now = old or Round(
+            rows=rows,
+            shard_rows=shard_rows(rows, checkpoint.config, self.settings.task, self.settings.restore_size),
+            selected=selected,
+            settings=self.settings.meaning(),
+            model_digest=checkpoint.digest,
+            carried=carried,
+            warnings=self.warnings,
+            **self._decided(),
+        )
+        number = len(earlier)
+        before = [part for part in plan.parts if part.round < number]
+        done = [part for part in plan.parts if part.round == number]
+        constants = {
+            "schema": encode_schema(self.source.schema),
+            "settings": self.settings,
+            "model": self.model,
+            "output": self.output,
+            "shard_rows": now.shard_rows,
+        }
+        first_row_id, first_shard = sum(part.rows for part in before), before[-1].end if before else 0
+        first_part = before[-1].part + 1 if before else 0
+        step = PART_SHARDS * now.shard_rows
+        items: list[dict[str, Any]] = []
+        for start in range(len(done) * step, rows, step):
+            stop = min(start + step, rows)
+            work = self._work(selected, counts, ends, start, stop)
+            items.append(
+                {
+                    "index": first_part + start // step,
+                    "first_row_id": first_row_id + start,
+                    "first_shard": first_shard + start // now.shard_rows,
+                    "rows": stop - start,
+                    "work": json.dumps(work),
+                }
+            )
+        waiting: dict[int, PlanPart] = {}
+        parts = [*before, *done]
+        for index, answer, _ in each(items, write_part, **constants):
+            item = items[index - first_part - len(done)]
+            waiting[index] = PlanPart(
+                part=index,
+                round=number,
+                complete=item["first_row_id"] + item["rows"] == first_row_id + rows,
+                **{name: item[name] for name in ("first_row_id", "first_shard", "rows")},
+                shards=-(-item["rows"] // now.shard_rows),
+                shard_rows=now.shard_rows,
+                **answer,
+            )
+            # Parts become valid in order, so that what is valid is always a plan as far as it goes.
+            while (ready := waiting.pop(first_part + len(parts) - len(before), None)) is not None:
+                self._commit(ready, now if len(parts) == len(before) else None)
+                parts.append(ready)
+        return Plan(tuple(parts), (*earlier, now))
+
+    def _work(
+        self, selected: np.ndarray, counts: RowCounts, ends: np.ndarray, start: int, stop: int
+    ) -> list[dict[str, Any]]:
+        """Which pieces give the planned rows [start, stop) of a round, and how many of each to skip."""
+        first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop)
+        work = []
+        for index in range(first, last + 1):
+            begin = int(ends[index] - counts.outputs[index])
+            if counts.outputs[index]:
+                work.append(
+                    {
+                        "piece": self.source.pieces[index].to_json(),
+                        "bits": base64.b64encode(pack_bits(selected[self.source.slice(index)])).decode(),
+                        "duplicates": sorted(counts.duplicates.get(index, ())),
+                        "versions": self._versions(index),
+                        "skip": max(0, start - begin),
+                        "take": min(stop, int(ends[index])) - max(start, begin),
+                    }
+                )
+        return work
+
+    def _versions(self, index: int) -> dict[int, int]:
+        """Row in the piece -> version, of those that are not the first of their id."""
+        if self.versions is None:
+            return {}
+        mine = self.versions[self.source.slice(index)]
+        return {int(row): int(mine[row]) for row in np.flatnonzero(mine)}
+
+    def _commit(self, part: PlanPart, opening: Round | None) -> None:
+        if self.output is None:
+            return
+        document = {"format": FORMAT, **dataclasses.asdict(part)}
+        if opening is not None:
+            document["opening"] = opening.to_values()
+        path = storage.join(self.output, PLAN_FOLDER, f"{part.name}.json")
+        if not storage.put_if_absent(path, json.dumps(document, ensure_ascii=False).encode() + b"\n"):
+            raise _LostRace
+
+    def _decided(self) -> dict[str, Any]:
+        """Fields of a Round that say what it was planned from."""
+        return {"manifest": self.source.manifest.identity()}
+
+
+class _Increment(_Planner):
+    """Adds a round of what is new in a manifest that grows."""
+
+    def __init__(
+        self,
+        source: ScannedManifest,
+        settings: PlanSettings,
+        model: str,
+        output: str,
+        known: Known,
+        identity: list[list[Any]],
+    ):
+        """identity: of the files that are read, and need not be again once all that is new is planned."""
+        super().__init__(source, settings, model, output)
+        self.folder, self.known, self.identity, self.file = output, known, identity, ""
+
+    def added(self, plan: Plan, pairs: np.ndarray | None) -> Plan | None:
+        """The plan with a round of what is new; None if nothing is.
+
+        pairs: PAIR of the source's rows, None if that is to be found out. Raises _LostRace.
+        """
+        source = self.source
+        if not source.rows:
+            return None
+        pairs = self._pairs() if pairs is None else pairs
+        selected, self.versions = self.known.new(pairs)
+        whole = selected.sum()
+        if not whole:
+            return None
+        config = read_checkpoint(self.model).config
+        while True:
+            counts = counted(source, selected, np.zeros_like(selected), self.settings)
+            rows = int(counts.outputs.sum())
+            most = PART_SHARDS * shard_rows(rows, config, self.settings.task, self.settings.restore_size)
+            if rows <= most:
+                break
+            # What is left over is new to the next round.
+            chosen = np.flatnonzero(selected)
+            selected = selected.copy()
+            selected[chosen[max(1, len(chosen) * most // (rows + 1)) :]] = False
+        if selected.sum() < whole:
+            self.identity = []
+        self.file = write_known(self.folder, pairs[selected], self.versions[selected])
+        return self._with_round(plan, selected)
+
+    def _decided(self) -> dict[str, Any]:
+        schema = encode_schema(self.source.schema)
+        return {"manifest": self.identity, "known": self.file, "schema": schema}
+
+    def _pairs(self) -> np.ndarray:
+        pairs = np.empty(self.source.rows, PAIR)
+        every = np.ones(self.source.rows, bool)
+        constants = {
+            "schema": encode_schema(self.source.schema),
+            "settings": self.settings,
+            "when": secrets.token_hex(8),
+        }
+        for index, _, data in each(self.source.items(every), _pair, **constants):
+            pairs[self.source.slice(index)] = np.frombuffer(data, PAIR)
+        return pairs
+
+
+def _pair(row: dict[str, Any], schema: str, settings: PlanSettings, when: str) -> dict[str, Any]:
+    """PAIR of all rows of a piece."""
+    found = []
+    for rows in considered_rows(row, schema, set(decode_schema(schema).names)):
+        faults = [rows.faults.get(number, "") for number in rows.numbers]
+        folder = folder_of(rows.piece.file.path)
+        found.append(row_pairs(rows.table, ids_of(rows), settings, folder, faults, when))
+    return {"data": np.concatenate(found).tobytes()}
+
+
+def _changed(path: str) -> InputError:
+    return InputError(f"The manifest {path} changed while it was read: start again when it is complete.")

@@ -1,0 +1,315 @@
+"""Manifest rows -> planned rows: ids, samples, seeds, every parameter resolved and checked."""
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from wallaroo.model.config import ModelConfig
+from wallaroo.model.errors import RowError, did_you_mean
+from wallaroo.model.prompts import DEFAULT_QUESTION, LANGUAGES, detect_language
+from wallaroo.model.tokenizer import Tokenizer
+from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
+from wallaroo.workflows.outputs.schema import SOURCE_TYPE, json_columns
+from wallaroo.workflows.plans.columns import (
+    PLAN_FIELDS,
+    carried_names,
+    carried_schema,
+    known_columns,
+    plan_schema,
+)
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.plans.values import (
+    INT32,
+    MAX_SAMPLES,
+    SEEDS,
+    check_sampling,
+    in_words,
+    integer,
+    is_absent,
+    is_finite,
+    real_number,
+    size_of,
+)
+from wallaroo.workflows.sources.embedded import COLUMN, Cell, parse_cell
+from wallaroo.workflows.sources.references import Reference, SourceOptions, kept_uri, locate, parts_of
+from wallaroo.workflows.tasks import PICTURE_TASKS
+
+MAX_CHARACTERS = 10_000_000
+
+
+def _column(table: pa.Table, name: str) -> list[Any] | None:
+    """Values of a column, None if there is none; JSON text as what it says."""
+    if name not in table.column_names:
+        return None
+    values = table.column(name).to_pylist()
+    if name in json_columns(table.schema):
+        return [None if value is None else said(value) for value in values]
+    return values
+
+
+def said(text: str) -> Any:
+    """What JSON text says; the text itself where a foreign file only claims that it is some."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def row_ids(table: pa.Table, origin: str, numbers: Sequence[int]) -> tuple[list[str], dict[int, RowError]]:
+    """The id of every row, and errors by row number where the manifest gives none that can be used.
+
+    Without an `id` column, or in such a row, it is the origin and the number of the row in it.
+    """
+    given = _column(table, "id")
+    if given is None:
+        return [f"{origin}:{number}" for number in numbers], {}
+    ids, errors = [], {}
+    for number, value in zip(numbers, given, strict=True):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        bad = value is None or isinstance(value, (bool, bytes, list, dict)) or value != value
+        text = "" if bad else str(value)
+        if not text.strip():
+            shown = "is missing" if value is None else f"is {in_words(value)}, but must be text or a number"
+            errors[number] = RowError("id", f"id {shown}; give every row an id, or leave the column out.")
+            text = f"{origin}:{number}"
+        ids.append(text)
+    return ids, errors
+
+
+def sample_counts(
+    table: pa.Table,
+    settings: PlanSettings,
+    numbers: Sequence[int],
+    faults: Collection[int] = (),
+    duplicates: Collection[int] = (),
+) -> np.ndarray:
+    """int64 [rows]: how many planned rows each row gives.
+
+    That is one where the row cannot be read, repeats an id, or asks for an impossible number.
+    """
+    counts = np.full(len(numbers), settings.samples, np.int64)
+    for index, value in enumerate(_column(table, "samples") or ()):
+        try:
+            counts[index] = samples_of(value, settings)
+        except RowError:
+            counts[index] = 1
+    alone = [index for index, number in enumerate(numbers) if number in faults or number in duplicates]
+    counts[alone] = 1
+    return counts
+
+
+def samples_of(value: Any, settings: PlanSettings) -> int:
+    count = integer("samples", value, "samples", range(1, MAX_SAMPLES + 1))
+    return settings.samples if count is None else count
+
+
+def plan_rows(
+    table: pa.Table,
+    settings: PlanSettings,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    origin: str = "row",
+    numbers: Sequence[int] | None = None,
+    faults: Mapping[int, str] | None = None,
+    duplicates: Collection[int] = (),
+    versions: Mapping[int, int] | None = None,
+    folder: str = "",
+) -> pa.Table:
+    """The planned rows of some manifest rows, in the schema `plan_schema(carried_schema(table.schema))`.
+
+    folder: where relative paths of pictures start, unless the settings say. origin, numbers: the file
+    the rows are from and their numbers in it, for ids and messages (0, 1, ... if None). faults: number ->
+    why the row cannot be read. duplicates: numbers of rows whose id belongs to an earlier one. versions:
+    number -> how often the row of this id was another one before, 0 for rows that are not named. `row_id`
+    counts from 0 and `shard` is 0: whoever puts tables together renumbers.
+    """
+    numbers = range(table.num_rows) if numbers is None else numbers
+    faults = faults or {}
+    ids, errors = row_ids(table, origin, numbers)
+    counts = sample_counts(table, settings, numbers, faults, duplicates)
+    known = dict(zip(KNOWN_COLUMNS[settings.task], known_columns(table.schema, settings), strict=True))
+    given = {name: _column(table, column) for name, column in known.items()}
+    present = {name: values for name, values in given.items() if values is not None and name != "id"}
+    allowed = SourceOptions(settings.image_root or folder, https=settings.allow_https)
+    rows = []
+    for index, number in enumerate(numbers):
+        error = errors.get(number)
+        if number in faults:
+            error = RowError("manifest", f"Row {number} of {origin} {faults[number]}; correct it.")
+        elif number in duplicates and not error:
+            error = RowError(
+                "id", f"id {in_words(ids[index])} is that of an earlier row; give every row an id of its own."
+            )
+        values = {name: column[index] for name, column in present.items()}
+        rows.append(_resolved(values, settings, config, tokenizer, allowed, error))
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+    take = np.repeat(np.arange(table.num_rows), counts)
+    samples = np.arange(len(take)) - np.repeat(np.cumsum(counts) - counts, counts)
+    columns["id"] = ids
+    version = np.array([(versions or {}).get(number, 0) for number in numbers], np.int64)
+    carried = carried_schema(table.schema, settings)
+    arrays = []
+    for one in PLAN_FIELDS:
+        if one.name == "row_id":
+            arrays.append(pa.array(np.arange(len(take)), one.type))
+        elif one.name == "shard":
+            arrays.append(pa.array(np.zeros(len(take), np.int64), one.type))
+        elif one.name == "version":
+            arrays.append(pa.array(version[take], one.type))
+        elif one.name == "sample":
+            arrays.append(pa.array(samples, one.type))
+        elif one.name == "seed":
+            seeds = [
+                _seed(rows[index], settings.seed, ids[index], int(version[index]), sample)
+                for index, sample in zip(take.tolist(), samples.tolist(), strict=True)
+            ]
+            arrays.append(pa.array(seeds, one.type))
+        else:
+            arrays.append(pa.array(columns.get(one.name, []), one.type).take(pa.array(take)))
+    if settings.task in PICTURE_TASKS:
+        arrays.append(pa.array(columns.get("source", []), SOURCE_TYPE).take(pa.array(take)))
+    for name in carried_names(table.schema, settings):
+        arrays.append(table.column(name).take(pa.array(take)))
+    return pa.Table.from_arrays(arrays, schema=plan_schema(carried, settings.task))
+
+
+def _seed(row: dict[str, Any], run_seed: int, row_id: str, version: int, sample: int) -> int | None:
+    if row["seed"] is not None:
+        return (row["seed"] + sample) % SEEDS
+    if row["status"] == "error":
+        return None
+    return derived_seed(run_seed, row_id, version, sample)
+
+
+def derived_seed(run_seed: int, row_id: str, version: int, sample: int) -> int:
+    """The seed of a row that gives none, from 0 to 2^63 - 1; nothing else of the run has a part in it."""
+    digest = hashlib.sha256(f"{run_seed} {version} {sample} {row_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _resolved(
+    values: dict[str, Any],
+    settings: PlanSettings,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    allowed: SourceOptions,
+    error: RowError | None,
+) -> dict[str, Any]:
+    """Parameters of a row; of several faults the first is told, and what could be read is kept."""
+    faults = [error] if error else []
+
+    def attempt(function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except RowError as fault:
+            faults.append(fault)
+            return None
+
+    attempt(samples_of, values.get("samples"), settings)
+    prompt = values.get("prompt")
+    if settings.task in PICTURE_TASKS and is_absent(prompt):
+        prompt = settings.prompt or _question(values.get("language"), settings) or prompt
+    attempt(check_prompt, prompt, settings, tokenizer)
+    width = attempt(integer, "width", values.get("width"), "size", INT32)
+    height = attempt(integer, "height", values.get("height"), "size", INT32)
+    source = None
+    if settings.task in PICTURE_TASKS:
+        source = _source(values.get(COLUMN))
+        attempt(_locate, source, values.get(COLUMN), allowed)
+    else:
+        ratio = values.get("aspect_ratio")
+        if width is None and height is None and is_absent(ratio):
+            width, height = settings.width, settings.height
+        size = attempt(size_of, width, height, ratio, config)
+        if size is not None:
+            height, width = size
+    language = attempt(language_of, values.get("language"), prompt, settings)
+    seed = attempt(integer, "seed", values.get("seed"), "seed", range(SEEDS))
+    sampling = {
+        name: attempt(real_number, name, values.get(name), getattr(settings.sampling, name))
+        for name in ("cfg", "temperature", "top_k", "top_p")
+    }
+    top_k = sampling["top_k"]
+    if top_k is not None and math.isfinite(top_k) and top_k == int(top_k):
+        sampling["top_k"] = int(top_k)
+    if None not in sampling.values():
+        attempt(check_sampling, *sampling.values())
+    if settings.task == "understand" and (sampling["cfg"] or 0) > 1:
+        words = f"cfg is {sampling['cfg']:g}, but answers have no guidance; give at most 1."
+        faults.append(RowError("sampling", words))
+    # A float is looked for in a range one number after the other.
+    if not (isinstance(sampling["top_k"], int) and sampling["top_k"] in INT32):
+        sampling["top_k"] = None
+    return {
+        "status": "error" if faults else "planned",
+        "error_type": faults[0].kind if faults else "",
+        "error_message": str(faults[0]) if faults else "",
+        "prompt": prompt if isinstance(prompt, str) else None,
+        "width": width,
+        "height": height,
+        "language": language,
+        "seed": seed,
+        "source": source,
+        # JSON has no NaN, and no row of a plan has one.
+        **{name: is_finite(value) for name, value in sampling.items()},
+    }
+
+
+def _question(language: Any, settings: PlanSettings) -> str | None:
+    """What is asked of a picture without a question; nothing if the task is another."""
+    if settings.task != "understand":
+        return None
+    own = language if isinstance(language, str) and language in LANGUAGES else settings.language
+    return DEFAULT_QUESTION[own or "en"]
+
+
+def _source(reference: Reference) -> dict[str, Any]:
+    """What can be told of a row's picture before it is looked for."""
+    path = reference.get("path") if isinstance(reference, Mapping) else reference
+    return {"uri": kept_uri(path) if isinstance(path, str) else "", "row_id": None}
+
+
+def _locate(source: dict[str, Any], reference: Reference, allowed: SourceOptions) -> None:
+    """Puts into `source` where the picture is. Raises RowError if there is none, or it may not be read."""
+    data, path = parts_of(reference)
+    if data is not None:
+        return
+    cell = parse_cell(path) or Cell(path, -1)
+    source["uri"] = locate(cell.path, allowed)
+    source["row_id"] = cell.row if cell.row >= 0 else None
+
+
+def check_prompt(prompt: Any, settings: PlanSettings, tokenizer: Tokenizer) -> None:
+    if prompt is None:
+        raise RowError("prompt", "prompt is missing; give every row a text.")
+    if not isinstance(prompt, str):
+        raise RowError("prompt", f"prompt is {in_words(prompt)}, which is not text; give every row a text.")
+    if not prompt.strip():
+        raise RowError("prompt", f"prompt is {in_words(prompt)}, which says nothing; give every row a text.")
+    most = settings.max_prompt_tokens
+    # No token is shorter than a byte, so most prompts need not be encoded to be known as short.
+    if 4 * len(prompt) <= most or len(prompt.encode()) <= most:
+        return
+    tokens = len(tokenizer.encode([prompt])) if len(prompt) <= MAX_CHARACTERS else None
+    if tokens is None or tokens > most:
+        count = f"{len(prompt):,} characters" + (f" and {tokens:,} tokens" if tokens else "")
+        raise RowError(
+            "prompt", f"prompt has {count}, more than max_prompt_tokens {most:,}; shorten it or raise that."
+        )
+
+
+def language_of(value: Any, prompt: Any, settings: PlanSettings) -> str | None:
+    if is_absent(value):
+        return settings.language or (detect_language(prompt) if isinstance(prompt, str) else None)
+    if value not in LANGUAGES:
+        hint = did_you_mean(str(value), LANGUAGES) or "."
+        words = ", ".join(LANGUAGES)
+        raise RowError("language", f"language is {in_words(value)}, but must be one of {words}{hint}")
+    return value

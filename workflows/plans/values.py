@@ -1,0 +1,108 @@
+"""Values of manifest cells, checked one by one: numbers, sizes, ratios, prompts, languages."""
+
+import decimal
+import functools
+import math
+import re
+from typing import Any
+
+from wallaroo.model.config import ModelConfig, Size
+from wallaroo.model.errors import RowError
+from wallaroo.model.sampling import Sampling
+
+MAX_SAMPLES = 10_000
+SEEDS = 2**63
+INT32 = range(-(2**31), 2**31)
+
+
+def is_finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def size_of(width: int | None, height: int | None, ratio: Any, config: ModelConfig) -> Size:
+    """The size of a row, from the checkpoint's table. Raises RowError (`size`)."""
+    if not is_absent(ratio):
+        if width is not None or height is not None:
+            raise RowError(
+                "size", f"aspect_ratio {in_words(ratio)} stands beside a width or height; give one."
+            )
+        # Only their quotient matters, so a ratio will do for pixels.
+        return config.bucket(*_ratio(ratio))  # type: ignore[arg-type]
+    if width is None and height is None:
+        return config.bucket(1, 1)
+    if width is None or height is None:
+        given, absent = ("width", "height") if height is None else ("height", "width")
+        value = width if height is None else height
+        raise RowError("size", f"{given} is {value}, but {absent} is missing; give both or neither.")
+    size = Size(height, width)
+    if size in config.size_list():
+        return size
+    if width < 1 or height < 1:
+        raise RowError("size", f"width {width} and height {height} are no size; give positive pixels.")
+    nearest = config.bucket(height, width)
+    raise RowError("size", f"size {size} is not one of the model's; the nearest is {nearest}.")
+
+
+def _ratio(value: Any) -> tuple[float, float]:
+    """Height and width, up to a common factor, of an aspect ratio: 16:9, 1.78 or a number."""
+    try:
+        text = value if isinstance(value, str) else repr(float(value))
+        width, _, height = text.partition(":")
+        pair = float(height) if height else 1.0, float(width)
+    except (TypeError, ValueError):
+        pair = 0.0, 0.0
+    if not all(math.isfinite(side) and 1e-6 < side < 1e6 for side in pair):
+        raise RowError(
+            "size", f"aspect_ratio is {in_words(value)}, but must be width to height, such as 16:9 or 1.78."
+        )
+    return pair
+
+
+@functools.lru_cache(maxsize=4096)
+def check_sampling(cfg: float, temperature: float, top_k: float, top_p: float) -> None:
+    Sampling(cfg, temperature, top_k, top_p).validate()  # type: ignore[arg-type]
+    if top_k >= INT32.stop:
+        raise RowError("sampling", f"top_k is {top_k}, but must be less than 2^31 (0 keeps all tokens).")
+
+
+def is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def integer(name: str, value: Any, kind: str, allowed: range) -> int | None:
+    """A whole number of a manifest, which may be text; None if it is absent. Raises RowError (`kind`)."""
+    if is_absent(value):
+        return None
+    number = None
+    if isinstance(value, str):
+        if re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", value):
+            number = int(value.strip().partition(".")[0])
+    elif isinstance(value, (float, decimal.Decimal)):
+        number = int(value) if math.isfinite(value) and value == int(value) else None
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    if number is None or number not in allowed:
+        bounds = "2^63 - 1" if allowed.stop == SEEDS else f"{allowed.stop - 1}"
+        raise RowError(
+            kind, f"{name} is {in_words(value)}, but must be a whole number from {allowed.start} to {bounds}."
+        )
+    return number
+
+
+def real_number(name: str, value: Any, default: float) -> float:
+    """A number of a manifest, which may be text; `default` if it is absent. Raises RowError (`sampling`)."""
+    if is_absent(value):
+        return default
+    try:
+        if isinstance(value, (bool, bytes)) or (isinstance(value, str) and "_" in value):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise RowError("sampling", f"{name} is {in_words(value)}, but must be a number.") from None
+
+
+def in_words(value: Any) -> str:
+    text = f"'{value[:60]}'" if isinstance(value, str) else repr(value)
+    # A message is one line, whatever is in a prompt.
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return text if len(text) <= 60 else f"{text[:59]}…"

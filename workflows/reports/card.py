@@ -1,0 +1,159 @@
+"""The card of a data set: a `README.md` that says what is in it, how it was made, and how to read it.
+
+Its front matter is what Hugging Face's hub and `datasets` look for, so `load_dataset(OUTPUT)` reads
+`data/` and nothing else. Words of users stand in it as quoted strings and code, never as markup. Knows
+nothing of how anything is counted.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import DATA_FOLDER
+from wallaroo.workflows.outputs.run_file import read_run
+from wallaroo.workflows.outputs.values import flat
+
+if TYPE_CHECKING:
+    from wallaroo.workflows.outputs.success import RowTotals
+if TYPE_CHECKING:
+    from wallaroo.workflows.plans.plan import Plan
+from wallaroo.workflows.outputs.layout import CARD_FILE
+
+MAX_FILES = 20
+MAX_LINES = 40
+"""Of counts of one sort."""
+_CATEGORIES = {"generate": "text-to-image", "edit": "image-to-image", "understand": "image-to-text"}
+_WHAT = {
+    "generate": "Pictures made from text prompts",
+    "edit": "Pictures edited by instructions",
+    "understand": "Answers to questions about pictures",
+}
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+def write_card(output: str, plan: "Plan", counts: "RowTotals") -> None:
+    """Writes OUTPUT/README.md of a data set whose rows are all there."""
+    storage.write_atomic(storage.join(output, CARD_FILE), render_card(output, plan, counts).encode())
+
+
+def render_card(output: str, plan: "Plan", counts: "RowTotals") -> str:
+    """The text of the card; equal runs give equal text wherever their output is."""
+    run = read_run(output)
+    config, options = run["config"], run["options"]
+    task = str(config.get("task", "generate"))
+    files = [name for name, *_ in plan.rounds[0].manifest] if plan.rounds else []
+    manifest = options.get("manifest")
+    settings = {**flat(config), "config_digest": run["config_digest"]}
+    settings = {name: options[name] for name in ("model", "preset") if options.get(name)} | settings
+    lines = [
+        front_matter(
+            str(PurePosixPath(str(manifest)).name) if manifest else "Wallaroo",
+            task,
+            sorted(counts.languages),
+            counts.rows,
+            {"train": f"{DATA_FOLDER}/*.parquet"},
+        ),
+        f"# {_WHAT.get(task, 'Results of a batch run')}",
+        "",
+        f"{counts.rows:,} rows: {counts.ok:,} ok and {counts.rows - counts.ok:,} errors. "
+        "Made with Wallaroo Batch; all pictures and texts named `image` and `text` are the work of a model.",
+        "",
+        "```python",
+        "from datasets import load_dataset",
+        "",
+        'rows = load_dataset("PATH OF THIS FOLDER", split="train")',
+        'ok = rows.filter(lambda status: status == "ok", input_columns="status")',
+        "```",
+        "",
+        "A row is an error row where `status` is `error`; `error_type` and `error_message` say why. "
+        "`errors.jsonl` holds these rows as a manifest for a second try.",
+        "",
+        "## How it was made",
+        "",
+        *(
+            f"- {code(name)}: {code(json.dumps(value, ensure_ascii=False))}"
+            for name, value in settings.items()
+        ),
+        "",
+        "## What it was made from",
+        "",
+    ]
+    if manifest:
+        lines += [f"The manifest {code(manifest)}:", ""]
+    lines += [f"- {code(name)}" for name in files[:MAX_FILES]]
+    if len(files) > MAX_FILES:
+        lines.append(f"- and {len(files) - MAX_FILES:,} more files")
+    lines.append("")
+    if counts.folders:
+        folders = {code(folder) if folder else "elsewhere": count for folder, count in counts.folders.items()}
+        lines += ["Source pictures of the ok rows, whose own terms of use hold for them:", ""]
+        lines += _counted(folders)
+    lines += ["## What is in it", ""]
+    lines += _counted({f"language {code(language)}": count for language, count in counts.languages.items()})
+    lines += _counted(
+        {f"{width} x {height} pixels": count for (width, height), count in counts.sizes.items()}
+    )
+    lines += _counted({f"errors of kind {code(kind)}": count for kind, count in counts.errors.items()})
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def front_matter(name: str, task: str, languages: Sequence[str], rows: int, splits: Mapping[str, str]) -> str:
+    """The YAML block that a card begins with. splits: name -> pattern of its files."""
+    size = next((words for most, words in _SIZES if rows < most), "n>1M")
+    lines = [
+        "---",
+        f"pretty_name: {quoted(name)}",
+        *_sequence("language", languages),
+        *_sequence("size_categories", [size]),
+        *_sequence("task_categories", [_CATEGORIES[task]] if task in _CATEGORIES else []),
+        *_sequence("tags", ["synthetic", "wallaroo"]),
+        "configs:",
+        "- config_name: default",
+        "  data_files:",
+    ]
+    for split, pattern in splits.items():
+        lines += [f"  - split: {quoted(split)}", f"    path: {quoted(pattern)}"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _sequence(key: str, values: Sequence[str]) -> list[str]:
+    return [f"{key}:", *(f"- {quoted(value)}" for value in values)] if values else []
+
+
+def quoted(text: str) -> str:
+    """A text as a double-quoted YAML string on one line, cut to a length."""
+    text = _cut(text).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in _whole(text)) + '"'
+
+
+def code(text: Any) -> str:
+    """A text as a code span that no Markdown or HTML in it can leave."""
+    text = _whole(_cut(str(text)))
+    text = "".join(c if c.isprintable() else " " for c in text) or " "
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    # One space at both ends belongs to the fence, and parts it from backticks of the text.
+    return f"{fence} {text} {fence}" if longest else f"{fence}{text}{fence}"
+
+
+def _whole(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which no file can hold."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def _cut(text: str, length: int = 300) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _counted(rows: Mapping[str, int]) -> list[str]:
+    """A Markdown list of numbers of rows, the greatest first; nothing where there are none."""
+    if not rows:
+        return []
+    order = sorted(rows.items(), key=lambda item: (-item[1], item[0]))
+    lines = [f"- {name}: {count:,}" for name, count in order[:MAX_LINES]]
+    if len(order) > MAX_LINES:
+        lines.append(f"- others: {sum(count for _, count in order[MAX_LINES:]):,}")
+    return [*lines, ""]

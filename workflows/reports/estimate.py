@@ -1,0 +1,201 @@
+"""What a planned run will take: replica-hours, wall time, memory of a replica, bytes and cost.
+
+All of it follows from the plan, the checkpoint's shapes, and one number that must be measured or given: the
+rows a second of one replica. Knows nothing of how a row is made.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from wallaroo.model.config import SLOTS, ModelConfig
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import ESTIMATE_FILE, PLAN_FOLDER, list_done, shard_path
+from wallaroo.workflows.outputs.run_log import read_records
+from wallaroo.workflows.outputs.schema import TEXT_TASKS
+from wallaroo.workflows.plans.plan import Plan
+from wallaroo.workflows.settings import RunConfig
+from wallaroo.workflows.storage.checkpoints import read_checkpoint, read_files
+from wallaroo.workflows.text import duration
+
+PROMPT_TOKENS = 128
+"""Prompts are not encoded for an estimate; most are shorter."""
+LOSSLESS_PIXEL_BYTES = 3
+MEASURED_SHARDS = 32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """rows: to be made. rate: rows/s of one replica, None if unknown, as are then the next three; rate_from:
+    where it was measured, empty if it was given. replicas: most at once. seconds: wall time with all of them.
+    cost: of the replica-hours, None without a price. weight_bytes: of the checkpoint's files. kv_bytes: of
+    the keys and values of all slots, at most. output_bytes: of the data set; bytes_from: where a row's was
+    measured, empty if it is the bound of lossless pictures.
+    """
+
+    rows: int
+    replicas: int
+    rate: float | None
+    rate_from: str
+    replica_hours: float | None
+    seconds: float | None
+    cost: float | None
+    weight_bytes: int
+    kv_bytes: int
+    output_bytes: int
+    bytes_from: str
+
+    def lines(self) -> list[str]:
+        """The estimate for people."""
+        found = []
+        if self.rate is None:
+            found.append(
+                "  time: unknown; give --rate, rows a second of one replica, or an output that measured it"
+            )
+        else:
+            assert self.replica_hours is not None and self.seconds is not None
+            where = f", as in {self.rate_from}" if self.rate_from else ""
+            found.append(f"  rate: {self.rate:.3g} rows/s of a replica{where}")
+            found.append(
+                f"  time: {self.replica_hours:.3g} replica-hours, {duration(self.seconds)} with "
+                f"{self.replicas:,} {'replica' if self.replicas == 1 else 'replicas'}"
+            )
+        if self.cost is not None:
+            found.append(f"  cost: {self.cost:,.2f}")
+        found.append(
+            f"  memory of a replica: {_size(self.weight_bytes)} of weights as stored, "
+            f"{_size(self.kv_bytes)} of keys and values at prompts of {PROMPT_TOKENS} tokens"
+        )
+        where = f"as in {self.bytes_from}" if self.bytes_from else "if no picture could be compressed"
+        found.append(f"  output: {_size(self.output_bytes)}, {where}")
+        return found
+
+
+def estimate(plan: Plan, config: RunConfig, rate: str | None) -> Estimate:
+    """The estimate of a plan. rate: rows/s of one replica as text, or an output of a run that measured it.
+
+    With an output it is left there too, for the report to set beside what happened. Raises InputError if
+    the rate is no positive number and no output that has measured one.
+    """
+    from wallaroo.workflows.storage.checkpoints import model_path
+
+    speed, row_bytes, measured = _measured(rate)
+    folder = model_path(config.model)
+    model, files = read_checkpoint(folder).config, read_files(folder)
+    rows = plan.rows - plan.error_rows
+    replicas = min(config.replicas[1], max(1, len(plan.shards)))
+    hours = None if speed is None else rows / speed / 3600
+    price = config.price_per_hour
+    bytes_from = measured if row_bytes else ""
+    pixels = sum(count * size.height * size.width for size, count in plan.sizes.items())
+    unsized = rows - sum(plan.sizes.values())
+    largest = max(size.height * size.width for size in model.size_list())
+    bound = 0 if config.task in TEXT_TASKS else (pixels + unsized * largest) * LOSSLESS_PIXEL_BYTES
+    found = Estimate(
+        rows=rows,
+        replicas=replicas,
+        rate=speed,
+        rate_from=measured,
+        replica_hours=hours,
+        seconds=None if hours is None else hours * 3600 / replicas,
+        cost=None if hours is None or price is None else hours * price,
+        weight_bytes=sum(size for name, (size, _) in files.items() if name.endswith(".safetensors")),
+        kv_bytes=_kv_bytes(plan, config, model),
+        output_bytes=round(rows * row_bytes) if row_bytes else bound,
+        bytes_from=bytes_from,
+    )
+    if config.output:
+        data = json.dumps(dataclasses.asdict(found)).encode() + b"\n"
+        storage.write_atomic(storage.join(config.output, PLAN_FOLDER, ESTIMATE_FILE), data)
+    return found
+
+
+def _measured(rate: str | None) -> tuple[float | None, float, str]:
+    """Rows/s of a replica, bytes of a row (0 if unknown), and the output that they are from."""
+    if rate is None:
+        return None, 0, ""
+    try:
+        given = float(rate)
+    except ValueError:
+        records = [one for one in read_records(rate)[0] if one.replica_seconds > 0 and one.done > one.before]
+        if not records:
+            raise InputError(
+                f"the rate '{rate}' is neither a number nor an output whose runs have measured one: give "
+                f"rows a second of one replica, or such an output."
+            ) from None
+        rows = sum(one.done - one.before for one in records)
+        return rows / sum(one.replica_seconds for one in records), _row_bytes(rate), rate
+    if not 0 < given < float("inf"):
+        raise InputError(f"the rate is {rate}, but must be more than 0 rows a second.")
+    return given, 0, ""
+
+
+def _row_bytes(output: str) -> float:
+    from wallaroo.workflows.outputs.shards import open_shard
+
+    size = rows = 0
+    for shard in sorted(list_done(output))[:MEASURED_SHARDS]:
+        found = storage.info(shard_path(output, shard))
+        with open_shard(output, shard) as parquet:
+            rows += parquet.metadata.num_rows
+        size += found.size if found else 0
+    return size / rows if rows else 0
+
+
+def _kv_bytes(plan: Plan, config: RunConfig, model: ModelConfig) -> int:
+    decoder = model.decoder
+    largest = max(plan.sizes or model.size_list(), key=lambda size: size.height * size.width)
+    height, width = largest.grid
+    tokens = config.max_new_tokens if config.task in TEXT_TASKS else height * (width + model.line_break)
+    branches = 2 if config.sampling.guided else 1
+    element = 4 if config.device == "cpu" else 2
+    row = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * element
+    # A GPU with room for fewer slots takes fewer.
+    slots = config.slots or SLOTS["cpu" if config.device == "cpu" else "cuda"]
+    return slots * branches * (PROMPT_TOKENS + tokens) * row
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
+        count /= 1024
+    return f"{count:,.3g} TiB"
+
+
+def compare(output: str) -> list[dict[str, Any]]:
+    """What was estimated and what happened, a line each (`name`, `estimated`, `happened`); none without."""
+    try:
+        found = Estimate(**json.loads(storage.read_bytes(storage.join(output, PLAN_FOLDER, ESTIMATE_FILE))))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        return []
+    records = read_records(output)[0]
+    replica_seconds = sum(one.replica_seconds for one in records)
+    made = sum(one.done - one.before for one in records)
+    costs = [one.cost for one in records if one.cost is not None]
+    files = storage.list_files(storage.join(output, "data"))
+
+    def line(name: str, estimated: str | None, happened: str | None) -> dict[str, Any]:
+        return {"name": name, "estimated": estimated or "—", "happened": happened or "—"}
+
+    return [
+        line(
+            "rows a second of a replica",
+            f"{found.rate:.3g}" if found.rate else None,
+            f"{made / replica_seconds:.3g}" if replica_seconds else None,
+        ),
+        line(
+            "replica-hours",
+            f"{found.replica_hours:.3g}" if found.replica_hours else None,
+            f"{replica_seconds / 3600:.3g}",
+        ),
+        line(
+            f"time, with at most {found.replicas:,} replicas",
+            duration(found.seconds) if found.seconds else None,
+            duration(sum(one.seconds for one in records)),
+        ),
+        line("cost", f"{found.cost:,.2f}" if found.cost else None, f"{sum(costs):,.2f}" if costs else None),
+        line("data set", _size(found.output_bytes), _size(sum(file.size for file in files))),
+    ]

@@ -1,0 +1,167 @@
+"""What `wallaroo status` says of an output: how far it is, how fast, and whether a run is alive."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from wallaroo.workflows.outputs.run_log import RunRecord, read_records
+from wallaroo.workflows.text import duration
+
+SILENT_SECONDS = 60.0
+"""A record that says `running` and was not rewritten for so long is reported as silent."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How an output stands, from `runs/`, the plan's own numbers and a listing of `data/`.
+
+    state: `empty` (nothing planned), `running`, `silent` (says it runs, but is not heard of), `stopped`,
+    `failed`, `finished` or `unfinished` (no run at work, shards missing). planned: rows, or None while the
+    plan is not finished. shards, done_shards: files planned and there. done, errors: rows in all, None if
+    nobody has counted them, and error rows by kind. record: the last run, if any. heard: seconds since its
+    last sign of life. cost: of all runs that were told a price; None if none was.
+    """
+
+    output: str
+    state: str
+    planned: int | None
+    shards: int
+    done_shards: int
+    done: int | None
+    errors: dict[str, int]
+    record: RunRecord | None
+    runs: int
+    unreadable: list[str]
+    heard: float | None
+    cost: float | None = None
+
+    def line(self) -> str:
+        """The status in one line: `42 of 60 rows, 2 errors, 3.1 rows/s, 6 s left: running`."""
+        record = self.record
+        done = "?" if self.done is None else f"{self.done:,}"
+        parts = [f"{done} of {'?' if self.planned is None else f'{self.planned:,}'} rows"]
+        parts.append(f"{sum(self.errors.values()):,} errors")
+        if record is not None:
+            parts.append(f"{record.rate if self.state == 'running' else record.overall_rate:.3g} rows/s")
+            left = self._left()
+            if left is not None:
+                parts.append(f"{duration(left)} left")
+        if self.cost is not None:
+            parts.append(f"cost {self.cost:.2f}")
+        return f"{', '.join(parts)}: {self.state}"
+
+    def _left(self) -> float | None:
+        """Seconds that a run at work still takes, if it can be told."""
+        if self.record is None or self.state != "running" or not self.record.rate:
+            return None
+        rows = (self.planned or 0) - self.record.done
+        return rows / self.record.rate if rows > 0 else None
+
+    def text(self) -> str:
+        """The status as a few lines for people."""
+        lines = [f"{self.output}: {_STATES[self.state]}"]
+        record = self.record
+        planned = "?" if self.planned is None else f"{self.planned:,}"
+        count = sum(self.errors.values())
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(self.errors.items()))
+        errors = f"{count:,} {'error' if count == 1 else 'errors'}" + (f" ({kinds})" if kinds else "")
+        done = "?" if self.done is None else f"{self.done:,}"
+        lines.append(f"  rows    {done} of {planned}, {errors}")
+        lines.append(f"  files   {self.done_shards:,} of {self.shards:,} shards in data/")
+        if record is not None:
+            first = record.first_row_seconds
+            lines.append(
+                f"  speed   {record.rate if self.state == 'running' else record.overall_rate:.3g} rows/s"
+                + (f", the first row after {duration(first)}" if first is not None else "")
+            )
+            left = self._left()
+            if left is not None:
+                lines[-1] += f", {duration(left)} left"
+            start = f"{record.started[:16].replace('T', ' ')} UTC on {record.host}"
+            took = duration(record.seconds)
+            lines.append(f"  run     {record.run} of {self.runs}, started {start}, took {took}")
+            if self.cost is not None:
+                lines.append(f"  cost    {self.cost:.2f}")
+            if record.retries:
+                words = ", ".join(f"{name} {times:,}" for name, times in record.retries.items())
+                lines.append(f"  again   {words}")
+            if record.waits:
+                words = ", ".join(f"{name} {duration(span)}" for name, span in record.waits.items())
+                lines.append(f"  waits   {words}")
+            if self.heard is not None and self.state in ("running", "silent"):
+                lines.append(f"  heard   {duration(self.heard)} ago")
+            if record.message:
+                lines.append(f"  reason  {record.message}")
+        lines += [f"  {path} cannot be read" for path in self.unreadable]
+        return "\n".join(lines)
+
+
+_STATES = {
+    "empty": "nothing is planned yet",
+    "running": "running",
+    "silent": "the last run ended without a word, or cannot be heard; start it again, it goes on by itself",
+    "stopped": "stopped; start it again, it goes on by itself",
+    "failed": "failed; start it again when the reason is gone, it goes on by itself",
+    "unfinished": "not finished; start it again, it goes on by itself",
+    "finished": "finished",
+}
+
+
+def status(output: str, clock: Callable[[], float] = time.time) -> Status:
+    """How an output stands. Opens no file of `data/`, and needs no Ray.
+
+    clock: seconds since the epoch. Raises InputError if `output` is no output of ours.
+    """
+    from wallaroo.workflows.outputs.layout import list_done
+    from wallaroo.workflows.outputs.run_file import read_run
+    from wallaroo.workflows.outputs.success import read_success
+    from wallaroo.workflows.plans.plan import read_plan
+
+    read_run(output)
+    plan = read_plan(output)
+    records, unreadable = read_records(output)
+    done = list_done(output)
+    done_shards = sum(shard in done for shard in plan.shards)
+    last = records[-1] if records else None
+    heard = None if last is None else max(0.0, clock() - datetime.fromisoformat(last.updated).timestamp())
+    success = read_success(output) or {}
+    finished = plan.complete and success.get("parts") == [part.name for part in plan.parts]
+    if finished:
+        state = "finished"
+    elif last is None:
+        state = "unfinished" if plan.parts else "empty"
+    elif last.state == "running":
+        gone = last.host == socket.gethostname() and not _alive(last.pid)
+        state = "silent" if gone or (heard or 0) > SILENT_SECONDS else "running"
+    elif last.state == "finished":
+        state = "unfinished"
+    else:
+        state = last.state
+    return Status(
+        output=output,
+        state=state,
+        planned=plan.rows if plan.complete else None,
+        shards=len(plan.shards),
+        done_shards=done_shards,
+        done=success["rows"] if finished else last.done if last else None,
+        errors=success["errors"] if finished else last.errors if last else {},
+        record=last,
+        runs=len(records),
+        unreadable=unreadable,
+        heard=heard,
+        cost=sum(costs) if (costs := [one.cost for one in records if one.cost is not None]) else None,
+    )
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this machine lives; also true for one that is not ours to signal."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,107 @@
+"""The replicas of a run as a pool of actors, and the stages around them as a Ray Data pipeline."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wallaroo.actors.replica import Replica
+from wallaroo.model.config import SLOTS
+from wallaroo.workflows import storage
+from wallaroo.workflows.settings import RunConfig
+
+if TYPE_CHECKING:
+    import ray.data
+from wallaroo.workflows.runs.stages import Job, encode
+
+MIN_LOADS = 2
+"""Shards whose sources are loaded at once, at least; each loads several sources at once."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The replicas of a pipeline.
+
+    device: `cpu` or `cuda`. size: how many at most. calls: shards that one holds at once. shards: that there
+    are to make. options: of their engines. kind: their class; `actors.replica.Replica` describes it, and
+    weights and threads.
+    """
+
+    device: str
+    size: int
+    calls: int
+    shards: int
+    threads: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    kind: type = Replica
+
+    def tasks(self, most: int) -> "ray.data.TaskPoolStrategy":
+        """Of a stage around the replicas; Ray Data warns of more tasks at once than there are shards."""
+        from ray.data import TaskPoolStrategy
+
+        return TaskPoolStrategy(size=min(most, self.shards))
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of the stages around the replicas, a task each.
+
+        Where replicas hold the CPUs themselves the stages ask for none, or they would wait for ever.
+        """
+        return 0 if self.device == "cpu" else 1
+
+
+def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type = Replica) -> Pool:
+    """The pool for so many rows in so many shards.
+
+    A replica holds as many shards as fill its slots and one more; a larger backlog would only keep work
+    from replicas that come up later.
+    """
+    slots = config.slots or SLOTS[device]
+    calls = 1 + math.ceil(slots * shards / rows)
+    options: dict[str, Any] = {"cfg_interval": config.cfg_interval}
+    if config.slots is not None:
+        options["slots"] = config.slots
+    size = min(config.replicas[1], shards)
+    return Pool(device, size, calls, shards, config.threads, options, config.weights, kind)
+
+
+def load_stage(
+    shards: "ray.data.Dataset", stage: Callable[..., dict[str, Any]], job: Job, pool: Pool
+) -> "ray.data.Dataset":
+    """Rows of shards become rows of `prepare`, by `stage`, a few at once: each is a process."""
+    return shards.map(stage, num_cpus=pool.cpus, compute=pool.tasks(max(MIN_LOADS, 2 * pool.size)))
+
+
+def _fetch(model: str) -> Path:
+    """The local folder of a checkpoint, in the process of a replica."""
+    storage.be_patient()
+    return storage.fetch_folder(model)
+
+
+def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = None) -> "ray.data.Dataset":
+    """Rows of `prepare` become rows of `encode`."""
+    from ray.data import ActorPoolStrategy
+
+    resources: dict[str, Any] = {"num_gpus": 1} if pool.device == "cuda" else {"num_cpus": pool.threads}
+    made = shards.map(
+        pool.kind,
+        fn_constructor_kwargs={
+            "checkpoint": functools.partial(_fetch, job.model),
+            "task": job.run.task,
+            "options": pool.options,
+            "device": pool.device,
+            "threads": pool.threads,
+            "watch": watch,
+            "weights": pool.weights,
+        },
+        compute=ActorPoolStrategy(
+            size=pool.size,
+            max_concurrent_calls_per_actor=pool.calls,
+            max_tasks_in_flight_per_actor=pool.calls,
+        ),
+        **resources,
+    )
+    return made.map(functools.partial(encode, job=job), num_cpus=pool.cpus, compute=pool.tasks(2 * pool.size))

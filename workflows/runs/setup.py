@@ -1,0 +1,185 @@
+"""What a run resolves before it starts: paths, device, meaning, plan."""
+
+import dataclasses
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from wallaroo.model import checkpoint
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.cluster import connected
+from wallaroo.workflows.manifests.discover import discover
+from wallaroo.workflows.outputs.layout import REPORT_FILE, RUN_FILE
+from wallaroo.workflows.outputs.lock import OutputLock
+from wallaroo.workflows.outputs.rows import RunConstants
+from wallaroo.workflows.outputs.run_file import put_run
+from wallaroo.workflows.outputs.schema import result_schema
+from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.outputs.values import digest
+from wallaroo.workflows.plans.plan import Plan
+from wallaroo.workflows.plans.planner import existing_plan, make_plan
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.settings import Progress, RunConfig, RunSummary
+from wallaroo.workflows.sources.references import SourceOptions
+from wallaroo.workflows.stopping import Stop
+from wallaroo.workflows.storage.checkpoints import read_checkpoint
+
+if TYPE_CHECKING:
+    pass
+from wallaroo.workflows.runs.stages import Job
+from wallaroo.workflows.storage.checkpoints import absolute_path, model_path
+
+log = logging.getLogger(__name__)
+
+
+def make_job(
+    config: RunConfig, meaning: dict[str, Any], carried: pa.Schema, environments: Iterable[str] = ()
+) -> Job:
+    """The job of a run whose `config_digest_fields` are `meaning`, with these carried columns."""
+    return Job(
+        config.model,
+        RunConstants(
+            task=config.task,
+            model_digest=meaning["model_digest"],
+            config_digest=digest(meaning),
+            mode=config.mode,
+            image_format=config.image_format,
+            image_quality=config.image_quality,
+            templates=dict(config.templates),
+            restore_size=config.restore_size,
+            max_new_tokens=config.max_new_tokens,
+        ),
+        result_schema(carried, config.save_tokens),
+        SourceOptions(
+            # All paths of a plan are absolute.
+            "/",
+            https=config.allow_https,
+            most_bytes=config.max_source_bytes,
+            most_pixels=config.max_source_pixels,
+        ),
+        frozenset(environments),
+    )
+
+
+def plan(config: RunConfig, on_progress: Callable[[Progress], None] | None = None) -> Plan:
+    """Plans a run and makes nothing. With an output, `run` goes on with this plan; where `output` is
+    empty nothing is written.
+
+    Raises as `run` does.
+    """
+    config = with_absolute_paths(config)
+    with ExitStack() as stack:
+        if config.output:
+            stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
+        return planned_run(config, stack, on_progress or (lambda progress: None))
+
+
+def planned_run(
+    config: RunConfig, stack: ExitStack, report: Callable[[Progress], None], stop: Stop | None = None
+) -> Plan:
+    """The plan of a run, made if need be; Ray is only connected for that."""
+    meaning = meaning_of(config)
+    settings = plan_settings(config)
+    settings.check(read_checkpoint(config.model).config)
+    if config.output and storage.exists(storage.join(config.output, RUN_FILE)):
+        put_run(config.output, meaning, config.to_dict())
+    found = None
+    if config.output:
+        found = existing_plan(config.manifest, settings, config.model, config.output)
+    else:
+        discover(config.manifest, config.task)  # tells in a moment that there is none
+    if found is None:
+        connect(config, stack, report, stop)
+        report(Progress(waiting="planning"))
+        found = make_plan(config.manifest, settings, config.model, config.output or None)
+        for warning in found.warnings:
+            log.warning(warning)
+    if config.output:
+        put_run(config.output, meaning, config.to_dict())
+    return found
+
+
+def connect(
+    config: RunConfig, stack: ExitStack, report: Callable[[Progress], None], stop: Stop | None = None
+) -> None:
+    # Not imported here: Ray reads some of what `connected` sets only then.
+    if not ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        report(Progress(waiting="starting Ray"))
+    cpus = config.replicas[1] * config.threads if config.device != "cuda" else 0
+    stack.enter_context(connected(config.address, cpus))
+    if stop is not None:
+        stop.listen()
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """With paths that hold good in a process with another working folder."""
+    return dataclasses.replace(
+        config,
+        manifest=absolute_path(config.manifest),
+        output=absolute_path(config.output) if config.output else "",
+        model=model_path(config.model),
+        image_root=None if config.image_root is None else absolute_path(config.image_root),
+    )
+
+
+def plan_settings(config: RunConfig) -> PlanSettings:
+    names = {one.name for one in dataclasses.fields(PlanSettings)}
+    return PlanSettings(**{name: getattr(config, name) for name in names})
+
+
+def meaning_of(config: RunConfig) -> dict[str, Any]:
+    """What may change a row by meaning, the model among it.
+
+    A local checkpoint is looked at as closely as can be without reading its weights; of one on S3 the
+    replicas do so, since a driver need not hold the weights.
+    """
+    known = read_checkpoint(config.model)
+    known.config.require_task(config.task)
+    if not storage.is_s3(config.model):
+        checkpoint.check(config.model, config.task)
+    return config.config_digest_fields(known.digest)
+
+
+def choose_device(device: str) -> str:
+    """`cpu` or `cuda`: what was asked for, and for `auto` what the Ray cluster has now."""
+    import ray
+
+    if device != "auto":
+        return device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+
+
+def check_gpus(config: RunConfig, device: str) -> None:
+    """Raises InputError if a local Ray lacks the GPUs of the fewest replicas; a cluster may yet get some."""
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if device == "cuda" and config.address is None and gpus < config.replicas[0]:
+        raise InputError(
+            f"{config.replicas[0]} replicas need a GPU each, but this machine has {gpus}: ask for fewer, "
+            f"choose the device cpu, or give the address of a cluster."
+        )
+
+
+def is_finished(output: str, plan: Plan) -> bool:
+    """Whether every row of a plan is known to be there, and the files that come after the last row too."""
+    success = read_success(output)
+    return (
+        success is not None
+        and success["parts"] == [part.name for part in plan.parts]
+        and storage.exists(storage.join(output, REPORT_FILE))
+    )
+
+
+def summary_of(config: RunConfig, started: float, before: int) -> RunSummary:
+    success = read_success(config.output)
+    assert success is not None
+    rows, ok = success["rows"], success["ok"]
+    return RunSummary(config.output, rows, ok, rows - ok, before, time.monotonic() - started)

@@ -1,0 +1,204 @@
+"""The stages of the pipeline: functions of one Ray row, which is one shard."""
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from wallaroo.actors import metrics
+from wallaroo.actors.rows import from_ipc, outcomes, to_ipc
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table, environment
+from wallaroo.workflows.outputs.schema import TEXT_TASKS
+from wallaroo.workflows.outputs.shards import open_shard, write_shard
+from wallaroo.workflows.outputs.values import digest
+from wallaroo.workflows.plans.plan import read_shard
+from wallaroo.workflows.runs.requests import load_requests
+from wallaroo.workflows.sources.references import SourceOptions
+from wallaroo.workflows.storage.checkpoints import read_checkpoint
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages must know, wherever they run.
+
+    model: folder of a checkpoint, local or on S3. run, schema: of the result rows. sources: what source
+    pictures may be. environments: digests that alone are allowed where the run is strict; empty for any.
+    """
+
+    model: str
+    run: RunConstants
+    schema: pa.Schema
+    sources: SourceOptions
+    environments: frozenset[str] = frozenset()
+
+
+def load(row: dict[str, Any], job: Job, output: str, again: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """`item`, the number of a planned shard, becomes `shard`, `plan` and `requests` of its replica.
+
+    again: shards that are there, of which the plan gets the rows that are to be made once more.
+    """
+    storage.be_patient()
+    shard = row["item"]
+
+    def wanted() -> pa.Table:
+        plan = read_shard(output, shard)
+        return plan.filter(rows_to_retry(output, shard, plan)) if shard in again else plan
+
+    plan = storage.patiently(output, wanted)
+    return prepare({"shard": shard, "plan": to_ipc(plan)}, job)
+
+
+def rows_to_retry(output: str, shard: int, plan: pa.Table) -> pa.Array:
+    """Which planned rows of a shard that is there are errors, though the plan did not refuse them."""
+    with open_shard(output, shard) as parquet:
+        data = parquet.read(columns=["row_id", "status"])
+    failed = data.filter(pc.equal(data.column("status"), "error")).column("row_id")
+    planned = pc.not_equal(plan.column("status"), "error")
+    return pc.and_(planned, pc.is_in(plan.column("row_id"), failed.combine_chunks()))
+
+
+def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Adds `requests` to a `shard` with its `plan`, which is then as it is after loading.
+
+    Also `retries`: how often a storage had to be asked again, which the later stages add to.
+    """
+    storage.be_patient()
+    started = time.perf_counter()
+    plan, asked = load_requests(from_ipc(row["plan"]), job.model, job.run, job.sources)
+    metrics.count("wallaroo_fetch_seconds_total", time.perf_counter() - started, task=job.run.task)
+    return {
+        **row,
+        "plan": to_ipc(plan),
+        "requests": to_ipc(asked),
+        "retries": storage.take_retries(),
+    }
+
+
+def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    """What a replica gave back becomes `result`, the shard's rows as they will stand in the data set.
+
+    It is empty where the replica left the shard to a later run.
+    Raises InputError if the run is strict and the rows were made in another environment.
+    """
+    passed = {name: row[name] for name in ("shard", "retries")}
+    if not row["outcomes"]:
+        return passed | {"result": b""}
+    storage.be_patient()
+    started = time.perf_counter()
+    where = digest(environment(**json.loads(row["environment"])))
+    if job.environments and where not in job.environments:
+        raise InputError(
+            f"the run is strict, but {row['replica']} would round otherwise than what made the rows that are "
+            f"there ({row['environment']}): run it on the same kind of machine, or without --strict."
+        )
+    made = Made(row["replica"], where, row["attempts"])
+    decode = read_checkpoint(job.model).tokenizer.decode if job.run.task in TEXT_TASKS else None
+    table = build_result_table(
+        from_ipc(row["plan"]), outcomes(from_ipc(row["outcomes"])), job.run, made, job.schema, decode
+    )
+    metrics.count("wallaroo_encode_seconds_total", time.perf_counter() - started, task=job.run.task)
+    return passed | {"result": to_ipc(table), "retries": row["retries"] + storage.take_retries()}
+
+
+def write(
+    row: dict[str, Any], output: str, again: frozenset[int] = frozenset(), watch: Any = None
+) -> dict[str, Any]:
+    """Writes a shard's file; what is left of it are counts for the driver, under `tally`.
+
+    again: shards that are there, whose rows of the same numbers are replaced. watch: handle of the run's
+    `actors.watch.Watch`, or None.
+    """
+    if not row["result"]:
+        return {"shard": row["shard"], "tally": ""}
+    storage.be_patient()
+    table, shard = from_ipc(row["result"]), row["shard"]
+    started = time.perf_counter()
+    whole = table
+    if shard in again:
+        whole = storage.patiently(output, lambda: _merged(output, shard, table))
+    size = write_shard(output, shard, whole)
+    if watch is not None:
+        watch.note_written.remote(shard)
+    tally, task = _tally(table), table.column("task")[0].as_py()
+    metrics.count("wallaroo_write_seconds_total", time.perf_counter() - started, task=task)
+    metrics.count("wallaroo_written_bytes_total", size, task=task)
+    metrics.count("wallaroo_rows_total", tally.rows, task=task)
+    for kind, number in tally.errors.items():
+        metrics.count("wallaroo_errors_total", number, task=task, kind=kind)
+    tally.retries = row["retries"] + storage.take_retries()
+    return {"shard": row["shard"], "tally": json.dumps(dataclasses.asdict(tally))}
+
+
+def _merged(output: str, shard: int, rows: pa.Table) -> pa.Table:
+    """A shard that is there, with these rows in place of those of the same numbers."""
+    with open_shard(output, shard) as parquet:
+        there = parquet.read()
+    others = there.filter(pc.invert(pc.is_in(there.column("row_id"), rows.column("row_id").combine_chunks())))
+    return pa.concat_tables([others, rows.cast(there.schema)]).sort_by("row_id")
+
+
+def refuse(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    """In place of replica and `encode`: the rows of a shard that the plan refuses whole."""
+    table = build_result_table(from_ipc(row["plan"]), [], job.run, Made(), job.schema)
+    return {"shard": row["shard"], "retries": row["retries"], "result": to_ipc(table)}
+
+
+@dataclass
+class Tally:
+    """Rows of a shard that is written: all, ok, those the plan had refused, errors by kind.
+
+    environments: digests of what made them. retries: requests to a storage that were tried again for them.
+    """
+
+    rows: int = 0
+    ok: int = 0
+    refused: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    environments: list[str] = field(default_factory=list)
+    retries: int = 0
+
+    def add(self, other: "Tally") -> None:
+        """Counts the rows of another shard in."""
+        self.rows += other.rows
+        self.ok += other.ok
+        self.refused += other.refused
+        self.errors = dict(Counter(self.errors) + Counter(other.errors))
+        self.environments = sorted({*self.environments, *other.environments})
+        self.retries += other.retries
+
+
+def _tally(table: pa.Table) -> Tally:
+    kinds = table.column("error_type").to_pylist()
+    errors = Counter(kind for kind in kinds if kind)
+    return Tally(
+        rows=table.num_rows,
+        ok=table.num_rows - errors.total(),
+        # A row that no replica began was refused before.
+        refused=table.column("started_at").null_count,
+        errors=dict(errors),
+        environments=sorted({name for name in table.column("environment_digest").to_pylist() if name}),
+    )
+
+
+def retriable_rows(output: str, shard: int) -> dict[str, int]:
+    """How many rows of a shard that is there may be made once more, by the kind of their error."""
+    plan = read_shard(output, shard)
+    wanted = plan.filter(rows_to_retry(output, shard, plan)).column("row_id").combine_chunks()
+    with open_shard(output, shard) as parquet:
+        data = parquet.read(columns=["row_id", "error_type"])
+    return Counter(data.filter(pc.is_in(data.column("row_id"), wanted)).column("error_type").to_pylist())
+
+
+def tally_of(output: str, shard: int) -> Tally:
+    def read() -> Tally:
+        with open_shard(output, shard) as parquet:
+            return _tally(parquet.read(columns=["error_type", "started_at", "environment_digest"]))
+
+    return storage.patiently(output, read)

@@ -1,0 +1,118 @@
+"""Data sets of drawn scenes, written as Parquet files and JSON lines."""
+
+import base64
+import functools
+import io
+import json
+import multiprocessing
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wallaroo.model.config import Size
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.scenes.captions import examples
+from wallaroo.workflows.scenes.world import KINDS, Example, png
+
+
+def to_values(example: Example, identity: str) -> dict[str, Any]:
+    """A row of the data set's Parquet files, which are manifests of their tasks.
+
+    picture: what is to be made; image: what is edited or asked about.
+    """
+    values: dict[str, Any] = {"id": identity, "task": example.task, "prompt": example.prompt}
+    values |= {"language": example.language, "kind": example.kind}
+    values |= {"named": " ".join(example.named), "scene": example.scene.to_json()}
+    if example.task == "generate":
+        values |= {"width": example.scene.width, "height": example.scene.height}
+    if example.source is not None:
+        values["source_scene"] = example.source.to_json()
+    if example.task != "generate":
+        values["image"] = png(example.source or example.scene)
+    if example.task == "understand":
+        values["answer"] = example.answer
+    else:
+        values["picture"] = png(example.scene)
+    return values
+
+
+def to_line(values: dict[str, Any]) -> str:
+    """A row as a line of JSON, its pictures in base64, as `python -m wallaroo.model.train` reads it."""
+    plain = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in values.items()}
+    return json.dumps(plain, ensure_ascii=False)
+
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_COLUMNS = {"image": _IMAGE, "picture": pa.binary(), "width": pa.int32(), "height": pa.int32()}
+"""Types of the columns that are no text."""
+GROUP_ROWS = 1000
+
+
+def write(
+    output: str,
+    rows: int,
+    held_out_rows: int,
+    seed: int,
+    sizes: list[Size],
+    lines: bool = False,
+    hard: bool = False,
+) -> list[str]:
+    """Writes the data set into a folder: for each task `train/TASK.parquet` with `rows` rows, and
+    `held-out/TASK.parquet` with `held_out_rows`, combinations that the former lack; gives their paths.
+
+    Each file is a manifest of its task. lines: also `train/TASK.jsonl`, which `python -m wallaroo.model.train`
+    reads. hard: whether the rows to train on are mostly of the kinds in HARD; those held out are the same
+    either way. Raises InputError for a number below one.
+    """
+    if rows < 1 or held_out_rows < 1:
+        raise InputError(
+            f"There would be {rows} rows and {held_out_rows} held out; ask for at least one of each."
+        )
+    written = []
+    # No more processes than cores; they are started anew, since a fork would copy the locks of threads.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        parts = (("train", rows, False, hard), ("held-out", held_out_rows, True, False))
+        for folder, count, held, mostly_hard in parts:
+            for task in KINDS:
+                make = functools.partial(_group, folder, count, seed, sizes, held, mostly_hard, task)
+                path = storage.join(output, folder, f"{task}.parquet")
+                with storage.write_stream(path) as stream:
+                    text = io.StringIO() if lines and not held else None
+                    _write_parquet(stream, pool.map(make, range(0, count, GROUP_ROWS)), text)
+                written.append(path)
+                if text is not None:
+                    written.append(storage.join(output, folder, f"{task}.jsonl"))
+                    storage.write_atomic(written[-1], text.getvalue().encode())
+    return written
+
+
+def _group(
+    folder: str, rows: int, seed: int, sizes: list[Size], held: bool, hard: bool, task: str, first: int
+) -> list[dict[str, Any]]:
+    """The rows of one group of a file, which begins with row `first`."""
+    last = min(rows, first + GROUP_ROWS)
+    numbered = enumerate(examples(last, seed, sizes, held, (task,), first, hard), first)
+    return [to_values(example, f"{folder}-{task}-{number}") for number, example in numbered]
+
+
+def _write_parquet(stream: Any, groups: Iterable[list[dict[str, Any]]], text: io.StringIO | None) -> None:
+    writer = None
+    for batch in groups:
+        if text is not None:
+            text.writelines(to_line(row) + "\n" for row in batch)
+        if writer is None:
+            writer = pq.ParquetWriter(
+                stream,
+                pa.schema([(name, _COLUMNS.get(name, pa.string())) for name in batch[0]]),
+                compression="zstd",
+            )
+        for row in batch:
+            if "image" in row:
+                row["image"] = {"bytes": row["image"], "path": None}
+        writer.write_table(pa.Table.from_pylist(batch, writer.schema))
+    if writer is not None:
+        writer.close()

@@ -1,0 +1,94 @@
+"""Pictures within Parquet files, named by file and row, so that a plan need not copy them.
+
+    /data/cats.parquet#17                        row 17 of the file, counted from 0
+    s3://bucket/out/data/shard-00000003.parquet#817    of the output of a run: the row whose row_id is 817
+
+The picture stands in the column `image`: bytes, or a struct of bytes and path. Knows nothing of what is
+done with it.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wallaroo.model.errors import InputError, RowError
+from wallaroo.workflows import storage
+
+COLUMN = "image"
+
+BATCH_ROWS = 8
+"""Rows of a file whose pictures are held at a time."""
+
+
+class Cell(NamedTuple):
+    """One picture. path: of its file. row: number of its row in the file, or its row_id in an output."""
+
+    path: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.path}#{self.row}"
+
+
+def parse_cell(text: str) -> Cell | None:
+    """The cell that a reference names; None if it names anything else."""
+    match = re.fullmatch(r"(.+\.(?:parquet|pq))#([0-9]{1,18})", text, re.IGNORECASE | re.DOTALL)
+    return Cell(match[1], int(match[2])) if match else None
+
+
+def is_result(schema: pa.Schema) -> bool:
+    """Whether a file with this schema is a shard of a run's output."""
+    return b"wallaroo.format" in (schema.metadata or {})
+
+
+def read_cells(path: str, rows: Collection[int]) -> Iterator[tuple[int, Any]]:
+    """Rows of a file and what stands in their cells, each once, a few of them in memory at a time.
+
+    A row that the file does not have comes with a RowError. Raises InputError if the file is gone or
+    corrupt.
+    """
+    missing = set(rows)
+    with storage.explained(path):
+        filesystem, inner = storage.parquet_filesystem(path)
+        try:
+            with (
+                filesystem.open_input_file(inner) as file,
+                pq.ParquetFile(file, page_checksum_verification=True) as parquet,
+            ):
+                if COLUMN in parquet.schema_arrow.names:
+                    for row, value in _cells(parquet, missing):
+                        missing.discard(row)
+                        yield row, value
+        except FileNotFoundError:
+            raise InputError(f"{path}, which holds source pictures, is gone: restore it.") from None
+        except pa.ArrowException as error:
+            words = str(error).strip().split("\n", 1)[0][:200]
+            raise InputError(
+                f"{path}, which holds source pictures, is corrupt ({words}): restore it."
+            ) from error
+    for row in sorted(missing):
+        yield row, RowError("image", f"{path} has no picture in row {row}: correct the reference.")
+
+
+def _cells(parquet: pq.ParquetFile, wanted: Collection[int]) -> Iterator[tuple[int, Any]]:
+    if is_result(parquet.schema_arrow):
+        numbers = parquet.read(columns=["row_id"]).column("row_id").to_pylist()
+    else:
+        numbers = range(parquet.metadata.num_rows)
+    places = {place: row for place, row in enumerate(numbers) if row in wanted}
+    start = 0
+    for group in range(parquet.num_row_groups):
+        stop = start + parquet.metadata.row_group(group).num_rows
+        if any(start <= place < stop for place in places):
+            place = start
+            for batch in parquet.iter_batches(
+                BATCH_ROWS, row_groups=[group], columns=[COLUMN], use_threads=False
+            ):
+                for value in batch.column(0):
+                    if place in places:
+                        yield places[place], value.as_py()
+                    place += 1
+        start = stop

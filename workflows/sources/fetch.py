@@ -1,0 +1,242 @@
+"""Bytes of source pictures from disk, S3 and https, many at once, with retries for each endpoint."""
+
+import errno
+import functools
+import hashlib
+import os
+import random
+import stat
+import threading
+import time
+import urllib.parse
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from wallaroo.model.errors import InputError, RowError
+from wallaroo.workflows import storage
+from wallaroo.workflows.sources import https
+from wallaroo.workflows.sources.https import shown, without_query
+from wallaroo.workflows.sources.references import Reference, SourceOptions, identity, locate, parts_of
+
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A source's bytes, and where they are from: an absolute path, an address without its query, or for
+    bytes in the manifest the path that stands beside them."""
+
+    uri: str
+    data: bytes
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """How messages begin that are about this source."""
+        return shown(self.uri) if self.uri else "The picture in the manifest"
+
+
+def fetch_many(
+    references: Sequence[Reference], options: SourceOptions
+) -> Iterator[tuple[list[int], Fetched | RowError]]:
+    """Every distinct reference once, with its positions, in the order of the first ones.
+
+    At most `options.fetches` sources are under way or waiting. Raises InputError as `fetch` does.
+    """
+    groups: dict[Any, list[int]] = {}
+    for position, reference in enumerate(references):
+        groups.setdefault(identity(reference), []).append(position)
+    waiting: deque[tuple[list[int], Future[Fetched | RowError]]] = deque()
+    pool = ThreadPoolExecutor(options.fetches, thread_name_prefix="fetch")
+    try:
+        for positions in groups.values():
+            if len(waiting) == options.fetches:
+                yield _finished(waiting.popleft())
+            waiting.append((positions, pool.submit(_fetched, references[positions[0]], options)))
+        while waiting:
+            yield _finished(waiting.popleft())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _finished(one: tuple[list[int], "Future[Fetched | RowError]"]) -> tuple[list[int], Fetched | RowError]:
+    return one[0], one[1].result()
+
+
+def _fetched(reference: Reference, options: SourceOptions) -> Fetched | RowError:
+    try:
+        return fetch(reference, options)
+    except RowError as error:
+        return error
+
+
+def fetch(
+    reference: Reference,
+    options: SourceOptions,
+    download: Callable[[str, int], bytes] = https.download,
+) -> Fetched:
+    """The bytes that a reference leads to.
+
+    download: address and most bytes -> bytes, in place of `https.download`.
+    Raises RowError("image") if there is no such source, it may not be read, or has too many bytes, and
+    for a web host that does not serve; InputError for a storage that does not.
+    """
+    data, path = parts_of(reference)
+    if data is not None:
+        fetched = Fetched(path, data)
+        if len(data) > options.most_bytes:
+            raise _too_many_bytes(fetched.name, options.most_bytes)
+        return fetched
+    place = locate(path, options)
+    most, patience = options.most_bytes, options.patience_seconds
+    if place.startswith("https://"):
+        uri = without_query(place)
+        host = urllib.parse.urlsplit(uri).netloc
+        return Fetched(uri, _patiently(host, lambda: _download(place, most, download), patience))
+    if place.startswith("s3://"):
+        bucket = place.removeprefix("s3://").partition("/")[0]
+        return Fetched(place, _patiently(f"s3://{bucket}", lambda: _read_object(place, most), patience))
+    return Fetched(place, _patiently("", lambda: _read_file(place, most), patience))
+
+
+class _Outage(Exception):
+    """Something did not serve, but may do so later; `final` is what to raise if it never does."""
+
+    def __init__(self, final: InputError):
+        super().__init__(str(final))
+        self.final = final
+
+
+_OF_A_FILE = {
+    errno.ENOENT: "does not exist",
+    errno.ENOTDIR: "does not exist",
+    errno.EACCES: "may not be read",
+    errno.EPERM: "may not be read",
+    errno.ELOOP: "is a loop of links",
+    errno.ENAMETOOLONG: "is no valid path, since it is too long",
+    errno.EILSEQ: "is no valid path",
+    errno.EINVAL: "is no valid path",
+    errno.ENXIO: "is no regular file",
+    errno.ENODEV: "is no regular file",
+}
+
+
+def _read_file(path: str, most: int) -> bytes:
+    try:
+        # A pipe without a writer would hold an ordinary open for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            regular, data = stat.S_ISREG(os.fstat(descriptor).st_mode), b""
+            if regular:
+                with open(descriptor, "rb", closefd=False) as file:
+                    data = file.read(most + 1)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        words = _OF_A_FILE.get(error.errno or 0)
+        if words:
+            raise RowError("image", f"{shown(path)} {words}: correct the path or the file.") from None
+        reason = os.strerror(error.errno) if error.errno else type(error).__name__
+        message = f"{shown(path)} cannot be read, the system says '{reason}': look after its file system."
+        raise _Outage(InputError(message)) from error
+    except ValueError:
+        raise RowError("image", f"{shown(path)} is no valid path: correct it.") from None
+    if not regular:
+        raise RowError("image", f"{shown(path)} is no regular file: give one.")
+    if len(data) > most:
+        raise _too_many_bytes(shown(path), most)
+    return data
+
+
+def _read_object(path: str, most: int) -> bytes:
+    try:
+        return storage.read_object(path, most)
+    except FileNotFoundError:
+        raise RowError("image", f"{shown(path)} does not exist: correct the path.") from None
+    except storage.TooLarge:
+        raise _too_many_bytes(shown(path), most) from None
+    except InputError as error:
+        if storage.refuses_path(error):
+            raise RowError("image", str(error)) from None
+        raise _Outage(error) from error
+    except ValueError:
+        raise RowError("image", f"{shown(path)} is no valid path: correct it.") from None
+
+
+def _download(url: str, most: int, download: Callable[[str, int], bytes]) -> bytes:
+    try:
+        return download(url, most)
+    except https.Unavailable as error:
+        # Of many hosts in a manifest some are always gone, so this is no reason to stop a run.
+        name = shown(without_query(url))
+        raise _Outage(RowError("image", f"{name} cannot be had, {error}: try again or copy it.")) from error
+
+
+def _too_many_bytes(name: str, most: int) -> RowError:
+    return RowError("image", f"{name} has more than the allowed {most:,} bytes: make it smaller.")
+
+
+class _Endpoint:
+    """How one endpoint has served of late, for all threads that ask it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.failures = 0
+        self.since = 0.0
+        self.until = 0.0
+
+    def wait(self) -> None:
+        """Until the present pause is over."""
+        while (rest := self.until - time.monotonic()) > 0:
+            time.sleep(rest)
+
+    def served(self) -> None:
+        with self.lock:
+            self.failures = 0
+
+    def failed(self, started: float, patience: float) -> bool:
+        """Begins a pause, twice as long as the last one; False if it would outlast the patience.
+
+        Patience counts from the endpoint's first failure in a row, so that the many sources of a dead
+        one are not each waited for, and from `started`, in case only one source fails while others do not.
+        """
+        with self.lock:
+            now = time.monotonic()
+            # Who was under way when the pause began brings no news.
+            if now >= self.until:
+                if not self.failures or now - self.until > patience:
+                    self.failures, self.since = 0, now
+                pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(self.failures, 10))
+                self.failures += 1
+                self.until = now + pause * random.uniform(0.5, 1)
+            return self.until - min(self.since, started) <= patience
+
+
+@functools.lru_cache(maxsize=4096)
+def _endpoint(name: str) -> _Endpoint:
+    return _Endpoint()
+
+
+def _patiently(name: str, attempt: Callable[[], bytes], patience: float) -> bytes:
+    """What `attempt` gives, tried again while its endpoint does not serve, for `patience` seconds."""
+    endpoint, started = _endpoint(name), time.monotonic()
+    while True:
+        endpoint.wait()
+        try:
+            data = attempt()
+        except RowError:
+            endpoint.served()
+            raise
+        except _Outage as outage:
+            if not endpoint.failed(started, patience):
+                raise outage.final from outage
+        else:
+            endpoint.served()
+            return data

@@ -1,0 +1,238 @@
+"""Downloads over https from hosts that a manifest names: public addresses only, within bounds.
+
+A host is resolved once, all its addresses are looked at, and the connection goes to one of these very
+addresses; so does every redirect. Proxies are not used, since behind one nobody could look. Knows
+nothing of pictures and manifests, or of how often something is tried.
+"""
+
+import functools
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from wallaroo.model.errors import RowError
+
+SECONDS = 60
+"""From the first connection of a download, redirects included, to its last byte."""
+
+CONNECT_SECONDS = 10
+MAX_REDIRECTS = 5
+CHUNK_BYTES = 1 << 16
+
+_TRY_AGAIN = {408, 425, 429}
+_REDIRECTS = {301, 302, 303, 307, 308}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""The last four bytes are the IPv4 address that is reached."""
+
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's metadata
+        "192.0.0.0/24",  # Oracle's; of this and the next two not every Python says that they are special
+        "64:ff9b:1::/48",
+        "fec0::/10",
+    )
+)
+"""What `ipaddress` calls global and is not for strangers to ask."""
+
+
+class Unavailable(Exception):
+    """The host did not serve this time, but may do so later; the message is a sentence's end."""
+
+
+def download(
+    url: str,
+    most: int,
+    *,
+    seconds: float = SECONDS,
+    resolve: "Callable[[str, int], Sequence[str]] | None" = None,
+    permitted: "Callable[[str], bool] | None" = None,
+) -> bytes:
+    """What is at an https:// URL, `most` bytes of it at most.
+
+    resolve: host and port -> addresses, by default as the system does. permitted: whether an address
+    may be asked, by default `is_public`. Raises RowError("image") for what will not change by asking
+    again, Unavailable for what may.
+    """
+    name = shown(without_query(url))
+    deadline = time.monotonic() + seconds
+    for _ in range(MAX_REDIRECTS + 1):
+        host, port, target = _parts(url, name)
+        addresses = (resolve or _system_addresses)(host, port)
+        refused = [address for address in addresses if not (permitted or is_public)(address)]
+        if refused or not addresses:
+            raise RowError(
+                "image",
+                f"{name} leads to {host}, which is no public address: only public ones are asked over https.",
+            )
+        with _Connection(host, port, addresses, deadline) as connection:
+            answer = connection.get(target)
+            if answer.status in _REDIRECTS and answer.headers["Location"]:
+                url = urllib.parse.urljoin(url, answer.headers["Location"])
+                continue
+            return _body(answer, name, most, connection)
+    raise RowError("image", f"{name} redirects more than {MAX_REDIRECTS} times: give its final address.")
+
+
+def without_query(url: str) -> str:
+    """A URL to show and to keep: what follows `?` may be a signature, and what precedes `@` a password."""
+    with suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return "https://"
+
+
+def shown(path: str) -> str:
+    """A path or address in a message: one line, and of a very long one the beginning and the end."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in path)
+    return text if len(text) <= 200 else f"{text[:140]}…{text[-59:]}"
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet: none of a private network, of this machine
+    or its link, or of a cloud's metadata service, and none that stands for such a one."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner:
+            return is_public(str(inner))
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
+    return ip.is_global and not ip.is_multicast and not (ip.version == 4 and ip.is_reserved)
+
+
+def _parts(url: str, name: str) -> tuple[str, int, str]:
+    """Host, port and target of the request, all ASCII."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = (parts.hostname or "").encode("idna").decode(), parts.port or 443
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = urllib.parse.quote(target, safe="%/:=&?~+!$,;'@()*[]")
+    except ValueError:
+        raise RowError("image", f"{name} is not a valid address: correct it.") from None
+    if parts.scheme != "https":
+        raise RowError("image", f"{name} leads to {parts.scheme or 'no'}://, but only https:// is read.")
+    if not host:
+        raise RowError("image", f"{name} names no host: correct it.")
+    if parts.username is not None or parts.password is not None:
+        raise RowError("image", f"{name} holds a user or password, which no source may: leave it out.")
+    return host, port, target
+
+
+def _system_addresses(host: str, port: int) -> list[str]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        if error.errno == socket.EAI_NONAME:
+            raise RowError("image", f"The host {host} does not exist: correct the address.") from None
+        raise Unavailable(f"the address of {host} cannot be found out") from error
+    except (OSError, UnicodeError) as error:
+        raise Unavailable(f"the address of {host} cannot be found out") from error
+    return [str(address[0]) for *_, address in found]
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+class _Connection(http.client.HTTPSConnection):
+    """A connection to one of some addresses, which ends at a deadline whatever it is doing then.
+
+    Timeouts of a socket are those of one read, so a host that sends a byte now and then would hold it
+    for ever.
+    """
+
+    def __init__(self, host: str, port: int, addresses: Sequence[str], deadline: float):
+        super().__init__(host, port, timeout=CONNECT_SECONDS, context=_tls())
+        self.addresses, self.deadline = addresses, deadline
+        self.timer = threading.Timer(max(0.0, deadline - time.monotonic()), self._cut)
+        self.timer.daemon = True
+        # http.client forgets the socket once it has an answer that the socket's end will end.
+        self.wire: ssl.SSLSocket | None = None
+        self.answer: http.client.HTTPResponse | None = None
+
+    def __enter__(self) -> "_Connection":
+        self.timer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.cancel()
+        if self.answer is not None:
+            self.answer.close()
+        self.close()
+
+    def _cut(self) -> None:
+        if self.wire is not None:
+            with suppress(OSError):
+                # Not SSLSocket's own shutdown, which would change it under the hands of its reader.
+                socket.socket.shutdown(self.wire, socket.SHUT_RDWR)
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def connect(self) -> None:
+        for address in self.addresses:
+            try:
+                raw = socket.create_connection((address, self.port), CONNECT_SECONDS)
+                break
+            except OSError as error:
+                failure = error
+        else:
+            raise failure
+        # The handshake waits until the timer can see the socket.
+        self.wire = _tls().wrap_socket(raw, server_hostname=self.host, do_handshake_on_connect=False)
+        self.sock = self.wire
+        self.wire.do_handshake()
+
+    def get(self, target: str) -> http.client.HTTPResponse:
+        headers = {"User-Agent": "wallaroo-batch", "Accept": "*/*", "Accept-Encoding": "identity"}
+        try:
+            self.request("GET", target, headers=headers)
+            self.answer = self.getresponse()
+            return self.answer
+        except ssl.SSLCertVerificationError as error:
+            reason = error.verify_message
+            raise RowError("image", f"The certificate of {self.host} is not valid ({reason}).") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(self.failure(error)) from error
+
+    def failure(self, error: Exception | None = None) -> str:
+        if self.late:
+            return f"{self.host} took too long"
+        return f"{self.host} does not serve it whole" + (f" ({type(error).__name__})" if error else "")
+
+
+def _body(answer: http.client.HTTPResponse, name: str, most: int, connection: _Connection) -> bytes:
+    if answer.status in _TRY_AGAIN or answer.status >= 500:
+        raise Unavailable(f"{connection.host} answers with status {answer.status}")
+    if answer.status != 200:
+        raise RowError("image", f"{name} is not served, its host answers with status {answer.status}.")
+    length = answer.length
+    data = bytearray()
+    try:
+        while len(data) <= most and (length is None or length <= most):
+            chunk = answer.read1(CHUNK_BYTES)
+            if not chunk:
+                break
+            data += chunk
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(connection.failure(error)) from error
+    if len(data) > most or (length or 0) > most:
+        raise RowError("image", f"{name} has more than the allowed {most:,} bytes: make it smaller.")
+    # A connection that was cut ends like one that the host has closed.
+    if connection.late or (length is not None and len(data) < length):
+        raise Unavailable(connection.failure())
+    return bytes(data)

@@ -1,0 +1,132 @@
+"""References to source pictures: what a manifest may name, and where it lies. Fetches nothing."""
+
+import hashlib
+import os
+import posixpath
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wallaroo.model.errors import RowError
+from wallaroo.workflows import storage
+from wallaroo.workflows.sources.https import shown, without_query
+
+Reference = str | bytes | Mapping[str, Any] | None
+"""What stands in a manifest's `image`: a path or address, the bytes, or `{bytes, path}`."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where sources may come from, and what bounds them.
+
+    folder: of the manifest, local or `s3://`; relative paths start there. https: whether https://
+    sources are allowed. outside: whether relative paths may leave the folder, by `..` or by links.
+    most_bytes: of a file. most_pixels: of a picture. decode_seconds: of CPU time for one picture.
+    patience_seconds: how long a storage that does not serve is asked again. fetches: sources that are
+    fetched at once, and so the most that wait in memory to be decoded.
+    """
+
+    folder: str
+    https: bool = False
+    outside: bool = False
+    most_bytes: int = 128 << 20
+    most_pixels: int = 1 << 26
+    decode_seconds: float = 20
+    patience_seconds: float = 120
+    fetches: int = 8
+
+
+def identity(reference: Reference) -> Any:
+    """Equal for references that lead to the same bytes; never holds the bytes."""
+    if isinstance(reference, Mapping):
+        return identity(reference.get("bytes")), identity(reference.get("path"))
+    if isinstance(reference, bytes):
+        return hashlib.sha256(reference).digest()
+    return repr(reference)
+
+
+def parts_of(reference: Reference) -> tuple[bytes | None, str]:
+    """Bytes and path of a reference; one of the two is there."""
+    data, path = reference, None
+    if isinstance(reference, Mapping):
+        data, path = reference.get("bytes"), reference.get("path")
+    if isinstance(data, str) and path is None:
+        data, path = None, data
+    if data is not None and not isinstance(data, bytes):
+        raise RowError(
+            "image", f"image is of type {type(data).__name__}, but must be a path, bytes or {{bytes, path}}."
+        )
+    if path is not None and not isinstance(path, str):
+        raise RowError("image", f"path of image is of type {type(path).__name__}, but must be text.")
+    if data is None and not (path and path.strip()):
+        raise RowError("image", "image is missing; give every row a path, an address or bytes.")
+    return data, path or ""
+
+
+def locate(path: str, options: SourceOptions) -> str:
+    """Where a path of a manifest leads: an absolute local path, `s3://...` or `https://...`.
+
+    Raises RowError("image") if the run does not allow it, or the scheme is another.
+    """
+    scheme, mark, rest = path.partition("://")
+    if mark and scheme.isalnum():
+        scheme = scheme.lower()
+        if scheme == "s3":
+            if re.search("[@:]", rest.partition("/")[0]):
+                raise RowError(
+                    "image",
+                    "image must be s3://bucket/key without user, password or port: credentials and endpoint "
+                    "come from the AWS variables or a profile.",
+                )
+            if not rest.partition("/")[2]:
+                raise RowError("image", f"{shown(path)} names no object: give s3://bucket/key.")
+            return f"s3://{rest}"
+        if scheme != "https":
+            raise RowError(
+                "image",
+                f"{shown(without_query(path))} is of the scheme {scheme}, but only paths, s3:// and "
+                "https:// are read: copy it there.",
+            )
+        if not options.https:
+            raise RowError(
+                "image",
+                f"{shown(without_query(path))} is not read, since the run does not allow https:// "
+                "sources: allow them, or copy it.",
+            )
+        return f"https://{rest}"
+    if os.path.isabs(path):
+        return path
+    if storage.is_s3(options.folder):
+        inner = posixpath.normpath(path)
+        if inner.startswith("../") or inner == "..":
+            if not options.outside:
+                raise _leaves(path)
+            bucket, _, key = options.folder.removeprefix("s3://").partition("/")
+            return f"s3://{bucket}{posixpath.normpath(posixpath.join('/', key, inner))}"
+        return storage.join(options.folder, inner)
+    place = os.path.join(os.path.abspath(options.folder), path)
+    if not options.outside:
+        try:
+            root = os.path.realpath(options.folder)
+            inside = os.path.commonpath([root, os.path.realpath(place)]) == root
+        except (ValueError, OSError):
+            raise RowError("image", f"{shown(path)} is no valid path: correct it.") from None
+        if not inside:
+            raise _leaves(path)
+    return os.path.normpath(place) if ".." not in path else os.path.realpath(place)
+
+
+def _leaves(path: str) -> RowError:
+    return RowError(
+        "image",
+        f"{shown(path)} leads out of the manifest's folder, which the run does not allow: give an absolute "
+        "path, or allow it.",
+    )
+
+
+def kept_uri(path: str) -> str:
+    """What a result says of a path or address; the query of a web address may hold a key and is left out."""
+    if "://" not in path:
+        return path
+    return re.sub("//[^/]*@", "//", path, count=1) if path.startswith("s3://") else without_query(path)

@@ -1,0 +1,169 @@
+"""Folders of checkpoints, copied from S3 into a local cache and verified."""
+
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from wallaroo.model import checkpoint
+from wallaroo.model.checkpoint import CONFIG, FILE_LIST, TOKENIZER, FileEntry, digest, parse_file_list
+from wallaroo.model.config import ModelConfig
+from wallaroo.model.errors import InputError
+from wallaroo.model.tokenizer import Tokenizer
+from wallaroo.workflows import storage
+from wallaroo.workflows.storage.clients import s3_client
+from wallaroo.workflows.storage.errors import explained, raise_if_missing
+from wallaroo.workflows.storage.files import info, read_bytes, write_atomic
+from wallaroo.workflows.storage.paths import bucket_and_key, is_s3, join
+from wallaroo.workflows.storage.retries import persistent
+
+RANGE_BYTES = 16 << 20
+RANGES_AT_ONCE = 8
+
+
+def fetch_folder(path: str, names: Sequence[str] | None = None, cache: Path | None = None) -> Path:
+    """A local folder with files of a checkpoint: a local one as it is, one on S3 from a cache.
+
+    `names` are the files wanted beside the list of files (all if None), so that who needs only the
+    tokenizer does not wait for the weights. A file has its name in the cache only after its digest was
+    verified, so it is fetched and verified once for all processes of a machine.
+    cache: default `~/.cache/wallaroo`. Raises InputError if `path` is no checkpoint, or a file is not
+    what its list says.
+    """
+    from wallaroo.model.checkpoint import FILE_LIST, digest, parse_file_list
+
+    if not is_s3(path):
+        return Path(path)
+    where = join(path, FILE_LIST)
+    try:
+        data = read_bytes(where)
+    except FileNotFoundError:
+        raise InputError(f"{path} is no checkpoint, since it has no {FILE_LIST}: give its folder.") from None
+    files = parse_file_list(data, where)
+    folder = (cache or Path.home() / ".cache" / "wallaroo") / digest(files)
+    with explained(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / FILE_LIST).exists():
+            write_atomic(str(folder / FILE_LIST), data)
+        for name in files if names is None else names:
+            if not (folder / name).exists():
+                _fetch_file(join(path, name), folder / name, *files[name])
+    return folder
+
+
+def _fetch_file(path: str, target: Path, size: int, sha256: str) -> None:
+    """Brings a file to this machine, unless it is there. What a killed process had of it is gone on with."""
+    with open(target.with_name(f".{target.name}.lock"), "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if target.exists():
+            return  # somebody else fetched it while we waited
+        part = target.with_name(f".{target.name}.part")
+        ranges = target.with_name(f".{target.name}.ranges")
+        while True:
+            resumed = ranges.exists()
+            try:
+                whole = _fetch_ranges(path, part, ranges, size) and _sha256(part) == sha256
+            except FileNotFoundError:
+                raise InputError(f"{path} is absent, but its checkpoint lists it: copy it there.") from None
+            if whole:
+                os.replace(part, target)
+                ranges.unlink()
+                return
+            part.unlink()
+            ranges.unlink()
+            # What lay on the disk may be at fault, where a machine lost its power; the next try is all new.
+            if not resumed:
+                raise InputError(
+                    f"{path} is not the file that its checkpoint lists, since size or sha256 differ: "
+                    f"copy the checkpoint anew."
+                )
+
+
+def _fetch_ranges(path: str, part: Path, ranges: Path, size: int) -> bool:
+    """Fetches what is not there of a file, several ranges at once; False if it has not the size it should.
+
+    ranges: a file of the numbers of the ranges that are there, a line each.
+    """
+    done = set(ranges.read_text().split()) if ranges.exists() else set()
+    starts = [start for start in range(0, size, RANGE_BYTES) if str(start) not in done]
+
+    def fetch(start: int) -> bool:
+        stop = min(start + RANGE_BYTES, size)
+        with explained(path):
+            data = _read_range(path, start, stop)
+        if len(data) != stop - start:
+            return False
+        with explained(str(part), writing=True):
+            os.pwrite(file.fileno(), data, start)
+        # One short line, so that two threads cannot mix theirs.
+        os.write(record.fileno(), f"{start}\n".encode())
+        return True
+
+    found = info(path)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    with ExitStack() as stack:
+        with explained(str(part), writing=True):
+            file = stack.enter_context(open(part, "r+b" if part.exists() else "w+b"))
+            record = stack.enter_context(open(ranges, "ab", 0))
+        with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
+            return found.size == size and all(pool.map(fetch, starts))
+
+
+@persistent
+def _read_range(path: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of an object on S3, fewer where it ends."""
+    bucket, key = bucket_and_key(path)
+    try:
+        answer = s3_client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+        return answer["Body"].read()
+    except Exception as error:
+        raise_if_missing(path, error)
+        raise
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Checkpoint(NamedTuple):
+    """What can be known of a checkpoint without its weights; digest: its own, in hexadecimal."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    digest: str
+
+
+@functools.lru_cache(maxsize=4)
+def read_checkpoint(model: str) -> Checkpoint:
+    """What planning needs of a checkpoint, once a process: its weights are neither read nor fetched."""
+    folder, files = storage.fetch_folder(model, (CONFIG, TOKENIZER)), read_files(model)
+    return Checkpoint(ModelConfig.from_file(folder / CONFIG), Tokenizer.from_folder(folder), digest(files))
+
+
+def read_files(model: str) -> dict[str, FileEntry]:
+    """Size and sha256 of every file of a checkpoint, by name."""
+    where = storage.fetch_folder(model, ()) / FILE_LIST
+    try:
+        return parse_file_list(where.read_bytes(), str(where))
+    except OSError:
+        raise InputError(
+            f"The model {model} is not a checkpoint, since it has no {FILE_LIST}: give the folder of one."
+        ) from None
+
+
+def absolute_path(path: str) -> str:
+    """A path that holds good in a process with another working folder."""
+    return path if storage.is_s3(path) else os.path.abspath(path)
+
+
+def model_path(model: str) -> str:
+    """Where a checkpoint lies that may be named `tiny`."""
+    return str(checkpoint.TINY) if model == "tiny" else absolute_path(model)

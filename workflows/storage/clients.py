@@ -1,0 +1,151 @@
+"""The clients of S3: boto3 for requests, s3fs for streams and globs, pyarrow for Parquet."""
+
+import functools
+import os
+import re
+import threading
+import urllib.parse
+from typing import TYPE_CHECKING, Any
+
+from wallaroo.model.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow
+if TYPE_CHECKING:
+    import pyarrow.fs
+from wallaroo.workflows.storage.errors import NO_CREDENTIALS, explained
+from wallaroo.workflows.storage.paths import bucket_and_key, is_s3
+
+CONNECT_SECONDS = 3
+READ_SECONDS = 60
+ATTEMPTS = 4
+"""Bounds of one request to S3: an endpoint that nobody answers at is given up within half a minute."""
+_retries = 0
+_guard = threading.Lock()
+
+
+def take_retries() -> int:
+    """How many requests were tried again since this was last asked, as far as it can be known: pyarrow and
+    s3fs keep some of theirs to themselves."""
+    global _retries
+    with _guard:
+        count, _retries = _retries, 0
+    return count
+
+
+def count_retries(count: int) -> None:
+    global _retries
+    with _guard:
+        _retries += count
+
+
+@functools.cache
+def session() -> Any:
+    import boto3.session
+
+    return boto3.session.Session()
+
+
+@functools.cache
+def s3_client() -> Any:
+    """boto3's client; it may be used from many threads."""
+    import botocore.config
+
+    config = botocore.config.Config(
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        max_pool_connections=32,
+        user_agent_extra="wallaroo-batch",
+    )
+    client = session().client("s3", config=config)
+    client.meta.events.register("after-call.s3", _note_attempts)
+    return client
+
+
+def _note_attempts(parsed: dict[str, Any], **_: Any) -> None:
+    """Counts what botocore tried again by itself."""
+    count_retries(parsed.get("ResponseMetadata", {}).get("RetryAttempts", 0))
+
+
+@functools.cache
+def s3_filesystem() -> Any:
+    import s3fs
+
+    return s3fs.S3FileSystem(
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        config_kwargs={
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": READ_SECONDS,
+            "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
+        },
+    )
+
+
+def forget_clients() -> None:
+    """Looks at the AWS variables anew when S3 is next used."""
+    for cached in (session, s3_client, s3_filesystem, _region):
+        cached.cache_clear()
+
+
+def _custom_endpoint() -> urllib.parse.SplitResult | None:
+    """The endpoint, unless it is Amazon's own."""
+    url = urllib.parse.urlsplit(s3_client().meta.endpoint_url)
+    return None if re.search(r"\.amazonaws\.com(\.cn)?$", url.hostname or "") else url
+
+
+@functools.cache
+def _region(bucket: str) -> str:
+    client = s3_client()
+    if _custom_endpoint() is None:
+        # Amazon answers at the bucket's own region only, which boto3 follows and pyarrow must be told.
+        return client.head_bucket(Bucket=bucket).get("BucketRegion") or client.meta.region_name
+    region = client.meta.region_name
+    return "us-east-1" if region in (None, "aws-global") else region
+
+
+@functools.lru_cache(maxsize=8)
+def _arrow_s3(access: str, secret: str, token: str | None, region: str, scheme: str, host: str | None) -> Any:
+    import pyarrow.fs
+
+    return pyarrow.fs.S3FileSystem(
+        access_key=access,
+        secret_key=secret,
+        session_token=token,
+        region=region,
+        scheme=scheme,
+        endpoint_override=host,
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=READ_SECONDS,
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        tls_ca_file_path=session()._session.get_config_variable("ca_bundle"),
+    )
+
+
+def parquet_filesystem(path: str) -> "tuple[pyarrow.fs.FileSystem, str]":
+    """pyarrow's filesystem for a path, and the path as that filesystem wants it.
+
+    Ask anew for every file: credentials that expire are renewed here. Wrap the reading in `explained`.
+    """
+    import pyarrow.fs
+
+    if not is_s3(path):
+        return pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
+    bucket, key = bucket_and_key(path)
+    with explained(path):
+        credentials = session().get_credentials()
+        if credentials is None:
+            raise InputError(f"{path} cannot be used, {NO_CREDENTIALS}.")
+        # pyarrow's own search knows fewer kinds of profile, so it is told what botocore found.
+        found = credentials.get_frozen_credentials()
+        url = _custom_endpoint()
+        filesystem = _arrow_s3(
+            found.access_key,
+            found.secret_key,
+            found.token,
+            _region(bucket),
+            url.scheme if url else "https",
+            url.netloc if url else None,
+        )
+    return filesystem, f"{bucket}/{key}"

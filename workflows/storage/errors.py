@@ -1,0 +1,186 @@
+"""Errors of disks and S3, explained in one sentence. Knows no client and no retry."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from wallaroo.model.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+if TYPE_CHECKING:
+    pass
+from wallaroo.workflows.storage.paths import is_s3
+
+
+@contextmanager
+def explained(path: str, writing: bool = False) -> Iterator[None]:
+    """Turns errors of storage inside the block into InputErrors about `path`.
+
+    A FileNotFoundError stays one, but in writing, where it means that no file can be made there.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and not writing:
+            raise
+        message = explain(path, error)
+        if message is None:
+            raise
+        raise InputError(message) from error
+
+
+_CODES = {
+    "NoSuchBucket": "its bucket does not exist: check the name, or make the bucket",
+    "AccessDenied": "access is denied: check what the credentials may do there",
+    "InvalidAccessKeyId": "the access key is not known there: check the AWS variables or the profile",
+    "SignatureDoesNotMatch": "the secret key is wrong: check the AWS variables or the profile",
+    "ExpiredToken": "the credentials have expired: renew them",
+    "InvalidBucketName": "this is no valid name of a bucket: check it",
+    "SlowDown": "the storage asks for fewer requests: try again later",
+}
+CODE_ALIASES = {
+    "403": "AccessDenied",
+    "Forbidden": "AccessDenied",
+    "AllAccessDisabled": "AccessDenied",
+    "AccountProblem": "AccessDenied",
+    "ACCESS_DENIED": "AccessDenied",
+    "NO_SUCH_BUCKET": "NoSuchBucket",
+    "INVALID_ACCESS_KEY_ID": "InvalidAccessKeyId",
+    "SIGNATURE_DOES_NOT_MATCH": "SignatureDoesNotMatch",
+    "ExpiredTokenException": "ExpiredToken",
+    "TokenRefreshRequired": "ExpiredToken",
+    "RequestExpired": "ExpiredToken",
+    "503": "SlowDown",
+    "SLOW_DOWN": "SlowDown",
+    "ServiceUnavailable": "SlowDown",
+}
+NO_CREDENTIALS = "there are no AWS credentials: set the AWS variables or AWS_PROFILE"
+_UNREACHABLE = "no answer from its endpoint: check AWS_ENDPOINT_URL and the network"
+_LOCAL = {
+    errno.EACCES: "permission is denied: check its owner and mode",
+    errno.EPERM: "it is not permitted: check its owner, mode and file system",
+    errno.EROFS: "its file system is read-only: choose another place",
+    errno.ENOSPC: "its disk is full: make room and start again",
+    errno.EDQUOT: "its quota is used up: make room and start again",
+    errno.ENOENT: "no file can be made there: choose another place",
+    errno.EEXIST: "a part of this path is a file, not a folder: choose another path",
+    errno.ENOTDIR: "a part of this path is a file, not a folder: choose another path",
+    errno.EISDIR: "it is a folder, not a file: choose another path",
+    errno.ENAMETOOLONG: "the path is too long: choose a shorter one",
+    errno.ELOOP: "it is a loop of links: choose another path",
+}
+
+
+def explain(path: str, error: Exception) -> str | None:
+    """One sentence about an error of storage; None for an error that is none. Never holds a secret."""
+    import botocore.exceptions
+
+    if isinstance(error, ValueError) and ("null byte" in str(error) or isinstance(error, UnicodeEncodeError)):
+        return f"{path!a:.200} cannot be used, it holds a NUL character or is no Unicode text: correct it."
+    if not is_s3(path):
+        if isinstance(error, OSError) and error.errno is not None:
+            known = _LOCAL.get(error.errno, f"the system says '{os.strerror(error.errno)}'")
+            return f"{path} cannot be used, {known}."
+        return None
+    # s3fs hides botocore's error behind an OSError.
+    for cause in (error, error.__cause__):
+        if isinstance(cause, botocore.exceptions.ClientError):
+            return explain_code(path, str(cause.response.get("Error", {}).get("Code", "")))
+        if isinstance(cause, botocore.exceptions.NoCredentialsError):
+            return f"{path} cannot be used, {NO_CREDENTIALS}."
+        if isinstance(cause, botocore.exceptions.ProfileNotFound):
+            return f"{path} cannot be used, the profile named by AWS_PROFILE does not exist: check its name."
+        if isinstance(
+            cause,
+            (
+                botocore.exceptions.ConnectionError,
+                botocore.exceptions.HTTPClientError,
+                botocore.exceptions.IncompleteReadError,
+            ),
+        ):
+            return f"{path} cannot be used, {_UNREACHABLE}."
+        if isinstance(cause, botocore.exceptions.BotoCoreError):
+            words = type(cause).__name__  # its message may quote what is secret
+            return f"{path} cannot be used, botocore says '{words}': check the AWS configuration."
+    if isinstance(error, ValueError) and "endpoint" in str(error).lower():
+        return f"{path} cannot be used, AWS_ENDPOINT_URL is not a URL such as https://host:port: correct it."
+    if isinstance(error, PermissionError):
+        return explain_code(path, "AccessDenied")
+    if isinstance(error, OSError):
+        # pyarrow has no classes for these, only its words.
+        text = str(error)
+        code = re.search(r"AWS Error (\w+)", text)
+        status = re.search(r"HTTP status (\d+)", text)
+        if code and code[1] in ("NETWORK_CONNECTION", "REQUEST_TIMEOUT"):
+            return f"{path} cannot be used, {_UNREACHABLE}."
+        if code and code[1] == "UNKNOWN" and status:
+            return explain_code(path, status[1])
+        if code:
+            return explain_code(path, code[1])
+        if isinstance(error, (ConnectionError, TimeoutError)):
+            return f"{path} cannot be used, {_UNREACHABLE}."
+        if error.errno is not None:
+            return f"{path} cannot be used, the system says '{os.strerror(error.errno)}'."
+    return None
+
+
+def explain_code(path: str, code: str) -> str:
+    known = _CODES.get(CODE_ALIASES.get(code, code))
+    return f"{path} cannot be used, {known or f'S3 says {code!r}: check the bucket and its settings'}."
+
+
+_OF_ONE_PATH = {
+    "NoSuchBucket",
+    "InvalidBucketName",
+    "AccessDenied",
+    "InvalidObjectState",  # archived
+    "KeyTooLongError",
+    "InvalidArgument",
+    "InvalidRequest",
+    "InvalidURI",
+    "MethodNotAllowed",
+    "400",
+    "405",
+    "414",
+}
+
+
+def refuses_path(error: InputError) -> bool:
+    """Whether an error of S3 is about the one path that was asked for: it would be the same the next
+    time, and other paths may do. All others say that the storage or the access to it is out of order."""
+    import botocore.exceptions
+
+    cause = error.__cause__
+    if isinstance(cause, botocore.exceptions.ClientError):
+        code = str(cause.response.get("Error", {}).get("Code", ""))
+        return CODE_ALIASES.get(code, code) in _OF_ONE_PATH
+    # A ValueError is about the name alone: botocore could not even put it into a request.
+    return cause is None or isinstance(cause, (botocore.exceptions.ParamValidationError, ValueError))
+
+
+class TooLarge(Exception):
+    """An object has more bytes than were asked for at most."""
+
+
+def raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def is_missing(error: BaseException) -> bool:
+    import botocore.exceptions
+
+    if not isinstance(error, botocore.exceptions.ClientError):
+        return False
+    return str(error.response.get("Error", {}).get("Code", "")) in ("404", "NoSuchKey", "NotFound")
+
+
+def raise_if_missing(path: str, error: BaseException) -> None:
+    if is_missing(error):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error

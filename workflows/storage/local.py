@@ -1,0 +1,75 @@
+"""Atomic writes on a local disk: a temporary name, a sync, a rename. Knows no S3."""
+
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from wallaroo.workflows.storage.paths import FileInfo
+
+TEMPORARY = ".wallaroo-tmp-"
+"""How names of unfinished local files begin; they are never listed."""
+COPY_BYTES = 1 << 20
+
+
+def local_info(path: str, relative: str) -> FileInfo:
+    found = os.stat(path)
+    return FileInfo(path, relative, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """A temporary file in the same folder that takes the name `path` when the block ends well."""
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "xb") as file:
+            with suppress(FileNotFoundError):
+                # What was for some eyes only stays so.
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
+            yield file
+            if not file.closed:
+                sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path)
+
+
+def temporary_path(path: str) -> str:
+    """Path of a temporary file beside `path`, in a folder that now exists."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(path: str) -> None:
+    """Makes the new name in a folder last through a power cut."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def folder_locked(path: str) -> Iterator[None]:
+    """Makes read-then-replace one step among the processes of a machine."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        # Network file systems may refuse this; then of two at once the last one wins, and the first one
+        # finds out when it replaces the file the next time.
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

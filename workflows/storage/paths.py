@@ -1,0 +1,48 @@
+"""Paths of both kinds: local ones and `s3://bucket/key`."""
+
+import re
+from dataclasses import dataclass
+
+from wallaroo.model.errors import InputError
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file as listed.
+
+    relative: path below the listed folder. size: in bytes. etag: changes when the contents do; S3's
+    own, for a local file made of its size and time of change.
+    """
+
+    path: str
+    relative: str
+    size: int
+    etag: str
+
+
+def is_s3(path: str) -> bool:
+    """Whether the path is on S3. Raises InputError for any other scheme."""
+    scheme, mark, _ = path.partition("://")
+    if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        return False
+    if scheme != "s3":
+        raise InputError(f"{scheme}:// is not known: give a local path or s3://bucket/key.")
+    return True
+
+
+def join(path: str, *parts: str) -> str:
+    """The path of something in a folder."""
+    return "/".join([path.rstrip("/") if path.strip("/") else "", *parts])
+
+
+def bucket_and_key(path: str) -> tuple[str, str]:
+    """Bucket and key of an `s3://` path."""
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    if "@" in bucket or ":" in bucket:
+        raise InputError(
+            "an s3:// path must be s3://bucket/key without user, password or port: "
+            "credentials and endpoint come from the AWS variables or a profile."
+        )
+    if not bucket:
+        raise InputError(f"{path} names no bucket: give s3://bucket/key.")
+    return bucket, key

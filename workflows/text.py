@@ -1,0 +1,15 @@
+"""Durations and values in words, for people."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the one or two units that a person would name: `48 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(0, round(seconds))
+    for unit, name, lower, lower_name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= unit:
+            rest = whole % unit // lower
+            return f"{whole // unit} {name} {rest} {lower_name}" if rest else f"{whole // unit} {name}"
+    return f"{whole} s"

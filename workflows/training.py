@@ -1,0 +1,296 @@
+"""Training on Ray: the loop of `model.train` in the processes of Ray Train, on rows that Ray Data has read.
+
+Rows lie in Ray's object store, on disk where memory is short, and each worker takes those of its share by
+their place, so that a step is the same however many workers there are. Knows nothing of losses and steps.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wallaroo.model.checkpoint import load_config, load_tokenizer
+from wallaroo.model.errors import InputError
+from wallaroo.model.prompts import detect_language
+from wallaroo.model.tokenizer import Tokenizer
+from wallaroo.model.train import (
+    METRICS,
+    Recipe,
+    Row,
+    check_start,
+    fits,
+    process_of_group,
+    progress,
+    result,
+    run_stage,
+    stage_config,
+)
+from wallaroo.workflows import storage
+from wallaroo.workflows.cluster import connected, reason
+from wallaroo.workflows.outputs.lock import OutputLock
+from wallaroo.workflows.plans.dataset import blocks_in_order
+from wallaroo.workflows.runs.setup import choose_device
+from wallaroo.workflows.storage.checkpoints import absolute_path
+
+COLUMNS = {
+    "generate": ("prompt", "picture"),
+    "edit": ("prompt", "image", "picture"),
+    "understand": ("prompt", "image", "answer"),
+}
+"""Task -> columns that its rows need; `language` is told from the prompt where it is absent."""
+
+PICTURES = ("picture", "image")
+
+BLOCK_ROWS = 64
+"""Rows that lie together in the object store: a worker fetches all of them to read one."""
+
+MAX_FAILURES = 3
+"""Times that lost workers are replaced, before the training fails."""
+
+POLL_SECONDS = 0.5
+
+
+def train(
+    recipe: Recipe,
+    workers: int = 1,
+    device: str = "auto",
+    address: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Runs one stage on Ray, on from where it was, and gives the folder of its checkpoint.
+
+    workers: processes that share each step, on a GPU each or on CPUs. device: `cpu`, `cuda`, or `auto`, which
+    is `cuda` where Ray has GPUs. address: of a running Ray cluster, whose nodes share the disk of the
+    recipe's folders; None starts a local one. say: gets a line of progress at a time.
+    Raises InputError, before Ray starts, for a recipe that cannot be followed; RunInProgress if another
+    training is at work in the folder.
+    """
+    recipe = absolute(recipe)
+    files = check(recipe, workers)
+    if (done := result(recipe)) is not None:
+        say(f"{done} is there already, so there is nothing to do")
+        return done
+    with OutputLock(recipe.folder, "train"), connected(address, workers), _followed(recipe, say):
+        data = {task: read(task, paths, recipe) for task, paths in files.items()}
+        for task, rows in data.items():
+            if not len(rows):
+                path = recipe.data[task]
+                raise InputError(f"{path} has no row of {task}, or all are too long or small for the stage.")
+        _fit(recipe, data, workers, choose_device(device))
+    done = result(recipe)
+    if done is None:
+        raise InputError(
+            f"The workers wrote no checkpoint into {recipe.folder} of this machine: give a folder on a disk "
+            f"that all nodes of the cluster share."
+        )
+    return done
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """With paths that hold good in a process with another working folder."""
+    named = {name: getattr(recipe, name) for name in ("folder", "base", "start")}
+    changes: dict[str, Any] = {name: absolute_path(path) for name, path in named.items() if path}
+    data = {task: absolute_path(path) for task, path in recipe.data.items()}
+    return dataclasses.replace(recipe, data=data, **changes)
+
+
+def check(recipe: Recipe, workers: int) -> dict[str, list[str]]:
+    """The Parquet files of each task, in order. Raises InputError for a recipe that cannot be followed."""
+    if workers < 1:
+        raise InputError(f"There would be {workers} workers; ask for at least 1.")
+    recipe.share(workers)
+    if recipe.workers:
+        raise InputError(
+            f"The recipe's workers is {recipe.workers}, but processes that make batches ahead cannot reach "
+            f"Ray's rows; leave it out."
+        )
+    for name in ("folder", "base", "start"):
+        if storage.is_s3(getattr(recipe, name)):
+            raise InputError(f"The recipe's {name} is on S3, but training needs a disk; name a folder there.")
+    check_start(recipe)
+    files = {}
+    for task, path in recipe.data.items():
+        if recipe.part == "lm" and task not in COLUMNS:
+            raise InputError(f"The recipe has data of '{task}', but tasks are {', '.join(COLUMNS)}.")
+        found = [file.path for file in storage.match_files(path)]
+        if not found:
+            found = [file.path for file in storage.list_files(path) if file.path.endswith(".parquet")]
+        if not found:
+            raise InputError(f"{path} is no Parquet file, folder or pattern of such, to train {task} on.")
+        for file in found:
+            _check_columns(task, file)
+        files[task] = found
+    return files
+
+
+def _check_columns(task: str, path: str) -> None:
+    filesystem, inner = storage.parquet_filesystem(path)
+    try:
+        with storage.explained(path):
+            names = pq.read_schema(inner, filesystem=filesystem).names
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path} is no Parquet file ({error}).") from None
+    missing = [name for name in COLUMNS.get(task, ()) if name not in names]
+    if missing or not any(name in names for name in PICTURES):
+        raise InputError(
+            f"{path} has no column {' or '.join(missing or PICTURES)}, which rows of {task} need; it has "
+            f"{', '.join(names)}."
+        )
+
+
+class Rows(Sequence[Row]):
+    """Rows of blocks in Ray's object store, by their index.
+
+    blocks: references to Arrow tables; ends: number of rows up to the end of each.
+    """
+
+    def __init__(self, blocks: Sequence[Any], ends: Sequence[int]):
+        self.blocks, self.ends = blocks, ends
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        import ray
+
+        block = bisect.bisect_right(self.ends, index)
+        first = self.ends[block - 1] if block else 0
+        return ray.get(self.blocks[block]).slice(index - first, 1).to_pylist()[0]
+
+
+def read(task: str, paths: Sequence[str], recipe: Recipe) -> Rows:
+    """All rows of files that a stage trains on, in their order, each with what a task needs of it."""
+    import ray
+
+    filesystem, _ = storage.parquet_filesystem(paths[0])
+    inner = [storage.parquet_filesystem(path)[1] for path in paths]
+    dataset = ray.data.read_parquet(inner, filesystem=filesystem).map_batches(
+        functools.partial(_needed, task=task, recipe=recipe), batch_format="pyarrow", batch_size=BLOCK_ROWS
+    )
+    try:
+        blocks, lengths = blocks_in_order(dataset.repartition(target_num_rows_per_block=BLOCK_ROWS))
+    except Exception as error:
+        raise reason(error) from None
+    return Rows(blocks, list(itertools.accumulate(lengths)))
+
+
+def _needed(table: pa.Table, task: str, recipe: Recipe) -> pa.Table:
+    """Of the rows that fit, the columns that a task needs: texts, and pictures as their encoded bytes."""
+    made = {}
+    for name in COLUMNS.get(task, [name for name in PICTURES if name in table.column_names]):
+        column = table.column(name).combine_chunks()
+        if name in PICTURES:
+            if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+                column = column.field("bytes")
+            if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+                raise InputError(
+                    f"The column {name} is {column.type}, but rows to train on need encoded pictures: bytes, "
+                    f"or a struct that has them."
+                )
+        if column.null_count:
+            raise InputError(f"The column {name} is empty in rows of {task}; leave those rows out.")
+        made[name] = column
+    if "prompt" in made:
+        given = table.column("language").to_pylist() if "language" in table.column_names else []
+        prompts = made["prompt"].to_pylist()
+        made["language"] = pa.array(
+            [one or detect_language(prompt) for one, prompt in itertools.zip_longest(given, prompts)]
+        )
+        if "prompt_zh" in table.column_names:
+            made["prompt_zh"] = table.column("prompt_zh")
+    found = pa.table(made)
+    if recipe.part == "vq":
+        return found
+    config, tokenizer = stage_config(load_config(recipe.base), recipe), _tokenizer(recipe.base)
+    return found.filter([fits(row, task, tokenizer, config, recipe) for row in found.to_pylist()])
+
+
+@functools.cache
+def _tokenizer(folder: str) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+def _fit(recipe: Recipe, data: Mapping[str, Rows], workers: int, device: str) -> None:
+    """Raises InputError for what a worker was given and cannot use."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"recipe": recipe, "data": data},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=device == "cuda"),
+        run_config=RunConfig(
+            name="ray", storage_path=recipe.folder, failure_config=FailureConfig(max_failures=MAX_FAILURES)
+        ),
+    )
+    try:
+        _apart(trainer.fit)
+    except TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            if isinstance(failure, InputError):
+                raise failure from None
+        raise
+
+
+def _apart(action: Callable[[], Any]) -> None:
+    """Does it in a thread of its own: in the main one Ray Train would keep Ctrl-C for itself."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each worker does."""
+    from ray.train.torch import get_device
+
+    recipe: Recipe = config["recipe"]
+    run_stage(recipe, config["data"], process_of_group(recipe, str(get_device())))
+
+
+@contextmanager
+def _followed(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
+    """Says what the workers write into the log, for as long as the block lasts."""
+    file, over = Path(recipe.folder) / METRICS, threading.Event()
+    seen = file.stat().st_size if file.exists() else 0
+
+    def follow() -> None:
+        nonlocal seen
+        while True:
+            last = over.wait(POLL_SECONDS)
+            if file.exists():
+                with open(file, "rb") as stream:
+                    stream.seek(seen)
+                    for line in stream:
+                        if line.endswith(b"\n"):
+                            seen += len(line)
+                            numbers = json.loads(line)
+                            say(progress(numbers.pop("step"), recipe.steps, numbers))
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
