@@ -93,13 +93,13 @@ soak: $(STAMP)
 	KILL_ROUNDS=$(SOAK_ROUNDS) $(BIN)/python -m pytest -q tests/faults/test_kills.py -k random
 
 bench: $(STAMP)
-	$(BIN)/python -m model.bench --model mid
+	$(BIN)/python -m wallaroo.model.bench --model mid
 	@for script in tests/benchmarks/*.py; do \
 	    echo "== $$script"; $(BIN)/python -m tests.benchmarks.$$(basename $$script .py) || exit 1; \
 	done
 
 tiny: $(STAMP)
-	$(BIN)/python -m jobs.make_tiny
+	$(BIN)/python -m wallaroo.jobs.make_tiny
 
 clean:
 	rm -rf $(VENV) .venv-audit out/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

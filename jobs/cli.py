@@ -712,8 +712,8 @@ def bench() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench_engine(model: str, slots: int, rounds: int, as_json: bool) -> int:
     """Time the engine, with random weights, beside the plain loop over Hugging Face's modules, at batch 1
-    and at the same batch, and count its work. The same as python -m wallaroo.model.bench, which has more options
-    and runs where Ray is absent.
+    and at the same batch, and count its work. The same as python -m wallaroo.model.bench, which has more
+    options and runs where Ray is absent.
     """
     from wallaroo.model.bench import main
 

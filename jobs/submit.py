@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import wallaroo
 from wallaroo.model.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from wallaroo.workflows.reports.status import Status
     from wallaroo.workflows.settings import RunConfig
 
-PACKAGES = ("model", "actors", "workflows", "jobs")
 CARRIED_BYTES = 64 << 20
 """Manifest and run file that go along with the code; what is larger belongs where the cluster can read it."""
 
@@ -261,10 +261,10 @@ def carried(config: "RunConfig", command: Sequence[str]) -> list[Path]:
 
 def _stage(folder: Path, config: "RunConfig", files: Sequence[Path]) -> None:
     """Lays out what a job needs of this machine: code, and files that its command names."""
-    home = Path(__file__).resolve().parent.parent
+    # Not resolved: `wallaroo/` may hold the packages as links, and the copy must have them in it.
+    home = Path(wallaroo.__file__).parent
     skipped = ["__pycache__", "*.pyc", *([] if config.model == "tiny" else ["tiny"])]
-    for package in PACKAGES:
-        shutil.copytree(home / package, folder / package, ignore=shutil.ignore_patterns(*skipped))
+    shutil.copytree(home, folder / "wallaroo", ignore=shutil.ignore_patterns(*skipped))
     for path in files:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)

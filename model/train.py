@@ -1,9 +1,9 @@
 """Training: the losses of the image tokenizer and of the four stages, and one loop for all of them.
 
-Rows, losses and what is frozen follow the published recipe (arXiv 2603.04980); `python -m wallaroo.model.train
-RECIPES.toml STAGE [WORKERS]` runs one stage. The rows of a step, and what is drawn for each, depend on the
-seed and the step alone, however many processes share them, so a run that was killed goes on to the same
-losses. Knows nothing of Ray or Parquet: rows are dicts.
+Rows, losses and what is frozen follow the published recipe (arXiv 2603.04980);
+`python -m wallaroo.model.train RECIPES.toml STAGE [WORKERS]` runs one stage. The rows of a step, and what
+is drawn for each, depend on the seed and the step alone, however many processes share them, so a run that
+was killed goes on to the same losses. Knows nothing of Ray or Parquet: rows are dicts.
 """
 
 import base64

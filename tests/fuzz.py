@@ -13,7 +13,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["workflows", "PIL"]):
+with atheris.instrument_imports(include=["wallaroo.workflows", "PIL"]):
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image

@@ -9,20 +9,20 @@ import pyarrow as pa
 from wallaroo.actors.replica import Replica
 from wallaroo.actors.rows import from_ipc
 from wallaroo.model.errors import InputError, did_you_mean
+from wallaroo.workflows.cluster import choose_device
 from wallaroo.workflows.plans.dataset import plan_dataset
-from wallaroo.workflows.settings import RunConfig
-
-if TYPE_CHECKING:
-    import ray.data
 from wallaroo.workflows.runs.pool import load_stage, make_pool, make_results
 from wallaroo.workflows.runs.setup import (
-    choose_device,
     make_job,
     meaning_of,
     plan_settings,
     with_absolute_paths,
 )
 from wallaroo.workflows.runs.stages import prepare
+from wallaroo.workflows.settings import RunConfig
+
+if TYPE_CHECKING:
+    import ray.data
 
 
 def generate(
@@ -31,7 +31,7 @@ def generate(
     """A Dataset of prompts becomes one of pictures, without an output folder.
 
     ds: has the columns of a manifest. model: `tiny`, or the folder of a checkpoint. options: fields of
-    `workflows.run_config.RunConfig` that say what a row is or what makes it: samples, seed, sampling,
+    `workflows.settings.RunConfig` that say what a row is or what makes it: samples, seed, sampling,
     preset, width, height, language, templates, prompt_column, image_format, image_quality, save_tokens,
     max_prompt_tokens, cfg_interval, weights, slots, device, threads.
 
@@ -107,7 +107,7 @@ def edit(
 
     ds: has the columns of a manifest, `image` and, without the option `prompt`, `prompt`. A picture is a
     path (relative ones start in the present folder), an address, bytes, or a struct of bytes and path; one
-    that cannot be used makes an error row. options: as for `workflows.pipeline.generate`, but for the
+    that cannot be used makes an error row. options: as for `generate`, but for the
     size, and also prompt, image_root, allow_https, max_source_bytes, max_source_pixels and restore_size.
 
     What comes when, and what is raised, is told at `generate`.
@@ -121,7 +121,7 @@ def understand(
     """A Dataset of pictures, with questions or without, becomes one of texts, without an output folder.
 
     ds: has the columns of a manifest, `image` and perhaps `prompt`; a picture without a question is
-    described. Pictures are as for `workflows.edit.edit`. options: as for `workflows.pipeline.generate`,
+    described. Pictures are as for `edit`. options: as for `generate`,
     but for those about pictures that are made, and also prompt, image_root, allow_https,
     max_source_bytes, max_source_pixels and max_new_tokens.
 

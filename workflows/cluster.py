@@ -113,6 +113,15 @@ def _start(options: dict[str, Any]) -> None:
                 ) from error
 
 
+def choose_device(device: str) -> str:
+    """`cpu` or `cuda`: what was asked for, and for `auto` what the Ray cluster has now."""
+    import ray
+
+    if device != "auto":
+        return device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+
+
 def reason(error: BaseException) -> BaseException:
     """What went wrong in a Ray task, out of the wrappers in which Ray brings it to the driver."""
     from ray.exceptions import RayTaskError, UserCodeException

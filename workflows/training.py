@@ -35,11 +35,10 @@ from wallaroo.model.train import (
     stage_config,
 )
 from wallaroo.workflows import storage
-from wallaroo.workflows.cluster import connected, reason
+from wallaroo.workflows.cluster import choose_device, connected, reason
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.plans.dataset import blocks_in_order
-from wallaroo.workflows.runs.setup import choose_device
-from wallaroo.workflows.storage.checkpoints import absolute_path
+from wallaroo.workflows.storage.paths import absolute_path
 
 COLUMNS = {
     "generate": ("prompt", "picture"),

@@ -26,7 +26,7 @@ GIB = 2**30
 
 _PROGRAM = """
 import sys, threading, time
-from model.convert import convert
+from wallaroo.model.convert import convert
 
 def anonymous():
     with open("/proc/self/status") as status:

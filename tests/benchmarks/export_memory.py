@@ -48,7 +48,7 @@ def watch():
         time.sleep(0.002)
 
 threading.Thread(target=watch, daemon=True).start()
-from workflows.export import export
+from wallaroo.workflows.datasets.export import export
 summary = export(*sys.argv[1:])
 print(max(peak, anonymous()), summary.exported, summary.files)
 """

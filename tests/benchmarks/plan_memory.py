@@ -24,10 +24,10 @@ def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
-from model.checkpoint import TINY
-from workflows.cluster import connected
-from workflows.plan_rows import PlanSettings
-from workflows.planning import make_plan
+from wallaroo.model.checkpoint import TINY
+from wallaroo.workflows.cluster import connected
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.plans.planner import make_plan
 
 manifest, output = sys.argv[1:]
 with connected(cpus=2):

@@ -154,7 +154,7 @@ def test_a_finished_run_does_no_work_again_and_starts_no_ray(base):
     config, _, _ = base
     before = storage.list_files(config.output)
     program = (
-        "import pickle, sys; from workflows.pipeline import run; "
+        "import pickle, sys; from wallaroo.workflows.runs.driver import run; "
         "summary = run(pickle.load(sys.stdin.buffer)); "
         "print(summary.rows, summary.before, summary.ok, summary.errors, 'ray' in sys.modules)"
     )
@@ -372,7 +372,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_a_replica_starts(fol
 LOCAL_RAY = """
 import json, subprocess, sys
 import psutil
-from workflows.cluster import connected
+from wallaroo.workflows.cluster import connected
 
 STRANGER = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
 

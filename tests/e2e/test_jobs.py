@@ -189,7 +189,7 @@ def test_what_is_sent_along(shell, head, tmp_path, monkeypatch):
     _stage(folder, config, carried(config, command))
     staged = sorted(one.relative_to(folder) for one in folder.rglob("*") if one.is_file())
     assert {one.parts[0] for one in staged} == {
-        "model", "actors", "workflows", "jobs", "prompts.jsonl", "run.toml"
+        "wallaroo", "prompts.jsonl", "run.toml"
     }  # fmt: skip
     assert not [one for one in staged if one.suffix in (".pyc", ".safetensors")]
     assert sum((folder / one).stat().st_size for one in staged) < 4 << 20

@@ -176,19 +176,19 @@ def test_a_bucket_that_is_not_there_is_one_sentence(s3):
 def test_a_checkpoint_is_fetched_once_and_verified(s3, tmp_path):
     for file in TINY.iterdir():
         storage.write_atomic(f"{s3}/model/{file.name}", file.read_bytes())
-    some = storage.fetch_folder(f"{s3}/model", ("config.json",), cache=tmp_path)
+    some = checkpoints.fetch_folder(f"{s3}/model", ("config.json",), cache=tmp_path)
     assert {path.name for path in some.iterdir() if not path.name.startswith(".")} == {
         "checkpoint.json",
         "config.json",
     }
-    whole = storage.fetch_folder(f"{s3}/model", cache=tmp_path)
+    whole = checkpoints.fetch_folder(f"{s3}/model", cache=tmp_path)
     assert whole == some
     assert model_digest(whole) == model_digest(TINY)
     assert load_config(whole) == load_config(TINY)
     kept = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
     for name in ("config.json", "model.safetensors"):
         storage.delete(f"{s3}/model/{name}")
-    assert storage.fetch_folder(f"{s3}/model", cache=tmp_path) == whole
+    assert checkpoints.fetch_folder(f"{s3}/model", cache=tmp_path) == whole
     assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == kept
 
 
@@ -212,7 +212,9 @@ def test_a_fetch_that_was_cut_off_goes_on(s3, tmp_path, monkeypatch):
 
     def fetch(cache, way):
         monkeypatch.setattr(checkpoints, "_read_range", way)
-        return storage.fetch_folder(f"{s3}/model", ("model.safetensors",), cache=cache) / "model.safetensors"
+        return (
+            checkpoints.fetch_folder(f"{s3}/model", ("model.safetensors",), cache=cache) / "model.safetensors"
+        )
 
     for name in ("kept", "lost"):
         with pytest.raises(InputError, match="no answer from its endpoint"):
@@ -236,9 +238,9 @@ def test_a_damaged_checkpoint_is_refused(s3, tmp_path):
     storage.write_atomic(f"{s3}/model/checkpoint.json", json.dumps(listing).encode())
     storage.write_atomic(f"{s3}/model/config.json", (TINY / "config.json").read_bytes())
     with pytest.raises(InputError, match=r"config\.json is not the file that its checkpoint lists"):
-        storage.fetch_folder(f"{s3}/model", ("config.json",), cache=tmp_path)
+        checkpoints.fetch_folder(f"{s3}/model", ("config.json",), cache=tmp_path)
     with pytest.raises(InputError, match=r"tokenizer\.json is absent"):
-        storage.fetch_folder(f"{s3}/model", ("tokenizer.json",), cache=tmp_path)
+        checkpoints.fetch_folder(f"{s3}/model", ("tokenizer.json",), cache=tmp_path)
     with pytest.raises(InputError, match="is no checkpoint"):
-        storage.fetch_folder(f"{s3}/other", cache=tmp_path)
+        checkpoints.fetch_folder(f"{s3}/other", cache=tmp_path)
     assert not list(tmp_path.glob("*/config.json"))

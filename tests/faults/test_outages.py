@@ -125,7 +125,7 @@ def test_few_finished_shards_wait_for_a_slow_storage(base, tmp_path, monkeypatch
     other = many(base, tmp_path, "slow", replicas=(2, 2))
     (tmp_path / "marks").mkdir()
     kind = type("Counted", (Marks,), {"marks": tmp_path / "marks", "output": other.output})
-    monkeypatch.setattr(stages, "write", slow_write)
+    monkeypatch.setattr(driver, "write", slow_write)
     assert run(other, replica=kind).errors == 400
     counts = [int(mark.read_text()) for mark in (tmp_path / "marks").iterdir()]
     assert len(counts) == len(list_done(other.output)) > 20

@@ -16,7 +16,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import list_done
 from wallaroo.workflows.runs import driver as runs_driver
 from wallaroo.workflows.runs import stages
-from wallaroo.workflows.storage import clients, local
+from wallaroo.workflows.storage import files, local, s3
 
 WRITE = stages.write
 
@@ -68,7 +68,7 @@ def dying_write(row, mark, driver, least, output, again, watch):
             mark.touch()
             kill(driver)
 
-        local.sync = clients.s3_client = end
+        local.sync = files.s3_client = s3.s3_client = end
     return WRITE(row, output, again, watch)
 
 
@@ -86,11 +86,11 @@ def main(config_file, state, folder):
         storage.put_if_absent = lambda path, data: die() if "/plan/part" in path else put(path, data)
     elif state in ("first", "writing", "retrying"):
         least = {"first": 0, "writing": 1, "retrying": 0}[state]
-        stages.write = functools.partial(dying_write, mark=mark, driver=os.getpid(), least=least)
+        runs_driver.write = functools.partial(dying_write, mark=mark, driver=os.getpid(), least=least)
     elif state == "success":
         marks = {"mark": Path(folder) / "replica", "with_node": not storage.is_s3(config.output)}
         replica = type("Dies", (DiesAtWork,), marks)
-        pipeline.finish = die
+        runs_driver.finish = die
     summary = runs_driver.run(config, replica=replica)
     print(f"{summary.ok} ok of {summary.rows}", flush=True)
 

@@ -188,7 +188,7 @@ def test_the_digest_is_of_the_files_and_not_of_their_list(copy: Path):
 
 def test_checking_needs_no_torch():
     program = (
-        "import sys; from model.checkpoint import TINY, check, model_digest; check(TINY, 'edit'); "
+        "import sys; from wallaroo.model.checkpoint import TINY, check, model_digest; check(TINY, 'edit'); "
         "model_digest(TINY); assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])

@@ -31,8 +31,8 @@ except ModuleNotFoundError:
     pass
 else:
     raise SystemExit("pyarrow was not hidden")
-import model
-for module in pkgutil.walk_packages(model.__path__, "model."):
+import wallaroo.model as model
+for module in pkgutil.walk_packages(model.__path__, "wallaroo.model."):
     importlib.import_module(module.name)
     print(module.name)
 """
@@ -41,17 +41,17 @@ for module in pkgutil.walk_packages(model.__path__, "model."):
 def test_model_imports_without_ray_and_arrow():
     done = subprocess.run([sys.executable, "-c", ABSENT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    modules = {f"model.{path.stem}" for path in MODEL.glob("*.py")} - {"model.__init__"}
+    modules = {f"wallaroo.model.{path.stem}" for path in MODEL.glob("*.py")} - {"wallaroo.model.__init__"}
     assert set(done.stdout.split()) == modules
 
 
 @pytest.mark.parametrize(
     ("script", "libraries"),
     [
-        ("import jobs.cli", {"torch", "ray", "pyarrow", "numpy", "rich"}),
-        ("import workflows.pipeline", {"torch", "transformers"}),
+        ("import wallaroo.jobs.cli", {"torch", "ray", "pyarrow", "numpy", "rich"}),
+        ("import wallaroo.workflows.runs.driver", {"torch", "transformers"}),
         (
-            "from model.checkpoint import TINY, load; load(TINY, 'generate')",
+            "from wallaroo.model.checkpoint import TINY, load; load(TINY, 'generate')",
             {"torch._dynamo", "transformers"},
         ),
     ],

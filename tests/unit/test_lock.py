@@ -25,7 +25,7 @@ LONG = 3600.0
 def holder(output, lease=STEADY):
     """Another process that holds the lock until it is killed."""
     code = (
-        "import sys, time; from workflows.lock import OutputLock\n"
+        "import sys, time; from wallaroo.workflows.outputs.lock import OutputLock\n"
         f"with OutputLock(sys.argv[1], 'other', lease={lease}): print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen(

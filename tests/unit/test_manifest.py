@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wallaroo.model.errors import InputError
-from wallaroo.workflows.manifests import types
+from wallaroo.workflows.manifests import parquet_files, text_files
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
@@ -260,7 +260,7 @@ def test_parquet_keeps_its_types(tmp_path):
 
 
 def test_parquet_is_cut_by_row_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(types, "PIECE_ROWS", 250)
+    monkeypatch.setattr(parquet_files, "PIECE_ROWS", 250)
     pq.write_table(pa.table({"n": range(1000)}), tmp_path / "a.parquet", row_group_size=100)
     pieces = scan(discover(str(tmp_path)).files[0]).pieces
     assert [(piece.first_row, piece.rows, piece.start, piece.stop) for piece in pieces] == [
@@ -274,8 +274,8 @@ def test_parquet_is_cut_by_row_groups(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_text_is_cut_at_rows(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(types, "PIECE_ROWS", 7)
-    monkeypatch.setattr(types, "BATCH_ROWS", 3)
+    monkeypatch.setattr(text_files, "PIECE_ROWS", 7)
+    monkeypatch.setattr(text_files, "BATCH_ROWS", 3)
     if kind == "csv":
         text = "n,prompt\n" + "".join(f'{n},"a\n{"b" * n}"\n' for n in range(50))
     else:

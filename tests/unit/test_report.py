@@ -139,7 +139,8 @@ def test_the_page_needs_no_network_and_only_its_own_script_may_run(outputs, tmp_
 
 
 def test_the_gallery_is_drawn_over_all_strata_and_says_so(outputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(reports_survey, "MAX_PICTURES", 12)
+    for module in (reports_survey, reports_page):
+        monkeypatch.setattr(module, "MAX_PICTURES", 12)
 
     def edit(row):
         rare = row["row_id"] % 50 == 7
@@ -347,7 +348,8 @@ def test_sources_that_are_gone_or_changed_are_named(outputs, tmp_path):
 
 
 def test_each_source_is_asked_for_once_and_only_if_it_is_shown(outputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(reports_survey, "MAX_PICTURES", 8)
+    for module in (reports_survey, reports_page):
+        monkeypatch.setattr(module, "MAX_PICTURES", 8)
     outputs.make_task_output(tmp_path / "out", "edit", rows=40, samples=20)
     asked = []
 

@@ -320,8 +320,8 @@ def test_a_checkpoint_that_cannot_be_used_stops_the_run_and_not_the_process(tmp_
 def test_a_broken_engine_ends_the_process():
     program = """
 import asyncio
-from actors.replica import Replica
-from model.checkpoint import TINY
+from wallaroo.actors.replica import Replica
+from wallaroo.model.checkpoint import TINY
 
 class Breaks(Replica):
     def _turn(self, engine):

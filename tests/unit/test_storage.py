@@ -10,6 +10,7 @@ import pytest
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+from wallaroo.workflows.storage import checkpoints
 
 
 def names(folder):
@@ -205,4 +206,4 @@ def test_a_source_is_read_from_anywhere(tmp_path):
 
 
 def test_a_local_checkpoint_is_used_where_it_is(tmp_path):
-    assert storage.fetch_folder(str(tmp_path)) == tmp_path
+    assert checkpoints.fetch_folder(str(tmp_path)) == tmp_path

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from wallaroo.workflows.outputs.schema import MIME_TYPES, RESULT_NAMES, TEXT_TASKS
+from wallaroo.workflows.outputs.values import digest
 from wallaroo.workflows.tasks import EXACT
 
 if TYPE_CHECKING:
     from wallaroo.actors.rows import Outcome
-from wallaroo.workflows.outputs.schema import MIME_TYPES, RESULT_NAMES, TEXT_TASKS
-from wallaroo.workflows.outputs.values import digest
 
 
 def restore_size(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

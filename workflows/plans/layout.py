@@ -11,7 +11,6 @@ from wallaroo.model.config import ModelConfig
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 
-PART_SHARDS = 1024
 SHARD_ROWS = (8, 256)
 SHARD_TEXTS = 4096
 RESTORED_PIXELS = 4 << 20

@@ -31,7 +31,7 @@ class PlanPart:
     file: name of its Parquet file. round: number of the round it belongs to. shard_rows: rows of every
     shard but the last of the round. error_rows: rows that are refused; errors: how many of each kind.
     sizes: "WIDTHxHEIGHT" in pixels -> rows to be made. complete: whether it ends its round.
-    compacted: whether it stands for all parts before it too (see `workflows.compact`), and its shards begin
+    compacted: whether it stands for all parts before it too (see `workflows.datasets.compact`), and its shards begin
     at any number.
     """
 
@@ -67,7 +67,7 @@ class Round:
     must share. carried: schema of the carried columns.
 
     Of an incremental plan each round has a manifest of its own, of which selected are the rows; known names
-    the file of what it planned (see `workflows.increments`), empty otherwise. schema: of the manifest's
+    the file of what it planned (see `workflows.plans.increments`), empty otherwise. schema: of the manifest's
     rows, encoded.
     """
 

@@ -29,7 +29,7 @@ from wallaroo.workflows.plans.increments import (
     write_known,
     write_pictures,
 )
-from wallaroo.workflows.plans.layout import PART_SHARDS, shard_rows
+from wallaroo.workflows.plans.layout import shard_rows
 from wallaroo.workflows.plans.parts import folder_of, write_part
 from wallaroo.workflows.plans.passes import (
     RowCounts,
@@ -45,6 +45,9 @@ from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_pl
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.settings import OptionError
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
+
+PART_SHARDS = 1024
+"""Shards of a part at most."""
 
 
 def make_plan(manifest: str, settings: PlanSettings, model: str, output: str | None = None) -> Plan:

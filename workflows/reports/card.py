@@ -12,15 +12,14 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from wallaroo.workflows import storage
-from wallaroo.workflows.outputs.layout import DATA_FOLDER
+from wallaroo.workflows.outputs.layout import CARD_FILE, DATA_FOLDER
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.values import flat
 
 if TYPE_CHECKING:
     from wallaroo.workflows.outputs.success import RowTotals
-if TYPE_CHECKING:
     from wallaroo.workflows.plans.plan import Plan
-from wallaroo.workflows.outputs.layout import CARD_FILE
+
 
 MAX_FILES = 20
 MAX_LINES = 40

@@ -14,17 +14,16 @@ import pyarrow.parquet as pq
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.outputs.layout import list_done, shard_name, shard_path
+from wallaroo.workflows.outputs.layout import ERRORS_FILE, SUCCESS_FILE, list_done, shard_name, shard_path
 from wallaroo.workflows.outputs.schema import FORMAT, RESULT_NAMES, json_columns
 from wallaroo.workflows.outputs.shards import map_shards, open_shard
+from wallaroo.workflows.outputs.success import RowTotals, ShardTotals
+from wallaroo.workflows.outputs.values import json_again, json_line, jsonable
 from wallaroo.workflows.reports.card import write_card
 from wallaroo.workflows.sources.embedded import Cell
 
 if TYPE_CHECKING:
     from wallaroo.workflows.plans.plan import Plan
-from wallaroo.workflows.outputs.layout import ERRORS_FILE, SUCCESS_FILE
-from wallaroo.workflows.outputs.success import RowTotals, ShardTotals
-from wallaroo.workflows.outputs.values import json_again, json_line, jsonable
 
 
 def finish(output: str, plan: "Plan") -> RowTotals:

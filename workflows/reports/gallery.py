@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from wallaroo.model.errors import InputError, RowError
 from wallaroo.workflows.outputs.shards import map_shards, open_shard
+from wallaroo.workflows.reports.survey import Place, Stratum, name_of, shorten, size_of
 from wallaroo.workflows.sources.embedded import Cell, parse_cell, read_cells
 
 if TYPE_CHECKING:
     from PIL import Image
-from wallaroo.workflows.reports.survey import Place, Stratum, name_of, shorten, size_of
+
 
 THUMBNAIL = 240
 """Longest side of a thumbnail, in pixels; smaller pictures stay as they are."""

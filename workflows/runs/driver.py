@@ -8,12 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wallaroo.actors import metrics
 from wallaroo.actors.replica import Replica
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+from wallaroo.workflows.cluster import choose_device
 from wallaroo.workflows.outputs.layout import SUCCESS_FILE, list_done
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.run_log import RunLog
@@ -21,17 +22,9 @@ from wallaroo.workflows.outputs.shards import map_shards
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.page import write_report
-from wallaroo.workflows.settings import Progress, RunConfig, RunSummary
-from wallaroo.workflows.stopping import Stop
-from wallaroo.workflows.storage import retries
-from wallaroo.workflows.text import duration
-
-if TYPE_CHECKING:
-    pass
 from wallaroo.workflows.runs.pool import Pool, load_stage, make_pool, make_results
 from wallaroo.workflows.runs.setup import (
     check_gpus,
-    choose_device,
     connect,
     is_finished,
     log,
@@ -43,6 +36,10 @@ from wallaroo.workflows.runs.setup import (
 )
 from wallaroo.workflows.runs.stages import Tally, load, refuse, retriable_rows, tally_of, write
 from wallaroo.workflows.runs.streaming import arriving
+from wallaroo.workflows.settings import Progress, RunConfig, RunSummary
+from wallaroo.workflows.stopping import Stop
+from wallaroo.workflows.storage import retries
+from wallaroo.workflows.text import duration
 
 MAX_DEATHS = 6
 """Replicas that may die with a shard and teach nothing; with more the run stops, or it would never end."""

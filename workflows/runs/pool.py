@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from wallaroo.actors.replica import Replica
 from wallaroo.model.config import SLOTS
 from wallaroo.workflows import storage
+from wallaroo.workflows.runs.stages import Job, encode
 from wallaroo.workflows.settings import RunConfig
+from wallaroo.workflows.storage.checkpoints import fetch_folder
 
 if TYPE_CHECKING:
     import ray.data
-from wallaroo.workflows.runs.stages import Job, encode
+
 
 MIN_LOADS = 2
 """Shards whose sources are loaded at once, at least; each loads several sources at once."""
@@ -78,7 +80,7 @@ def load_stage(
 def _fetch(model: str) -> Path:
     """The local folder of a checkpoint, in the process of a replica."""
     storage.be_patient()
-    return storage.fetch_folder(model)
+    return fetch_folder(model)
 
 
 def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = None) -> "ray.data.Dataset":

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -26,15 +26,12 @@ from wallaroo.workflows.outputs.values import digest
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.plans.planner import existing_plan, make_plan
 from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.runs.stages import Job
 from wallaroo.workflows.settings import Progress, RunConfig, RunSummary
 from wallaroo.workflows.sources.references import SourceOptions
 from wallaroo.workflows.stopping import Stop
-from wallaroo.workflows.storage.checkpoints import read_checkpoint
-
-if TYPE_CHECKING:
-    pass
-from wallaroo.workflows.runs.stages import Job
-from wallaroo.workflows.storage.checkpoints import absolute_path, model_path
+from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint
+from wallaroo.workflows.storage.paths import absolute_path
 
 log = logging.getLogger(__name__)
 
@@ -145,15 +142,6 @@ def meaning_of(config: RunConfig) -> dict[str, Any]:
     if not storage.is_s3(config.model):
         checkpoint.check(config.model, config.task)
     return config.config_digest_fields(known.digest)
-
-
-def choose_device(device: str) -> str:
-    """`cpu` or `cuda`: what was asked for, and for `auto` what the Ray cluster has now."""
-    import ray
-
-    if device != "auto":
-        return device
-    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
 
 
 def check_gpus(config: RunConfig, device: str) -> None:

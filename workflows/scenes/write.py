@@ -64,9 +64,9 @@ def write(
     """Writes the data set into a folder: for each task `train/TASK.parquet` with `rows` rows, and
     `held-out/TASK.parquet` with `held_out_rows`, combinations that the former lack; gives their paths.
 
-    Each file is a manifest of its task. lines: also `train/TASK.jsonl`, which `python -m wallaroo.model.train`
-    reads. hard: whether the rows to train on are mostly of the kinds in HARD; those held out are the same
-    either way. Raises InputError for a number below one.
+    Each file is a manifest of its task. lines: also `train/TASK.jsonl`, which
+    `python -m wallaroo.model.train` reads. hard: whether the rows to train on are mostly of the kinds in HARD;
+    those held out are the same either way. Raises InputError for a number below one.
     """
     if rows < 1 or held_out_rows < 1:
         raise InputError(

@@ -16,11 +16,10 @@ from wallaroo.model.checkpoint import CONFIG, FILE_LIST, TOKENIZER, FileEntry, d
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
 from wallaroo.model.tokenizer import Tokenizer
-from wallaroo.workflows import storage
 from wallaroo.workflows.storage.clients import s3_client
 from wallaroo.workflows.storage.errors import explained, raise_if_missing
 from wallaroo.workflows.storage.files import info, read_bytes, write_atomic
-from wallaroo.workflows.storage.paths import bucket_and_key, is_s3, join
+from wallaroo.workflows.storage.paths import absolute_path, bucket_and_key, is_s3, join
 from wallaroo.workflows.storage.retries import persistent
 
 RANGE_BYTES = 16 << 20
@@ -36,8 +35,6 @@ def fetch_folder(path: str, names: Sequence[str] | None = None, cache: Path | No
     cache: default `~/.cache/wallaroo`. Raises InputError if `path` is no checkpoint, or a file is not
     what its list says.
     """
-    from wallaroo.model.checkpoint import FILE_LIST, digest, parse_file_list
-
     if not is_s3(path):
         return Path(path)
     where = join(path, FILE_LIST)
@@ -144,24 +141,19 @@ class Checkpoint(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def read_checkpoint(model: str) -> Checkpoint:
     """What planning needs of a checkpoint, once a process: its weights are neither read nor fetched."""
-    folder, files = storage.fetch_folder(model, (CONFIG, TOKENIZER)), read_files(model)
+    folder, files = fetch_folder(model, (CONFIG, TOKENIZER)), read_files(model)
     return Checkpoint(ModelConfig.from_file(folder / CONFIG), Tokenizer.from_folder(folder), digest(files))
 
 
 def read_files(model: str) -> dict[str, FileEntry]:
     """Size and sha256 of every file of a checkpoint, by name."""
-    where = storage.fetch_folder(model, ()) / FILE_LIST
+    where = fetch_folder(model, ()) / FILE_LIST
     try:
         return parse_file_list(where.read_bytes(), str(where))
     except OSError:
         raise InputError(
             f"The model {model} is not a checkpoint, since it has no {FILE_LIST}: give the folder of one."
         ) from None
-
-
-def absolute_path(path: str) -> str:
-    """A path that holds good in a process with another working folder."""
-    return path if storage.is_s3(path) else os.path.abspath(path)
 
 
 def model_path(model: str) -> str:

@@ -8,13 +8,13 @@ import urllib.parse
 from typing import TYPE_CHECKING, Any
 
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.storage.errors import NO_CREDENTIALS, explained
+from wallaroo.workflows.storage.paths import bucket_and_key, is_s3
 
 if TYPE_CHECKING:
     import pyarrow
-if TYPE_CHECKING:
     import pyarrow.fs
-from wallaroo.workflows.storage.errors import NO_CREDENTIALS, explained
-from wallaroo.workflows.storage.paths import bucket_and_key, is_s3
+
 
 CONNECT_SECONDS = 3
 READ_SECONDS = 60

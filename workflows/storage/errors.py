@@ -5,14 +5,8 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from wallaroo.model.errors import InputError
-
-if TYPE_CHECKING:
-    pass
-if TYPE_CHECKING:
-    pass
 from wallaroo.workflows.storage.paths import is_s3
 
 

@@ -11,10 +11,6 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import pyarrow
-if TYPE_CHECKING:
-    import pyarrow.fs
 from wallaroo.workflows.storage.clients import s3_client, s3_filesystem
 from wallaroo.workflows.storage.errors import (
     TooLarge,
@@ -36,6 +32,10 @@ from wallaroo.workflows.storage.local import (
 from wallaroo.workflows.storage.paths import FileInfo, bucket_and_key, is_s3
 from wallaroo.workflows.storage.retries import persistent
 from wallaroo.workflows.storage.s3 import list_s3, put_conditional, uploading
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.fs
 
 
 def read_bytes(path: str) -> bytes:

@@ -1,5 +1,6 @@
 """Paths of both kinds: local ones and `s3://bucket/key`."""
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -28,6 +29,11 @@ def is_s3(path: str) -> bool:
     if scheme != "s3":
         raise InputError(f"{scheme}:// is not known: give a local path or s3://bucket/key.")
     return True
+
+
+def absolute_path(path: str) -> str:
+    """The path as it is called from any working directory."""
+    return path if is_s3(path) else os.path.abspath(path)
 
 
 def join(path: str, *parts: str) -> str:

@@ -3,13 +3,14 @@
 import functools
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, TypeVar
 
 from wallaroo.model.errors import InputError
-from wallaroo.workflows.storage.clients import _guard, count_retries, forget_clients
+from wallaroo.workflows.storage.clients import count_retries, forget_clients
 from wallaroo.workflows.storage.errors import CODE_ALIASES, explain
 from wallaroo.workflows.storage.paths import is_s3
 
@@ -41,6 +42,7 @@ _PASSING = {
 _BROKEN_OFF = "broken off"
 """What is said of an answer that had begun and did not come to its end."""
 _patient = 0
+_guard = threading.Lock()
 
 
 def be_patient() -> None:

@@ -1,0 +1,59 @@
+"""Files by path, local or on S3, read and written alike, and nothing that a caller could find half done.
+
+Only these modules import boto3, botocore, s3fs or fsspec. They know no manifest, no plan and no output.
+`storage.NAME` is what the rest of the code calls; the modules behind it are for this package alone.
+"""
+
+from wallaroo.workflows.storage.clients import forget_clients, parquet_filesystem, take_retries
+from wallaroo.workflows.storage.errors import TooLarge, explained, refuses_path
+from wallaroo.workflows.storage.files import (
+    delete,
+    exists,
+    info,
+    list_files,
+    match_files,
+    open_source,
+    put_if_absent,
+    read_bytes,
+    read_object,
+    read_with_etag,
+    remove_leftovers,
+    replace_if_match,
+    write_atomic,
+    write_stream,
+)
+from wallaroo.workflows.storage.local import COPY_BYTES, TEMPORARY
+from wallaroo.workflows.storage.paths import FileInfo, absolute_path, is_s3, join
+from wallaroo.workflows.storage.retries import be_patient, patience, patiently
+
+__all__ = [
+    "COPY_BYTES",
+    "TEMPORARY",
+    "FileInfo",
+    "TooLarge",
+    "absolute_path",
+    "be_patient",
+    "delete",
+    "exists",
+    "explained",
+    "forget_clients",
+    "info",
+    "is_s3",
+    "join",
+    "list_files",
+    "match_files",
+    "open_source",
+    "parquet_filesystem",
+    "patience",
+    "patiently",
+    "put_if_absent",
+    "read_bytes",
+    "read_object",
+    "read_with_etag",
+    "refuses_path",
+    "remove_leftovers",
+    "replace_if_match",
+    "take_retries",
+    "write_atomic",
+    "write_stream",
+]
