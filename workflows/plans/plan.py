@@ -31,8 +31,8 @@ class PlanPart:
     file: name of its Parquet file. round: number of the round it belongs to. shard_rows: rows of every
     shard but the last of the round. error_rows: rows that are refused; errors: how many of each kind.
     sizes: "WIDTHxHEIGHT" in pixels -> rows to be made. complete: whether it ends its round.
-    compacted: whether it stands for all parts before it too (see `workflows.datasets.compact`), and its shards begin
-    at any number.
+    compacted: whether it stands for all parts before it too (see `workflows.datasets.compact`), and its
+    shards begin at any number.
     """
 
     part: int

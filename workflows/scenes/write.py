@@ -65,8 +65,8 @@ def write(
     `held-out/TASK.parquet` with `held_out_rows`, combinations that the former lack; gives their paths.
 
     Each file is a manifest of its task. lines: also `train/TASK.jsonl`, which
-    `python -m wallaroo.model.train` reads. hard: whether the rows to train on are mostly of the kinds in HARD;
-    those held out are the same either way. Raises InputError for a number below one.
+    `python -m wallaroo.model.train` reads. hard: whether the rows to train on are mostly of the kinds in
+    HARD; those held out are the same either way. Raises InputError for a number below one.
     """
     if rows < 1 or held_out_rows < 1:
         raise InputError(
