@@ -12,6 +12,7 @@ MODEL = Path(__file__).parents[2] / "model"
 
 ABSENT = """
 import importlib, pkgutil, sys
+import wallaroo
 
 class Without:
     'A finder for which some packages are not installed.'
