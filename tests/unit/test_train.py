@@ -540,8 +540,15 @@ def test_two_processes_without_ray_do_what_one_does(tmp_path):
         for folder in made
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    one, two = (load(folder).state_dict() for folder in made)
-    assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in one)
+    one, two, before = (
+        torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+        for model in (*map(load, made), start_model(Recipe.from_file(file, "first")))
+    )
+    # A weight whose gradient is nothing but rounding moves by the whole rate in each step, either way. There
+    # are few of those, so that on average the weights differ by far less than they were moved.
+    apart = (one - two).abs()
+    assert apart.max() <= 2 * 2 * 1e-3
+    assert apart.mean() < 1e-3 * (one - before).abs().mean()
 
 
 def test_processes_that_cannot_share_a_step_are_refused(tmp_path):
