@@ -183,6 +183,13 @@ def test_readme_leads_to_every_page():
 # Tables that repeat what the code says
 
 
+def sources() -> str:
+    files = (
+        path for name in ("model", "actors", "workflows", "jobs") for path in (ROOT / name).rglob("*.py")
+    )
+    return "".join(path.read_text() for path in files)
+
+
 def code_in(cells: list[str]) -> list[str]:
     return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
@@ -197,11 +204,20 @@ def test_columns_are_those_of_the_schema():
 def test_kinds_of_errors_are_those_of_the_code():
     rows = table(DOCS / "outputs.md", "Error kinds")
     kinds = {row[0].strip("| `") for row in rows}
-    source = "".join(
-        path.read_text() for name in ("model", "actors", "workflows") for path in (ROOT / name).rglob("*.py")
-    )
+    source = sources()
     assert set(re.findall(r'RowError\(\s*"(\w+)"', source)) <= kinds
     assert not {kind for kind in kinds if f'"{kind}"' not in source}
+
+
+def test_messages_of_the_troubleshooting_table_are_those_of_the_code():
+    rows = table(DOCS / "operations.md", "Troubleshooting")
+    messages = [text for text in code_in([row[0] for row in rows]) if " " in text and "wallaroo" not in text]
+    assert len(messages) > 5
+    source = sources()
+    for message in messages:
+        # What stands between numbers and names, which a message fills in.
+        parts = [part.strip() for part in re.split(r"\d+|'\w+'", message)]
+        assert all(part in source for part in parts), message
 
 
 def test_presets_are_those_of_the_code():
