@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from wallaroo.jobs.config import SECTIONS, SETTINGS, Setting, resolve
+from wallaroo.jobs.view import view
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.stopping import RunStopped, Stop
 
@@ -560,6 +561,9 @@ def export(format: str, output: str, dest: str, embed_metadata: bool, image_urls
     summary = write(output, dest, format, embed_metadata=embed_metadata, image_urls=image_urls)
     click.echo(summary.text())
     return ERROR_ROWS if summary.errors or summary.left_out else OK
+
+
+cli.add_command(view)
 
 
 @cli.group(short_help="Make manifests of prompts.")

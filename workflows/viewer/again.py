@@ -1,0 +1,182 @@
+"""How a row can be made again, and where it came from: a manifest of one row, a command, the line of sources.
+
+Knows nothing of HTML.
+"""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import DATA_FOLDER, shard_number
+from wallaroo.workflows.outputs.run_file import read_run
+from wallaroo.workflows.reports.finish import manifest_row
+from wallaroo.workflows.sources.embedded import Cell
+from wallaroo.workflows.viewer.output import Output
+from wallaroo.workflows.viewer.shards import Reader, Shard
+
+MAX_STEPS = 12
+"""Of a line of sources."""
+
+_PARAMETERS = ("id", "prompt", "seed", "cfg", "temperature", "top_k", "top_p", "language")
+_FLAGS = (
+    "model",
+    "weights",
+    "cfg_interval",
+    "image_format",
+    "image_quality",
+    "restore_size",
+    "save_tokens",
+    "max_prompt_tokens",
+    "max_new_tokens",
+    "max_source_bytes",
+    "max_source_pixels",
+    "allow_https",
+    "threads",
+)
+"""Options of a run that a row's own parameters do not say, by the name of their field."""
+
+_DEFAULTS: dict[str, Any] = {
+    "image_format": "png",
+    "max_prompt_tokens": 1024,
+    "max_new_tokens": 256,
+    "max_source_bytes": 128 << 20,
+    "max_source_pixels": 1 << 26,
+    "threads": 1,
+    "cfg_interval": [0.0, 1.0],
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """manifest: one line of JSON. command: shell lines that write it to a file and run it."""
+
+    manifest: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row in the line of sources, or at its end what was there first.
+
+    kind: task of the row, or `picture`, `file` or `manifest`. where: path of the output or the file.
+    shard, position: of a row.
+    """
+
+    kind: str
+    where: str
+    name: str = ""
+    prompt: str = ""
+    shard: int | None = None
+    position: int | None = None
+
+
+def source_reference(row: Mapping[str, Any]) -> str:
+    """How a manifest names the source of a row; empty if there is none."""
+    source = row.get("source") or {}
+    uri, number = source.get("uri") or "", source.get("row_id")
+    return str(Cell(uri, number)) if uri and number is not None else uri
+
+
+def recipe(output: Output, row: Mapping[str, Any]) -> Recipe | None:
+    """What makes an ok row again, or tries an error row again; None if its source has no name."""
+    task = output.task
+    if row["status"] != "ok":
+        schema = output.reader.schema(output.shard(row["shard"]))
+        values = {k: v for k, v in manifest_row(row, schema).items() if k not in ("kind", "message")}
+    else:
+        values = {name: row[name] for name in _PARAMETERS if row[name] is not None}
+        if task == "generate":
+            values |= {"width": row["width"], "height": row["height"]}
+    if task != "generate":
+        reference = source_reference(row)
+        if not reference:
+            return None
+        values["image"] = reference
+    line = json.dumps(values, ensure_ascii=False)
+    words = ["wallaroo", task, "again.jsonl", "out/again", *_options(output.run["options"])]
+    command = f"cat > again.jsonl <<'END'\n{line}\nEND\n{shlex.join(words)}"
+    return Recipe(line, command)
+
+
+def _options(options: Mapping[str, Any]) -> list[str]:
+    words = []
+    for name in _FLAGS:
+        value = options.get(name)
+        if value is None or value is False or value == _DEFAULTS.get(name):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif name == "cfg_interval":
+            words += [flag, ":".join(f"{one:g}" for one in value)]
+        else:
+            words += [flag, str(value)]
+    for language, template in (options.get("templates") or {}).items():
+        words += [f"--template-{language}", template]
+    return words
+
+
+def lineage(output: Output, row: Mapping[str, Any]) -> list[Step]:
+    """The sources of a row, the nearest first, down to the manifest that named the first one."""
+    steps: list[Step] = []
+    run: Mapping[str, Any] = output.run
+    here = output.path
+    reader = output.reader
+    seen: set[tuple[str, int]] = set()
+    for _ in range(MAX_STEPS):
+        source = row.get("source") or {}
+        uri, number = source.get("uri") or "", source.get("row_id")
+        parent = _output_of(uri) if number is not None else None
+        if not uri or parent is None or (uri, number) in seen:
+            break
+        seen.add((uri, number))
+        found = _find(reader, uri, number)
+        if found is None:
+            break
+        row, run, here = found, _run_of(parent), parent
+        name = f"{row['id']}/{row['sample']}" if row["sample"] else row["id"]
+        steps.append(Step(row["task"], parent, name, row["prompt"] or "", row["shard"], row["position"]))
+    reference = source_reference(row)
+    if reference:
+        steps.append(Step("picture", reference))
+    manifest = run.get("options", {}).get("manifest") or ""
+    if manifest:
+        steps.append(Step("manifest", manifest, name=f"of {here}"))
+    return steps
+
+
+def _output_of(path: str) -> str | None:
+    """The output that a shard belongs to; None where the path is no shard's."""
+    match = re.fullmatch(rf"(.+)/{DATA_FOLDER}/([^/]+)", path, re.DOTALL)
+    return match[1] if match and shard_number(match[2]) is not None else None
+
+
+def _run_of(output: str) -> Mapping[str, Any]:
+    try:
+        return read_run(output)
+    except InputError:
+        return {}
+
+
+def _find(reader: Reader, path: str, row_id: int) -> dict[str, Any] | None:
+    """The row of a shard by its number in the output; None if it is gone."""
+    try:
+        file = storage.info(path)
+        number = shard_number(os.path.basename(path))
+        if file is None or number is None:
+            return None
+        shard = Shard(number, path, file.size, file.etag)
+        ids = reader.small(shard).column("row_id").to_pylist()
+        if row_id not in ids:
+            return None
+        position = ids.index(row_id)
+        row = reader.rows(shard, position, position + 1, pictures=False)[0]
+        return {**row, "shard": number, "position": position}
+    except InputError:
+        return None

@@ -1,0 +1,311 @@
+"""One output as the viewer knows it: its shards, how its run stands, its rows in order.
+
+What costs requests is asked at most every few seconds, however many pages ask. The index is filled by a
+thread that begins after the first page, or when a page needs it; pages in the order of the plan never do.
+Knows nothing of HTML.
+"""
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.outputs.run_file import read_run
+from wallaroo.workflows.reports.status import Status, status
+from wallaroo.workflows.viewer.index import Index
+from wallaroo.workflows.viewer.query import Place, Query, Rows
+from wallaroo.workflows.viewer.shards import Reader, Shard, Unreadable, list_shards
+
+RUNNING_SECONDS, RESTING_SECONDS = 3.0, 30.0
+"""How often an output is listed while its run is at work, and else."""
+
+READERS = 4
+BATCH = 16
+"""Shards that go into the index at a time."""
+
+QUIET_SECONDS = 1.5
+"""The index waits until so long nobody asked for anything, so that the first page comes first."""
+
+IDLE_SECONDS = 120.0
+"""After so long without a page nothing is listed any more."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Rows of a query. first, last: whether nothing comes before or after them."""
+
+    rows: list[dict[str, Any]]
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """shards: listed. indexed: of these in the index, `rows` rows."""
+
+    shards: int
+    indexed: int
+    rows: int
+
+    @property
+    def complete(self) -> bool:
+        return self.indexed >= self.shards
+
+
+class Output:
+    """An output that is looked at. number: its place among those of the viewer.
+
+    Raises InputError where the path is no output of ours.
+    """
+
+    def __init__(self, number: int, path: str, index: Index) -> None:
+        self.number, self.path = number, path if "://" in path else os.path.abspath(path)
+        self.name = re.sub(r"^.*/", "", path.rstrip("/")) or path
+        self.run = read_run(self.path)
+        self.task: str = self.run["config"]["task"]
+        self.reader = Reader()
+        self.index = index
+        self.rows = Rows(index, number)
+        self.unreadable: dict[int, str] = {}
+        self._guard = threading.Lock()
+        self._refreshing = threading.Lock()
+        self._indexed: dict[int, str] = index.known(number)
+        self._status = status(self.path)
+        self.shards: list[Shard] = list_shards(self.path)
+        self._refreshed = time.monotonic()
+
+    @property
+    def status(self) -> Status:
+        return self._status
+
+    @property
+    def running(self) -> bool:
+        return self._status.state == "running"
+
+    def refresh(self, force: bool = False) -> None:
+        """Lists the output anew, if that was some seconds ago."""
+        wait = RUNNING_SECONDS if self.running else RESTING_SECONDS
+        if not self._refreshing.acquire(blocking=False):
+            return
+        try:
+            if not force and time.monotonic() - self._refreshed < wait:
+                return
+            found = status(self.path)
+            shards = list_shards(self.path)
+            with self._guard:
+                self._status, self.shards = found, shards
+                self._refreshed = time.monotonic()
+        finally:
+            self._refreshing.release()
+
+    # The index
+
+    def missing(self) -> list[Shard]:
+        """Shards that the index lacks, or has of another time."""
+        with self._guard:
+            shards = self.shards
+        return [
+            shard
+            for shard in shards
+            if self._indexed.get(shard.number) != shard.etag
+            and self.unreadable.get(shard.number) != shard.etag
+        ]
+
+    def progress(self) -> Progress:
+        """How far the index is."""
+        missing = len(self.missing())
+        return Progress(len(self.shards), len(self.shards) - missing, 0)
+
+    def fill(self, ended: threading.Event) -> Iterator[None]:
+        """Brings the index up to date, a batch of shards each step."""
+        there = {shard.number for shard in self.shards}
+        gone = [number for number in self._indexed if number not in there]
+        if gone:
+            self.index.remove(self.number, gone)
+            for number in gone:
+                self._indexed.pop(number, None)
+        missing = self.missing()
+        with ThreadPoolExecutor(READERS, thread_name_prefix="index") as pool:
+            for start in range(0, len(missing), BATCH):
+                if ended.is_set():
+                    return
+                batch = missing[start : start + BATCH]
+                found = []
+                for shard, table in zip(batch, pool.map(self._small, batch), strict=True):
+                    if table is not None:
+                        found.append((shard, table))
+                self._add(found)
+                yield
+
+    def _add(self, found: list[Any]) -> None:
+        try:
+            self.index.add(self.number, found)
+        except InputError:
+            # One at a time, so that a shard that does not fit harms no other.
+            for shard, table in found:
+                try:
+                    self.index.add(self.number, [(shard, table)])
+                except InputError:
+                    self.unreadable[shard.number] = shard.etag
+        for shard, _ in found:
+            if shard.number not in self.unreadable:
+                self._indexed[shard.number] = shard.etag
+
+    def _small(self, shard: Shard) -> Any:
+        try:
+            return self.reader.small(shard)
+        except Unreadable:
+            self.unreadable[shard.number] = shard.etag
+            return None
+
+    # Rows
+
+    def shard(self, number: int) -> Shard:
+        """A shard by its number. Raises InputError if it is not there."""
+        for shard in self.shards:
+            if shard.number == number:
+                return shard
+        raise InputError(f"{self.path} has no shard {number}: it may not be made yet.")
+
+    def page(self, query: Query, place: Place | None, count: int) -> Page:
+        """At most `count` rows of a query after a place, or before it. Raises QueryError, Unreadable."""
+        if query.plain and self.missing():
+            rows = self._in_plan_order(place, count + 1)
+        elif not self.index.kinds[self.number]:
+            return Page([], True, True)
+        else:
+            rows = self.rows.page(query, place, count + 1)
+        more = len(rows) > count
+        if place is not None and place.backwards:
+            return Page(rows[1:] if more else rows, not more, False)
+        return Page(rows[:count], place is None, not more)
+
+    def _in_plan_order(self, place: Place | None, count: int) -> list[dict[str, Any]]:
+        """Rows straight from the shards, which are in the order of the plan."""
+        shards = self.shards
+        found: list[dict[str, Any]] = []
+        if place is not None and place.backwards:
+            for shard in reversed([one for one in shards if one.number <= place.shard]):
+                stop = place.position if shard.number == place.shard else 1 << 40
+                try:
+                    stop = min(stop, sum(self.reader.group_rows(shard)))
+                    start = max(0, stop - (count - len(found)))
+                    found = self._read(shard, start, stop) + found
+                except Unreadable:
+                    continue
+                if len(found) >= count:
+                    break
+            return found
+        for shard in shards:
+            if place is not None and shard.number < place.shard:
+                continue
+            start = place.position + 1 if place is not None and shard.number == place.shard else 0
+            try:
+                found += self._read(shard, start, start + count - len(found))
+            except Unreadable:
+                continue
+            if len(found) >= count:
+                break
+        return found
+
+    def _read(self, shard: Shard, start: int, stop: int) -> list[dict[str, Any]]:
+        if start >= stop:
+            return []
+        rows = self.reader.rows(shard, start, stop, pictures=True)
+        return [
+            {**row, "shard": shard.number, "position": position} for position, row in enumerate(rows, start)
+        ]
+
+    def row(self, number: int, position: int) -> dict[str, Any]:
+        """All columns of one row but its picture and tokens. Raises InputError where there is none."""
+        shard = self.shard(number)
+        rows = self.reader.rows(shard, position, position + 1, pictures=True)
+        if not rows:
+            raise InputError(f"shard {number} of {self.path} has no row {position}: it has fewer.")
+        return {**rows[0], "shard": number, "position": position}
+
+    def total(self) -> int | None:
+        """Rows that are there, as far as it is known without opening a file."""
+        return self._status.done
+
+
+class Keeper:
+    """A thread that keeps outputs and index up to date while somebody looks."""
+
+    def __init__(self, outputs: Sequence[Output]) -> None:
+        self._outputs = outputs
+        self._ended = threading.Event()
+        self._wake = threading.Event()
+        self._asked = 0.0
+        self._needed = False
+        self.shown = False
+        """Whether a first page was shown, so that the index may begin."""
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self.trouble = ""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, which may take as long as a batch of shards."""
+        self._ended.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(30)
+
+    def touched(self) -> None:
+        """Somebody asked for something."""
+        self._asked = time.monotonic()
+
+    def need_index(self) -> None:
+        """A page cannot be made without the index."""
+        self._needed = True
+        self._wake.set()
+
+    def _quiet(self) -> bool:
+        return self._needed or (self.shown and time.monotonic() - self._asked > QUIET_SECONDS)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                if time.monotonic() - self._asked < IDLE_SECONDS:
+                    for output in self._outputs:
+                        output.refresh()
+                if self._quiet():
+                    for output in self._outputs:
+                        for _ in output.fill(self._ended):
+                            pass
+                    self._needed = False
+                self.trouble = ""
+            except InputError as error:
+                # A storage that does not answer now may do so later; pages say what it was.
+                self.trouble = str(error)
+            self._wake.wait(0.5 if self.trouble == "" else 5)
+            self._wake.clear()
+
+
+def describe(found: Status) -> dict[str, Any]:
+    """How a run stands, as plain values: state, done, planned, errors, rate (rows/s), left (s), heard (s)."""
+    record = found.record
+    rate = None
+    if record is not None:
+        rate = record.rate if found.state == "running" else record.overall_rate
+    left = None
+    if found.state == "running" and record is not None and record.rate and found.planned:
+        left = max(0.0, (found.planned - record.done) / record.rate)
+    return {
+        "state": found.state,
+        "done": found.done,
+        "planned": found.planned,
+        "errors": dict(sorted(found.errors.items())),
+        "rate": rate,
+        "left": left,
+        "heard": found.heard,
+        "cost": found.cost,
+        "message": record.message if record is not None else "",
+    }

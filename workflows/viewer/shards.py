@@ -1,0 +1,227 @@
+"""Shards of an output for a reader far away: as few requests and bytes as a page needs.
+
+A listing gives the size of a file, so that no request asks for it; footers are kept; columns that lie
+close together are read as one range. Pictures of a row group are read together and kept for a while,
+since its neighbours stand on the same page. Knows nothing of pages or SQL.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.types as pt
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import DATA_FOLDER, shard_number
+from wallaroo.workflows.outputs.schema import RESULT_NAMES, lacking
+
+NOT_SMALL = frozenset({"image", "tokens"})
+HOLE_BYTES = 512 << 10
+"""Bytes that are read in vain rather than with one more request."""
+
+RANGE_BYTES = 64 << 20
+FOOTERS = 32
+PICTURE_BYTES = 48 << 20
+"""Bytes of pictures that are kept, in all."""
+
+LARGE_BYTES = 12 << 20
+"""Row groups with more bytes of pictures are read one at a time, which bounds the memory."""
+
+
+class Shard(NamedTuple):
+    """A file of `data/` as listed. number: of the shard. size: in bytes."""
+
+    number: int
+    path: str
+    size: int
+    etag: str
+
+
+class Unreadable(InputError):
+    """A file in the place of a shard that cannot be read, or is none."""
+
+
+def list_shards(output: str) -> list[Shard]:
+    """The shards that are there, in order. One listing; no file is opened."""
+    found = []
+    for file in storage.list_files(storage.join(output, DATA_FOLDER)):
+        number = shard_number(file.relative)
+        if number is not None:
+            found.append(Shard(number, file.path, file.size, file.etag))
+    return sorted(found)
+
+
+def is_indexed(field: pa.Field) -> bool:
+    """Whether a column is small and plain enough for the index: no bytes, lists or structs."""
+    kind = field.type
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    if field.name in RESULT_NAMES:
+        return field.name not in NOT_SMALL
+    return (
+        pt.is_integer(kind)
+        or pt.is_float32(kind)
+        or pt.is_float64(kind)
+        or pt.is_decimal128(kind)
+        or pt.is_boolean(kind)
+        or pt.is_string(kind)
+        or pt.is_large_string(kind)
+        or pt.is_string_view(kind)
+        or pt.is_date(kind)
+        or pt.is_time(kind)
+        or pt.is_timestamp(kind)
+    )
+
+
+class Reader:
+    """Reads shards; may be used by several threads."""
+
+    def __init__(self) -> None:
+        self._fragments: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._pictures: OrderedDict[tuple[str, str, int], pa.ChunkedArray] = OrderedDict()
+        self._guard = threading.Lock()
+        self._loading: dict[tuple[str, str, int], threading.Lock] = {}
+        self._one_large = threading.Lock()
+
+    def schema(self, shard: Shard) -> pa.Schema:
+        """Schema of a shard's file. Raises Unreadable."""
+        return self._fragment(shard).physical_schema
+
+    def group_rows(self, shard: Shard) -> list[int]:
+        """Rows of each row group. Raises Unreadable."""
+        metadata = self._fragment(shard).metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def small(self, shard: Shard) -> pa.Table:
+        """The columns that `is_indexed`, all rows. Raises Unreadable."""
+        fragment = self._fragment(shard)
+        names = [field.name for field in fragment.physical_schema if is_indexed(field)]
+        return self._table(shard, fragment, names)
+
+    def rows(self, shard: Shard, start: int, stop: int, pictures: bool) -> list[dict[str, Any]]:
+        """Rows [start, stop) as dicts, without bytes of pictures and tokens. Raises Unreadable.
+
+        pictures: reads the pictures of the row groups at the same time, and keeps them.
+        """
+        fragment = self._fragment(shard)
+        names = [name for name in fragment.physical_schema.names if name not in NOT_SMALL]
+        found: list[dict[str, Any]] = []
+        first = 0
+        wanted, begin = [], 0
+        for group, count in enumerate(self.group_rows(shard)):
+            if first < stop and start < first + count:
+                if not wanted:
+                    begin = first
+                wanted.append(group)
+            first += count
+        if not wanted:
+            return found
+        columns: dict[str, Any] = {name: ds.field(name) for name in names}
+        sizes = [self._picture_bytes(fragment, group) for group in wanted]
+        together = pictures and sum(sizes) <= LARGE_BYTES
+        if together:
+            columns["image"] = ds.field("image", "bytes")
+        table = self._table(shard, fragment.subset(row_group_ids=wanted), columns)
+        if together:
+            place = 0
+            for group in wanted:
+                count = self.group_rows(shard)[group]
+                self._keep((shard.path, shard.etag, group), table.column("image").slice(place, count))
+                place += count
+            table = table.drop_columns(["image"])
+        return table.slice(start - begin, stop - start).to_pylist()
+
+    def picture(self, shard: Shard, position: int) -> bytes | None:
+        """The file of a row's picture; None if it has none. Raises Unreadable."""
+        first = 0
+        for group, count in enumerate(self.group_rows(shard)):
+            if position < first + count:
+                return self._group_pictures(shard, group)[position - first].as_py()
+            first += count
+        return None
+
+    def _group_pictures(self, shard: Shard, group: int) -> pa.ChunkedArray:
+        key = (shard.path, shard.etag, group)
+        with self._guard:
+            if key in self._pictures:
+                self._pictures.move_to_end(key)
+                return self._pictures[key]
+            turn = self._loading.setdefault(key, threading.Lock())
+        # Tiles of one row group are asked for at the same moment; one of them reads it.
+        with turn:
+            with self._guard:
+                if key in self._pictures:
+                    return self._pictures[key]
+            fragment = self._fragment(shard)
+            columns = {"image": ds.field("image", "bytes")}
+            part = fragment.subset(row_group_ids=[group])
+            if self._picture_bytes(fragment, group) > LARGE_BYTES:
+                with self._one_large:
+                    pictures = self._table(shard, part, columns).column("image")
+            else:
+                pictures = self._table(shard, part, columns).column("image")
+            self._keep(key, pictures)
+        with self._guard:
+            self._loading.pop(key, None)
+        return pictures
+
+    def _keep(self, key: tuple[str, str, int], pictures: pa.ChunkedArray) -> None:
+        with self._guard:
+            self._pictures[key] = pictures
+            total = sum(one.nbytes for one in self._pictures.values())
+            while total > PICTURE_BYTES and len(self._pictures) > 1:
+                total -= self._pictures.popitem(last=False)[1].nbytes
+
+    @staticmethod
+    def _picture_bytes(fragment: Any, group: int) -> int:
+        found = fragment.metadata.row_group(group)
+        for index in range(found.num_columns):
+            if found.column(index).path_in_schema == "image.bytes":
+                return found.column(index).total_compressed_size
+        return 0
+
+    def _fragment(self, shard: Shard) -> Any:
+        """A file with its footer, which is read once."""
+        key = (shard.path, shard.etag)
+        with self._guard:
+            if key in self._fragments:
+                self._fragments.move_to_end(key)
+                return self._fragments[key]
+        options = ds.ParquetFragmentScanOptions(
+            pre_buffer=True,
+            page_checksum_verification=True,
+            cache_options=pa.CacheOptions(
+                hole_size_limit=HOLE_BYTES, range_size_limit=RANGE_BYTES, lazy=False
+            ),
+        )
+        with storage.explained(shard.path):
+            filesystem, inner = storage.parquet_filesystem(shard.path)
+            kind = ds.ParquetFileFormat(default_fragment_scan_options=options)
+            fragment = kind.make_fragment(inner, filesystem=filesystem, file_size=shard.size)
+            try:
+                fragment.ensure_complete_metadata()
+                words = lacking(fragment.physical_schema)
+            except (pa.ArrowException, FileNotFoundError) as error:
+                words = str(error).strip().split("\n", 1)[0][:200]
+        if words:
+            raise Unreadable(f"{shard.path} cannot be shown ({words}): `wallaroo verify` checks the output.")
+        with self._guard:
+            self._fragments[key] = fragment
+            if len(self._fragments) > FOOTERS:
+                self._fragments.popitem(last=False)
+        return fragment
+
+    @staticmethod
+    def _table(shard: Shard, fragment: Any, columns: Sequence[str] | dict[str, Any]) -> pa.Table:
+        with storage.explained(shard.path):
+            try:
+                return fragment.to_table(columns=columns, use_threads=False)
+            except (pa.ArrowException, FileNotFoundError) as error:
+                words = str(error).strip().split("\n", 1)[0][:200]
+                raise Unreadable(
+                    f"{shard.path} cannot be shown ({words}): `wallaroo verify` checks the output."
+                ) from None
