@@ -1,6 +1,7 @@
 """The command `wallaroo view`. Imports nothing of weight before it runs."""
 
 import webbrowser
+from contextlib import suppress
 
 import click
 
@@ -40,5 +41,7 @@ def view(outputs: tuple[str, ...], port: int | None, host: str, no_open: bool, v
         if not no_open:
             webbrowser.open(address)
 
-    serve(outputs, port, host, votes, ready)
+    # Ctrl-C is how it is meant to end.
+    with suppress(KeyboardInterrupt):
+        serve(outputs, port, host, votes, ready)
     return 0

@@ -133,7 +133,7 @@ def lineage(output: Output, row: Mapping[str, Any]) -> list[Step]:
         source = row.get("source") or {}
         uri, number = source.get("uri") or "", source.get("row_id")
         parent = _output_of(uri) if number is not None else None
-        if not uri or parent is None or (uri, number) in seen:
+        if number is None or parent is None or (uri, number) in seen:
             break
         seen.add((uri, number))
         found = _find(reader, uri, number)

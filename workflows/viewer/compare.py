@@ -40,7 +40,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """The rows of one id, version and sample. place: where the first one lies; differs: whether results do."""
+    """The rows of one id, version and sample. place: of the first one. differs: whether the results do."""
 
     id: str
     version: int
@@ -68,7 +68,7 @@ class Comparison:
         found = []
         for output in self.outputs:
             options, config = output.run["options"], output.run["config"]
-            found.append(flat({**config, "model": options.get("model", ""), "environment": ""}))
+            found.append(flat({**config, "model": options.get("model", "")}))
         names = sorted({name for one in found for name in one})
         lines = []
         for name in names:
@@ -78,7 +78,7 @@ class Comparison:
         return lines
 
     def _table(self) -> str:
-        """A subquery with one row a pair: columns of the first output as they are, then `x0_status` and so on."""
+        """A subquery with one row a pair: some columns of the first output, then `x0_status` and so on."""
         columns = ["r0.id AS id", "r0.version AS version", "r0.sample AS sample", "r0.prompt AS prompt"]
         columns += [
             "r0.language AS language",
@@ -134,7 +134,7 @@ class Comparison:
         return Page([{"pair": self._pair(row)} for row in rows], first, last)
 
     def counts(self, search: str) -> dict[str, int]:
-        """Pairs in all and those that differ, and rows of each output that have no partner."""
+        """How many pairs there are, and how many differ. Raises QueryError."""
         if not self.ready:
             return {"pairs": 0, "differing": 0}
         where = self._where(search, "all")

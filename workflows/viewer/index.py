@@ -100,20 +100,18 @@ class Index:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _forget_old(folder)
-            self._open(number, path)
-            os.utime(path)
-            return
-        except duckdb.SerializationException:
-            pass
-        except duckdb.IOException as error:
-            if "lock" in str(error).lower():
-                # Another viewer fills it; this one keeps its own.
-                return self._open(number, self._private / f"{number}.duckdb")
-        except (duckdb.Error, OSError):
-            pass
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-            Path(f"{path}.wal").unlink(missing_ok=True)
+            for _ in range(2):
+                try:
+                    self._open(number, path)
+                    os.utime(path)
+                    return
+                except duckdb.Error as error:
+                    if "lock" in str(error).lower():
+                        break  # another viewer fills it
+                    path.unlink(missing_ok=True)
+                    Path(f"{path}.wal").unlink(missing_ok=True)
+        except OSError:
+            pass  # a home that cannot be written needs no index that lasts
         self._open(number, self._private / f"{number}.duckdb")
 
     def _open(self, number: int, path: Path) -> None:

@@ -73,7 +73,6 @@ class Output:
         self.rows = Rows(index, number)
         self.unreadable: dict[int, str] = {}
         self._guard = threading.Lock()
-        self._refreshing = threading.Lock()
         self._indexed: dict[int, str] = index.known(number)
         self._status = status(self.path)
         self.shards: list[Shard] = list_shards(self.path)
@@ -87,21 +86,15 @@ class Output:
     def running(self) -> bool:
         return self._status.state == "running"
 
-    def refresh(self, force: bool = False) -> None:
-        """Lists the output anew, if that was some seconds ago."""
-        wait = RUNNING_SECONDS if self.running else RESTING_SECONDS
-        if not self._refreshing.acquire(blocking=False):
+    def refresh(self) -> None:
+        """Lists the output anew, if that was some seconds ago. For one thread."""
+        if time.monotonic() - self._refreshed < (RUNNING_SECONDS if self.running else RESTING_SECONDS):
             return
-        try:
-            if not force and time.monotonic() - self._refreshed < wait:
-                return
-            found = status(self.path)
-            shards = list_shards(self.path)
-            with self._guard:
-                self._status, self.shards = found, shards
-                self._refreshed = time.monotonic()
-        finally:
-            self._refreshing.release()
+        found = status(self.path)
+        shards = list_shards(self.path)
+        with self._guard:
+            self._status, self.shards = found, shards
+            self._refreshed = time.monotonic()
 
     # The index
 
@@ -241,7 +234,7 @@ class Keeper:
         self._outputs = outputs
         self._ended = threading.Event()
         self._wake = threading.Event()
-        self._asked = 0.0
+        self._asked = self._seen = 0.0
         self._needed = False
         self.shown = False
         """Whether a first page was shown, so that the index may begin."""
@@ -259,8 +252,12 @@ class Keeper:
             self._thread.join(30)
 
     def touched(self) -> None:
-        """Somebody asked for something."""
-        self._asked = time.monotonic()
+        """Somebody asked for a page or a picture."""
+        self._asked = self._seen = time.monotonic()
+
+    def seen(self) -> None:
+        """A page is open, and asks how things stand."""
+        self._seen = time.monotonic()
 
     def need_index(self) -> None:
         """A page cannot be made without the index."""
@@ -270,16 +267,19 @@ class Keeper:
     def _quiet(self) -> bool:
         return self._needed or (self.shown and time.monotonic() - self._asked > QUIET_SECONDS)
 
+    def _refresh(self) -> None:
+        if time.monotonic() - self._seen < IDLE_SECONDS:
+            for output in self._outputs:
+                output.refresh()
+
     def _run(self) -> None:
         while not self._ended.is_set():
             try:
-                if time.monotonic() - self._asked < IDLE_SECONDS:
-                    for output in self._outputs:
-                        output.refresh()
+                self._refresh()
                 if self._quiet():
                     for output in self._outputs:
                         for _ in output.fill(self._ended):
-                            pass
+                            self._refresh()
                     self._needed = False
                 self.trouble = ""
             except InputError as error:

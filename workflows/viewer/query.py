@@ -226,11 +226,11 @@ class Rows:
         base = self.base(query)
         others = [self.chosen(query, but=name) for name in names]
         texts = [f"coalesce(CAST({self.column(name)} AS VARCHAR), '')" for name in names]
-        keys = ", ".join(f"{text} AS k{i}" for i, text in enumerate(texts))
-        conditions = ", ".join(f"({clause.sql}) AS c{i}" for i, clause in enumerate(others))
-        counts = ", ".join(f"count(*) FILTER (c{i})" for i in range(len(names)))
-        sets = ", ".join(f"(k{i})" for i in range(len(names)))
-        marks = ", ".join(f"k{i}" for i in range(len(names)))
+        keys = ", ".join(f"{text} AS wallaroo_k{i}" for i, text in enumerate(texts))
+        conditions = ", ".join(f"({clause.sql}) AS wallaroo_c{i}" for i, clause in enumerate(others))
+        counts = ", ".join(f"count(*) FILTER (wallaroo_c{i})" for i in range(len(names)))
+        sets = ", ".join(f"(wallaroo_k{i})" for i in range(len(names)))
+        marks = ", ".join(f"wallaroo_k{i}" for i in range(len(names)))
         sql = f"""SELECT grouping_id({marks}) AS which, coalesce({marks}) AS value, [{counts}] AS counts
             FROM (SELECT {keys}, {conditions} FROM {self.table} WHERE {base.sql})
             GROUP BY GROUPING SETS ({sets})"""
@@ -276,18 +276,21 @@ class Rows:
 def keyset(table: str, order: str, descending: bool, place: Place) -> tuple[Clause, Clause]:
     """A subquery `key` with the order's value of the row at a place, and whether a row comes after that row,
     or before it. Rows without a value come last in either direction."""
+    # Names that no column of a manifest has by chance, since a user's filter stands beside them.
+    value = "wallaroo_place.wallaroo_value"
     key = Clause(
-        f"(SELECT {order} AS v FROM {table} WHERE shard = ? AND position = ?) AS key",
+        f"(SELECT {order} AS wallaroo_value FROM {table} WHERE shard = ? AND position = ?) AS wallaroo_place",
         [place.shard, place.position],
     )
     forward = not place.backwards
     further = "<" if descending == forward else ">"
     beside = ">" if forward else "<"
+    beyond = f"{value} IS NOT NULL AND ({order}) {further} {value}"
     if forward:
-        beyond = f"(key.v IS NOT NULL AND (({order}) {further} key.v OR ({order}) IS NULL))"
+        beyond = f"({beyond}) OR ({value} IS NOT NULL AND ({order}) IS NULL)"
     else:
-        beyond = f"((key.v IS NULL AND ({order}) IS NOT NULL) OR (key.v IS NOT NULL AND ({order}) {further} key.v))"
-    same = f"(({order}) IS NOT DISTINCT FROM key.v AND (shard, position) {beside} (?, ?))"
+        beyond = f"({beyond}) OR ({value} IS NULL AND ({order}) IS NOT NULL)"
+    same = f"(({order}) IS NOT DISTINCT FROM {value} AND (shard, position) {beside} (?, ?))"
     return key, Clause(f"{same} OR {beyond}", [place.shard, place.position])
 
 

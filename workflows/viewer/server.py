@@ -7,13 +7,14 @@ import secrets
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from wallaroo.model.errors import InputError
 
 PORT = 8765
-DATA_BYTES = 2 << 30
-"""What the process may take of memory at most. DuckDB's own bound does not count every string that an
-expression makes, so this one turns such an expression into an error, and not the machine into a slow one."""
+GROWTH_BYTES = 768 << 20
+"""By so much the memory of the process may grow once it serves. DuckDB's own bound does not count every
+string that an expression makes; this one turns such an expression into an error, not into a slow machine."""
 
 MAX_OUTPUTS = 8
 
@@ -48,13 +49,14 @@ def serve(
         raise InputError(
             f"there are {len(paths)} outputs, but a page shows at most {MAX_OUTPUTS}: give fewer."
         )
-    from wallaroo.workflows.viewer.app import LOOPBACK, Viewer, make_app
+    from wallaroo.workflows.viewer.app import make_app
+    from wallaroo.workflows.viewer.guard import LOOPBACK
+    from wallaroo.workflows.viewer.state import Viewer
 
     bound = _listen(host, port)
     try:
         local = _is_loopback(host)
         token = None if local else secrets.token_urlsafe(24)
-        bound_memory(DATA_BYTES)
         viewer = Viewer(paths, votes)
         try:
             app = make_app(viewer, LOOPBACK if local else None, token)
@@ -62,6 +64,7 @@ def serve(
                 app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
             )
             viewer.keeper.start()
+            bound_growth(GROWTH_BYTES)
             ready(_address(host, bound.getsockname()[1], token))
             uvicorn.Server(config).run(sockets=[bound])
         finally:
@@ -70,12 +73,15 @@ def serve(
         bound.close()
 
 
-def bound_memory(most: int) -> None:
-    """Bounds the memory that this process may take, in bytes; a lower bound that holds already stays."""
+def bound_growth(growth: int) -> None:
+    """Bounds the memory that this process may take beyond what it has now, in bytes, where Linux tells."""
     with suppress(ValueError, OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        # Reserved memory counts too, of which Arrow has a gigabyte.
+        now = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if soft == resource.RLIM_INFINITY or soft > most:
-            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+        if soft == resource.RLIM_INFINITY or soft > now + growth:
+            resource.setrlimit(resource.RLIMIT_DATA, (now + growth, hard))
 
 
 def _is_loopback(host: str) -> bool:

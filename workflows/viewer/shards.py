@@ -111,7 +111,8 @@ class Reader:
         names = [name for name in fragment.physical_schema.names if name not in NOT_SMALL]
         found: list[dict[str, Any]] = []
         first = 0
-        wanted, begin = [], 0
+        wanted: list[int] = []
+        begin = 0
         for group, count in enumerate(self.group_rows(shard)):
             if first < stop and start < first + count:
                 if not wanted:

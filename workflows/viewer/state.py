@@ -1,0 +1,49 @@
+"""What a viewer holds while it runs: outputs, their index, votes, and what it has counted already."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from wallaroo.workflows.viewer import compare, votes
+from wallaroo.workflows.viewer.index import Index
+from wallaroo.workflows.viewer.output import Keeper, Output
+
+
+class Viewer:
+    """Outputs with their index, and votes. sources: lets few source pictures be fetched at once."""
+
+    def __init__(self, paths: Sequence[str], votes_path: str | None = None) -> None:
+        """Raises InputError where a path is no output, or the file of votes is another one."""
+        self.index = Index(paths)
+        try:
+            self.outputs = [Output(number, path, self.index) for number, path in enumerate(paths)]
+            self.comparison: compare.Comparison | None = None
+            self.votes: votes.Votes | None = None
+            if len(self.outputs) > 1:
+                self.comparison = compare.Comparison(self.index, self.outputs)
+                where = votes_path or votes.default_path(self.outputs[0].path)
+                self.votes = votes.Votes(where, [output.path for output in self.outputs])
+        except BaseException:
+            self.index.close()
+            raise
+        self.keeper = Keeper(self.outputs)
+        self._counts: dict[Any, Any] = {}
+        self._guard = threading.Lock()
+        self.sources = threading.BoundedSemaphore(2)
+
+    def close(self) -> None:
+        """Ends the thread and closes the index."""
+        self.keeper.stop()
+        self.index.close()
+
+    def remembered(self, key: Any, action: Callable[[], Any]) -> Any:
+        """What `action` gave for the same key, which names the version of the index too."""
+        with self._guard:
+            if key in self._counts:
+                return self._counts[key]
+        value = action()
+        with self._guard:
+            if len(self._counts) >= 32:
+                self._counts.pop(next(iter(self._counts)))
+            self._counts[key] = value
+        return value
