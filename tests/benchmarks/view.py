@@ -98,7 +98,7 @@ def main() -> None:
             flush=True,
         )
         with proxy(server.endpoint, share=0) as between:
-            environment = {**os.environ, **server.variables(between.endpoint), "XDG_CACHE_HOME": cache}
+            environment = {**os.environ, **server.variables(between.endpoint), "HOME": cache}
             command = [
                 sys.executable,
                 "-m",

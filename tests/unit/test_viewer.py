@@ -34,7 +34,7 @@ from wallaroo.workflows.viewer.votes import Key, Votes, wilson
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A folder of indexes for each test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture

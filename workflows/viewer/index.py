@@ -43,8 +43,8 @@ class QueryError(InputError):
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept: `$XDG_CACHE_HOME/wallaroo/view`, by default below `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wallaroo" / "view"
+    """Where indexes are kept."""
+    return Path.home() / ".cache" / "wallaroo" / "view"
 
 
 def quoted(name: str) -> str:
@@ -53,7 +53,8 @@ def quoted(name: str) -> str:
 
 
 class Index:
-    """One database for all outputs of a viewer; that of output N is the schema `oN`.
+    """One database for all outputs of a viewer; that of output N is the schema `oN`. Outputs are named as
+    `shards.whole_path` has them.
 
     Table `oN.rows`: `shard` and `position` (of the row in the shard's file), then the columns of the
     shards that `is_indexed`. Table `oN.shards`: which shards are in it.
@@ -95,8 +96,8 @@ class Index:
 
     def _attach(self, number: int, output: str) -> None:
         folder = cache_folder()
-        name = hashlib.sha256(os.path.abspath(output).encode() if "://" not in output else output.encode())
-        path = folder / f"{name.hexdigest()[:32]}-{VERSION}.duckdb"
+        name = hashlib.sha256(output.encode(errors="surrogateescape")).hexdigest()
+        path = folder / f"{name[:32]}-{VERSION}.duckdb"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _forget_old(folder)
@@ -142,6 +143,12 @@ class Index:
         """Shards of an output that are in the index -> their etags."""
         cursor = self._database.cursor()
         return dict(cursor.execute(f"SELECT number, etag FROM o{number}.shards").fetchall())
+
+    def count(self, number: int) -> int:
+        """Rows of an output that are in the index."""
+        cursor = self._database.cursor()
+        found = cursor.execute(f"SELECT coalesce(sum(count), 0)::BIGINT FROM o{number}.shards").fetchone()
+        return found[0] if found else 0
 
     def remove(self, number: int, shards: Iterable[int]) -> None:
         """Takes the rows of shards out."""

@@ -5,8 +5,6 @@ thread that begins after the first page, or when a page needs it; pages in the o
 Knows nothing of HTML.
 """
 
-import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -46,7 +44,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Progress:
-    """shards: listed. indexed: of these in the index, `rows` rows."""
+    """shards: listed. indexed: of these in the index. rows: in the index."""
 
     shards: int
     indexed: int
@@ -58,14 +56,14 @@ class Progress:
 
 
 class Output:
-    """An output that is looked at. number: its place among those of the viewer.
+    """An output that is looked at. number: its place among those of the viewer. path: as `whole_path` has it.
 
     Raises InputError where the path is no output of ours.
     """
 
     def __init__(self, number: int, path: str, index: Index) -> None:
-        self.number, self.path = number, path if "://" in path else os.path.abspath(path)
-        self.name = re.sub(r"^.*/", "", path.rstrip("/")) or path
+        self.number, self.path = number, path
+        self.name = path.rsplit("/", 1)[-1] or path
         self.run = read_run(self.path)
         self.task: str = self.run["config"]["task"]
         self.reader = Reader()
@@ -112,7 +110,7 @@ class Output:
     def progress(self) -> Progress:
         """How far the index is."""
         missing = len(self.missing())
-        return Progress(len(self.shards), len(self.shards) - missing, 0)
+        return Progress(len(self.shards), len(self.shards) - missing, self.index.count(self.number))
 
     def fill(self, ended: threading.Event) -> Iterator[None]:
         """Brings the index up to date, a batch of shards each step."""
@@ -209,7 +207,7 @@ class Output:
     def _read(self, shard: Shard, start: int, stop: int) -> list[dict[str, Any]]:
         if start >= stop:
             return []
-        rows = self.reader.rows(shard, start, stop, pictures=True)
+        rows = self.reader.rows(shard, start, stop, pictures=True, small=True)
         return [
             {**row, "shard": shard.number, "position": position} for position, row in enumerate(rows, start)
         ]

@@ -70,7 +70,10 @@ def common(viewer: Viewer, request: Request, output: Output | None = None) -> di
     values: dict[str, Any] = {"outputs": viewer.outputs, "output": output, "comparing": viewer.comparison}
     values["trouble"] = viewer.keeper.trouble
     if output is not None:
-        values |= {"run": describe(output.status), "progress": output.progress()}
+        run, progress = describe(output.status), output.progress()
+        if run["done"] is None and progress.complete:
+            run["done"] = progress.rows  # no run has counted them yet
+        values |= {"run": run, "progress": progress}
     return values
 
 

@@ -242,12 +242,14 @@ class Rows:
             which = every ^ (1 << (len(names) - 1 - place))
             mine = [(row["value"], row["counts"][place]) for row in answer if row["which"] == which]
             chosen = query.facets.get(name, ())
-            mine = [(value, n) for value, n in mine if n or value in chosen]
+            # Rows without an error have no kind of one, which the status says already.
+            silent = name in ("error_type", "environment_digest")
+            mine = [(value, n) for value, n in mine if value in chosen or (n and (value or not silent))]
             mine += [(value, 0) for value in chosen if value not in dict(mine)]
             mine.sort(key=lambda one: (-one[1], one[0]))
             if name in RESULT_NAMES or name == SIZE:
                 mine = [one for i, one in enumerate(mine) if i < MAX_VALUES or one[0] in chosen]
-            if len(mine) > 1 or chosen:
+            if len(mine) > 1 or chosen or (mine and name == "error_type"):
                 found[name] = mine
         return found
 

@@ -5,6 +5,7 @@ close together are read as one range. Pictures of a row group are read together 
 since its neighbours stand on the same page. Knows nothing of pages or SQL.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -43,6 +44,11 @@ class Shard(NamedTuple):
 
 class Unreadable(InputError):
     """A file in the place of a shard that cannot be read, or is none."""
+
+
+def whole_path(output: str) -> str:
+    """The one name of an output: absolute, without a slash at its end."""
+    return output.rstrip("/") if storage.is_s3(output) else os.path.abspath(output)
 
 
 def list_shards(output: str) -> list[Shard]:
@@ -102,13 +108,17 @@ class Reader:
         names = [field.name for field in fragment.physical_schema if is_indexed(field)]
         return self._table(shard, fragment, names)
 
-    def rows(self, shard: Shard, start: int, stop: int, pictures: bool) -> list[dict[str, Any]]:
-        """Rows [start, stop) as dicts, without bytes of pictures and tokens. Raises Unreadable.
+    def rows(
+        self, shard: Shard, start: int, stop: int, pictures: bool = False, small: bool = False
+    ) -> list[dict[str, Any]]:
+        """Rows [start, stop) as dicts, without the bytes of pictures and without tokens. Raises Unreadable.
 
-        pictures: reads the pictures of the row groups at the same time, and keeps them.
+        pictures: read the pictures of the row groups at the same time, and keep them. small: only the columns
+        that `is_indexed`.
         """
         fragment = self._fragment(shard)
-        names = [name for name in fragment.physical_schema.names if name not in NOT_SMALL]
+        fields = [field for field in fragment.physical_schema if is_indexed(field) or not small]
+        names = [field.name for field in fields if field.name not in NOT_SMALL]
         found: list[dict[str, Any]] = []
         first = 0
         wanted: list[int] = []

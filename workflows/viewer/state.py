@@ -7,6 +7,7 @@ from typing import Any
 from wallaroo.workflows.viewer import compare, votes
 from wallaroo.workflows.viewer.index import Index
 from wallaroo.workflows.viewer.output import Keeper, Output
+from wallaroo.workflows.viewer.shards import whole_path
 
 
 class Viewer:
@@ -14,6 +15,7 @@ class Viewer:
 
     def __init__(self, paths: Sequence[str], votes_path: str | None = None) -> None:
         """Raises InputError where a path is no output, or the file of votes is another one."""
+        paths = [whole_path(path) for path in paths]
         self.index = Index(paths)
         try:
             self.outputs = [Output(number, path, self.index) for number, path in enumerate(paths)]

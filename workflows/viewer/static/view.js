@@ -108,6 +108,8 @@ for (const button of document.querySelectorAll(".copy")) {
   });
 }
 
+if (byId("waiting")) setTimeout(() => location.reload(), 1500);
+
 // A comparison: a key is a vote on the row in focus, and the next row comes.
 const pairs = [...document.querySelectorAll("form.pair")];
 if (pairs.length) {
