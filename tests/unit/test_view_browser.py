@@ -237,6 +237,8 @@ def test_live_run_shows_rows_as_they_come(tmp_path, outputs):
             assert marks(page) == [f"{i // 4}.{i % 4}" for i in range(8)]
             assert page.evaluate("document.activeElement.closest('li').dataset.mark") == "0.1"
             page.wait_for_function("() => document.getElementById('live').textContent.includes('error')")
+            page.click("text=Newest first")
+            page.wait_for_function("() => document.querySelectorAll('#tiles li').length === 8")
             shards.write_shard(output, 2, outputs.result_table(tables[2]))
             log.update(rows=12, done=12, before=0, errors={"engine": 1}, images=11)
             log.end("finished")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -295,6 +296,17 @@ def test_index_is_kept_and_follows_the_shards(three, opened, outputs):
     assert third.rows.count(Query()) == 80
     failed = third.rows.page(Query(where="error_type = 'engine'"), None, 10)
     assert [mark(row) for row in failed] == [(1, 9)]
+
+
+def test_output_that_was_made_anew_is_indexed_anew(tmp_path, outputs, opened):
+    path = tmp_path / "out"
+    outputs.make_output(path, [outputs.plan_table(10)])
+    opened(path).index.close()
+    shutil.rmtree(path)
+    plan = outputs.plan_table(20).append_column("more", pa.array(["m"] * 20))
+    outputs.make_output(path, [plan])
+    output = opened(path)
+    assert not output.unreadable and output.rows.count(Query(where="more = 'm'")) == 20
 
 
 SECOND = """

@@ -84,7 +84,7 @@ def make_app(viewer: Viewer, hosts: Sequence[str] | None = LOOPBACK, token: str 
 
     def source(request: Request) -> Response:
         output = output_of(request)
-        found = output.row(request.path_params["shard"], request.path_params["position"])
+        found = output.row(request.path_params["shard"], request.path_params["position"], small=True)
         reference = again.source_reference(found)
         digest = (found.get("source") or {}).get("sha256")
         with viewer.sources:

@@ -114,7 +114,11 @@ class Output:
 
     def fill(self, ended: threading.Event) -> Iterator[None]:
         """Brings the index up to date, a batch of shards each step."""
-        there = {shard.number for shard in self.shards}
+        there = {shard.number: shard.etag for shard in self.shards}
+        if self._indexed and not any(there.get(one) == etag for one, etag in self._indexed.items()):
+            # Another output lies here now, which may have other columns.
+            self.index.forget(self.number)
+            self._indexed.clear()
         gone = [number for number in self._indexed if number not in there]
         if gone:
             self.index.remove(self.number, gone)
@@ -212,10 +216,13 @@ class Output:
             {**row, "shard": shard.number, "position": position} for position, row in enumerate(rows, start)
         ]
 
-    def row(self, number: int, position: int) -> dict[str, Any]:
-        """All columns of one row but its picture and tokens. Raises InputError where there is none."""
+    def row(self, number: int, position: int, small: bool = False) -> dict[str, Any]:
+        """All columns of one row but its picture and tokens, or only the small ones.
+
+        Raises InputError where there is no such row.
+        """
         shard = self.shard(number)
-        rows = self.reader.rows(shard, position, position + 1, pictures=True)
+        rows = self.reader.rows(shard, position, position + 1, pictures=True, small=small)
         if not rows:
             raise InputError(f"shard {number} of {self.path} has no row {position}: it has fewer.")
         return {**rows[0], "shard": number, "position": position}
@@ -283,6 +290,9 @@ class Keeper:
             except InputError as error:
                 # A storage that does not answer now may do so later; pages say what it was.
                 self.trouble = str(error)
+            except Exception as error:
+                # Without this thread nothing would ever be new, so it goes on and pages say why.
+                self.trouble = f"The index cannot be made ({type(error).__name__}: {error})."
             self._wake.wait(0.5 if self.trouble == "" else 5)
             self._wake.clear()
 

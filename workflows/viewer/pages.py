@@ -154,6 +154,7 @@ def grid(viewer: Viewer, output: Output, request: Request) -> Response:
             *((name, name) for name in sorted(output.rows.columns) if name not in ("shard", "position")),
         ],
         "random": RANDOM,
+        "newest": _address(path, Query(sort="started_at", descending=True), tile=kept),
         "cleared": _address(path, Query(), tile=kept),
         "on_first": place is None,
     }

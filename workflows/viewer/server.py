@@ -59,9 +59,15 @@ def serve(
         token = None if local else secrets.token_urlsafe(24)
         viewer = Viewer(paths, votes)
         try:
-            app = make_app(viewer, LOOPBACK if local else None, token)
+            app = make_app(viewer, (*LOOPBACK, host.lower()) if local else None, token)
             config = uvicorn.Config(
-                app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
+                app,
+                ws="none",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=2,
             )
             viewer.keeper.start()
             bound_growth(GROWTH_BYTES)

@@ -29,6 +29,9 @@ FOOTERS = 32
 PICTURE_BYTES = 48 << 20
 """Bytes of pictures that are kept, in all."""
 
+TABLE_BYTES = 16 << 20
+"""Bytes of all other columns that are kept."""
+
 LARGE_BYTES = 12 << 20
 """Row groups with more bytes of pictures are read one at a time, which bounds the memory."""
 
@@ -89,6 +92,7 @@ class Reader:
     def __init__(self) -> None:
         self._fragments: OrderedDict[tuple[str, str], Any] = OrderedDict()
         self._pictures: OrderedDict[tuple[str, str, int], pa.ChunkedArray] = OrderedDict()
+        self._tables: OrderedDict[tuple[str, str, int, bool], pa.Table] = OrderedDict()
         self._guard = threading.Lock()
         self._loading: dict[tuple[str, str, int], threading.Lock] = {}
         self._one_large = threading.Lock()
@@ -119,32 +123,45 @@ class Reader:
         fragment = self._fragment(shard)
         fields = [field for field in fragment.physical_schema if is_indexed(field) or not small]
         names = [field.name for field in fields if field.name not in NOT_SMALL]
-        found: list[dict[str, Any]] = []
-        first = 0
+        first = begin = 0
         wanted: list[int] = []
-        begin = 0
         for group, count in enumerate(self.group_rows(shard)):
             if first < stop and start < first + count:
-                if not wanted:
-                    begin = first
+                begin = begin if wanted else first
                 wanted.append(group)
             first += count
         if not wanted:
-            return found
+            return []
+        with self._guard:
+            tables = {group: self._tables.get((shard.path, shard.etag, group, small)) for group in wanted}
+        missing = [group for group, table in tables.items() if table is None]
+        if missing:
+            tables |= self._read_groups(shard, fragment, missing, names, pictures)
+            with self._guard:
+                for group in missing:
+                    self._tables[shard.path, shard.etag, group, small] = tables[group]
+                _shorten(self._tables, TABLE_BYTES)
+        return pa.concat_tables(tables.values()).slice(start - begin, stop - start).to_pylist()
+
+    def _read_groups(
+        self, shard: Shard, fragment: Any, groups: list[int], names: list[str], pictures: bool
+    ) -> dict[int, pa.Table]:
+        """Columns of row groups, read together. With pictures these are kept, unless they are too large."""
         columns: dict[str, Any] = {name: ds.field(name) for name in names}
-        sizes = [self._picture_bytes(fragment, group) for group in wanted]
-        together = pictures and sum(sizes) <= LARGE_BYTES
-        if together:
+        sizes = [self._picture_bytes(fragment, group) for group in groups]
+        if pictures and sum(sizes) <= LARGE_BYTES:
             columns["image"] = ds.field("image", "bytes")
-        table = self._table(shard, fragment.subset(row_group_ids=wanted), columns)
-        if together:
-            place = 0
-            for group in wanted:
-                count = self.group_rows(shard)[group]
-                self._keep((shard.path, shard.etag, group), table.column("image").slice(place, count))
-                place += count
-            table = table.drop_columns(["image"])
-        return table.slice(start - begin, stop - start).to_pylist()
+        table = self._table(shard, fragment.subset(row_group_ids=groups), columns)
+        found, place = {}, 0
+        for group in groups:
+            count = fragment.metadata.row_group(group).num_rows
+            part = table.slice(place, count)
+            place += count
+            if "image" in columns:
+                self._keep((shard.path, shard.etag, group), part.column("image"))
+                part = part.drop_columns(["image"])
+            found[group] = part
+        return found
 
     def picture(self, shard: Shard, position: int) -> bytes | None:
         """The file of a row's picture; None if it has none. Raises Unreadable."""
@@ -183,9 +200,7 @@ class Reader:
     def _keep(self, key: tuple[str, str, int], pictures: pa.ChunkedArray) -> None:
         with self._guard:
             self._pictures[key] = pictures
-            total = sum(one.nbytes for one in self._pictures.values())
-            while total > PICTURE_BYTES and len(self._pictures) > 1:
-                total -= self._pictures.popitem(last=False)[1].nbytes
+            _shorten(self._pictures, PICTURE_BYTES)
 
     @staticmethod
     def _picture_bytes(fragment: Any, group: int) -> int:
@@ -236,3 +251,10 @@ class Reader:
                 raise Unreadable(
                     f"{shard.path} cannot be shown ({words}): `wallaroo verify` checks the output."
                 ) from None
+
+
+def _shorten(kept: OrderedDict[Any, Any], most: int) -> None:
+    """Lets the oldest tables or columns go until the rest has at most so many bytes; the last one stays."""
+    total = sum(one.nbytes for one in kept.values())
+    while total > most and len(kept) > 1:
+        total -= kept.popitem(last=False)[1].nbytes
