@@ -215,6 +215,24 @@ def test_comparison_and_votes_by_keys(two, tmp_path):
         assert only_from(served.base, asked)
 
 
+def test_comparison_of_edits_and_answers_shows_their_sources(tmp_path, outputs):
+    for task in ("edit", "understand"):
+        (tmp_path / task).mkdir()
+        for name in ("a", "b"):
+            outputs.make_task_output(tmp_path / task / name, task)
+        with (
+            serving(tmp_path / task / "a", tmp_path / task / "b") as served,
+            browsing(tmp_path / f"profile-{task}") as (page, asked),
+        ):
+            served.indexed()
+            page.goto(f"{served.base}/compare")
+            page.locator("form.pair >> nth=5").scroll_into_view_if_needed()
+            page.wait_for_function(f"() => ({ALONE})([...document.querySelectorAll('.sides img')])")
+            assert page.locator(".origin img").count() == 6
+            assert page.locator(".sides .answer").count() == (12 if task == "understand" else 0)
+            assert only_from(served.base, asked)
+
+
 def test_live_run_shows_rows_as_they_come(tmp_path, outputs):
     output = str(tmp_path / "live")
     tables = [outputs.plan_table(4, 4 * i, i) for i in range(3)]

@@ -517,7 +517,8 @@ def test_pages_escape_and_say_what_a_browser_may_do(tmp_path, outputs):
 
 
 def test_other_names_other_sites_and_other_paths_are_refused(three, tmp_path):
-    with serving(three, three, votes=tmp_path / "v.parquet") as served:
+    shutil.copytree(three, tmp_path / "other")
+    with serving(three, tmp_path / "other", votes=tmp_path / "v.parquet") as served:
         host = served.base.removeprefix("http://")
         for name in (host, "localhost:1", "LOCALHOST", "[::1]:80"):
             assert served.get("/0/", {"Host": name}).status == 200
@@ -613,6 +614,8 @@ def test_command_says_what_is_wrong(tmp_path, three):
     assert told() == 2
     assert told(three, "--port", "70000") == 2
     assert told(*[three] * 9) == 1
+    with pytest.raises(InputError, match=r"/out is given twice: give each output once\."):
+        server.serve([str(three), f"{three}/"], 0)
     words = r"127\.0\.0\.1:\d+ is taken: give another --host or --port\."
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=words):
         server.serve([str(three)], taken.getsockname()[1])

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
+from wallaroo.workflows.tasks import PICTURE_TASKS
 from wallaroo.workflows.text import duration
 from wallaroo.workflows.viewer import again, compare, votes
 from wallaroo.workflows.viewer.index import QueryError
@@ -110,15 +111,12 @@ def grid(viewer: Viewer, output: Output, request: Request) -> Response:
             viewer.keeper.need_index()
         page = output.page(query, place, count)
         version = viewer.index.versions[output.number]
-        if viewer.index.kinds[output.number] and (output.progress().complete or not query.plain):
-            total = viewer.remembered(
-                (output.number, version, repr(query.to_parameters()), "n"),
-                lambda: output.rows.count(query),
-            )
-            facets = viewer.remembered(
-                (output.number, version, repr(query.to_parameters()), "f"), lambda: output.rows.facets(query)
-            )
-            if page.rows:
+        if viewer.index.kinds[output.number]:
+            key = (output.number, version, repr(query.to_parameters()))
+            facets = viewer.remembered((*key, "facets"), lambda: output.rows.facets(query))
+            if output.progress().complete or not query.plain:
+                total = viewer.remembered((*key, "count"), lambda: output.rows.count(query))
+            if page.rows and total is not None:
                 first = Place(page.rows[0]["shard"], page.rows[0]["position"])
                 before = 0 if page.first else output.rows.count(query, first)
     except QueryError as error:
@@ -314,5 +312,6 @@ def comparison(viewer: Viewer, request: Request) -> Response:
         "message": message,
         "here": request.url.path + (f"?{request.url.query}" if request.url.query else ""),
         "texts": viewer.outputs[0].task in TEXT_TASKS,
+        "sourced": viewer.outputs[0].task in PICTURE_TASKS,
     }
     return page_response("compare.html.j2", 400 if message else 200, **values)

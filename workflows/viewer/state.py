@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from wallaroo.model.errors import InputError
 from wallaroo.workflows.viewer import compare, votes
 from wallaroo.workflows.viewer.index import Index
 from wallaroo.workflows.viewer.output import Keeper, Output
@@ -16,6 +17,9 @@ class Viewer:
     def __init__(self, paths: Sequence[str], votes_path: str | None = None) -> None:
         """Raises InputError where a path is no output, or the file of votes is another one."""
         paths = [whole_path(path) for path in paths]
+        for place, path in enumerate(paths):
+            if path in paths[:place]:
+                raise InputError(f"{path} is given twice: give each output once.")
         self.index = Index(paths)
         try:
             self.outputs = [Output(number, path, self.index) for number, path in enumerate(paths)]
