@@ -1,4 +1,4 @@
-"""How a row can be made again, and where it came from: a manifest of one row, a command, the line of sources.
+"""How to repeat a row, and where it came from.
 
 Knows nothing of HTML.
 """
@@ -21,7 +21,7 @@ from wallaroo.workflows.viewer.output import Output
 from wallaroo.workflows.viewer.shards import Reader, Shard
 
 MAX_STEPS = 12
-"""Of a line of sources."""
+"""Longest chain of sources that is followed."""
 
 _PARAMETERS = ("id", "prompt", "seed", "cfg", "temperature", "top_k", "top_p", "language")
 _FLAGS = (
@@ -39,7 +39,7 @@ _FLAGS = (
     "allow_https",
     "threads",
 )
-"""Options of a run that a row's own parameters do not say, by the name of their field."""
+"""Options that may change a result and are not columns of the row, by their field in RunConfig."""
 
 _DEFAULTS: dict[str, Any] = {
     "image_format": "png",
@@ -54,7 +54,12 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """manifest: one line of JSON. command: shell lines that write it to a file and run it."""
+    """How to repeat a row.
+
+    Attributes:
+        manifest: The row of the manifest, one line of JSON.
+        command: Shell lines that write this manifest and run it.
+    """
 
     manifest: str
     command: str
@@ -62,10 +67,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Step:
-    """One row in the line of sources, or at its end what was there first.
+    """One step back in the history of a row.
 
-    kind: task of the row, or `picture`, `file` or `manifest`. where: path of the output or the file.
-    shard, position: of a row.
+    Attributes:
+        kind: Task of the row, or `picture` or `manifest` at the end.
+        where: Path of the output, the picture or the manifest.
+        name: Of the row.
+        prompt: Of the row.
+        shard: Of the row, None if this is not a row.
+        position: Of the row in the shard.
     """
 
     kind: str
@@ -77,14 +87,23 @@ class Step:
 
 
 def source_reference(row: Mapping[str, Any]) -> str:
-    """How a manifest names the source of a row; empty if there is none."""
+    """Returns the source of a row as a manifest names it; empty if there is none."""
     source = row.get("source") or {}
     uri, number = source.get("uri") or "", source.get("row_id")
     return str(Cell(uri, number)) if uri and number is not None else uri
 
 
 def recipe(output: Output, row: Mapping[str, Any]) -> Recipe | None:
-    """What makes an ok row again, or tries an error row again; None if its source has no name."""
+    """Returns how to repeat a row.
+
+    Args:
+        output: The output.
+        row: From `Output.row`.
+
+    Returns:
+        For an ok row, the manifest has its resolved parameters and its seed; for an error row, the values of
+        its manifest row. None if the source has no name.
+    """
     task = output.task
     if row["status"] != "ok":
         schema = output.reader.schema(output.shard(row["shard"]))
@@ -123,7 +142,15 @@ def _options(options: Mapping[str, Any]) -> list[str]:
 
 
 def lineage(output: Output, row: Mapping[str, Any]) -> list[Step]:
-    """The sources of a row, the nearest first, down to the manifest that named the first one."""
+    """Follows the sources of a row back to the first manifest.
+
+    Args:
+        output: The output.
+        row: From `Output.row`.
+
+    Returns:
+        One step for each row of an earlier output, nearest first, then the first picture and the manifest.
+    """
     steps: list[Step] = []
     run: Mapping[str, Any] = output.run
     here = output.path
@@ -152,7 +179,7 @@ def lineage(output: Output, row: Mapping[str, Any]) -> list[Step]:
 
 
 def _output_of(path: str) -> str | None:
-    """The output that a shard belongs to; None where the path is no shard's."""
+    """Returns the output of a shard by its path; None if this is not the path of a shard."""
     match = re.fullmatch(rf"(.+)/{DATA_FOLDER}/([^/]+)", path, re.DOTALL)
     return match[1] if match and shard_number(match[2]) is not None else None
 
@@ -165,7 +192,7 @@ def _run_of(output: str) -> Mapping[str, Any]:
 
 
 def _find(reader: Reader, path: str, row_id: int) -> dict[str, Any] | None:
-    """The row of a shard by its number in the output; None if it is gone."""
+    """Returns the row of a shard with this row_id; None if shard or row are gone."""
     try:
         file = storage.info(path)
         number = shard_number(os.path.basename(path))

@@ -1,7 +1,7 @@
-"""Addresses of the viewer, as a Starlette application behind `guard`.
+"""Routes of the viewer, as a Starlette application behind `guard`.
 
-An address names outputs, shards and rows by number, never a path. The only write is a vote. Knows nothing
-of how a page looks.
+Addresses name outputs, shards and rows by number, never by path. The only write is a vote. Knows nothing of
+HTML.
 """
 
 import contextlib
@@ -31,17 +31,26 @@ from wallaroo.workflows.viewer.pages import HERE, STATIC
 from wallaroo.workflows.viewer.state import Viewer
 
 TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
-"""How files begin that are sent as they are; no other is."""
+"""First bytes and MIME type of the files that are sent unchanged; all others are converted."""
 
 THREADS = 8
-"""Requests that are worked on at once."""
+"""Requests that are processed at once."""
 
 SMALL_BYTES = 24 << 10
-"""Pictures of so few bytes are sent whole, not as thumbnails."""
+"""Pictures up to this size are sent unchanged in place of thumbnails."""
 
 
 def make_app(viewer: Viewer, hosts: Sequence[str] | None = LOOPBACK, token: str | None = None) -> Any:
-    """The ASGI application. hosts, token: as `guard` has them."""
+    """Returns the ASGI application.
+
+    Args:
+        viewer: What it shows.
+        hosts: As for `guard`.
+        token: As for `guard`.
+
+    Returns:
+        The guarded application.
+    """
 
     def output_of(request: Request) -> Output:
         number = request.path_params["output"]
@@ -155,7 +164,10 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def _picture(data: bytes, request: Request, always: bool = False) -> Response:
-    """A picture file as an answer: as it is, within `w` pixels, or, with `always`, decoded first."""
+    """Answers with a picture file, as a thumbnail of `w` pixels if the address says so.
+
+    always: Convert the file even at full size.
+    """
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
     known = next((kind for start, kind in TYPES.items() if data.startswith(start)), None)
     width = request.query_params.get("w", "")

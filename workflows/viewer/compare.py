@@ -1,4 +1,4 @@
-"""Rows of several outputs with the same id, version and sample, side by side; those that differ come first.
+"""Rows of several outputs with equal id, version and sample, the differing ones first.
 
 Knows nothing of HTML, or of how votes are kept.
 """
@@ -32,7 +32,7 @@ _OF_EACH = (
 
 @dataclass(frozen=True)
 class Side:
-    """The row of one output. output: its number."""
+    """The row of one output in a pair; `output` is the number of the output."""
 
     output: int
     row: dict[str, Any]
@@ -40,7 +40,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """The rows of one id, version and sample. place: of the first one. differs: whether the results do."""
+    """Rows of all outputs with one id, version and sample.
+
+    Attributes:
+        prompt: Of the row in the first output; `language` likewise.
+        differs: Whether status or result differ.
+        place: Of the row in the first output.
+        sides: One an output.
+    """
 
     id: str
     version: int
@@ -53,18 +60,18 @@ class Pair:
 
 
 class Comparison:
-    """Outputs that are compared."""
+    """A comparison of all outputs of a viewer."""
 
     def __init__(self, index: Index, outputs: Sequence[Output]) -> None:
         self.index, self.outputs = index, outputs
 
     @property
     def ready(self) -> bool:
-        """Whether every output has rows in the index."""
+        """Whether every output has indexed rows."""
         return all(self.index.kinds[output.number] for output in self.outputs)
 
     def settings(self) -> list[tuple[str, list[str]]]:
-        """What the runs were told differently: name -> a value an output."""
+        """Returns the settings that differ: name and one value an output."""
         found = []
         for output in self.outputs:
             options, config = output.run["options"], output.run["config"]
@@ -78,7 +85,7 @@ class Comparison:
         return lines
 
     def _table(self) -> str:
-        """A subquery with one row a pair: some columns of the first output, then `x0_status` and so on."""
+        """Returns a subquery of pairs: columns of the first output, then `x0_status` and so on."""
         columns = ["r0.id AS id", "r0.version AS version", "r0.sample AS sample", "r0.prompt AS prompt"]
         columns += [
             "r0.language AS language",
@@ -113,7 +120,21 @@ class Comparison:
         return Clause.all_of(clauses)
 
     def page(self, search: str, show: str, place: Place | None, count: int, votes: pa.Table) -> Page:
-        """Pairs after a place, or before it, as Page of dicts with one key `pair`. Raises QueryError."""
+        """Returns one page of pairs.
+
+        Args:
+            search: Words that must occur in the prompt of the first output.
+            show: One of SHOWN; `unvoted` are differing pairs without a vote.
+            place: Where the page starts or ends; None for the first page.
+            count: Most pairs of the page.
+            votes: From `Votes.table`.
+
+        Returns:
+            The page, with a Pair a row.
+
+        Raises:
+            QueryError: If the query is too expensive.
+        """
         if not self.ready:
             return Page([], True, True)
         rows = keyset_page(
@@ -131,10 +152,10 @@ class Comparison:
             rows, first, last = (rows[1:] if more else rows), not more, False
         else:
             rows, first, last = rows[:count], place is None, not more
-        return Page([{"pair": self._pair(row)} for row in rows], first, last)
+        return Page([self._pair(row) for row in rows], first, last)
 
     def counts(self, search: str) -> dict[str, int]:
-        """How many pairs there are, and how many differ. Raises QueryError."""
+        """Returns the number of `pairs` and how many are `differing`. Raises QueryError."""
         if not self.ready:
             return {"pairs": 0, "differing": 0}
         where = self._where(search, "all")

@@ -1,8 +1,11 @@
-"""Who may ask the viewer for something, and the headers of every answer.
+"""Which requests are answered, and the security headers of every answer.
 
-A request is checked by its Host header, which a page of another site that has its name resolve to this
-machine cannot forge; by where the browser says that it comes from; by a token where the viewer listens for
-other machines; and a write by its Origin, which must be a page of the viewer. Knows nothing of pages.
+- The Host header must be a loopback name, against DNS rebinding.
+- Requests from other sites are refused by Sec-Fetch-Site, except links to a page.
+- A write must have an Origin of the viewer itself.
+- A viewer that other machines can reach requires a token.
+
+Knows nothing of pages.
 """
 
 import secrets
@@ -32,9 +35,15 @@ HEADERS = {
 
 
 def guard(app: Any, hosts: Sequence[str] | None, token: str | None) -> Any:
-    """An ASGI application before `app` that lets through only requests which may see it.
+    """Wraps an ASGI application so that only allowed requests reach it.
 
-    hosts: names that the Host header may have, None for any. token: what an address or the cookie must hold.
+    Args:
+        app: The application.
+        hosts: Names that the Host header may have, None for any.
+        token: What the address or the cookie must hold, None for no token.
+
+    Returns:
+        The guarded ASGI application.
     """
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:

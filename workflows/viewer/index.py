@@ -1,8 +1,8 @@
-"""The small columns of outputs in a local DuckDB database: one file an output, filled shard by shard.
+"""A local index of outputs: their small columns in DuckDB, one database file an output.
 
-It is a cache: what is missing or stale is read again from the shards, and a file that is damaged, or used
-by another viewer, is replaced by one of this process alone. Expressions of a user run read-only, see no
-file, and are bounded in time; the memory of the process bounds theirs. Knows nothing of pages.
+The index is a cache. Missing and stale shards are read again. A damaged file is replaced; a file that
+another viewer has open is left alone, and this process builds a temporary one. SQL expressions of a user
+run in a read-only transaction without access to files, with a time limit. Knows nothing of pages.
 """
 
 import hashlib
@@ -27,49 +27,55 @@ from wallaroo.workflows.outputs.schema import RESULT_NAMES
 from wallaroo.workflows.viewer.shards import Shard, is_indexed
 
 VERSION = 1
-"""Of the layout of an index; one of another version is made anew."""
+"""Version of the layout. It is part of the file name, so other versions are ignored."""
 
 MEMORY = "160MB"
 THREADS = 2
 SECONDS = 10.0
-"""How long one query may take."""
+"""Time limit of a query."""
 
 KEPT_DAYS = 30
-"""An index that nobody has opened for so long is deleted."""
+"""Indexes that were not opened for so long are deleted."""
 
 
 class QueryError(InputError):
-    """What a user asked of the rows cannot be answered."""
+    """The search, filter, order or place that a user asked for is invalid or too expensive."""
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept."""
+    """Returns the folder of the index files."""
     return Path.home() / ".cache" / "wallaroo" / "view"
 
 
 def quoted(name: str) -> str:
-    """A name as SQL wants it."""
+    """Returns a name quoted for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 class Index:
-    """One database for all outputs of a viewer; that of output N is the schema `oN`. Outputs are named as
-    `shards.whole_path` has them.
+    """The index of all outputs of a viewer. Thread-safe.
 
-    Table `oN.rows`: `shard` and `position` (of the row in the shard's file), then the columns of the
-    shards that `is_indexed`. Table `oN.shards`: which shards are in it.
+    The database of output N is attached as `oN`. Its table `oN.rows` has the columns `shard` and `position`
+    (of the row in the file of the shard) and those that `is_indexed`; `oN.shards` lists the indexed shards.
+
+    Attributes:
+        names: An output each: name of a column in the shards -> its name in `rows`.
+        kinds: An output each: name of a column in `rows` -> its DuckDB type. Empty before the first shard.
+        versions: An output each: number of changes to its rows.
     """
 
     def __init__(self, outputs: Sequence[str]) -> None:
+        """Opens or creates the index files.
+
+        Args:
+            outputs: Paths of the outputs, as `shards.whole_path` returns them, each once.
+        """
         self._private = Path(tempfile.mkdtemp(prefix="wallaroo-view-"))
         self._writing = threading.Lock()
         self._at_once = threading.BoundedSemaphore(2)
         self.names: list[dict[str, str]] = [{} for _ in outputs]
-        """Of each output: name of a column in the shards -> its name in `rows`."""
         self.kinds: list[dict[str, str]] = [{} for _ in outputs]
-        """Of each output: name in `rows` -> DuckDB's type."""
         self.versions = [0 for _ in outputs]
-        """Counts the changes of each output's rows."""
         self._database = duckdb.connect(
             ":memory:",
             config={
@@ -89,7 +95,7 @@ class Index:
         self._database.execute("SET lock_configuration = true")
 
     def close(self) -> None:
-        """Closes the database and removes what only this process used."""
+        """Closes the database and removes temporary files."""
         with suppress(duckdb.Error):
             self._database.close()
         shutil.rmtree(self._private, ignore_errors=True)
@@ -140,18 +146,18 @@ class Index:
     # Filling it
 
     def known(self, number: int) -> dict[int, str]:
-        """Shards of an output that are in the index -> their etags."""
+        """Returns the indexed shards of an output: number -> etag."""
         cursor = self._database.cursor()
         return dict(cursor.execute(f"SELECT number, etag FROM o{number}.shards").fetchall())
 
     def count(self, number: int) -> int:
-        """Rows of an output that are in the index."""
+        """Returns the number of indexed rows of an output."""
         cursor = self._database.cursor()
         found = cursor.execute(f"SELECT coalesce(sum(count), 0)::BIGINT FROM o{number}.shards").fetchone()
         return found[0] if found else 0
 
     def remove(self, number: int, shards: Iterable[int]) -> None:
-        """Takes the rows of shards out."""
+        """Removes shards from the index of an output."""
         wanted = [[shard] for shard in shards]
         if not wanted:
             return
@@ -163,10 +169,14 @@ class Index:
             self.versions[number] += 1
 
     def add(self, number: int, found: Sequence[tuple[Shard, pa.Table]]) -> None:
-        """Puts the rows of shards in, in place of older ones of the same number.
+        """Adds shards to the index of an output; replaces those of the same number.
 
-        found: each shard with its columns that `is_indexed`. Raises InputError if the columns are others
-        than those of the shards before.
+        Args:
+            number: Of the output.
+            found: Shards, each with its table from `Reader.small`.
+
+        Raises:
+            InputError: If a shard has other columns than the indexed ones.
         """
         with self._writing:
             cursor = self._database.cursor()
@@ -198,7 +208,7 @@ class Index:
                 self.versions[number] += 1
 
     def forget(self, number: int) -> None:
-        """Empties the index of an output, whose columns are others now."""
+        """Empties the index of an output, so that it may get other columns."""
         with self._writing:
             cursor = self._database.cursor()
             cursor.execute(f"DROP TABLE IF EXISTS o{number}.rows")
@@ -241,10 +251,18 @@ class Index:
     def ask(
         self, sql: str, parameters: Sequence[Any] = (), tables: dict[str, pa.Table] | None = None
     ) -> pa.Table:
-        """The answer to a query, within a transaction that cannot write.
+        """Runs a query in a read-only transaction.
 
-        tables: Arrow tables that the query may name. Raises QueryError, in DuckDB's words where the query
-        is at fault.
+        Args:
+            sql: One SELECT statement.
+            parameters: Values of its question marks.
+            tables: Arrow tables that the statement may use, by name.
+
+        Returns:
+            The rows.
+
+        Raises:
+            QueryError: If DuckDB refuses the query, or it exceeds its time or memory.
         """
         with self._at_once:
             cursor = self._database.cursor()
@@ -277,7 +295,7 @@ class Index:
 
 
 def check_expression(text: str) -> None:
-    """Raises QueryError unless the text is one SQL expression, whatever its columns are."""
+    """Raises QueryError unless the text is exactly one SQL expression. Does not check its columns."""
     try:
         duckdb.SQLExpression(text)
     except duckdb.Error as error:
@@ -289,7 +307,7 @@ def _words(error: duckdb.Error) -> str:
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
-    """A schema with dictionaries as what they hold."""
+    """Returns the indexed part of a schema, with dictionary columns as plain ones."""
     fields = []
     for field in schema:
         kind = field.type.value_type if pt.is_dictionary(field.type) else field.type

@@ -1,4 +1,4 @@
-"""One output as the viewer knows it: its shards, how its run stands, its rows in order.
+"""One output of the viewer: its shards, the status of its run, its pages.
 
 What costs requests is asked at most every few seconds, however many pages ask. The index is filled by a
 thread that begins after the first page, or when a page needs it; pages in the order of the plan never do.
@@ -20,31 +20,37 @@ from wallaroo.workflows.viewer.query import Place, Query, Rows
 from wallaroo.workflows.viewer.shards import Reader, Shard, Unreadable, list_shards
 
 RUNNING_SECONDS, RESTING_SECONDS = 3.0, 30.0
-"""How often an output is listed while its run is at work, and else."""
+"""Time between two listings of an output, while its run is active and otherwise."""
 
 READERS = 4
 BATCH = 16
-"""Shards that go into the index at a time."""
+"""Shards that are indexed in one step."""
 
 QUIET_SECONDS = 1.5
-"""The index waits until so long nobody asked for anything, so that the first page comes first."""
+"""The index waits for such a pause in the requests, so that the first page is served first."""
 
 IDLE_SECONDS = 120.0
-"""After so long without a page nothing is listed any more."""
+"""Listing stops after so long without an open page."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """Rows of a query. first, last: whether nothing comes before or after them."""
+    """One page.
 
-    rows: list[dict[str, Any]]
+    Attributes:
+        rows: What it shows, in order.
+        first: Whether nothing comes before it.
+        last: Whether nothing comes after it.
+    """
+
+    rows: list[Any]
     first: bool
     last: bool
 
 
 @dataclass(frozen=True)
 class Progress:
-    """shards: listed. indexed: of these in the index. rows: in the index."""
+    """Progress of an index: shards of the output, how many of them are indexed, and rows in the index."""
 
     shards: int
     indexed: int
@@ -56,9 +62,21 @@ class Progress:
 
 
 class Output:
-    """An output that is looked at. number: its place among those of the viewer. path: as `whole_path` has it.
+    """An output in the viewer.
 
-    Raises InputError where the path is no output of ours.
+    Attributes:
+        number: Its place among the outputs of the viewer.
+        path: As `whole_path` returns it.
+        name: Last part of the path.
+        run: Contents of `run.json`.
+        task: Of the run.
+        reader: Reads its shards.
+        rows: Queries on its index.
+        shards: As last listed.
+        unreadable: Shards that cannot be indexed: number -> etag.
+
+    Raises:
+        InputError: If the path is not an output of ours.
     """
 
     def __init__(self, number: int, path: str, index: Index) -> None:
@@ -85,7 +103,7 @@ class Output:
         return self._status.state == "running"
 
     def refresh(self) -> None:
-        """Lists the output anew, if that was some seconds ago. For one thread."""
+        """Reads status and listing again if they are some seconds old. For one thread only."""
         if time.monotonic() - self._refreshed < (RUNNING_SECONDS if self.running else RESTING_SECONDS):
             return
         found = status(self.path)
@@ -97,7 +115,7 @@ class Output:
     # The index
 
     def missing(self) -> list[Shard]:
-        """Shards that the index lacks, or has of another time."""
+        """Returns the shards whose present version is not indexed."""
         with self._guard:
             shards = self.shards
         return [
@@ -108,12 +126,12 @@ class Output:
         ]
 
     def progress(self) -> Progress:
-        """How far the index is."""
+        """Returns how much of the output is indexed."""
         missing = len(self.missing())
         return Progress(len(self.shards), len(self.shards) - missing, self.index.count(self.number))
 
     def fill(self, ended: threading.Event) -> Iterator[None]:
-        """Brings the index up to date, a batch of shards each step."""
+        """Updates the index, one batch of shards a step, until it is complete or `ended` is set."""
         there = {shard.number: shard.etag for shard in self.shards}
         if self._indexed and not any(there.get(one) == etag for one, etag in self._indexed.items()):
             # Another output lies here now, which may have other columns.
@@ -161,14 +179,29 @@ class Output:
     # Rows
 
     def shard(self, number: int) -> Shard:
-        """A shard by its number. Raises InputError if it is not there."""
+        """Returns a shard by its number. Raises InputError if it does not exist."""
         for shard in self.shards:
             if shard.number == number:
                 return shard
         raise InputError(f"{self.path} has no shard {number}: it may not be made yet.")
 
     def page(self, query: Query, place: Place | None, count: int) -> Page:
-        """At most `count` rows of a query after a place, or before it. Raises QueryError, Unreadable."""
+        """Returns one page.
+
+        A plain query is read from the shards as long as the index is incomplete. All others show what is
+        indexed so far.
+
+        Args:
+            query: Which rows, in which order.
+            place: Where the page starts or ends; None for the first page.
+            count: Most rows of the page.
+
+        Returns:
+            The page, with rows as dicts.
+
+        Raises:
+            QueryError: If the query is invalid or too expensive.
+        """
         if query.plain and self.missing():
             rows = self._in_plan_order(place, count + 1)
         elif not self.index.kinds[self.number]:
@@ -181,7 +214,7 @@ class Output:
         return Page(rows[:count], place is None, not more)
 
     def _in_plan_order(self, place: Place | None, count: int) -> list[dict[str, Any]]:
-        """Rows straight from the shards, which are in the order of the plan."""
+        """Reads a page in the order of the plan from the shards; skips unreadable ones."""
         shards = self.shards
         found: list[dict[str, Any]] = []
         if place is not None and place.backwards:
@@ -217,9 +250,18 @@ class Output:
         ]
 
     def row(self, number: int, position: int, small: bool = False) -> dict[str, Any]:
-        """All columns of one row but its picture and tokens, or only the small ones.
+        """Returns one row without its picture and tokens.
 
-        Raises InputError where there is no such row.
+        Args:
+            number: Of the shard.
+            position: Of the row in the shard.
+            small: Leave out columns that are not in the index.
+
+        Returns:
+            Column name -> value.
+
+        Raises:
+            InputError: If there is no such row.
         """
         shard = self.shard(number)
         rows = self.reader.rows(shard, position, position + 1, pictures=True, small=small)
@@ -228,12 +270,17 @@ class Output:
         return {**rows[0], "shard": number, "position": position}
 
     def total(self) -> int | None:
-        """Rows that are there, as far as it is known without opening a file."""
+        """Returns the number of finished rows that the run last reported, or None."""
         return self._status.done
 
 
 class Keeper:
-    """A thread that keeps outputs and index up to date while somebody looks."""
+    """A background thread that refreshes outputs and fills the index while a page is open.
+
+    Attributes:
+        shown: Set once a first page was served; the index starts then.
+        trouble: Why the last round failed; empty if it did not.
+    """
 
     def __init__(self, outputs: Sequence[Output]) -> None:
         self._outputs = outputs
@@ -242,7 +289,6 @@ class Keeper:
         self._asked = self._seen = 0.0
         self._needed = False
         self.shown = False
-        """Whether a first page was shown, so that the index may begin."""
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self.trouble = ""
 
@@ -250,22 +296,22 @@ class Keeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread, which may take as long as a batch of shards."""
+        """Ends the thread after its present batch of shards."""
         self._ended.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(30)
 
     def touched(self) -> None:
-        """Somebody asked for a page or a picture."""
+        """Notes a request for a page or a picture."""
         self._asked = self._seen = time.monotonic()
 
     def seen(self) -> None:
-        """A page is open, and asks how things stand."""
+        """Notes that a page is open."""
         self._seen = time.monotonic()
 
     def need_index(self) -> None:
-        """A page cannot be made without the index."""
+        """Starts the index now, without waiting for a pause."""
         self._needed = True
         self._wake.set()
 
@@ -298,7 +344,15 @@ class Keeper:
 
 
 def describe(found: Status) -> dict[str, Any]:
-    """How a run stands, as plain values: state, done, planned, errors, rate (rows/s), left (s), heard (s)."""
+    """Returns the numbers that pages show of a run.
+
+    Args:
+        found: Status of the output.
+
+    Returns:
+        `state`, `done` and `planned` (rows, None if unknown), `errors` (kind -> rows), `rate` (rows/s),
+        `left` and `heard` (seconds), `cost`, `message`.
+    """
     record = found.record
     rate = None
     if record is not None:

@@ -1,4 +1,4 @@
-"""The pages of the viewer, as HTML from templates, which escape every text. Knows nothing of who may ask."""
+"""The pages of the viewer: HTML from templates, which escape every value. Knows nothing of access rules."""
 
 import functools
 import hashlib
@@ -22,10 +22,10 @@ from wallaroo.workflows.viewer.query import RANDOM, Place, Query
 from wallaroo.workflows.viewer.state import Viewer
 
 TILES = {"s": (96, 120), "m": (48, 200), "l": (24, 320)}
-"""Size of tiles -> rows of a page, pixels of a tile."""
+"""Size of tiles -> rows of a page, width of a tile in pixels."""
 
 PAIRS = 12
-"""Pairs of a page of a comparison."""
+"""Pairs on a page of the comparison."""
 
 
 STATIC = {
@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 
 @functools.cache
 def templates() -> jinja2.Environment:
-    """The templates, all of which escape what they are given."""
+    """Returns the environment of the templates."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE / "templates"),
         autoescape=True,
@@ -59,7 +59,7 @@ def _digest(name: str) -> str:
 
 
 def page_response(template: str, status: int = 200, **values: Any) -> Response:
-    """A page from a template."""
+    """Renders a template as an uncached HTML response."""
     html = templates().get_template(template).render(**values)
     return Response(
         html, status, media_type="text/html; charset=utf-8", headers={"Cache-Control": "no-store"}
@@ -67,7 +67,7 @@ def page_response(template: str, status: int = 200, **values: Any) -> Response:
 
 
 def common(viewer: Viewer, request: Request, output: Output | None = None) -> dict[str, Any]:
-    """What every page needs."""
+    """Returns the values that every page needs."""
     values: dict[str, Any] = {"outputs": viewer.outputs, "output": output, "comparing": viewer.comparison}
     values["trouble"] = viewer.keeper.trouble
     if output is not None:
@@ -96,7 +96,7 @@ def _mark(row: Mapping[str, Any]) -> str:
 
 
 def grid(viewer: Viewer, output: Output, request: Request) -> Response:
-    """Rows of an output as tiles, with what they may be chosen by."""
+    """Renders the grid: tiles of one page, search, filter and facets."""
     tile = request.query_params.get("tile", "m")
     tile = tile if tile in TILES else "m"
     count, pixels = TILES[tile]
@@ -197,7 +197,7 @@ def _tile(output: Output, query: Query, row: Mapping[str, Any], kept: str) -> di
 
 
 def _picture_link(number: int, row: Mapping[str, Any]) -> str:
-    """Address of what a row shows: its picture, of an answer its source; empty where there is none."""
+    """Returns the address of a row's picture, or of the source of an answer; empty if there is none."""
     where = f"{row['shard']}/{row['position']}"
     if row["status"] != "ok":
         return ""
@@ -207,7 +207,7 @@ def _picture_link(number: int, row: Mapping[str, Any]) -> str:
 
 
 def one_row(viewer: Viewer, output: Output, request: Request) -> Response:
-    """One row at full size, with all that is known of it."""
+    """Renders one row at full size, with its columns, its command and its history."""
     query = Query.from_parameters(request.query_params.multi_items())
     kept = request.query_params.get("tile", "")
     kept = kept if kept in TILES else ""
@@ -260,7 +260,7 @@ def _text(value: Any) -> str:
 
 
 def comparison(viewer: Viewer, request: Request) -> Response:
-    """Rows of all outputs side by side, with the votes on them."""
+    """Renders the comparison: pairs side by side, votes and their summary."""
     compared = viewer.comparison
     if compared is None or viewer.votes is None:
         raise HTTPException(404, "A comparison needs two outputs: wallaroo view OUTPUT OUTPUT2.")
@@ -279,12 +279,12 @@ def comparison(viewer: Viewer, request: Request) -> Response:
         message = str(error)
 
     def at(**more: Any) -> str:
-        pairs = {"q": search, "show": "" if show == "all" else show} | more
-        text = urllib.parse.urlencode([(name, value) for name, value in pairs.items() if value])
+        asked = {"q": search, "show": "" if show == "all" else show} | more
+        text = urllib.parse.urlencode([(name, value) for name, value in asked.items() if value])
         return f"/compare?{text}" if text else "/compare"
 
     links = dict.fromkeys(("first", "previous", "next"), "")
-    pairs = [row["pair"] for row in page.rows]
+    pairs: list[compare.Pair] = page.rows
     if pairs:
         if not page.first:
             links |= {

@@ -1,7 +1,7 @@
-"""What a page asks of an output - words, an SQL filter, facets, an order, a place - as SQL over its index.
+"""Search, SQL filter, facets, order and paging of an output, as SQL over its index.
 
-Pages are found by keyset: the address names the row that a page begins after or ends before, so that page
-1,000 costs what page 1 costs and rows that arrive meanwhile shift nothing. Knows nothing of files or HTML.
+Paging is by keyset: an address names the row that a page starts after or ends before. So every page costs the
+same, and new rows do not shift the pages. Knows nothing of files or HTML.
 """
 
 import dataclasses
@@ -17,22 +17,28 @@ from wallaroo.workflows.outputs.schema import RESULT_NAMES
 from wallaroo.workflows.viewer.index import Index, QueryError, check_expression, quoted
 
 SIZE, RANDOM = "size", "random"
-"""Names that are no columns: the facet of width x height, and the order by a seed."""
+"""Names beside those of columns: the facet of width x height, and the random order."""
 
 OWN_FACETS = ("task", "status", "error_type", SIZE, "language", "mode", "environment_digest")
 MAX_VALUES = 24
-"""A carried column with more values is no facet; of ours the most frequent ones are shown."""
+"""Carried columns with more values are not facets. Our own facets show this many values."""
 
 MAX_CARRIED = 12
 MAX_CHARACTERS = 4000
-"""Of a search or a filter."""
+"""Longest search or filter."""
 
 FACET_TYPES = ("VARCHAR", "BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "FLOAT", "DOUBLE")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a page begins or ends: beside the row at `position` of `shard`."""
+    """Where a page starts (after a row) or, if `backwards`, ends (before it).
+
+    Attributes:
+        shard: Number of the shard of the row.
+        position: Of the row in the shard.
+        backwards: Whether the page ends here.
+    """
 
     shard: int
     position: int
@@ -40,7 +46,7 @@ class Place:
 
     @classmethod
     def parse(cls, text: str, backwards: bool = False) -> "Place":
-        """Of `SHARD.POSITION`. Raises QueryError."""
+        """Parses `SHARD.POSITION`. Raises QueryError."""
         match = re.fullmatch(r"(\d{1,15})\.(\d{1,9})", text)
         if not match:
             raise QueryError(
@@ -51,11 +57,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Query:
-    """Which rows, in which order.
+    """Which rows to show, in which order.
 
-    search: words that all must occur in prompt or answer; "of one phrase" in quotes, -word for none of it.
-    where: an SQL expression over the columns. facets: name -> values, of which one must hold. sort: a column,
-    RANDOM, or empty for the order of the plan. seed: of RANDOM.
+    Attributes:
+        search: Words that must all occur in the prompt or the answer. Quotes make a phrase, a leading minus
+            excludes a word.
+        where: SQL expression over the columns.
+        facets: Facet -> chosen values; a row must have one of them.
+        sort: A column, RANDOM, or empty for the order of the plan.
+        descending: Direction of `sort`. Rows without a value come last either way.
+        seed: Seed of the random order.
     """
 
     search: str = ""
@@ -67,7 +78,7 @@ class Query:
 
     @classmethod
     def from_parameters(cls, pairs: Iterable[tuple[str, str]]) -> "Query":
-        """Of the parameters of an address. Raises QueryError for values that cannot be."""
+        """Reads the parameters of an address. Raises QueryError if one is invalid."""
         values: dict[str, str] = {}
         facets: dict[str, list[str]] = {}
         for name, value in pairs:
@@ -81,17 +92,18 @@ class Query:
         seed = values.get("seed", "") or "0"
         if not re.fullmatch(r"\d{1,18}", seed):
             raise QueryError(f"seed is '{seed[:40]}', but must be a whole number of at most 18 digits.")
+        sort = values.get("sort", "")
         return cls(
             search=values.get("q", ""),
             where=values.get("where", ""),
             facets={name: tuple(dict.fromkeys(chosen)) for name, chosen in facets.items()},
-            sort=values.get("sort", ""),
-            descending=values.get("dir") == "desc",
-            seed=int(seed),
+            sort=sort,
+            descending=bool(sort) and values.get("dir") == "desc",
+            seed=int(seed) if sort == RANDOM else 0,
         )
 
     def to_parameters(self) -> list[tuple[str, str]]:
-        """The parameters that `from_parameters` reads."""
+        """Returns the parameters that `from_parameters` reads back."""
         pairs = [("q", self.search), ("where", self.where), ("sort", self.sort)]
         pairs += [("dir", "desc")] if self.descending else []
         pairs += [("seed", str(self.seed))] if self.sort == RANDOM else []
@@ -100,11 +112,11 @@ class Query:
 
     @property
     def plain(self) -> bool:
-        """Whether it asks for all rows in the order of the plan."""
+        """Whether this shows all rows in the order of the plan."""
         return self == Query()
 
     def toggled(self, facet: str, value: str) -> "Query":
-        """The query with one value of a facet chosen, or no more."""
+        """Returns this query with one value of a facet added, or removed if it was chosen."""
         chosen = self.facets.get(facet, ())
         now = tuple(one for one in chosen if one != value) if value in chosen else (*chosen, value)
         facets = {**self.facets, facet: now}
@@ -113,21 +125,21 @@ class Query:
 
 @dataclass
 class Clause:
-    """A piece of SQL and the values of its question marks."""
+    """An SQL expression and the values of its question marks."""
 
     sql: str
     values: list[Any] = field(default_factory=list)
 
     @classmethod
     def all_of(cls, clauses: Iterable["Clause"]) -> "Clause":
-        """True where all of them are."""
+        """Joins clauses by AND."""
         some = list(clauses)
         sql = " AND ".join(f"({one.sql})" for one in some) or "true"
         return cls(sql, [value for one in some for value in one.values])
 
 
 def search_clause(text: str, columns: tuple[str, str] = ("prompt", "text")) -> Clause:
-    """Whether all words occur in one of two columns, whatever their case and accents."""
+    """Returns the clause of a search in two columns, without regard to case and accents."""
     terms = re.findall(r'(-?)(?:"([^"]*)"|(\S+))', text)
     haystack = f"strip_accents(lower(concat_ws(chr(10), {columns[0]}, {columns[1]})))"
     clauses = []
@@ -139,7 +151,7 @@ def search_clause(text: str, columns: tuple[str, str] = ("prompt", "text")) -> C
 
 
 class Rows:
-    """The rows of one output in the index, as a query sees them."""
+    """Queries the indexed rows of one output."""
 
     def __init__(self, index: Index, number: int) -> None:
         self.index, self.number = index, number
@@ -151,11 +163,11 @@ class Rows:
 
     @property
     def columns(self) -> list[str]:
-        """Names of all columns that may be sorted by or named in a filter."""
+        """Names of the columns for orders and filters."""
         return list(self.index.kinds[self.number])
 
     def column(self, name: str) -> str:
-        """A column as SQL. Raises QueryError where there is none."""
+        """Returns a column or SIZE as SQL. Raises QueryError if there is no such column."""
         if name == SIZE:
             return "CASE WHEN width > 0 THEN width || '×' || height END"
         if name not in self.index.kinds[self.number]:
@@ -164,7 +176,7 @@ class Rows:
         return quoted(name)
 
     def order(self, query: Query) -> str:
-        """What the rows are sorted by, before shard and position."""
+        """Returns the SQL expression that rows are sorted by; ties are broken by shard and position."""
         if query.sort == RANDOM:
             return f"md5('{query.seed}:' || row_id)"
         if not query.sort:
@@ -174,7 +186,7 @@ class Rows:
         return f"CAST({column} AS VARCHAR)" if kind.startswith("STRUCT") else column
 
     def base(self, query: Query) -> Clause:
-        """Search and filter, without the facets."""
+        """Returns the clause of search and filter."""
         clauses = []
         if query.search:
             clauses.append(search_clause(query.search))
@@ -184,7 +196,7 @@ class Rows:
         return Clause.all_of(clauses)
 
     def chosen(self, query: Query, but: str = "") -> Clause:
-        """The facets, but for one."""
+        """Returns the clause of all facets except `but`."""
         clauses = []
         for name, values in query.facets.items():
             if name != but:
@@ -194,14 +206,27 @@ class Rows:
         return Clause.all_of(clauses)
 
     def page(self, query: Query, place: Place | None, count: int, columns: str = "*") -> list[dict[str, Any]]:
-        """At most `count` rows after a place, or before it, in order. Raises QueryError."""
+        """Returns one page.
+
+        Args:
+            query: Which rows, in which order.
+            place: Where the page starts or ends; None for the first page.
+            count: Most rows to return.
+            columns: SQL list of columns.
+
+        Returns:
+            Rows as dicts, in the order of the query.
+
+        Raises:
+            QueryError: If the query is invalid or too expensive.
+        """
         where = Clause.all_of([self.base(query), self.chosen(query)])
         return keyset_page(
             self.index, self.table, where, self.order(query), query.descending, place, count, columns
         )
 
     def count(self, query: Query, place: Place | None = None) -> int:
-        """Rows of a query; with a place only those before it."""
+        """Counts the rows of a query; with a place, only those before it. Raises QueryError."""
         where = Clause.all_of([self.base(query), self.chosen(query)])
         before = Clause("true")
         source = self.table
@@ -215,10 +240,19 @@ class Rows:
         return self.index.ask(sql, [*where.values, *before.values]).column("n")[0].as_py()
 
     def facets(self, query: Query) -> dict[str, list[tuple[str, int]]]:
-        """Facet -> its values with the rows that have them, the most frequent first.
+        """Counts the values of all facets, in one scan.
 
-        Rows are counted as if nothing of that very facet were chosen, so one sees what else there is. A
-        facet of one value that is not chosen says nothing and is left out.
+        The counts of a facet ignore what is chosen in that facet, so they show the alternatives. A facet with
+        a single value is left out, except a kind of error.
+
+        Args:
+            query: Which rows to count.
+
+        Returns:
+            Facet -> (value, rows) pairs, most frequent first.
+
+        Raises:
+            QueryError: If the query is invalid or too expensive.
         """
         names = [
             name for name in (*OWN_FACETS, *self._carried_facets()) if name == SIZE or name in self.columns
@@ -254,7 +288,7 @@ class Rows:
         return found
 
     def _carried_facets(self) -> list[str]:
-        """Carried columns of few values, in the order of the shards."""
+        """Returns the carried columns with few values."""
         version = self.index.versions[self.number]
         if self._carried is None or self._carried[0] != version:
             kinds = self.index.kinds[self.number]
@@ -276,8 +310,18 @@ class Rows:
 
 
 def keyset(table: str, order: str, descending: bool, place: Place) -> tuple[Clause, Clause]:
-    """A subquery `key` with the order's value of the row at a place, and whether a row comes after that row,
-    or before it. Rows without a value come last in either direction."""
+    """Returns the two parts of a keyset condition.
+
+    Args:
+        table: Table or subquery with columns `shard` and `position`.
+        order: SQL expression that rows are sorted by.
+        descending: Direction; NULLs come last either way.
+        place: The row to compare with, and the direction.
+
+    Returns:
+        A subquery for FROM that looks up the order's value at that row, and the condition that holds for rows
+        after it (before it, if `place.backwards`).
+    """
     # Names that no column of a manifest has by chance, since a user's filter stands beside them.
     value = "wallaroo_place.wallaroo_value"
     key = Clause(
@@ -307,7 +351,25 @@ def keyset_page(
     columns: str = "*",
     tables: dict[str, pa.Table] | None = None,
 ) -> list[dict[str, Any]]:
-    """At most `count` rows of a table with columns `shard` and `position`, after a place or before it."""
+    """Returns one page of a table.
+
+    Args:
+        index: The database.
+        table: Table or subquery with columns `shard` and `position`.
+        where: Condition on its rows.
+        order: SQL expression to sort by; ties are broken by shard and position.
+        descending: Direction of `order`; NULLs come last either way.
+        place: Where the page starts or ends; None for the first page.
+        count: Most rows to return.
+        columns: SQL list of columns.
+        tables: Arrow tables that the condition may use.
+
+    Returns:
+        Rows as dicts, in order.
+
+    Raises:
+        QueryError: If DuckDB refuses the query, or it is too expensive.
+    """
     source, values = f"{table} AS r", []
     backwards = place is not None and place.backwards
     if place is not None:

@@ -1,4 +1,4 @@
-"""The socket of the viewer: who may reach it, under which address, until when. Knows nothing of pages."""
+"""The server of the viewer: its socket, address, token and memory bound. Knows nothing of pages."""
 
 import errno
 import ipaddress
@@ -13,8 +13,8 @@ from wallaroo.model.errors import InputError
 
 PORT = 8765
 GROWTH_BYTES = 768 << 20
-"""By so much the memory of the process may grow once it serves. DuckDB's own bound does not count every
-string that an expression makes; this one turns such an expression into an error, not into a slow machine."""
+"""Most memory that the process may allocate once it serves. DuckDB's own limit does not count all strings of
+an expression; with this one, a runaway expression ends in an error."""
 
 MAX_OUTPUTS = 8
 
@@ -80,10 +80,10 @@ def serve(
 
 
 def bound_growth(growth: int) -> None:
-    """Bounds the memory that this process may take beyond what it has now, in bytes, where Linux tells."""
+    """Limits what this process may allocate from now on, in bytes. Linux only."""
     with suppress(ValueError, OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        # Reserved memory counts too, of which Arrow has a gigabyte.
+        # This counts reserved memory too, and Arrow reserves a gigabyte.
         now = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         if soft == resource.RLIM_INFINITY or soft > now + growth:

@@ -1,7 +1,7 @@
-"""Shards of an output for a reader far away: as few requests and bytes as a page needs.
+"""Reads the shards of an output with few requests, also from far away.
 
-A listing gives the size of a file, so that no request asks for it; footers are kept; columns that lie
-close together are read as one range. Pictures of a row group are read together and kept for a while,
+The listing gives the size of a file, so no request asks for it. Footers are cached. Neighbouring column
+chunks are read as one range. The pictures of a row group are read together and cached for a while,
 since its neighbours stand on the same page. Knows nothing of pages or SQL.
 """
 
@@ -22,22 +22,29 @@ from wallaroo.workflows.outputs.schema import RESULT_NAMES, lacking
 
 NOT_SMALL = frozenset({"image", "tokens"})
 HOLE_BYTES = 512 << 10
-"""Bytes that are read in vain rather than with one more request."""
+"""Up to so many unneeded bytes are read to save one request."""
 
 RANGE_BYTES = 64 << 20
 FOOTERS = 32
 PICTURE_BYTES = 48 << 20
-"""Bytes of pictures that are kept, in all."""
+"""Size of the picture cache."""
 
 TABLE_BYTES = 16 << 20
-"""Bytes of all other columns that are kept."""
+"""Size of the cache of all other columns."""
 
 LARGE_BYTES = 12 << 20
-"""Row groups with more bytes of pictures are read one at a time, which bounds the memory."""
+"""Row groups with more bytes of pictures are read one at a time, to bound the memory."""
 
 
 class Shard(NamedTuple):
-    """A file of `data/` as listed. number: of the shard. size: in bytes."""
+    """One file of `data/` as listed.
+
+    Attributes:
+        number: Number of the shard.
+        path: Of the file, local or `s3://`.
+        size: In bytes.
+        etag: Changes when the contents do.
+    """
 
     number: int
     path: str
@@ -46,16 +53,16 @@ class Shard(NamedTuple):
 
 
 class Unreadable(InputError):
-    """A file in the place of a shard that cannot be read, or is none."""
+    """The file of a shard is damaged, or is not a shard."""
 
 
 def whole_path(output: str) -> str:
-    """The one name of an output: absolute, without a slash at its end."""
+    """Returns the path of an output in its one spelling: absolute, without a slash at the end."""
     return output.rstrip("/") if storage.is_s3(output) else os.path.abspath(output)
 
 
 def list_shards(output: str) -> list[Shard]:
-    """The shards that are there, in order. One listing; no file is opened."""
+    """Lists the shards of an output by number, without opening a file."""
     found = []
     for file in storage.list_files(storage.join(output, DATA_FOLDER)):
         number = shard_number(file.relative)
@@ -65,7 +72,7 @@ def list_shards(output: str) -> list[Shard]:
 
 
 def is_indexed(field: pa.Field) -> bool:
-    """Whether a column is small and plain enough for the index: no bytes, lists or structs."""
+    """Returns whether a column belongs into the index: a scalar one, or one of our own small ones."""
     kind = field.type
     if pt.is_dictionary(kind):
         kind = kind.value_type
@@ -87,7 +94,7 @@ def is_indexed(field: pa.Field) -> bool:
 
 
 class Reader:
-    """Reads shards; may be used by several threads."""
+    """Reads shards through caches. Thread-safe."""
 
     def __init__(self) -> None:
         self._fragments: OrderedDict[tuple[str, str], Any] = OrderedDict()
@@ -98,16 +105,16 @@ class Reader:
         self._one_large = threading.Lock()
 
     def schema(self, shard: Shard) -> pa.Schema:
-        """Schema of a shard's file. Raises Unreadable."""
+        """Returns the schema of a shard. Raises Unreadable."""
         return self._fragment(shard).physical_schema
 
     def group_rows(self, shard: Shard) -> list[int]:
-        """Rows of each row group. Raises Unreadable."""
+        """Returns the number of rows of each row group. Raises Unreadable."""
         metadata = self._fragment(shard).metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def small(self, shard: Shard) -> pa.Table:
-        """The columns that `is_indexed`, all rows. Raises Unreadable."""
+        """Returns all rows of a shard with the columns that `is_indexed`. Raises Unreadable."""
         fragment = self._fragment(shard)
         names = [field.name for field in fragment.physical_schema if is_indexed(field)]
         return self._table(shard, fragment, names)
@@ -115,10 +122,20 @@ class Reader:
     def rows(
         self, shard: Shard, start: int, stop: int, pictures: bool = False, small: bool = False
     ) -> list[dict[str, Any]]:
-        """Rows [start, stop) as dicts, without the bytes of pictures and without tokens. Raises Unreadable.
+        """Returns rows of a shard without their pictures and tokens.
 
-        pictures: read the pictures of the row groups at the same time, and keep them. small: only the columns
-        that `is_indexed`.
+        Args:
+            shard: The shard.
+            start: Position of the first row.
+            stop: Position after the last row; may lie past the end of the shard.
+            pictures: Also read the pictures of these row groups into the cache, in the same request.
+            small: Leave out columns that are not in the index.
+
+        Returns:
+            One dict a row, column name -> value.
+
+        Raises:
+            Unreadable: If the file is damaged, or is not a shard.
         """
         fragment = self._fragment(shard)
         fields = [field for field in fragment.physical_schema if is_indexed(field) or not small]
@@ -146,7 +163,7 @@ class Reader:
     def _read_groups(
         self, shard: Shard, fragment: Any, groups: list[int], names: list[str], pictures: bool
     ) -> dict[int, pa.Table]:
-        """Columns of row groups, read together. With pictures these are kept, unless they are too large."""
+        """Reads columns of row groups, in one request where possible; caches the pictures if few bytes."""
         columns: dict[str, Any] = {name: ds.field(name) for name in names}
         sizes = [self._picture_bytes(fragment, group) for group in groups]
         if pictures and sum(sizes) <= LARGE_BYTES:
@@ -164,7 +181,7 @@ class Reader:
         return found
 
     def picture(self, shard: Shard, position: int) -> bytes | None:
-        """The file of a row's picture; None if it has none. Raises Unreadable."""
+        """Returns the picture file of a row, or None if the row has no picture. Raises Unreadable."""
         first = 0
         for group, count in enumerate(self.group_rows(shard)):
             if position < first + count:
@@ -211,7 +228,7 @@ class Reader:
         return 0
 
     def _fragment(self, shard: Shard) -> Any:
-        """A file with its footer, which is read once."""
+        """Opens a shard, or returns it from the cache with its footer."""
         key = (shard.path, shard.etag)
         with self._guard:
             if key in self._fragments:
@@ -254,7 +271,7 @@ class Reader:
 
 
 def _shorten(kept: OrderedDict[Any, Any], most: int) -> None:
-    """Lets the oldest tables or columns go until the rest has at most so many bytes; the last one stays."""
+    """Drops the oldest entries of a cache until it holds at most `most` bytes; keeps the newest one."""
     total = sum(one.nbytes for one in kept.values())
     while total > most and len(kept) > 1:
         total -= kept.popitem(last=False)[1].nbytes

@@ -1,4 +1,4 @@
-"""What a viewer holds while it runs: outputs, their index, votes, and what it has counted already."""
+"""Everything a viewer holds while it runs."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,10 +12,26 @@ from wallaroo.workflows.viewer.shards import whole_path
 
 
 class Viewer:
-    """Outputs with their index, and votes. sources: lets few source pictures be fetched at once."""
+    """Outputs, their index, their comparison and votes.
+
+    Attributes:
+        index: Of all outputs.
+        outputs: In the order of the command line.
+        comparison: None for a single output; `votes` likewise.
+        keeper: Keeps all of it up to date.
+        sources: Limits how many source pictures are fetched at once.
+    """
 
     def __init__(self, paths: Sequence[str], votes_path: str | None = None) -> None:
-        """Raises InputError where a path is no output, or the file of votes is another one."""
+        """Opens outputs and votes.
+
+        Args:
+            paths: Of the outputs, local or `s3://`.
+            votes_path: File of votes, by default beside the first output.
+
+        Raises:
+            InputError: If a path is given twice or is not an output, or the votes are in no file of votes.
+        """
         paths = [whole_path(path) for path in paths]
         for place, path in enumerate(paths):
             if path in paths[:place]:
@@ -38,12 +54,12 @@ class Viewer:
         self.sources = threading.BoundedSemaphore(2)
 
     def close(self) -> None:
-        """Ends the thread and closes the index."""
+        """Stops the background thread and closes the index."""
         self.keeper.stop()
         self.index.close()
 
     def remembered(self, key: Any, action: Callable[[], Any]) -> Any:
-        """What `action` gave for the same key, which names the version of the index too."""
+        """Returns the cached result of `action` for a key, which must hold the version of the index."""
         with self._guard:
             if key in self._counts:
                 return self._counts[key]

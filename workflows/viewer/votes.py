@@ -1,8 +1,8 @@
-"""Votes between outputs: which row of one id and sample somebody preferred, in one Parquet file.
+"""Votes between outputs, in one Parquet file: which row of an id and sample was preferred.
 
-The file lies beside the first output, or where the user says, and holds votes between any outputs. A
-vote replaces an earlier one on the same rows. Two viewers may write at once: each write is conditional
-on what was read. Knows nothing of pages.
+By default the file lies beside the first output. It may hold votes between several sets of outputs. A new
+vote replaces the earlier one on the same rows. Writes are conditional on what was read, so two viewers can
+share a file. Knows nothing of pages.
 """
 
 import datetime
@@ -31,17 +31,17 @@ SCHEMA = pa.schema(
     ],
     metadata={b"wallaroo.votes": b"1"},
 )
-"""One row a vote. outputs: what was compared, sha256: of the result in each. choice: the path of the
-preferred output, TIE or BAD."""
+"""Columns of the file, one row a vote. `outputs`: paths of what was compared; `sha256`: of the result in
+each; `choice`: path of the preferred output, TIE or BAD."""
 
 TIE, BAD = "tie", "bad"
 TRIES = 8
 Z95 = 1.959963984540054
-"""Standard deviations on either side that hold 95 % of a normal distribution."""
+"""Half-width of the central 95 % of a normal distribution, in standard deviations."""
 
 
 class Key(NamedTuple):
-    """What a vote is about, beside the outputs."""
+    """The rows that a vote is about."""
 
     id: str
     version: int
@@ -49,7 +49,15 @@ class Key(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How often an output was preferred among `decided` votes. low, high: 95 % interval of that share."""
+    """How often one output was preferred.
+
+    Attributes:
+        votes: For this output.
+        decided: Votes for any output.
+        share: votes / decided, 0 without votes.
+        low: Lower end of the 95 % interval of the share.
+        high: Its upper end.
+    """
 
     votes: int
     decided: int
@@ -59,7 +67,7 @@ class Share(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Votes between some outputs. shares: one an output, in their order."""
+    """Votes between outputs: all of them, ties, "all bad", and one Share an output."""
 
     votes: int
     ties: int
@@ -68,8 +76,15 @@ class Summary(NamedTuple):
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of which `hits` of `count` draws were seen, by Wilson's score; it is
-    (0, 1) where nothing was drawn."""
+    """Returns the 95 % interval of a binomial share, by Wilson's score.
+
+    Args:
+        hits: Draws that counted.
+        count: All draws.
+
+    Returns:
+        Lower and upper end, (0, 1) without draws.
+    """
     if count == 0:
         return 0.0, 1.0
     share, z2 = hits / count, Z95**2
@@ -79,7 +94,10 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def default_path(output: str) -> str:
-    """Where votes are kept if nobody says: `NAME.votes.parquet` beside the folder of an output."""
+    """Returns the default file of votes, `NAME.votes.parquet` beside the folder of an output.
+
+    Raises InputError for a whole bucket.
+    """
     folder = output.rstrip("/")
     if storage.is_s3(folder) and "/" not in folder.removeprefix("s3://"):
         raise InputError(f"{output} is a whole bucket, so votes have no place beside it: give --votes PATH.")
@@ -87,10 +105,18 @@ def default_path(output: str) -> str:
 
 
 class Votes:
-    """The votes in a file. outputs: paths of those that are compared."""
+    """The votes of a file between some outputs. Thread-safe."""
 
     def __init__(self, path: str, outputs: Sequence[str]) -> None:
-        """Reads what is there. Raises InputError if another file lies in its place."""
+        """Reads the file, if it exists.
+
+        Args:
+            path: Of the file, local or `s3://`.
+            outputs: Paths of the compared outputs.
+
+        Raises:
+            InputError: If the file is not a file of votes.
+        """
         self.path, self.outputs = path, tuple(outputs)
         self._guard = threading.Lock()
         self._rows: list[dict[str, Any]] = []
@@ -115,10 +141,16 @@ class Votes:
         return sorted(row["outputs"]) == sorted(self.outputs)
 
     def cast(self, key: Key, digests: Sequence[str], choice: str | None) -> None:
-        """Notes a vote, in place of an earlier one on the same rows; None takes that back.
+        """Writes a vote in place of an earlier one on the same rows.
 
-        digests: sha256 of the rows' results, in the order of the outputs. choice: the path of an output,
-        TIE or BAD. Raises ValueError for another choice, InputError if the file cannot be written.
+        Args:
+            key: The rows.
+            digests: sha256 of the result in each output, in the order of the outputs.
+            choice: Path of an output, TIE or BAD; None removes the vote.
+
+        Raises:
+            ValueError: For another choice.
+            InputError: If the file cannot be written.
         """
         if choice not in (None, TIE, BAD, *self.outputs):
             raise ValueError(f"choice {choice!r}, expected an output, {TIE} or {BAD}")
@@ -161,19 +193,19 @@ class Votes:
         return etag is not None
 
     def choices(self) -> dict[Key, str]:
-        """What was voted between these outputs."""
+        """Returns the votes between these outputs: rows -> choice."""
         with self._guard:
             rows = [row for row in self._rows if self._mine(row)]
         return {Key(row["id"], row["version"], row["sample"]): row["choice"] for row in rows}
 
     def table(self) -> pa.Table:
-        """The same as columns id, version, sample, choice."""
+        """Returns these votes as a table with columns id, version, sample and choice."""
         rows = [{**key._asdict(), "choice": choice} for key, choice in self.choices().items()]
         fields = [SCHEMA.field(name) for name in ("id", "version", "sample", "choice")]
         return pa.Table.from_pylist(rows, pa.schema(fields))
 
     def summary(self) -> Summary:
-        """The votes between these outputs, summed up."""
+        """Counts the votes between these outputs."""
         counts = Counter(self.choices().values())
         decided = sum(counts[output] for output in self.outputs)
         shares = []
