@@ -25,7 +25,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs import layout
 from wallaroo.workflows.outputs import shards as outputs_shards
-from wallaroo.workflows.viewer import again, index, server, votes
+from wallaroo.workflows.viewer import again, index, server, shards, votes
 from wallaroo.workflows.viewer.index import QueryError
 from wallaroo.workflows.viewer.output import Output
 from wallaroo.workflows.viewer.query import Place, Query
@@ -149,6 +149,25 @@ def test_picture_is_the_file_of_its_row(three, opened):
         data = output.reader.picture(output.shard(1), position)
         assert data == (expected["bytes"] if expected else None)
     assert output.reader.picture(output.shard(1), 40) is None
+
+
+def test_single_picture_of_a_large_row_group_is_found_by_its_digest(tmp_path, outputs, opened, monkeypatch):
+    monkeypatch.setattr(shards, "WINDOW_BYTES", 1)
+    outputs.make_output(tmp_path / "out", [outputs.plan_table(40)])
+    output = opened(tmp_path / "out", fill=False)
+    path = layout.shard_path(str(tmp_path / "out"), 0)
+    table = pq.read_table(path, columns=["image", "sha256"]).to_pylist()
+    data = Path(path).read_bytes()
+    for position, row in enumerate(table):
+        file = row["image"]["bytes"]
+        place = data.index(file)
+        assert shards.find_picture(data[place - 4 :], row["sha256"][:16]) == file
+        assert shards.find_picture(data[place - 3 :], row["sha256"][:16]) is None
+        assert shards.find_picture(data[: place + len(file) - 1], row["sha256"][:16]) is None
+        assert output.reader.picture(output.shard(0), position, row["sha256"][:16]) == file
+    assert not output.reader._pictures, "a whole row group was read"
+    # A digest of another picture leads to the right one all the same.
+    assert output.reader.picture(output.shard(0), 0, "0" * 16) == table[0]["image"]["bytes"]
 
 
 # What is asked
@@ -652,6 +671,16 @@ def test_command_serves_until_it_is_interrupted(three, tmp_path):
             process.send_signal(signal.SIGINT)
             process.wait(30)
         assert process.stderr.read() == ""
+
+
+def test_missing_extra_is_named(three):
+    script = "import sys; sys.modules['uvicorn'] = None; from jobs.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", script, "view", "--no-open", str(three)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "wallaroo: the viewer needs uvicorn, which is not installed: pip install 'wallaroo-batch[view]'.\n"
+    )
 
 
 def test_help_needs_nothing_but_click():

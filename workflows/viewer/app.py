@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import re
 import urllib.parse
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -86,7 +87,10 @@ def make_app(viewer: Viewer, hosts: Sequence[str] | None = LOOPBACK, token: str 
     def picture(request: Request) -> Response:
         output = output_of(request)
         shard = output.shard(request.path_params["shard"])
-        data = output.reader.picture(shard, request.path_params["position"])
+        # The page says with `one` that it shows few pictures of this row group.
+        one = request.query_params.get("v", "") if "one" in request.query_params else ""
+        digest = one if re.fullmatch("[0-9a-f]{16}", one) else ""
+        data = output.reader.picture(shard, request.path_params["position"], digest)
         if data is None:
             raise HTTPException(404, "This row has no picture.")
         return _picture(data, request)

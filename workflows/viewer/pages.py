@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
+from wallaroo.workflows.outputs.shards import PICTURE_ROWS
 from wallaroo.workflows.tasks import PICTURE_TASKS
 from wallaroo.workflows.text import duration
 from wallaroo.workflows.viewer import again, compare, votes
@@ -23,6 +25,9 @@ from wallaroo.workflows.viewer.state import Viewer
 
 TILES = {"s": (96, 120), "m": (48, 200), "l": (24, 320)}
 """Size of tiles -> rows of a page, width of a tile in pixels."""
+
+FEW = 6
+"""A page that shows fewer pictures of a row group asks for each of them alone."""
 
 PAIRS = 12
 """Pairs on a page of the comparison."""
@@ -132,9 +137,10 @@ def grid(viewer: Viewer, output: Output, request: Request) -> Response:
             links |= {"first": at(), "previous": at(before=_mark(page.rows[0]))}
         if not page.last:
             links |= {"next": at(after=_mark(page.rows[-1]))}
+    groups = Counter(map(_group, page.rows))
     values = common(viewer, request, output) | {
         "query": query,
-        "rows": [_tile(output, query, row, kept) for row in page.rows],
+        "rows": [_tile(output, query, row, kept, groups[_group(row)] < FEW) for row in page.rows],
         "links": links,
         "message": message,
         "total": total if total is not None else output.total() if query.plain else None,
@@ -185,25 +191,30 @@ def _name(row: Mapping[str, Any]) -> str:
     return f"{row['id']}/{row['sample']}" if row["sample"] else str(row["id"])
 
 
-def _tile(output: Output, query: Query, row: Mapping[str, Any], kept: str) -> dict[str, Any]:
+def _group(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Names the row group of a row, if its shard has pictures."""
+    return row["shard"], row["position"] // PICTURE_ROWS
+
+
+def _tile(output: Output, query: Query, row: Mapping[str, Any], kept: str, one: bool) -> dict[str, Any]:
     where = f"{row['shard']}/{row['position']}"
     return {
         "mark": _mark(row),
         "link": _address(f"/{output.number}/rows/{where}", query, tile=kept),
         "name": _name(row),
         "row": row,
-        "picture": _picture_link(output.number, row),
+        "picture": _picture_link(output.number, row, one),
     }
 
 
-def _picture_link(number: int, row: Mapping[str, Any]) -> str:
+def _picture_link(number: int, row: Mapping[str, Any], one: bool = False) -> str:
     """Returns the address of a row's picture, or of the source of an answer; empty if there is none."""
     where = f"{row['shard']}/{row['position']}"
     if row["status"] != "ok":
         return ""
     # The digest makes the address new where the picture is, so that browsers may keep the old one for ever.
     folder = "sources" if row["task"] in TEXT_TASKS else "pictures"
-    return f"/{number}/{folder}/{where}?v={(row['sha256'] or '')[:16]}"
+    return f"/{number}/{folder}/{where}?v={(row['sha256'] or '')[:16]}{'&one=1' if one else ''}"
 
 
 def one_row(viewer: Viewer, output: Output, request: Request) -> Response:
@@ -236,7 +247,7 @@ def one_row(viewer: Viewer, output: Output, request: Request) -> Response:
     values = common(viewer, request, output) | {
         "row": row,
         "name": _name(row),
-        "picture": "" if row["task"] in TEXT_TASKS else _picture_link(output.number, row),
+        "picture": "" if row["task"] in TEXT_TASKS else _picture_link(output.number, row, one=True),
         "source": f"/{output.number}/sources/{where}?v={((row.get('source') or {}).get('sha256') or '')[:16]}"
         if reference
         else "",

@@ -5,10 +5,13 @@ chunks are read as one range. The pictures of a row group are read together and 
 since its neighbours stand on the same page. Knows nothing of pages or SQL.
 """
 
+import hashlib
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -31,6 +34,9 @@ PICTURE_BYTES = 48 << 20
 
 TABLE_BYTES = 16 << 20
 """Size of the cache of all other columns."""
+
+WINDOW_BYTES = 4 << 20
+"""For a single picture, larger row groups are not read as a whole."""
 
 LARGE_BYTES = 12 << 20
 """Row groups with more bytes of pictures are read one at a time, to bound the memory."""
@@ -165,8 +171,8 @@ class Reader:
     ) -> dict[int, pa.Table]:
         """Reads columns of row groups, in one request where possible; caches the pictures if few bytes."""
         columns: dict[str, Any] = {name: ds.field(name) for name in names}
-        sizes = [self._picture_bytes(fragment, group) for group in groups]
-        if pictures and sum(sizes) <= LARGE_BYTES:
+        chunks = [_picture_chunk(fragment, group) for group in groups]
+        if pictures and sum(chunk.total_compressed_size for chunk in chunks if chunk) <= LARGE_BYTES:
             columns["image"] = ds.field("image", "bytes")
         table = self._table(shard, fragment.subset(row_group_ids=groups), columns)
         found, place = {}, 0
@@ -180,14 +186,49 @@ class Reader:
             found[group] = part
         return found
 
-    def picture(self, shard: Shard, position: int) -> bytes | None:
-        """Returns the picture file of a row, or None if the row has no picture. Raises Unreadable."""
+    def picture(self, shard: Shard, position: int, digest: str = "") -> bytes | None:
+        """Returns the picture file of a row.
+
+        Args:
+            shard: The shard.
+            position: Of the row in the shard.
+            digest: The first hex digits of the sha256 of the picture, if no other picture of the row group is
+                wanted. With it, only a part of a large row group is read.
+
+        Returns:
+            The file, or None if the row has no picture.
+
+        Raises:
+            Unreadable: If the shard is damaged, or is not a shard.
+        """
         first = 0
         for group, count in enumerate(self.group_rows(shard)):
             if position < first + count:
+                with self._guard:
+                    cached = (shard.path, shard.etag, group) in self._pictures
+                if digest and not cached:
+                    found = self._picture_near(shard, group, (position - first) / count, count, digest)
+                    if found is not None:
+                        return found
                 return self._group_pictures(shard, group)[position - first].as_py()
             first += count
         return None
+
+    def _picture_near(self, shard: Shard, group: int, share: float, count: int, digest: str) -> bytes | None:
+        """Reads the part of a row group where a picture lies if all of them have about the same size.
+
+        Parquet says only where the pictures of a row group begin. The digest proves the find.
+        """
+        chunk = _picture_chunk(self._fragment(shard), group)
+        if chunk is None or chunk.compression != "UNCOMPRESSED" or chunk.total_compressed_size < WINDOW_BYTES:
+            return None
+        begin, size = chunk.data_page_offset, chunk.total_compressed_size
+        start = max(0, int(size * share - 2 * size / count))
+        stop = min(size, int(size * share + 3.5 * size / count))
+        with storage.explained(shard.path):
+            filesystem, inner = storage.parquet_filesystem(shard.path)
+            with filesystem.open_input_file(inner) as file:
+                return find_picture(file.read_at(stop - start, begin + start), digest)
 
     def _group_pictures(self, shard: Shard, group: int) -> pa.ChunkedArray:
         key = (shard.path, shard.etag, group)
@@ -196,36 +237,28 @@ class Reader:
                 self._pictures.move_to_end(key)
                 return self._pictures[key]
             turn = self._loading.setdefault(key, threading.Lock())
-        # Tiles of one row group are asked for at the same moment; one of them reads it.
+        # The tiles of a row group are requested at the same time; one of the requests reads it.
         with turn:
-            with self._guard:
-                if key in self._pictures:
-                    return self._pictures[key]
-            fragment = self._fragment(shard)
-            columns = {"image": ds.field("image", "bytes")}
-            part = fragment.subset(row_group_ids=[group])
-            if self._picture_bytes(fragment, group) > LARGE_BYTES:
-                with self._one_large:
-                    pictures = self._table(shard, part, columns).column("image")
-            else:
-                pictures = self._table(shard, part, columns).column("image")
-            self._keep(key, pictures)
-        with self._guard:
-            self._loading.pop(key, None)
-        return pictures
+            try:
+                with self._guard:
+                    if key in self._pictures:
+                        return self._pictures[key]
+                fragment = self._fragment(shard)
+                chunk = _picture_chunk(fragment, group)
+                large = chunk is not None and chunk.total_compressed_size > LARGE_BYTES
+                part = fragment.subset(row_group_ids=[group])
+                with self._one_large if large else nullcontext():
+                    pictures = self._table(shard, part, {"image": ds.field("image", "bytes")}).column("image")
+                self._keep(key, pictures)
+                return pictures
+            finally:
+                with self._guard:
+                    self._loading.pop(key, None)
 
     def _keep(self, key: tuple[str, str, int], pictures: pa.ChunkedArray) -> None:
         with self._guard:
             self._pictures[key] = pictures
             _shorten(self._pictures, PICTURE_BYTES)
-
-    @staticmethod
-    def _picture_bytes(fragment: Any, group: int) -> int:
-        found = fragment.metadata.row_group(group)
-        for index in range(found.num_columns):
-            if found.column(index).path_in_schema == "image.bytes":
-                return found.column(index).total_compressed_size
-        return 0
 
     def _fragment(self, shard: Shard) -> Any:
         """Opens a shard, or returns it from the cache with its footer."""
@@ -258,16 +291,48 @@ class Reader:
                 self._fragments.popitem(last=False)
         return fragment
 
-    @staticmethod
-    def _table(shard: Shard, fragment: Any, columns: Sequence[str] | dict[str, Any]) -> pa.Table:
-        with storage.explained(shard.path):
-            try:
+    def _table(self, shard: Shard, fragment: Any, columns: Sequence[str] | dict[str, Any]) -> pa.Table:
+        try:
+            with storage.explained(shard.path):
                 return fragment.to_table(columns=columns, use_threads=False)
-            except (pa.ArrowException, FileNotFoundError) as error:
-                words = str(error).strip().split("\n", 1)[0][:200]
-                raise Unreadable(
-                    f"{shard.path} cannot be shown ({words}): `wallaroo verify` checks the output."
-                ) from None
+        except (pa.ArrowException, FileNotFoundError, InputError) as error:
+            # Perhaps its credentials have expired; the next request opens the file with new ones.
+            with self._guard:
+                self._fragments.pop((shard.path, shard.etag), None)
+            if isinstance(error, InputError):
+                raise
+            words = str(error).strip().split("\n", 1)[0][:200]
+            raise Unreadable(
+                f"{shard.path} cannot be shown ({words}): `wallaroo verify` checks the output."
+            ) from None
+
+
+def _picture_chunk(fragment: Any, group: int) -> Any:
+    """Returns the metadata of the pictures of a row group; None if there are none."""
+    found = fragment.metadata.row_group(group)
+    for index in range(found.num_columns):
+        if found.column(index).path_in_schema == "image.bytes":
+            return found.column(index)
+    return None
+
+
+def find_picture(data: bytes, digest: str) -> bytes | None:
+    """Finds a picture file among others in a piece of an uncompressed Parquet column.
+
+    Args:
+        data: A piece of the column: each file follows its length (4 bytes, little-endian).
+        digest: The first hex digits of the file's sha256.
+
+    Returns:
+        The file, or None if it is not in the piece as a whole.
+    """
+    for match in re.finditer(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", data, re.DOTALL):
+        start = match.start()
+        length = int.from_bytes(data[max(0, start - 4) : start], "little")
+        file = data[start : start + length]
+        if len(file) == length and hashlib.sha256(file).hexdigest().startswith(digest):
+            return file
+    return None
 
 
 def _shorten(kept: OrderedDict[Any, Any], most: int) -> None:

@@ -19,7 +19,7 @@ class Viewer:
         outputs: In the order of the command line.
         comparison: None for a single output; `votes` likewise.
         keeper: Keeps all of it up to date.
-        sources: Limits how many source pictures are fetched at once.
+        sources: Held while a source picture is decoded, since one can take hundreds of megabytes.
     """
 
     def __init__(self, paths: Sequence[str], votes_path: str | None = None) -> None:
@@ -51,7 +51,7 @@ class Viewer:
         self.keeper = Keeper(self.outputs)
         self._counts: dict[Any, Any] = {}
         self._guard = threading.Lock()
-        self.sources = threading.BoundedSemaphore(2)
+        self.sources = threading.Lock()
 
     def close(self) -> None:
         """Stops the background thread and closes the index."""
