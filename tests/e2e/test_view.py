@@ -52,7 +52,7 @@ def test_command_of_a_row_makes_its_picture_again(tmp_path):
         assert (row["id"], row["sample"]) == ("blue", 1)
         run(again.recipe(output, row).command, tmp_path)
         assert [(step.kind, step.where) for step in again.lineage(output, row)] == [
-            ("manifest", "rows.jsonl")
+            ("manifest", str(tmp_path / "rows.jsonl"))
         ]
     finally:
         index.close()
