@@ -565,7 +565,9 @@ def test_other_names_other_sites_and_other_paths_are_refused(three, tmp_path):
         assert served.get("/votes", strange, vote).status == 403
         assert not (tmp_path / "v.parquet").exists()
         assert served.get("/votes", {"Origin": served.base}, vote | {"choice": "/etc"}).status == 400
-        assert served.get("/votes", {"Origin": served.base}, {"choice": "a"}).status == 400
+        for wrong in ({}, {"version": "x"}, {"version": str(2**31)}, {"sample": "-1"}):
+            values = {"choice": "a"} | (vote | wrong if wrong else {})
+            assert served.get("/votes", {"Origin": served.base}, values).status == 400
         answer = served.get("/votes", {"Origin": served.base}, vote | {"back": "//evil.example/compare"})
         assert (answer.status, answer.headers["Location"]) == (303, "/compare")
         assert pq.read_table(tmp_path / "v.parquet").column("choice").to_pylist() == [str(three)]

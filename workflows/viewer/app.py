@@ -201,6 +201,8 @@ async def _vote(viewer: Viewer, request: Request) -> Response:
         raise HTTPException(400, f"choice is '{choice[:20]}', but must be one of {', '.join(choices)}.")
     try:
         key = votes.Key(form["id"], int(form["version"]), int(form["sample"]))
+        if not (0 <= key.version < 2**31 and 0 <= key.sample < 2**31):
+            raise ValueError
     except (KeyError, ValueError):
         raise HTTPException(400, "A vote needs id, version and sample of a row.") from None
     digests = form.get("sha256", "").split(",")
