@@ -626,7 +626,7 @@ def data() -> None:
 )
 @click.option("--square", type=int, metavar="PIXELS", help="Draw one size, of this side, instead.")
 @click.option(
-    "--lines", is_flag=True, help="Also as JSON lines, which `python -m wallaroo.model.train` reads."
+    "--lines", is_flag=True, help="Also as JSON lines, which `python -m wallaroo.model.training` reads."
 )
 @click.option(
     "--hard", is_flag=True, help="To train on, mostly edits of one object of two, and questions for captions."
@@ -690,7 +690,7 @@ def train(stage: str, file: str, workers: int, device: str, address: str | None)
     Exit codes: 0; 1 the training failed; 2 a mistake in the command line or the recipe; 4 another
     training is at work in the folder.
     """
-    from wallaroo.model.train import Recipe
+    from wallaroo.model.training.recipe import Recipe
     from wallaroo.workflows import training as on_ray
 
     try:

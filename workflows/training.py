@@ -1,4 +1,4 @@
-"""Training on Ray: the loop of `model.train` in the processes of Ray Train, on rows that Ray Data has read.
+"""Training on Ray: the loop of `model.training` in Ray Train's processes, on rows that Ray Data has read.
 
 Rows lie in Ray's object store, on disk where memory is short, and each worker takes those of its share by
 their place, so that a step is the same however many workers there are. Knows nothing of losses and steps.
@@ -22,18 +22,13 @@ from wallaroo.model.checkpoint import load_config, load_tokenizer
 from wallaroo.model.errors import InputError
 from wallaroo.model.prompts import detect_language
 from wallaroo.model.tokenizer import Tokenizer
-from wallaroo.model.train import (
-    METRICS,
-    Recipe,
-    Row,
-    check_start,
-    fits,
-    process_of_group,
-    progress,
-    result,
-    run_stage,
-    stage_config,
-)
+from wallaroo.model.training.data import Row
+from wallaroo.model.training.log import METRICS, progress
+from wallaroo.model.training.loop import process_of_group
+from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.training.rows import fits
+from wallaroo.model.training.stage import result, run_stage
+from wallaroo.model.training.start import check_start, stage_config
 from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import choose_device, connected, reason
 from wallaroo.workflows.outputs.lock import OutputLock

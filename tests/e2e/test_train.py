@@ -18,8 +18,8 @@ from wallaroo.model.config import Size
 from wallaroo.model.engine import Engine, EngineOptions, Request
 from wallaroo.model.prompts import generate_prompt
 from wallaroo.model.sampling import Sampling
-from wallaroo.model.train import Recipe
-from wallaroo.model.train import train as train_alone
+from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.training.stage import train as train_alone
 from wallaroo.workflows import storage
 from wallaroo.workflows.scenes import captions, write
 from wallaroo.workflows.training import check, read

@@ -1,0 +1,105 @@
+"""The model that a stage begins with: weights of a checkpoint, of another part, or drawn by seed."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from wallaroo.model.checkpoint import disk_tensors, empty_model, expected_shapes, load, load_config
+from wallaroo.model.config import ModelConfig
+from wallaroo.model.errors import InputError
+from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.wallaroo import Wallaroo
+
+
+def fresh_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> Wallaroo:
+    """A model to train from nothing; each tensor's numbers depend on `seed` and its name alone."""
+    model = empty_model(config, None, "cpu", dtype)
+    with torch.no_grad():
+        for name, tensor in disk_tensors(model).items():
+            key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+            generator = torch.Generator().manual_seed(key)
+            if name.endswith(".bias"):
+                tensor.zero_()
+            elif tensor.dim() == 1:
+                tensor.fill_(1.0)
+            else:
+                scale = _gain(name) / math.sqrt(math.prod(tensor.shape[1:]))
+                if name.endswith(("embed_tokens.weight", "quantize.embedding.weight")):
+                    scale = 0.3
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+    return model
+
+
+def _gain(name: str) -> float:
+    """Size of a matrix's products in the units of what it is given, at the start of training."""
+    if not name.startswith("vq."):
+        return 0.5
+    # Blocks begin close to the identity: with torch's own start the tokenizer stays at flat pictures.
+    return 0.4 if name.endswith(("conv2.weight", "proj_out.weight")) else math.sqrt(2)
+
+
+def stage_config(base: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """The configuration of what a stage makes: of layout `train`; square stages have neither line ends nor
+    indicators."""
+    changes: dict[str, Any] = {"layout": "train", "trained_tokens": base.trained_tokens | recipe.lengths}
+    if recipe.tasks:
+        changes["tasks"] = recipe.tasks
+    if recipe.semantic_pixels:
+        for name in ("edit_pixels", "understand_pixels"):
+            changes[name] = (getattr(base, name)[0], recipe.semantic_pixels)
+    if recipe.size:
+        changes |= {"sizes": {"1.0": (recipe.size, recipe.size)}, "line_break": False}
+    return dataclasses.replace(base, **changes)
+
+
+def start_model(recipe: Recipe) -> Wallaroo:
+    """The model with which a stage begins; parts that its start lacks are drawn by seed.
+
+    Raises InputError as `check_start` does.
+    """
+    config = check_start(recipe)
+    model = fresh_model(config, recipe.seed)
+    mine, theirs = disk_tensors(model), disk_tensors(load(recipe.start or recipe.base))
+    with torch.no_grad():
+        for name, tensor in theirs.items():
+            if name in mine:
+                mine[name].copy_(tensor)
+        for part, other in recipe.copied.items():
+            for name in _of_part(mine, part):
+                mine[name].copy_(mine[other + name.removeprefix(part)])
+    return model
+
+
+def _of_part(names: Iterable[str], part: str) -> list[str]:
+    return [name for name in names if name.startswith(f"{part}.")]
+
+
+def check_start(recipe: Recipe) -> ModelConfig:
+    """The configuration of what a stage makes, once base and start have been looked at, weights apart.
+
+    Raises InputError if base or start is no checkpoint, they differ in a tensor's shape, or a part cannot be
+    copied to another.
+    """
+    config, start = stage_config(load_config(recipe.base), recipe), recipe.start or recipe.base
+    mine = expected_shapes(config)
+    for name, shape in expected_shapes(load_config(start)).items():
+        if mine.get(name, shape) != shape:
+            raise InputError(
+                f"Tensor '{name}' of {start} is {list(shape)}, but this stage needs {list(mine[name])}; "
+                f"start from a checkpoint of the same architecture."
+            )
+    for part, other in recipe.copied.items():
+        shapes, others = (
+            {name.removeprefix(one): mine[name] for name in _of_part(mine, one)} for one in (part, other)
+        )
+        if not shapes or shapes != others:
+            parts = sorted({name.split(".")[0] for name in mine})
+            raise InputError(
+                f"The recipe's copied has {part} = {other!r}, but both must be parts of the stage's model "
+                f"with tensors of the same shapes; it has {', '.join(parts)}."
+            )
+    return config
