@@ -453,11 +453,15 @@ def jobs_stop(job: str, address: str | None) -> int:
 
 @cli.command(short_help="Turn the published files into a checkpoint folder.")
 @click.argument("output")
-@click.option(
-    "--wallaroo", "weights", required=True, metavar="CKPT", help="The published model, a .ckpt file."
-)
-@click.option("--vq", metavar="VQ_PT", help="Its image tokenizer, LlamaGen's vq_ds16_t2i.pt.")
+@click.option("--wallaroo", "weights", metavar="CKPT", help="The published model, a .ckpt file.")
+@click.option("--vq", metavar="VQ_PT", help="The image tokenizer, LlamaGen's vq_ds16_t2i.pt.")
 @click.option("--backbone", required=True, metavar="QWEN_DIR", help="Folder of Qwen2.5-VL-7B-Instruct.")
+@click.option(
+    "--new-heads",
+    is_flag=True,
+    help="Without --wallaroo: write the start of training, with new image heads and adapters.",
+)
+@click.option("--seed", type=int, metavar="N", help="With --new-heads: same seed, same heads (default 0).")
 @click.option(
     "--understanding-only", is_flag=True, help="Write a stock Qwen2.5-VL folder for transformers instead."
 )
@@ -467,7 +471,6 @@ def jobs_stop(job: str, address: str | None) -> int:
 @click.option(
     "--layout",
     type=click.Choice(["eval", "train"]),
-    default="eval",
     help="Where prompts have their size indicators: eval (default) is that of the published evaluation.",
 )
 @click.option(
@@ -484,12 +487,14 @@ def jobs_stop(job: str, address: str | None) -> int:
 )
 def convert(
     output: str,
-    weights: str,
+    weights: str | None,
     vq: str | None,
     backbone: str,
+    new_heads: bool,
+    seed: int | None,
     understanding_only: bool,
     dtype: str | None,
-    layout: str,
+    layout: str | None,
     indicators: str,
     square: int | None,
 ) -> int:
@@ -499,23 +504,49 @@ def convert(
       wallaroo convert --wallaroo wallaroo.ckpt --vq vq_ds16_t2i.pt \\
           --backbone Qwen2.5-VL-7B-Instruct checkpoints/wallaroo-7b
       wallaroo generate prompts.jsonl out/first --model checkpoints/wallaroo-7b
+
+    Training stage 1 starts from the backbone and the image tokenizer alone:
+
+    \b
+      wallaroo convert --new-heads --vq vq_ds16_t2i.pt \\
+          --backbone Qwen2.5-VL-7B-Instruct checkpoints/start
     """
     if vq is None and not understanding_only:
         raise click.UsageError("--vq is absent, but pictures need it: give it, or --understanding-only.")
+    if weights is None and not new_heads:
+        raise click.UsageError("--wallaroo is absent: give the published .ckpt, or --new-heads to train one.")
+    given = {
+        "--wallaroo": weights,
+        "--understanding-only": understanding_only or None,
+        "--layout": layout,
+        "--square": square,
+    }
+    for name, value in given.items():
+        if new_heads and value is not None:
+            raise click.UsageError(f"{name} does not go with --new-heads; leave one of them out.")
+    if seed is not None and not new_heads:
+        raise click.UsageError(f"--seed is {seed}, but only --new-heads draws weights; leave it out.")
     import torch
 
     from wallaroo.model.convert import convert as write
+    from wallaroo.model.convert import convert_start
 
+    kind = None if dtype is None else getattr(torch, dtype)
+    if weights is None:
+        assert vq is not None
+        convert_start(backbone, vq, output, seed=seed or 0, indicators=indicators, dtype=kind)
+        click.echo(output)
+        return OK
     write(
         weights,
         vq,
         backbone,
         output,
         understanding_only=understanding_only,
-        layout=layout,
+        layout=layout or "eval",
         indicators=indicators,
         square=square,
-        dtype=None if dtype is None else getattr(torch, dtype),
+        dtype=kind,
     )
     click.echo(output)
     return OK

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -293,19 +293,27 @@ def save(
     folder: str | Path,
     shard_bytes: int = SHARD_BYTES,
     dtype: "torch.dtype | None" = None,
+    make: "Callable[[str], torch.Tensor] | None" = None,
 ) -> None:
     """Write a checkpoint folder, which must not exist yet or be empty.
 
-    tensors: by their names on disk, or a model. tokenizer_json: contents of `tokenizer.json`.
-    dtype: that the weights are written in, by default as they are. Raises InputError if names or
-    shapes are not those of the configuration.
+    Args:
+        tensors: Tensors by their names on disk, or a model.
+        tokenizer_json: Contents of `tokenizer.json`.
+        folder: The folder to write.
+        shard_bytes: Size of a weight file, unless one tensor alone is larger.
+        dtype: Type of the written weights, by default that of each tensor.
+        make: Gives a tensor by its name when it is written, for those of `tensors` on the meta device.
+
+    Raises:
+        InputError: Names or shapes are not those of the configuration, or the disk refuses.
     """
     if not isinstance(tensors, Mapping):
         tensors = disk_tensors(tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     compare_shapes(shapes, expected_shapes(config), "The model to be saved")
     with new_folder(folder) as made:
-        entries = dict(write_shards(made, tensors, shard_bytes, dtype))
+        entries = dict(write_shards(made, tensors, shard_bytes, dtype, make))
         config_json = json.dumps(config.to_dict(), indent=1) + "\n"
         for name, text in ((CONFIG, config_json), (TOKENIZER, tokenizer_json)):
             entries[name] = write_file(made / name, [text.encode()])
@@ -339,13 +347,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_shards(
-    folder: Path, tensors: "Mapping[str, torch.Tensor]", shard_bytes: int, dtype: "torch.dtype | None"
-) -> Iterator[tuple[str, FileEntry]]:
-    """Write tensors as `model-00001-of-0000N.safetensors`; yields name and entry of each file.
-
-    Holds one tensor in memory at a time, and none if the tensors are mapped and of the right type.
-    """
+def shard_names(
+    tensors: "Mapping[str, torch.Tensor]", shard_bytes: int, dtype: "torch.dtype | None" = None
+) -> list[list[str]]:
+    """Names of the tensors of each weight file, in the order in which they are written."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(tensors):
@@ -355,19 +360,41 @@ def write_shards(
             filled = 0
         shards[-1].append(name)
         filled += size
+    # Wider numbers first, so that every tensor starts at a multiple of its item size.
+    return [
+        sorted(names, key=lambda name: (-(dtype or tensors[name].dtype).itemsize, name)) for names in shards
+    ]
+
+
+def write_shards(
+    folder: Path,
+    tensors: "Mapping[str, torch.Tensor]",
+    shard_bytes: int,
+    dtype: "torch.dtype | None",
+    make: "Callable[[str], torch.Tensor] | None" = None,
+) -> Iterator[tuple[str, FileEntry]]:
+    """Write tensors as `model-00001-of-0000N.safetensors`; yields name and entry of each file.
+
+    Holds one tensor in memory at a time, and none if the tensors are mapped and of the right type.
+    """
+    shards = shard_names(tensors, shard_bytes, dtype)
     for number, names in enumerate(shards, 1):
         place = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
         file = f"model{place}.safetensors"
         kinds = dict.fromkeys(names, dtype)
-        yield file, write_safetensors(folder / file, {name: tensors[name] for name in names}, kinds)
+        yield file, write_safetensors(folder / file, {name: tensors[name] for name in names}, kinds, make)
 
 
 def write_safetensors(
-    file: Path, tensors: "Mapping[str, torch.Tensor]", dtypes: "Mapping[str, torch.dtype | None]"
+    file: Path,
+    tensors: "Mapping[str, torch.Tensor]",
+    dtypes: "Mapping[str, torch.dtype | None]",
+    make: "Callable[[str], torch.Tensor] | None" = None,
 ) -> FileEntry:
     """Write one safetensors file tensor by tensor; a dtype of None keeps the tensor's own.
 
-    The library's own writer makes a copy of the whole file in memory.
+    `make` gives the tensors that are on the meta device. The library's own writer makes a copy of the whole
+    file in memory.
     """
     import torch
 
@@ -392,7 +419,10 @@ def write_safetensors(
     def chunks() -> Iterator[Any]:
         yield len(head).to_bytes(8, "little") + head
         for name in order:
-            tensor = tensors[name].detach().to("cpu", kinds[name]).contiguous()
+            tensor = tensors[name]
+            if tensor.is_meta and make is not None:
+                tensor = make(name)
+            tensor = tensor.detach().to("cpu", kinds[name]).contiguous()
             yield tensor.view(-1).view(torch.uint8).numpy().data
 
     return write_file(file, chunks())

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,18 +20,30 @@ def fresh_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float
     model = empty_model(config, None, "cpu", dtype)
     with torch.no_grad():
         for name, tensor in disk_tensors(model).items():
-            key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
-            generator = torch.Generator().manual_seed(key)
-            if name.endswith(".bias"):
-                tensor.zero_()
-            elif tensor.dim() == 1:
-                tensor.fill_(1.0)
-            else:
-                scale = _gain(name) / math.sqrt(math.prod(tensor.shape[1:]))
-                if name.endswith(("embed_tokens.weight", "quantize.embedding.weight")):
-                    scale = 0.3
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+            tensor.copy_(fresh_tensor(name, tensor.shape, seed))
     return model
+
+
+def fresh_tensor(name: str, shape: Sequence[int], seed: int) -> torch.Tensor:
+    """A tensor to train from nothing: biases 0, norms 1, matrices normal with the variance of their inputs.
+
+    Args:
+        name: Its name on disk, which decides its numbers together with `seed`.
+        shape: Its shape, such as `(rows, columns)`.
+        seed: Of the whole model.
+
+    Returns:
+        float32 of that shape.
+    """
+    if name.endswith(".bias"):
+        return torch.zeros(*shape)
+    if len(shape) == 1:
+        return torch.ones(*shape)
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+    scale = _gain(name) / math.sqrt(math.prod(shape[1:]))
+    if name.endswith(("embed_tokens.weight", "quantize.embedding.weight")):
+        scale = 0.3
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(key)) * scale
 
 
 def _gain(name: str) -> float:

@@ -40,13 +40,18 @@ steps = 2
 """
 
 
-def recipes(folder):
-    """A file of recipes in a folder, with the rows that they name."""
+def write_rows(folder):
+    """Rows to generate as JSON lines in a folder; gives the Parquet file beside which they would stand."""
     lines = folder / "generate.jsonl"
     with open(lines, "w", encoding="utf-8") as file:
         for row in rows()["generate"]:
             file.write(json.dumps({**row, "picture": base64.b64encode(row["picture"]).decode()}) + "\n")
-    text = RECIPES.format(base=TINY, data=lines.with_suffix(".parquet"), folder=folder)
+    return lines.with_suffix(".parquet")
+
+
+def recipes(folder):
+    """A file of recipes in a folder, with the rows that they name."""
+    text = RECIPES.format(base=TINY, data=write_rows(folder), folder=folder)
     (folder / "recipes.toml").write_text(text)
     return folder / "recipes.toml"
 
