@@ -245,7 +245,10 @@ def load(
 def empty_model(
     config: ModelConfig, task: str | None, device: "torch.device | str", dtype: "torch.dtype"
 ) -> "Wallaroo":
-    """A model with the parts of `task` (all by default), its parameters allocated and not yet filled."""
+    """A model with the parts of `task` (all by default), its parameters allocated and not yet filled.
+
+    On the meta device its parameters have no memory, while its buffers are on the CPU.
+    """
     import torch
 
     from wallaroo.model.wallaroo import Wallaroo
@@ -260,29 +263,46 @@ def empty_model(
             setattr(module, name, torch.nn.Parameter(memory))
         # Buffers are computed, not stored: the vision tower makes its rotary table when it is built.
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+            setattr(module, name, buffer if str(device) == "meta" else buffer.to(device))
     return model
+
+
+def disk_parts(name: str, config: ModelConfig) -> dict[str, int | None]:
+    """Name on disk -> rows of each part of one of the model's parameters; None if it is the whole one."""
+    decoder = config.decoder
+    query, kv = decoder.hidden_size, decoder.num_key_value_heads * decoder.head_dim
+    fused: dict[str, dict[str, int | None]] = {
+        "qkv_proj": {"q_proj": query, "k_proj": kv, "v_proj": kv},
+        "gate_up_proj": {"gate_proj": decoder.intermediate_size, "up_proj": decoder.intermediate_size},
+    }
+    if name.startswith(("language_model.", "visual.")):
+        name = "model." + name
+    whole = name.split(".")[-2]
+    if name.startswith("model.language_model.") and whole in fused:
+        return {name.replace(whole, part): rows for part, rows in fused[whole].items()}
+    return {name: None}
 
 
 def disk_tensors(model: "Wallaroo") -> dict[str, "torch.Tensor"]:
     """Name on disk -> view on the model's parameters, with the fused projections taken apart."""
-    decoder = model.config.decoder
-    query, kv = decoder.hidden_size, decoder.num_key_value_heads * decoder.head_dim
-    fused = {
-        "qkv_proj": {"q_proj": query, "k_proj": kv, "v_proj": kv},
-        "gate_up_proj": {"gate_proj": decoder.intermediate_size, "up_proj": decoder.intermediate_size},
-    }
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        if name.startswith(("language_model.", "visual.")):
-            name = "model." + name
-        whole = name.split(".")[-2]
-        if name.startswith("model.language_model.") and whole in fused:
-            parts = parameter.detach().split(list(fused[whole].values()))
-            for part, rows in zip(fused[whole], parts, strict=True):
-                tensors[name.replace(whole, part)] = rows
-        else:
-            tensors[name] = parameter.detach()
+        names = disk_parts(name, model.config)
+        sizes = [len(parameter) if rows is None else rows for rows in names.values()]
+        tensors |= zip(names, parameter.detach().split(sizes), strict=True)
+    return tensors
+
+
+def mapped_tensors(folder: str | Path) -> dict[str, "torch.Tensor"]:
+    """The tensors of a checkpoint folder by their names on disk, mapped: numbers are read when used.
+
+    Raises InputError as `check` does.
+    """
+    check(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for file, names in _tensors(folder).items():
+        with open_shard(file, "pt") as shard:
+            tensors |= {name: shard.get_tensor(name) for name in names}
     return tensors
 
 

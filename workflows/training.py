@@ -24,7 +24,7 @@ from wallaroo.model.prompts import detect_language
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.model.training.data import Row
 from wallaroo.model.training.log import METRICS, progress
-from wallaroo.model.training.loop import process_of_group
+from wallaroo.model.training.process import process_of_group
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.rows import fits
 from wallaroo.model.training.stage import result, run_stage
@@ -257,7 +257,7 @@ def _work(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     recipe: Recipe = config["recipe"]
-    run_stage(recipe, config["data"], process_of_group(recipe, str(get_device())))
+    run_stage(recipe, config["data"], process_of_group(str(get_device())))
 
 
 @contextmanager

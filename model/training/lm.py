@@ -1,7 +1,6 @@
 """The language model's batches, its losses by task and head, and the job that trains it."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,11 @@ from wallaroo.model.config import VisionConfig
 from wallaroo.model.decoder import rope, rope_frequencies
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.model.training.data import Source
-from wallaroo.model.training.loop import Process
+from wallaroo.model.training.losses import entropy
+from wallaroo.model.training.process import Process
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.rows import Rows, TrainingRow
+from wallaroo.model.training.sizing import Sizes
 from wallaroo.model.vision import take_many, tower_plan
 from wallaroo.model.wallaroo import Wallaroo
 
@@ -112,40 +113,61 @@ class LMLosses(nn.Module):
         self.model, self.smoothing, self.null_smoothing = model, smoothing, null_smoothing
         if model.visual is not None:
             take_many(model.visual)
-        self.register_buffer(
-            "frequencies", rope_frequencies(model.config.decoder, model.device), persistent=False
-        )
+        # A model without memory yet has its buffers on the CPU.
+        device = None if model.device.type == "meta" else model.device
+        self.register_buffer("frequencies", rope_frequencies(model.config.decoder, device), persistent=False)
 
     def forward(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
         """Losses by task and head, each a mean."""
         losses: dict[str, Tensor] = {}
-        for task, given in batches.items():
-            batch = given.to(self.model.device)
-            hidden = self.hidden(task, batch)[:, :-1]
-            image, wanted = batch.image[:, 1:], batch.target[:, 1:]
-            text = wanted & (image < 0)
+        given = {task: batch.to(self.frequencies.device) for task, batch in batches.items()}
+        for (task, batch), hidden in zip(given.items(), self._decoded(given), strict=True):
+            # Each place predicts the token after it; the last one of a row predicts nothing.
+            image, wanted, ids = (
+                _following(part, end)[batch.filled]
+                for part, end in ((batch.image, -1), (batch.target, 0), (batch.ids, 0))
+            )
+            text, drawn = wanted & (image < 0), image >= 0
             assert self.model.lm_head is not None
-            logits = self.model.lm_head(hidden[text]).float()
-            losses[f"{task}_text"] = F.cross_entropy(logits, batch.ids[:, 1:][text])
+            losses[f"{task}_text"] = entropy(self.model.lm_head, hidden[text], ids[text]).mean()
             if task != "understand":
-                drawn = image >= 0
                 _, head = self.model.image_parts(task)
-                entropy = functools.partial(
-                    F.cross_entropy, head(hidden[drawn]).float(), image[drawn], reduction="none"
-                )
-                each = entropy(label_smoothing=self.smoothing)
+                smoothing: Tensor | float = self.smoothing
                 if self.null_smoothing != self.smoothing:
-                    null = batch.null.unsqueeze(1).expand_as(drawn)[drawn]
-                    each = torch.where(null, entropy(label_smoothing=self.null_smoothing), each)
-                losses[f"{task}_image"] = each.mean()
+                    null = batch.null.unsqueeze(1).expand_as(batch.ids).flatten()[batch.filled][drawn]
+                    smoothing = torch.where(null, self.null_smoothing, self.smoothing)
+                losses[f"{task}_image"] = entropy(head, hidden[drawn], image[drawn], smoothing).mean()
         return losses
 
     def hidden(self, task: str, batch: Batch) -> Tensor:
         """The decoder's output `(B, T, H)` after the final norm."""
+        [made] = self._decoded({task: batch})
+        return _padded(batch, made)
+
+    def _decoded(self, batches: Mapping[str, Batch]) -> list[Tensor]:
+        """The decoder's output of each batch, `(tokens, H)` without pads; its layers run once for all."""
+        decoder = self.model.language_model
+        x = torch.cat([self._embedded(task, batch) for task, batch in batches.items()])
+        positions = torch.cat([batch.positions.flatten(1)[:, batch.filled] for batch in batches.values()], 1)
+        cos, sin = rope(positions, self.frequencies, self.model.config.decoder.mrope_section, x.dtype)
+        lengths = [len(batch.filled) for batch in batches.values()]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            parts = zip(batches.values(), *(part.split(lengths) for part in (q, k, v)), strict=True)
+            # Pads stand at the right, where no token that counts can see them; nothing else computes any.
+            return torch.cat(
+                [
+                    causal_attention(*(_padded(batch, part) for part in qkv)).flatten(0, 1)[batch.filled]
+                    for batch, *qkv in parts
+                ]
+            )
+
+        return list(decoder(x, cos, sin, attend).split(lengths))
+
+    def _embedded(self, task: str, batch: Batch) -> Tensor:
+        """What the decoder is given for a batch, `(tokens, H)` without pads."""
         model = self.model
-        decoder = model.language_model
-        x = decoder.embed_tokens(batch.ids)
-        rows, places = batch.ids.shape
+        x = model.language_model.embed_tokens(batch.ids)
         if task != "understand":
             drawn = batch.image >= 0
             adapter, _ = model.image_parts(task)
@@ -156,24 +178,24 @@ class LMLosses(nn.Module):
         if batch.semantic is not None:
             assert model.visual is not None and batch.patches is not None
             tower = model.visual
-            seen = tower(batch.patches.to(x.dtype), grid_thw=batch.grids, **batch.tower).pooler_output
-            seen = seen.to(x.dtype)
-            flat = flat.index_copy(0, batch.semantic, seen)
+            seen = tower(batch.patches.to(tower.dtype), grid_thw=batch.grids, **batch.tower).pooler_output
+            flat = flat.index_copy(0, batch.semantic, seen.to(x.dtype))
         if batch.pixel is not None:
             assert model.pixel_adapter is not None and batch.latents is not None
             flat = flat.index_copy(0, batch.pixel, model.pixel_adapter(batch.latents.to(x.dtype)).to(x.dtype))
-        positions = batch.positions.flatten(1)[:, batch.filled]
-        cos, sin = rope(positions, self.frequencies, model.config.decoder.mrope_section, x.dtype)
+        return flat[batch.filled]
 
-        def padded(part: Tensor) -> Tensor:
-            whole = part.new_zeros((rows * places, *part.shape[1:])).index_copy(0, batch.filled, part)
-            return whole.unflatten(0, (rows, places))
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            # Pads stand at the right, where no token that counts can see them; nothing else computes any.
-            return causal_attention(padded(q), padded(k), padded(v)).flatten(0, 1)[batch.filled]
+def _padded(batch: Batch, part: Tensor) -> Tensor:
+    """Values of the filled places `(tokens, ...)` among zeros, `(B, T, ...)`."""
+    rows, places = batch.ids.shape
+    whole = part.new_zeros((rows * places, *part.shape[1:])).index_copy(0, batch.filled, part)
+    return whole.unflatten(0, (rows, places))
 
-        return padded(decoder(flat[batch.filled], cos, sin, attend))
+
+def _following(values: Tensor, end: int) -> Tensor:
+    """At each place of `(B, T)` the value after it, `end` at the last, as `(B * T,)`."""
+    return F.pad(values[:, 1:], (0, 1), value=end).flatten()
 
 
 class LMJob:
@@ -192,8 +214,8 @@ class LMJob:
         self.share = recipe.share(self.process.world)
         self.rows = Rows(model, tokenizer, recipe)
         for name, parameter in model.named_parameters():
-            learns = name.startswith(recipe.learn) if recipe.learn else True
-            parameter.requires_grad_(learns and not name.startswith(recipe.frozen))
+            parameter.requires_grad_(recipe.learns(name))
+        self.flops_per_token = Sizes(model.config, recipe, False).flops_per_token()
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
         part = piece * self.process.world + self.process.rank
@@ -220,8 +242,8 @@ class LMJob:
     def after_step(self, step: int) -> dict[str, float]:
         return {}
 
-    def extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Tensor]:
         return {}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
         return None

@@ -15,9 +15,11 @@ from wallaroo.model.prompts import generate_prompt
 from wallaroo.model.sampling import Sampling
 from wallaroo.model.training.lm import LMJob
 from wallaroo.model.training.loop import Job
+from wallaroo.model.training.meter import MEASURED
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.vq import VQJob
 from wallaroo.model.vq import to_uint8
+from wallaroo.model.wallaroo import Wallaroo
 
 METRICS = "metrics.jsonl"
 
@@ -55,11 +57,14 @@ class Log:
 def progress(step: int, steps: int, numbers: Mapping[str, float]) -> str:
     """One line for people."""
     losses = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if name not in _NO_LOSS)
-    speed = numbers["tokens_per_second"]
-    return f"step {step:,} of {steps:,}: loss {numbers['loss']:.4f} ({losses}), {speed:,.0f} tokens/s"
+    measured = [f"{numbers['memory_peak_gb']:.1f} GB", f"{numbers['data_wait']:.0%} waiting for data"]
+    if "mfu" in numbers:
+        measured.append(f"MFU {numbers['mfu']:.1%}")
+    measured.append(f"{numbers['tokens_per_second']:,.0f} tokens/s")
+    return f"step {step:,} of {steps:,}: loss {numbers['loss']:.4f} ({losses}), {', '.join(measured)}"
 
 
-_NO_LOSS = ("loss", "gradient_norm", "rate", "tokens_per_second", "skipped_steps")
+_NO_LOSS = ("loss", "gradient_norm", "rate", "skipped_steps", *MEASURED)
 
 
 def due(recipe: Recipe, step: int) -> bool:
@@ -68,9 +73,9 @@ def due(recipe: Recipe, step: int) -> bool:
     return wanted and (recipe.part == "vq" or "generate" in recipe.rows)
 
 
-def samples(job: Job, step: int) -> np.ndarray:
+def samples(job: Job, step: int, model: Wallaroo | None = None) -> np.ndarray:
     """A strip of pictures, uint8 `(H, W, 3)`: of the image tokenizer what it is given over what it makes of
-    it, of the language model pictures drawn for prompts of the latest batch."""
+    it, of the language model pictures that `model`, by default the job's, draws for the first rows."""
     count = 8
     with torch.no_grad():
         if isinstance(job, VQJob):
@@ -79,7 +84,7 @@ def samples(job: Job, step: int) -> np.ndarray:
             strips = [to_uint8(pixels), to_uint8(vq.decode(vq.quantise(vq.encode(pixels))))]
             return np.concatenate([np.concatenate(list(strip.cpu().numpy()), 1) for strip in strips])
     assert isinstance(job, LMJob)
-    model, task = job.module.model, "generate"
+    model, task = model or job.module.model, "generate"
     engine = Engine(model, task, EngineOptions(slots=count, group_rows=count))
     config, tokenizer = model.config, job.rows.tokenizer
     size = config.bucket(1, 1)

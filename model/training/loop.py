@@ -3,61 +3,28 @@
 Knows nothing of what a job learns.
 """
 
-import contextlib
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from wallaroo.model.checkpoint import load_config
-from wallaroo.model.errors import InputError
 from wallaroo.model.muon import Muon, takes
+from wallaroo.model.training.meter import Meter
+from wallaroo.model.training.process import Process, whole
 from wallaroo.model.training.recipe import Recipe
-
-STATE = "state.pt"
-
-
-@dataclass(frozen=True)
-class Process:
-    """One of the processes that share a training; by default the only one.
-
-    rank: which of `world`. device: where it computes. wrap: makes of a module one whose gradients are the
-    mean over all processes; total: the sum over all of a tensor `(n,)`.
-    """
-
-    rank: int = 0
-    world: int = 1
-    device: str = "cpu"
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
-    total: Callable[[Tensor], Tensor] = lambda values: values
-
-
-def process_of_group(recipe: Recipe, device: str) -> Process:
-    """This process as one of the process group of torch.distributed that it has joined."""
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    # A part that no task of the stage uses has no gradient to wait for.
-    unused = set(recipe.tasks or load_config(recipe.base).tasks) != set(recipe.rows)
-
-    def wrap(module: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=unused)
-
-    def total(values: Tensor) -> Tensor:
-        summed = values.to(device)
-        torch.distributed.all_reduce(summed)
-        return summed.cpu()
-
-    return Process(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, wrap, total)
+from wallaroo.model.training.sharding import halves, spread, synced
+from wallaroo.model.training.state import Files, States
 
 
 class Job(Protocol):
     """What a stage gives the loop."""
+
+    flops_per_token: float
 
     @property
     def module(self) -> nn.Module:
@@ -72,10 +39,10 @@ class Job(Protocol):
     def after_step(self, step: int) -> dict[str, float]:
         """Called when the parameters have moved; numbers for the log."""
 
-    def extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Tensor]:
         """What a resumed run needs beside parameters and optimizer."""
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Takes back what `extra_state` gave."""
 
 
@@ -85,104 +52,113 @@ def optimise(
     report: Callable[[int, dict[str, float]], None],
     process: Process | None = None,
     after: Callable[[int], None] = lambda step: None,
+    files: Files | None = None,
 ) -> None:
     """Trains from the last saved step of `recipe.folder`, if any, to `recipe.steps`.
 
     AdamW 0.9/0.95 without weight decay, or Muon for matrices; gradient norm 1.0. Each loss is a mean over
-    all that it is taken of in a step, in whatever pieces and processes. report: gets step and metrics every
-    `log_every` steps; after: called after each step. The process of rank 0 saves the state.
-    Raises InputError if the processes find different states.
+    all that it is taken of in a step, in whatever pieces and processes.
+
+    Args:
+        job: What is trained.
+        recipe: Its stage.
+        report: Gets step and metrics every `log_every` steps.
+        process: One of those that share the training, by default the only one.
+        after: Called after each step, in each process.
+        files: Where states lie, by default on the disk.
+
+    Raises:
+        InputError: The processes find different states, or a state is of another recipe.
     """
     process = process or Process()
-    module = process.wrap(job.module)
-    named = [(name, one) for name, one in job.module.named_parameters() if one.requires_grad]
-    learning = [parameter for _, parameter in named]
-    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in named:
-        parts[recipe.muon and takes(name, parameter)].append(parameter)
-    matrices, others = parts[True], parts[False]
-    optimizers: list[torch.optim.Optimizer] = []
+    module = spread(job.module, process, has_unused(recipe))
+    named = dict(job.module.named_parameters())
+    learning = {name: one for name, one in named.items() if one.requires_grad}
+    # The image tokenizer's codebook is set anew now and then, whether or not it learns.
+    kept = named if recipe.part == "vq" else learning
+    optimizers = make_optimizers(recipe, learning)
+    states = States(recipe, process, files)
+    step = states.load(kept, optimizers, job)
+    meter = Meter(process, job.flops_per_token)
+    ahead = batches(job, recipe, step)
+    try:
+        while step < recipe.steps:
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate_at(step)
+                optimizer.zero_grad(set_to_none=True)
+            # All pieces are made first: what a loss is divided by is known when all have been counted.
+            with meter.waiting():
+                pieces = list(itertools.islice(ahead, recipe.accumulate))
+            sums, tokens = _gradients(job, module, pieces, recipe, process)
+            meter.count(tokens)
+            drawn = sum(value for name, value in sums.items() if name.startswith("generate_"))
+            sound = all(map(math.isfinite, sums.values())) and drawn <= (recipe.largest_loss or math.inf)
+            norm = float(whole(nn.utils.clip_grad_norm_(learning.values(), 1.0)))
+            if sound and math.isfinite(norm):
+                for optimizer in optimizers:
+                    optimizer.step()
+            else:
+                meter.skipped += 1
+            step += 1
+            more = job.after_step(step)
+            if step % recipe.log_every == 0 or step == recipe.steps:
+                numbers = {
+                    "loss": sum(sums.values()),
+                    "gradient_norm": norm,
+                    "rate": recipe.rate_at(step - 1),
+                }
+                report(step, sums | numbers | meter.read() | more)
+            if step % recipe.save_every == 0 or step == recipe.steps:
+                states.save(step, kept, optimizers, job)
+            after(step)
+    finally:
+        # A state that is being written when training fails is the one to go on with.
+        states.finish()
+
+
+def has_unused(recipe: Recipe) -> bool:
+    """Whether a part that learns may belong to no task of the stage, and so get no gradient."""
+    return set(recipe.tasks or load_config(recipe.base).tasks) != set(recipe.rows)
+
+
+def make_optimizers(recipe: Recipe, learning: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters that learn, or with `muon` for those that Muon does not take."""
+    matrices = [one for name, one in learning.items() if recipe.muon and takes(name, one)]
+    others = [one for name, one in learning.items() if not (recipe.muon and takes(name, one))]
+    made: list[torch.optim.Optimizer] = []
     if others:
-        optimizers.append(
-            torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+        made.append(
+            torch.optim.AdamW(
+                others, lr=recipe.rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
+            )
         )
     if matrices:
-        optimizers.append(Muon(matrices, lr=recipe.rate))
-    half = recipe.part == "lm" and learning[0].is_cuda
-    file = Path(recipe.folder) / STATE
-    step = 0
-    if file.is_file():
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        job.module.load_state_dict(state["module"])
-        for optimizer, its in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(its)
-        job.load_extra_state(state["extra"])
-        step = state["step"]
-    if process.total(torch.tensor([step])).tolist() != [process.world * step]:
-        raise InputError(
-            f"The processes do not find the same {file}: give a folder on a disk that all of them share."
-        )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    since, tokens, skipped = time.monotonic(), 0.0, 0
-    ahead = batches(job, recipe, step)
-    while step < recipe.steps:
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate_at(step)
-            optimizer.zero_grad(set_to_none=True)
-        # All pieces are made first: what a loss is divided by is known when all have been counted.
-        pieces = list(itertools.islice(ahead, recipe.accumulate))
-        counted = [job.counts(*piece) for piece in pieces]
-        whole = _total(process, {name: sum(one[name] for one in counted) for name in counted[0]})
-        sums = dict.fromkeys([name for name in whole if name != "tokens"], 0.0)
-        for index, (piece, own) in enumerate(zip(pieces, counted, strict=True)):
-            last = index == recipe.accumulate - 1
-            wait = contextlib.nullcontext if last else getattr(module, "no_sync", contextlib.nullcontext)
-            # Weights stay in float32; where the device has bfloat16, products are made in it.
-            with wait(), torch.autocast("cuda", torch.bfloat16, enabled=half):
-                losses = module(*piece)
-                shares = {name: losses[name] * (own[name] / whole[name]) for name in sums}
-                # The gradients' mean over the processes is to be that of the shares' sum.
-                (torch.stack(list(shares.values())).sum() * process.world).backward()
-            for name, share in shares.items():
-                sums[name] += float(share.detach())
-        # All processes see the same sums and gradients, and so agree on what follows.
-        sums = _total(process, sums)
-        tokens += whole["tokens"]
-        drawn = sum(value for name, value in sums.items() if name.startswith("generate_"))
-        sound = all(map(math.isfinite, sums.values())) and drawn <= (recipe.largest_loss or math.inf)
-        norm = float(nn.utils.clip_grad_norm_(learning, 1.0))
-        if sound and math.isfinite(norm):
-            for optimizer in optimizers:
-                optimizer.step()
-        else:
-            skipped += 1
-        step += 1
-        more = job.after_step(step)
-        if step % recipe.log_every == 0 or step == recipe.steps:
-            seconds = time.monotonic() - since
-            numbers = {
-                **sums,
-                "loss": sum(sums.values()),
-                "gradient_norm": norm,
-                "rate": recipe.rate_at(step - 1),
-            }
-            numbers |= {"tokens_per_second": tokens / seconds, "skipped_steps": float(skipped), **more}
-            report(step, numbers)
-            since, tokens = time.monotonic(), 0.0
-        if process.rank == 0 and (step % recipe.save_every == 0 or step == recipe.steps):
-            state = {"module": job.module.state_dict(), "step": step, "extra": job.extra_state()}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            partial = file.with_suffix(".partial")
-            torch.save(state, partial)
-            partial.rename(file)
-        after(step)
+        made.append(Muon(matrices, lr=recipe.rate))
+    return made
 
 
-def _total(process: Process, values: Mapping[str, float]) -> dict[str, float]:
-    """Each number's sum over all processes, which have the same names."""
-    whole = process.total(torch.tensor(list(values.values()), dtype=torch.float64))
-    return dict(zip(values, whole.tolist(), strict=True))
+def _gradients(
+    job: Job, module: nn.Module, pieces: Sequence[tuple[Any, ...]], recipe: Recipe, process: Process
+) -> tuple[dict[str, float], float]:
+    """Makes the gradients of a step; gives its losses and tokens, those of all processes."""
+    counted = [job.counts(*piece) for piece in pieces]
+    every = process.total({name: sum(one[name] for one in counted) for name in counted[0]})
+    sums = dict.fromkeys([name for name in every if name != "tokens"], 0.0)
+    # A whole model keeps its weights in float32 and multiplies in bfloat16; a sharded one is gathered in it.
+    half = halves(recipe, process) and process.shard == "none"
+    kind = process.device.partition(":")[0]
+    for index, (piece, own) in enumerate(zip(pieces, counted, strict=True)):
+        last = index == len(pieces) - 1
+        with synced(module, last), torch.autocast(kind, torch.bfloat16, enabled=half):
+            losses = module(*piece)
+            shares = {name: losses[name] * (own[name] / every[name]) for name in sums}
+            # The gradients' mean over the processes is to be that of the shares' sum.
+            (torch.stack(list(shares.values())).sum() * process.world).backward()
+        for name, share in shares.items():
+            sums[name] += float(share.detach())
+    # All processes see the same sums and gradients, and so agree on what follows.
+    return process.total(sums), every["tokens"]
 
 
 @dataclass(frozen=True)

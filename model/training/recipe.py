@@ -11,6 +11,8 @@ from typing import Any
 
 from wallaroo.model.errors import InputError, did_you_mean
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -33,8 +35,10 @@ class Recipe:
     texts around a prompt, drawn at random. lengths: task -> tokens of a row at most, longer ones are left
     out; least_side: of pictures to draw, those whose longer side is less, or more than twice the other,
     are left out; 0 keeps all. semantic_pixels: most pixels that the vision tower sees, 0 for those of
-    base. threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device
-    that would wait for them.
+    base. checkpointing: whether layers keep their inputs alone for the backward pass and compute the rest
+    again, which takes a third more time and much less memory. precision: `float32`, `bfloat16` for products,
+    or `auto`, which is bfloat16 on GPUs. threads: of torch, 0 for its own choice; workers: processes that
+    make batches ahead, for a device that would wait for them.
     log_every, save_every, sample_every: in steps.
     Part `vq` alone: alike: weight of `unlike`, without which tokens tell of what is around a patch too, and
     one plain background has many of them; plain: steps without quantisation, before the codebook is set;
@@ -64,6 +68,8 @@ class Recipe:
     muon: bool = False
     learn: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ("vq.", "visual.")
+    checkpointing: bool = False
+    precision: str = "auto"
     threads: int = 0
     workers: int = 0
     log_every: int = 20
@@ -116,6 +122,10 @@ class Recipe:
         recipe = cls(**made)
         if recipe.part not in ("vq", "lm"):
             raise InputError(f"The recipe's part is '{recipe.part}', but must be vq or lm.")
+        if recipe.precision not in PRECISIONS:
+            raise InputError(
+                f"The recipe's precision is '{recipe.precision}', but must be one of {', '.join(PRECISIONS)}."
+            )
         for name in ("drop", "masked", "smoothing", "null_smoothing"):
             if getattr(recipe, name) > 1:
                 raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but a share is at most 1.")
@@ -149,6 +159,10 @@ class Recipe:
                     f"{'1 worker' if world == 1 else f'{world} workers'} can take equally many in {pieces}."
                 )
         return {task: count // parts for task, count in self.rows.items()}
+
+    def learns(self, name: str) -> bool:
+        """Whether a parameter of the language model learns, by its name."""
+        return (name.startswith(self.learn) if self.learn else True) and not name.startswith(self.frozen)
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

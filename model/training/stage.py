@@ -8,16 +8,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from wallaroo.model.checkpoint import TOKENIZER, load_config, load_tokenizer, save
+from wallaroo.model.checkpoint import (
+    SHARD_BYTES,
+    TOKENIZER,
+    disk_parts,
+    disk_tensors,
+    empty_model,
+    load_config,
+    load_tokenizer,
+    save,
+    shard_names,
+)
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.data import Row, Source, from_memory, pictures_of, read_rows
 from wallaroo.model.training.lm import LMJob
 from wallaroo.model.training.log import Log, due, progress, samples
-from wallaroo.model.training.loop import Process, optimise, process_of_group
+from wallaroo.model.training.loop import optimise
+from wallaroo.model.training.process import Process, process_of_group, whole
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.rows import fits
-from wallaroo.model.training.start import stage_config, start_model
+from wallaroo.model.training.sharding import fill, halves, recompute, shard
+from wallaroo.model.training.sizing import Sizes, device_bytes
+from wallaroo.model.training.start import check_start, stage_config, start_model, start_weights
+from wallaroo.model.training.state import Files
 from wallaroo.model.training.vq import VQJob
 from wallaroo.model.wallaroo import Wallaroo
 
@@ -38,20 +53,103 @@ def make_job(
     return LMJob(model, load_tokenizer(recipe.base), source, recipe, process)
 
 
-def finish(model: Wallaroo, recipe: Recipe) -> None:
-    """Writes the stage's result, a checkpoint folder, unless it is there."""
-    if result(recipe) is None:
+def start_job(
+    recipe: Recipe, source: Source, rows: Iterable[Row], process: Process
+) -> "tuple[Wallaroo, VQJob | LMJob]":
+    """Model and job of a stage with the weights it starts with; spread over processes if they hold shards."""
+    if process.shard == "none":
+        model = start_model(recipe).to(process.device)
+        job = make_job(model, recipe, source, rows, process)
+        if recipe.checkpointing and isinstance(job, LMJob):
+            recompute(model)
+        return model, job
+    config = check_start(recipe)
+    model = empty_model(config, None, "meta", torch.float32)
+    job = make_job(model, recipe, source, rows, process)
+    if recipe.checkpointing:
+        recompute(model)
+    shard(job.module, model, process, halves(recipe, process))
+    fill(model, start_weights(recipe, config))
+    return model, job
+
+
+def finish(model: Wallaroo, recipe: Recipe, process: Process) -> None:
+    """Writes the stage's result, a checkpoint folder, unless it is there.
+
+    Of a sharded model one parameter at a time is gathered, by all processes together, and written by the
+    first.
+    """
+    if result(recipe) is not None:
+        return
+    folder = Path(recipe.folder) / RESULT
+    gathered = Gathered(model)
+    if process.rank == 0:
         tokenizer = (Path(recipe.base) / TOKENIZER).read_text(encoding="utf-8")
-        save(model.cpu(), model.config, tokenizer, Path(recipe.folder) / RESULT)
+        save(gathered.empty, model.config, tokenizer, folder, make=gathered)
+    elif process.shard == "full":
+        for name in itertools.chain.from_iterable(shard_names(gathered.empty, SHARD_BYTES)):
+            gathered(name)
 
 
-def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1) -> Path:
-    """Runs one stage on this machine, on from where it was, and gives the folder of its checkpoint.
+class Gathered:
+    """The tensors of a model by their names on disk, gathered when asked for.
 
-    workers: processes that share each step, this one among them; on CPUs each has its part of the cores,
-    which is a little quicker than threads for a small model. Of each file of rows it reads the JSON lines
-    beside it.
-    Raises InputError for a recipe that cannot be followed.
+    Attributes:
+        empty: Name on disk -> tensor of that shape and type, without memory.
+    """
+
+    def __init__(self, model: Wallaroo):
+        self.parameters = dict(model.named_parameters())
+        self.places = {
+            part: (name, list(parts.values()), index)
+            for name in self.parameters
+            for parts in [disk_parts(name, model.config)]
+            for index, part in enumerate(parts)
+        }
+        like = disk_tensors(empty_model(model.config, None, "meta", torch.float32))
+        self.empty = {
+            part: torch.empty(one.shape, dtype=self.parameters[self.places[part][0]].dtype, device="meta")
+            for part, one in like.items()
+        }
+
+    def __call__(self, name: str) -> Tensor:
+        parameter, rows, index = self.places[name]
+        full = whole(self.parameters[parameter].detach())
+        return full if rows[index] is None else full.split(rows)[index]
+
+
+def for_samples(job: "VQJob | LMJob", process: Process) -> Wallaroo | None:
+    """A model that can draw, in the first process; None in others, and for the image tokenizer."""
+    if isinstance(job, VQJob):
+        return None
+    model = job.module.model
+    if process.shard == "none":
+        return model if process.rank == 0 else None
+    gathered, task = Gathered(model), "generate"
+    made = empty_model(model.config, task, process.device if process.rank == 0 else "meta", torch.float32)
+    with torch.no_grad():
+        for name, tensor in disk_tensors(made).items():
+            full = gathered(name)
+            if process.rank == 0:
+                tensor.copy_(full)
+    return made.eval() if process.rank == 0 else None
+
+
+def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, shard: str = "auto") -> Path:
+    """Runs one stage on this machine, resumes it where it was, and gives the folder of its checkpoint.
+
+    Args:
+        recipe: The stage. Of each file of rows it names, the JSON lines beside it are read.
+        say: Gets a line of progress at a time.
+        workers: Processes that share each step, this one among them; on CPUs each has its part of the cores,
+            which is a little quicker than threads for a small model.
+        shard: `none` (each holds the whole model), `full` (each holds a shard), or `auto`.
+
+    Returns:
+        The checkpoint folder.
+
+    Raises:
+        InputError: The recipe cannot be followed.
     """
     recipe.share(workers)
     if (done := result(recipe)) is not None:
@@ -61,13 +159,13 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1) 
     with tempfile.TemporaryDirectory() as meeting:
         spawned = torch.multiprocessing.get_context("spawn")
         others = [
-            spawned.Process(target=_join, args=(recipe, say, rank, workers, meeting), daemon=True)
+            spawned.Process(target=_join, args=(recipe, say, rank, workers, meeting, shard), daemon=True)
             for rank in range(1, workers)
         ]
         try:
             for other in others:
                 other.start()
-            return _join(recipe, say, 0, workers, meeting)
+            return _join(recipe, say, 0, workers, meeting, shard)
         finally:
             torch.set_num_threads(threads)
             for other in others:
@@ -76,7 +174,9 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1) 
                 other.kill()
 
 
-def _join(recipe: Recipe, say: Callable[[str], None], rank: int, world: int, meeting: str) -> Path:
+def _join(
+    recipe: Recipe, say: Callable[[str], None], rank: int, world: int, meeting: str, shard: str
+) -> Path:
     """Runs a stage as one of its processes on this machine, which meet in a folder."""
     if rank:
         # Ctrl-C is for the first, which ends the others.
@@ -90,18 +190,33 @@ def _join(recipe: Recipe, say: Callable[[str], None], rank: int, world: int, mee
         data[task] = [row for row in rows if fits(row, task, tokenizer, config, recipe)]
         if not data[task]:
             raise InputError(f"All rows of {path} are too long or too small for this stage; see its lengths.")
-    if world == 1:
+    spread = choose(recipe, Process(rank, world, device), shard, say)
+    if world == 1 and spread == "none":
         return run_stage(recipe, data, Process(device=device), say, ahead=True)
-    if not cuda:
+    if not cuda and world > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     # Nobody from outside is to join: the others are found by a file, and reached on this machine alone.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = torch.distributed.FileStore(f"{meeting}/store", world)
     torch.distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     try:
-        return run_stage(recipe, data, process_of_group(recipe, device), say, ahead=True)
+        return run_stage(recipe, data, process_of_group(device, spread), say, ahead=True)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def choose(recipe: Recipe, process: Process, shard: str, say: Callable[[str], None]) -> str:
+    """Whether each process holds the whole model (`none`) or a shard (`full`); says what memory it takes.
+
+    Raises InputError if neither fits, with the number of workers that it takes.
+    """
+    if recipe.part == "vq":
+        return "none"
+    sizes = Sizes(check_start(recipe), recipe, halves(recipe, process))
+    need = sizes.choose(process.world, shard, device_bytes(process.device))
+    if process.rank == 0:
+        say(str(need))
+    return need.shard
 
 
 def run_stage(
@@ -110,17 +225,25 @@ def run_stage(
     process: Process,
     say: Callable[[str], None] = lambda line: None,
     ahead: bool = False,
+    files: Files | None = None,
 ) -> Path:
     """Runs one stage as one of its processes; that of rank 0 keeps the log and writes the checkpoint.
 
-    data: rows by task, of any length and kind of sequence. ahead: whether their pictures are encoded before
-    the first step.
+    Args:
+        recipe: The stage.
+        data: Rows by task, of any length and kind of sequence.
+        process: Of those that share it.
+        say: Gets a line of progress at a time, in the first process.
+        ahead: Whether pictures of rows are encoded before the first step.
+        files: Where states lie, by default on the disk.
+
+    Returns:
+        The checkpoint folder.
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    model = start_model(recipe).to(process.device)
     every = itertools.chain.from_iterable(data.values())
-    job = make_job(model, recipe, from_memory(data, recipe.seed), every, process)
+    model, job = start_job(recipe, from_memory(data, recipe.seed), every, process)
     if ahead and isinstance(job, LMJob):
         job.rows.prepare(data)
     log = Log(recipe.folder) if process.rank == 0 else None
@@ -131,13 +254,15 @@ def run_stage(
             say(progress(step, recipe.steps, numbers))
 
     def after(step: int) -> None:
-        if log is not None and due(recipe, step):
-            log.picture(step, samples(job, step))
+        if due(recipe, step):
+            drawing = for_samples(job, process)
+            if log is not None:
+                log.picture(step, samples(job, step, drawing))
 
-    optimise(job, recipe, report, process, after)
+    optimise(job, recipe, report, process, after, files)
     if log is not None:
         log.close()
-        finish(model, recipe)
+    finish(model, recipe, process)
     return Path(recipe.folder) / RESULT
 
 

@@ -3,15 +3,17 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from wallaroo.model.checkpoint import disk_tensors, empty_model, expected_shapes, load, load_config
+from wallaroo.model.checkpoint import disk_tensors, empty_model, expected_shapes, load_config, mapped_tensors
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.training.sharding import fill
 from wallaroo.model.wallaroo import Wallaroo
 
 
@@ -24,7 +26,7 @@ def fresh_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float
     return model
 
 
-def fresh_tensor(name: str, shape: Sequence[int], seed: int) -> torch.Tensor:
+def fresh_tensor(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """A tensor to train from nothing: biases 0, norms 1, matrices normal with the variance of their inputs.
 
     Args:
@@ -69,21 +71,30 @@ def stage_config(base: ModelConfig, recipe: Recipe) -> ModelConfig:
 
 
 def start_model(recipe: Recipe) -> Wallaroo:
-    """The model with which a stage begins; parts that its start lacks are drawn by seed.
+    """The model with which a stage begins, in float32 on the CPU; see `start_weights`.
 
     Raises InputError as `check_start` does.
     """
-    config = check_start(recipe)
-    model = fresh_model(config, recipe.seed)
-    mine, theirs = disk_tensors(model), disk_tensors(load(recipe.start or recipe.base))
-    with torch.no_grad():
-        for name, tensor in theirs.items():
-            if name in mine:
-                mine[name].copy_(tensor)
-        for part, other in recipe.copied.items():
-            for name in _of_part(mine, part):
-                mine[name].copy_(mine[other + name.removeprefix(part)])
+    model = empty_model(check_start(recipe), None, "cpu", torch.float32)
+    fill(model, start_weights(recipe, model.config))
     return model
+
+
+def start_weights(recipe: Recipe, config: ModelConfig) -> Callable[[str], Tensor]:
+    """Gives the weights with which a stage begins, by their names on disk; nothing is read before.
+
+    They are those of the recipe's start, for `copied` parts those of another part, and what is in neither is
+    drawn by seed.
+    """
+    shapes, given = expected_shapes(config), mapped_tensors(recipe.start or recipe.base)
+
+    def read(name: str) -> Tensor:
+        part, _, rest = name.partition(".")
+        if part in recipe.copied:
+            name = f"{recipe.copied[part]}.{rest}"
+        return given[name] if name in given else fresh_tensor(name, shapes[name], recipe.seed)
+
+    return read
 
 
 def _of_part(names: Iterable[str], part: str) -> list[str]:

@@ -128,6 +128,8 @@ class VQJob:
     KEPT = 40000
     """Latents that are remembered."""
 
+    flops_per_token = 0.0
+
     def __init__(self, vq: VQModel, pictures: Sequence[np.ndarray], recipe: Recipe):
         # Convolutions of few channels are quicker so, on CPUs too.
         vq.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -193,8 +195,8 @@ class VQJob:
             "same_token": float((tokens == own[place]).float().mean()),
         }
 
-    def extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Tensor]:
         return {"latents": self.latents, "keys": self.keys}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self.latents, self.keys = state["latents"], state["keys"]

@@ -18,6 +18,7 @@ from wallaroo.model.config import Size
 from wallaroo.model.engine import Engine, EngineOptions, Request
 from wallaroo.model.prompts import generate_prompt
 from wallaroo.model.sampling import Sampling
+from wallaroo.model.training.meter import MEASURED
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.stage import train as train_alone
 from wallaroo.workflows import storage
@@ -81,7 +82,7 @@ def command(path, *arguments):
 def losses(folder):
     """Step -> its losses; the last line of a step that was made twice."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line.pop("step"): {k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines}
+    return {line.pop("step"): {k: v for k, v in line.items() if k not in MEASURED} for line in lines}
 
 
 def events(folder):

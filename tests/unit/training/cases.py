@@ -8,6 +8,7 @@ from PIL import Image
 from wallaroo.model.checkpoint import TINY, load, load_tokenizer
 from wallaroo.model.training.data import from_memory
 from wallaroo.model.training.lm import LMJob
+from wallaroo.model.training.meter import MEASURED
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.start import fresh_model
 
@@ -54,8 +55,5 @@ def learning(folder, **values):
     return job, made, said, lambda step, numbers: said.__setitem__(step, numbers)
 
 
-NOT_COMPARED = ("tokens_per_second",)
-
-
 def losses_of(said):
-    return {step: {k: v for k, v in line.items() if k not in NOT_COMPARED} for step, line in said.items()}
+    return {step: {k: v for k, v in line.items() if k not in MEASURED} for step, line in said.items()}

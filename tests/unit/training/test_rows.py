@@ -10,7 +10,7 @@ from tests.unit.training.cases import picture, recipe, rows
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.data import from_memory
 from wallaroo.model.training.lm import LMJob
-from wallaroo.model.training.loop import Process
+from wallaroo.model.training.process import Process
 from wallaroo.model.training.rows import NO_LATENT, Rows, fits
 from wallaroo.model.vq import to_float
 
