@@ -707,16 +707,35 @@ def shapes(
     metavar="ADDRESS",
     help="A running Ray cluster (default: $RAY_ADDRESS, or a local Ray).",
 )
-def train(stage: str, file: str, workers: int, device: str, address: str | None) -> int:
+@click.option(
+    "--shard",
+    type=click.Choice(["auto", "none", "full"]),
+    default="auto",
+    help="Each worker holds the whole model (none), a shard (full), or what fits (auto, default).",
+)
+@click.option("--plan", is_flag=True, help="Print rows and memory a worker, and start nothing.")
+@click.option(
+    "--gpu-memory", type=float, default=80.0, metavar="GB", help="With --plan: of a GPU (default 80)."
+)
+def train(
+    stage: str,
+    file: str,
+    workers: int,
+    device: str,
+    address: str | None,
+    shard: str,
+    plan: bool,
+    gpu_memory: float,
+) -> int:
     """Train STAGE, a table of RECIPES.TOML, with Ray Train, on rows in Parquet.
 
     \b
       wallaroo train stage-1 --config jobs/train/published.toml --workers 8
 
     jobs/train/published.toml has the stages of the 7B, jobs/train/tiny.toml those of a small model. The
-    stage's folder gets metrics.jsonl, TensorBoard's files, samples and, at the end, the checkpoint. Given
-    again, the command goes on with the last saved step, with any number of workers that share a step's
-    rows evenly.
+    stage's folder, on a disk or on S3, gets metrics.jsonl, TensorBoard's files, samples, states and, at the
+    end, the checkpoint. Re-run the same command to resume from the last state, with any number of workers
+    that share a step's rows evenly.
 
     Exit codes: 0; 1 the training failed; 2 a mistake in the command line or the recipe; 4 another
     training is at work in the folder.
@@ -729,7 +748,11 @@ def train(stage: str, file: str, workers: int, device: str, address: str | None)
         on_ray.check(recipe, workers)
     except InputError as error:
         raise click.UsageError(str(error)) from None
-    click.echo(on_ray.train(recipe, workers, device, address, click.echo))
+    if plan:
+        for line in on_ray.plan(recipe, workers, shard, gpu_memory):
+            click.echo(line)
+        return OK
+    click.echo(on_ray.train(recipe, workers, device, address, click.echo, shard))
     return OK
 
 

@@ -9,26 +9,29 @@ import dataclasses
 import functools
 import itertools
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wallaroo.model.checkpoint import load_config, load_tokenizer
+from wallaroo.model.checkpoint import FILE_LIST, load_config, load_tokenizer
 from wallaroo.model.errors import InputError
 from wallaroo.model.prompts import detect_language
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.model.training.data import Row
 from wallaroo.model.training.log import METRICS, progress
-from wallaroo.model.training.process import process_of_group
+from wallaroo.model.training.process import Process, process_of_group
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.rows import fits
-from wallaroo.model.training.stage import result, run_stage
+from wallaroo.model.training.sharding import halves
+from wallaroo.model.training.sizing import Sizes, device_bytes
+from wallaroo.model.training.stage import RESULT, choose, result, run_stage
 from wallaroo.model.training.start import check_start, stage_config
+from wallaroo.model.training.state import STATES
 from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import choose_device, connected, reason
 from wallaroo.workflows.outputs.lock import OutputLock
@@ -51,6 +54,7 @@ MAX_FAILURES = 3
 """Times that lost workers are replaced, before the training fails."""
 
 POLL_SECONDS = 0.5
+S3_POLL_SECONDS = 3.0
 
 
 def train(
@@ -59,34 +63,116 @@ def train(
     device: str = "auto",
     address: str | None = None,
     say: Callable[[str], None] = print,
-) -> Path:
-    """Runs one stage on Ray, on from where it was, and gives the folder of its checkpoint.
+    shard: str = "auto",
+) -> str:
+    """Runs one stage on Ray, resumes it where it was, and gives the folder of its checkpoint.
 
-    workers: processes that share each step, on a GPU each or on CPUs. device: `cpu`, `cuda`, or `auto`, which
-    is `cuda` where Ray has GPUs. address: of a running Ray cluster, whose nodes share the disk of the
-    recipe's folders; None starts a local one. say: gets a line of progress at a time.
-    Raises InputError, before Ray starts, for a recipe that cannot be followed; RunInProgress if another
-    training is at work in the folder.
+    Args:
+        recipe: The stage; its folder, base, start and data may be on S3.
+        workers: Processes that share each step, on a GPU each or on CPUs.
+        device: `cpu`, `cuda`, or `auto`, which is `cuda` where Ray has GPUs.
+        address: Of a running Ray cluster; None starts a local one. Its nodes share the disk of the recipe's
+            folder, unless that is on S3.
+        say: Gets a line of progress at a time.
+        shard: `none` (each worker holds the whole model), `full` (each holds a shard), or `auto`.
+
+    Returns:
+        The checkpoint folder.
+
+    Raises:
+        InputError: The recipe cannot be followed; before Ray starts as far as that can be told.
+        RunInProgress: Another training is at work in the folder.
     """
     recipe = absolute(recipe)
     files = check(recipe, workers)
-    if (done := result(recipe)) is not None:
+    if (done := finished(recipe)) is not None:
         say(f"{done} is there already, so there is nothing to do")
         return done
     with OutputLock(recipe.folder, "train"), connected(address, workers), _followed(recipe, say):
+        device = choose_device(device)
         data = {task: read(task, paths, recipe) for task, paths in files.items()}
         for task, rows in data.items():
             if not len(rows):
                 path = recipe.data[task]
                 raise InputError(f"{path} has no row of {task}, or all are too long or small for the stage.")
-        _fit(recipe, data, workers, choose_device(device))
-    done = result(recipe)
+        spread = _choose(recipe, workers, device, shard, say)
+        _fit(recipe, data, workers, device, spread)
+    done = finished(recipe)
     if done is None:
         raise InputError(
-            f"The workers wrote no checkpoint into {recipe.folder} of this machine: give a folder on a disk "
-            f"that all nodes of the cluster share."
+            f"The workers wrote no checkpoint into {recipe.folder} of this machine: give a folder on S3, or "
+            f"on a disk that all nodes of the cluster share."
         )
     return done
+
+
+PLANNED_WORKERS = (1, 8, 16, 64)
+
+
+def plan(recipe: Recipe, workers: int, shard: str = "auto", gigabytes: float = 80.0) -> list[str]:
+    """What a stage takes, in lines for people; reads footers of data and no weights.
+
+    Args:
+        recipe: The stage, for GPUs, which compute in bfloat16 unless it says otherwise.
+        workers: A number of workers to look at, beside PLANNED_WORKERS.
+        shard: `none`, `full` or `auto`.
+        gigabytes: Memory of a GPU.
+
+    Returns:
+        Lines.
+
+    Raises:
+        InputError: The recipe cannot be followed.
+    """
+    recipe = absolute(recipe)
+    lines = []
+    for task, paths in check(recipe, workers).items():
+        rows = sum(_rows(path) for path in paths)
+        epochs = recipe.steps * recipe.rows[task] / rows if rows else 0.0
+        lines.append(f"{task}: {rows:,} rows in {len(paths):,} files, {epochs:,.1f} epochs of at most these")
+    if recipe.part == "vq":
+        return lines
+    sizes = Sizes(check_start(local(recipe)), recipe, halves(recipe, Process(device="cuda")))
+    lines.append(f"{sizes.learning:,} parameters learn, {sizes.frozen:,} do not")
+    for count in sorted({workers, *PLANNED_WORKERS}):
+        try:
+            lines.append(f"{sizes.choose(count, shard, int(gigabytes * 1e9))}: fits")
+        except InputError as error:
+            lines.append(f"{count} workers: {error}")
+    return lines
+
+
+def _rows(path: str) -> int:
+    filesystem, inner = storage.parquet_filesystem(path)
+    with storage.explained(path):
+        return int(pq.read_metadata(inner, filesystem=filesystem).num_rows)
+
+
+def finished(recipe: Recipe) -> str | None:
+    """The stage's checkpoint folder, if it is there."""
+    if not storage.is_s3(recipe.folder):
+        done = result(recipe)
+        return None if done is None else str(done)
+    folder = storage.join(recipe.folder, RESULT)
+    return folder if storage.exists(storage.join(folder, FILE_LIST)) else None
+
+
+def local(recipe: Recipe) -> Recipe:
+    """With base and start on this machine, from S3 where they are there."""
+    changes: dict[str, Any] = {
+        name: str(storage.fetch_folder(getattr(recipe, name)))
+        for name in ("base", "start")
+        if getattr(recipe, name)
+    }
+    return dataclasses.replace(recipe, **changes)
+
+
+def _choose(recipe: Recipe, workers: int, device: str, shard: str, say: Callable[[str], None]) -> str:
+    """`none` or `full`, and what memory it takes, told before a worker starts."""
+    import ray
+
+    memory = ray.get(ray.remote(num_gpus=1)(device_bytes).remote("cuda:0")) if device == "cuda" else 0
+    return choose(local(recipe), Process(0, workers, device), shard, say, memory)
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -107,10 +193,7 @@ def check(recipe: Recipe, workers: int) -> dict[str, list[str]]:
             f"The recipe's workers is {recipe.workers}, but processes that make batches ahead cannot reach "
             f"Ray's rows; leave it out."
         )
-    for name in ("folder", "base", "start"):
-        if storage.is_s3(getattr(recipe, name)):
-            raise InputError(f"The recipe's {name} is on S3, but training needs a disk; name a folder there.")
-    check_start(recipe)
+    check_start(local(recipe))
     files = {}
     for task, path in recipe.data.items():
         if recipe.part == "lm" and task not in COLUMNS:
@@ -204,7 +287,8 @@ def _needed(table: pa.Table, task: str, recipe: Recipe) -> pa.Table:
     found = pa.table(made)
     if recipe.part == "vq":
         return found
-    config, tokenizer = stage_config(load_config(recipe.base), recipe), _tokenizer(recipe.base)
+    base = str(storage.fetch_folder(recipe.base))
+    config, tokenizer = stage_config(load_config(base), recipe), _tokenizer(base)
     return found.filter([fits(row, task, tokenizer, config, recipe) for row in found.to_pylist()])
 
 
@@ -213,17 +297,19 @@ def _tokenizer(folder: str) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _fit(recipe: Recipe, data: Mapping[str, Rows], workers: int, device: str) -> None:
+def _fit(recipe: Recipe, data: Mapping[str, Rows], workers: int, device: str, shard: str) -> None:
     """Raises InputError for what a worker was given and cannot use."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    # Ray Train's own notes; what a stage needs to go on is in its states.
+    own = tempfile.mkdtemp(prefix="wallaroo-ray-") if storage.is_s3(recipe.folder) else recipe.folder
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"recipe": recipe, "data": data},
+        train_loop_config={"recipe": recipe, "data": data, "shard": shard},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=device == "cuda"),
         run_config=RunConfig(
-            name="ray", storage_path=recipe.folder, failure_config=FailureConfig(max_failures=MAX_FAILURES)
+            name="ray", storage_path=own, failure_config=FailureConfig(max_failures=MAX_FAILURES)
         ),
     )
     try:
@@ -257,27 +343,45 @@ def _work(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     recipe: Recipe = config["recipe"]
-    run_stage(recipe, config["data"], process_of_group(str(get_device())))
+    process = process_of_group(str(get_device()), config["shard"])
+    if not storage.is_s3(recipe.folder):
+        run_stage(local(recipe), config["data"], process)
+        return
+    from wallaroo.workflows.train_storage import Published, S3States
+
+    storage.be_patient()
+    with tempfile.TemporaryDirectory(prefix="wallaroo-train-") as own:
+        published = Published(own, recipe.folder)
+        if process.rank == 0:
+            published.fetch_log()
+        run_stage(
+            dataclasses.replace(local(recipe), folder=own),
+            config["data"],
+            process,
+            lambda line: published.publish(),
+            files=S3States(storage.join(recipe.folder, STATES)),
+        )
+        if process.rank == 0:
+            published.publish()
+            published.publish_checkpoint(RESULT)
 
 
 @contextmanager
 def _followed(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
     """Says what the workers write into the log, for as long as the block lasts."""
-    file, over = Path(recipe.folder) / METRICS, threading.Event()
-    seen = file.stat().st_size if file.exists() else 0
+    file, over = storage.join(recipe.folder, METRICS), threading.Event()
+    pause = S3_POLL_SECONDS if storage.is_s3(file) else POLL_SECONDS
+    seen = len(_log(file))
 
     def follow() -> None:
         nonlocal seen
         while True:
-            last = over.wait(POLL_SECONDS)
-            if file.exists():
-                with open(file, "rb") as stream:
-                    stream.seek(seen)
-                    for line in stream:
-                        if line.endswith(b"\n"):
-                            seen += len(line)
-                            numbers = json.loads(line)
-                            say(progress(numbers.pop("step"), recipe.steps, numbers))
+            last = over.wait(pause)
+            for line in _log(file)[seen:].splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    seen += len(line)
+                    numbers = json.loads(line)
+                    say(progress(numbers.pop("step"), recipe.steps, numbers))
             if last:
                 return
 
@@ -288,3 +392,10 @@ def _followed(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def _log(file: str) -> bytes:
+    try:
+        return storage.read_bytes(file)
+    except FileNotFoundError:
+        return b""

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from wallaroo.model.checkpoint import load_config
 from wallaroo.model.muon import Muon, takes
 from wallaroo.model.training.meter import Meter
 from wallaroo.model.training.process import Process, whole
@@ -71,7 +70,8 @@ def optimise(
         InputError: The processes find different states, or a state is of another recipe.
     """
     process = process or Process()
-    module = spread(job.module, process, has_unused(recipe))
+    # Of the image tokenizer, stages of the language model use the codebook alone.
+    module = spread(job.module, process, unused=recipe.learns("vq."))
     named = dict(job.module.named_parameters())
     learning = {name: one for name, one in named.items() if one.requires_grad}
     # The image tokenizer's codebook is set anew now and then, whether or not it learns.
@@ -115,11 +115,6 @@ def optimise(
     finally:
         # A state that is being written when training fails is the one to go on with.
         states.finish()
-
-
-def has_unused(recipe: Recipe) -> bool:
-    """Whether a part that learns may belong to no task of the stage, and so get no gradient."""
-    return set(recipe.tasks or load_config(recipe.base).tasks) != set(recipe.rows)
 
 
 def make_optimizers(recipe: Recipe, learning: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:

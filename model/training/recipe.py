@@ -11,6 +11,13 @@ from typing import Any
 
 from wallaroo.model.errors import InputError, did_you_mean
 
+_PARTS = {
+    "generate": ("gen_",),
+    "edit": ("edit_", "pixel_adapter.", "visual."),
+    "understand": ("visual.",),
+}
+"""Task -> beginnings of the names of parameters that not all tasks use."""
+
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -161,7 +168,11 @@ class Recipe:
         return {task: count // parts for task, count in self.rows.items()}
 
     def learns(self, name: str) -> bool:
-        """Whether a parameter of the language model learns, by its name."""
+        """Whether a parameter of the language model learns, by its name: one that no task of the stage uses,
+        whatever the recipe says, does not."""
+        used = [prefix for task in self.rows for prefix in _PARTS.get(task, ())]
+        if not name.startswith(("language_model.", "lm_head.", "vq.", *used)):
+            return False
         return (name.startswith(self.learn) if self.learn else True) and not name.startswith(self.frozen)
 
     def rate_at(self, step: int) -> float:

@@ -159,7 +159,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, 
     with tempfile.TemporaryDirectory() as meeting:
         spawned = torch.multiprocessing.get_context("spawn")
         others = [
-            spawned.Process(target=_join, args=(recipe, say, rank, workers, meeting, shard), daemon=True)
+            spawned.Process(target=_join, args=(recipe, _silent, rank, workers, meeting, shard), daemon=True)
             for rank in range(1, workers)
         ]
         try:
@@ -168,10 +168,14 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, 
             return _join(recipe, say, 0, workers, meeting, shard)
         finally:
             torch.set_num_threads(threads)
-            for other in others:
+            for other in (one for one in others if one.pid is not None):
                 # One that still works waits for a process that has failed.
                 other.join(60 if result(recipe) else 0)
                 other.kill()
+
+
+def _silent(line: str) -> None:
+    """What processes but the first do with their progress."""
 
 
 def _join(
@@ -205,15 +209,25 @@ def _join(
         torch.distributed.destroy_process_group()
 
 
-def choose(recipe: Recipe, process: Process, shard: str, say: Callable[[str], None]) -> str:
+def choose(
+    recipe: Recipe, process: Process, shard: str, say: Callable[[str], None], memory: int | None = None
+) -> str:
     """Whether each process holds the whole model (`none`) or a shard (`full`); says what memory it takes.
 
-    Raises InputError if neither fits, with the number of workers that it takes.
+    Args:
+        recipe: The stage.
+        process: Any one of those that share it.
+        shard: `none`, `full` or `auto`.
+        say: Gets one line, in the first process.
+        memory: Bytes of each device, by default of that of `process`; 0 if not known.
+
+    Raises:
+        InputError: It does not fit; the message has the number of workers that it takes.
     """
     if recipe.part == "vq":
         return "none"
     sizes = Sizes(check_start(recipe), recipe, halves(recipe, process))
-    need = sizes.choose(process.world, shard, device_bytes(process.device))
+    need = sizes.choose(process.world, shard, device_bytes(process.device) if memory is None else memory)
     if process.rank == 0:
         say(str(need))
     return need.shard

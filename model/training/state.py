@@ -10,6 +10,7 @@ Knows nothing of object stores: `Files` are handed in.
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,7 +39,15 @@ FREE = (
 
 
 class Files(Protocol):
-    """Where states lie; paths are texts that begin with the recipe's folder."""
+    """Where states lie.
+
+    Attributes:
+        folder: Of all states of a stage; paths are texts that begin with it.
+        on_disk: Whether what is written must be brought from the machine's memory to its disk.
+    """
+
+    folder: str
+    on_disk: bool
 
     def system(self) -> "FileSystemBase":
         """For torch.distributed.checkpoint."""
@@ -49,15 +58,23 @@ class Files(Protocol):
     def write(self, path: str, data: bytes) -> None:
         """Writes a small file and the folders above it."""
 
-    def folders(self, path: str) -> list[str]:
-        """Names of the folders in a folder, none if that is absent."""
+    def whole(self) -> list[str]:
+        """Names of the folders in `folder` that hold a file WHOLE."""
+
+    def folders(self) -> list[str]:
+        """Names of all folders in `folder`, none if that is absent."""
 
     def remove(self, path: str) -> None:
-        """Removes a folder with all that is in it."""
+        """Removes a folder with all that is in it, WHOLE first."""
 
 
 class LocalFiles:
     """States on a disk."""
+
+    on_disk = True
+
+    def __init__(self, folder: str):
+        self.folder = folder
 
     def system(self) -> "FileSystemBase":
         from torch.distributed.checkpoint.filesystem import FileSystem
@@ -71,10 +88,14 @@ class LocalFiles:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(data)
 
-    def folders(self, path: str) -> list[str]:
-        return [one.name for one in Path(path).iterdir() if one.is_dir()] if Path(path).is_dir() else []
+    def whole(self) -> list[str]:
+        return [path.parent.name for path in Path(self.folder).glob(f"*/{WHOLE}")]
+
+    def folders(self) -> list[str]:
+        return [path.name for path in Path(self.folder).glob("*/")]
 
     def remove(self, path: str) -> None:
+        (Path(path) / WHOLE).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -90,20 +111,17 @@ class States:
     """The states of one stage, as one of its processes sees them."""
 
     def __init__(self, recipe: Recipe, process: Process, files: Files | None = None):
-        self.recipe, self.process, self.files = recipe, process, files or LocalFiles()
-        self.folder = f"{recipe.folder}/{STATES}"
+        self.recipe, self.process = recipe, process
+        self.files = files or LocalFiles(f"{recipe.folder}/{STATES}")
+        self.folder = self.files.folder
         self._pending: Any = None
         # Written while the next steps are made, whose own collectives must not meet these.
         self._group = torch.distributed.new_group(backend="gloo") if process.grouped else None
 
     def steps(self) -> list[int]:
         """Steps of the whole states, the last one first."""
-        found = []
-        for name in self.files.folders(self.folder):
-            number = name.removeprefix("step-")
-            if number.isdecimal() and self.files.read(f"{self.folder}/{name}/{WHOLE}") is not None:
-                found.append(int(number))
-        return sorted(found, reverse=True)
+        numbers = [name.removeprefix("step-") for name in self.files.whole()]
+        return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
     def load(
         self,
@@ -140,6 +158,7 @@ class States:
             if name.startswith("extra.")
         }
         alone = not self.process.grouped
+        _say_nothing_of_one_process()
         load({**state, "extra": extra}, storage_reader=reader, process_group=self._group, no_dist=alone)
         job.load_extra_state(extra)
         return step
@@ -156,10 +175,11 @@ class States:
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
         self.finish()
+        _say_nothing_of_one_process()
         path = self._path(step)
         if self.process.rank == 0:
             self.files.write(f"{path}/{RECIPE}", json.dumps(_fixed(self.recipe), indent=1).encode())
-        writer: Any = FileSystemWriter(path)
+        writer: Any = FileSystemWriter(path, sync_files=self.files.on_disk)
         writer.fs = self.files.system()
         writer.path = writer.fs.init_path(path)
         self._pending = async_save(
@@ -182,7 +202,7 @@ class States:
             ) from None
         if self.process.rank == 0:
             kept = {self._path(step) for step in self.steps()[:MAX_STATES]}
-            for name in self.files.folders(self.folder):
+            for name in self.files.folders():
                 if f"{self.folder}/{name}" not in kept:
                     self.files.remove(f"{self.folder}/{name}")
 
@@ -210,6 +230,11 @@ class States:
                     _begin(optimizer, parameter)
                     moments[names[parameter]] = dict(optimizer.state[parameter])
         return {"model": {name: one.detach() for name, one in kept.items()}, "optimizer": moments}
+
+
+def _say_nothing_of_one_process() -> None:
+    """torch warns of a process without a group, in whatever thread it writes."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _begin(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
