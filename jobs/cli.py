@@ -756,6 +756,33 @@ def train(
     return OK
 
 
+@cli.command(short_help="Turn what LoRA has learned into a checkpoint folder.")
+@click.argument("stage")
+@click.argument("output")
+@click.option("--start", default="", metavar="FOLDER", help="The weights it began with, if they have moved.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of the weights (default: that of the start).",
+)
+def merge(stage: str, output: str, start: str, dtype: str | None) -> int:
+    """Add the updates that STAGE, the folder of a stage with `lora`, has learned to the weights it began
+    with, and write OUTPUT, a checkpoint folder for --model.
+
+    \b
+      wallaroo train style --config jobs/train/lora.toml
+      wallaroo merge out/style checkpoints/style
+      wallaroo generate prompts.jsonl out/drawn --model checkpoints/style
+    """
+    import torch
+
+    from wallaroo.model.training.lora import merge as write
+
+    write(stage, output, start, None if dtype is None else getattr(torch, dtype))
+    click.echo(output)
+    return OK
+
+
 @cli.group(short_help="Measure how fast this machine is.")
 def bench() -> None:
     """Measure how fast this machine is."""

@@ -278,7 +278,7 @@ def disk_parts(name: str, config: ModelConfig) -> dict[str, int | None]:
     if name.startswith(("language_model.", "visual.")):
         name = "model." + name
     whole = name.split(".")[-2]
-    if name.startswith("model.language_model.") and whole in fused:
+    if name.startswith("model.language_model.") and whole in fused and name.endswith((".weight", ".bias")):
         return {name.replace(whole, part): rows for part, rows in fused[whole].items()}
     return {name: None}
 

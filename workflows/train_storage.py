@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from wallaroo.model.checkpoint import FILE_LIST
 from wallaroo.model.training.log import METRICS
+from wallaroo.model.training.lora import ABOUT
 from wallaroo.model.training.state import WHOLE
 from wallaroo.workflows import storage
 
@@ -139,9 +140,9 @@ class Published:
                 storage.write_atomic(storage.join(self.folder, file.name), data)
                 self._sizes[file.name] = len(data)
 
-    def publish_checkpoint(self, name: str) -> None:
-        """Uploads a checkpoint folder below the worker's, its list of files last."""
-        files = sorted((self.local / name).iterdir(), key=lambda file: file.name == FILE_LIST)
+    def publish_result(self, name: str) -> None:
+        """Uploads a folder below the worker's, the file that says that it is whole last."""
+        files = sorted((self.local / name).iterdir(), key=lambda file: file.name in (FILE_LIST, ABOUT))
         for file in files:
             with (
                 storage.write_stream(storage.join(self.folder, name, file.name)) as out,

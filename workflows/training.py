@@ -24,6 +24,7 @@ from wallaroo.model.prompts import detect_language
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.model.training.data import Row
 from wallaroo.model.training.log import METRICS, progress
+from wallaroo.model.training.lora import ABOUT, LORA
 from wallaroo.model.training.process import Process, process_of_group
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.rows import fits
@@ -153,8 +154,9 @@ def finished(recipe: Recipe) -> str | None:
     if not storage.is_s3(recipe.folder):
         done = result(recipe)
         return None if done is None else str(done)
-    folder = storage.join(recipe.folder, RESULT)
-    return folder if storage.exists(storage.join(folder, FILE_LIST)) else None
+    name, last = (LORA, ABOUT) if recipe.lora else (RESULT, FILE_LIST)
+    folder = storage.join(recipe.folder, name)
+    return folder if storage.exists(storage.join(folder, last)) else None
 
 
 def local(recipe: Recipe) -> Recipe:
@@ -363,7 +365,7 @@ def _work(config: dict[str, Any]) -> None:
         )
         if process.rank == 0:
             published.publish()
-            published.publish_checkpoint(RESULT)
+            published.publish_result(LORA if recipe.lora else RESULT)
 
 
 @contextmanager

@@ -18,6 +18,9 @@ _PARTS = {
 }
 """Task -> beginnings of the names of parameters that not all tasks use."""
 
+LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+"""The matrices of a decoder layer."""
+
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -42,10 +45,12 @@ class Recipe:
     texts around a prompt, drawn at random. lengths: task -> tokens of a row at most, longer ones are left
     out; least_side: of pictures to draw, those whose longer side is less, or more than twice the other,
     are left out; 0 keeps all. semantic_pixels: most pixels that the vision tower sees, 0 for those of
-    base. checkpointing: whether layers keep their inputs alone for the backward pass and compute the rest
-    again, which takes a third more time and much less memory. precision: `float32`, `bfloat16` for products,
-    or `auto`, which is bfloat16 on GPUs. threads: of torch, 0 for its own choice; workers: processes that
-    make batches ahead, for a device that would wait for them.
+    base. lora: rank of updates that learn in place of the decoder's matrices `lora_targets`, 0 for none; then
+    nothing else learns but what `learn` names; lora_scale: factor of an update. checkpointing: whether
+    layers keep their inputs alone for the backward pass and compute the rest again, which takes a third more
+    time and much less memory. precision: `float32`, `bfloat16` for products, or `auto`, which is bfloat16 on
+    GPUs. threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device
+    that would wait for them.
     log_every, save_every, sample_every: in steps.
     Part `vq` alone: alike: weight of `unlike`, without which tokens tell of what is around a patch too, and
     one plain background has many of them; plain: steps without quantisation, before the codebook is set;
@@ -75,6 +80,9 @@ class Recipe:
     muon: bool = False
     learn: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ("vq.", "visual.")
+    lora: int = 0
+    lora_scale: float = 2.0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     checkpointing: bool = False
     precision: str = "auto"
     threads: int = 0
@@ -129,6 +137,12 @@ class Recipe:
         recipe = cls(**made)
         if recipe.part not in ("vq", "lm"):
             raise InputError(f"The recipe's part is '{recipe.part}', but must be vq or lm.")
+        for target in recipe.lora_targets:
+            if target not in LORA_TARGETS:
+                near = did_you_mean(target, LORA_TARGETS) or f"; they are {', '.join(LORA_TARGETS)}."
+                raise InputError(f"The recipe's lora_targets has '{target}', which no layer has{near}")
+        if recipe.lora and recipe.part == "vq":
+            raise InputError("The recipe has lora, but the image tokenizer has no such layers; leave it out.")
         if recipe.precision not in PRECISIONS:
             raise InputError(
                 f"The recipe's precision is '{recipe.precision}', but must be one of {', '.join(PRECISIONS)}."
@@ -173,6 +187,8 @@ class Recipe:
         used = [prefix for task in self.rows for prefix in _PARTS.get(task, ())]
         if not name.startswith(("language_model.", "lm_head.", "vq.", *used)):
             return False
+        if self.lora:
+            return ".lora_" in name or (bool(self.learn) and name.startswith(self.learn))
         return (name.startswith(self.learn) if self.learn else True) and not name.startswith(self.frozen)
 
     def rate_at(self, step: int) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wallaroo.model.checkpoint import disk_parts
+from wallaroo.model.training import lora
 from wallaroo.model.training.process import Process
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.wallaroo import Wallaroo
@@ -62,16 +63,20 @@ def shard(module: nn.Module, model: Wallaroo, process: Process, half: bool) -> N
 
 
 @torch.no_grad()
-def fill(model: Wallaroo, read: Callable[[str], Tensor]) -> None:
+def fill(model: Wallaroo, read: Callable[[str], Tensor], seed: int = 0) -> None:
     """Puts weights into a model, of a sharded one this process's part, one parameter at a time.
 
     Args:
         model: With memory, sharded or not.
         read: Gives a tensor by its name on disk.
+        seed: Of the updates of LoRA, which are drawn.
     """
     for name, parameter in model.named_parameters():
-        parts = [read(part) for part in disk_parts(name, model.config)]
-        given = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts])
+        if lora.is_update(name):
+            given = lora.drawn(name, parameter.shape, seed)
+        else:
+            parts = [read(part) for part in disk_parts(name, model.config)]
+            given = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts])
         if hasattr(parameter, "to_local"):
             _fill_shard(parameter, given)
         else:

@@ -12,6 +12,7 @@ from torch import nn
 from wallaroo.model.checkpoint import empty_model
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
+from wallaroo.model.training import lora
 from wallaroo.model.training.losses import CHUNK
 from wallaroo.model.training.recipe import Recipe
 
@@ -60,6 +61,8 @@ class Sizes:
     def __init__(self, config: ModelConfig, recipe: Recipe, half: bool):
         self.config, self.recipe, self.half = config, recipe, half
         self.model = empty_model(config, None, "meta", torch.float32)
+        if recipe.lora:
+            lora.add(self.model, recipe)
         named = dict(self.model.named_parameters())
         self.learning = sum(one.numel() for name, one in named.items() if recipe.learns(name))
         self.frozen = sum(one.numel() for name, one in named.items() if not recipe.learns(name))

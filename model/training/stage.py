@@ -22,6 +22,7 @@ from wallaroo.model.checkpoint import (
     shard_names,
 )
 from wallaroo.model.errors import InputError
+from wallaroo.model.training import lora
 from wallaroo.model.training.data import Row, Source, from_memory, pictures_of, read_rows
 from wallaroo.model.training.lm import LMJob
 from wallaroo.model.training.log import Log, due, progress, samples
@@ -31,7 +32,7 @@ from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.rows import fits
 from wallaroo.model.training.sharding import fill, halves, recompute, shard
 from wallaroo.model.training.sizing import Sizes, device_bytes
-from wallaroo.model.training.start import check_start, stage_config, start_model, start_weights
+from wallaroo.model.training.start import check_start, empty_start, stage_config, start_model, start_weights
 from wallaroo.model.training.state import Files
 from wallaroo.model.training.vq import VQJob
 from wallaroo.model.wallaroo import Wallaroo
@@ -63,25 +64,29 @@ def start_job(
         if recipe.checkpointing and isinstance(job, LMJob):
             recompute(model)
         return model, job
-    config = check_start(recipe)
-    model = empty_model(config, None, "meta", torch.float32)
+    model = empty_start(recipe, "meta")
     job = make_job(model, recipe, source, rows, process)
     if recipe.checkpointing:
         recompute(model)
     shard(job.module, model, process, halves(recipe, process))
-    fill(model, start_weights(recipe, config))
+    fill(model, start_weights(recipe, model.config), recipe.seed)
     return model, job
 
 
 def finish(model: Wallaroo, recipe: Recipe, process: Process) -> None:
-    """Writes the stage's result, a checkpoint folder, unless it is there.
+    """Writes the stage's result, a checkpoint folder or with `lora` its updates, unless it is there.
 
     Of a sharded model one parameter at a time is gathered, by all processes together, and written by the
     first.
     """
     if result(recipe) is not None:
         return
-    folder = Path(recipe.folder) / RESULT
+    folder = result_folder(recipe)
+    if recipe.lora:
+        learned = {name: whole(one.detach()) for name, one in model.named_parameters() if one.requires_grad}
+        if process.rank == 0:
+            lora.write(folder, recipe, model.config, learned)
+        return
     gathered = Gathered(model)
     if process.rank == 0:
         tokenizer = (Path(recipe.base) / TOKENIZER).read_text(encoding="utf-8")
@@ -92,17 +97,23 @@ def finish(model: Wallaroo, recipe: Recipe, process: Process) -> None:
 
 
 class Gathered:
-    """The tensors of a model by their names on disk, gathered when asked for.
+    """The tensors of a model by their names on disk, gathered when asked for, with updates of LoRA added.
+
+    Args:
+        model: Sharded or whole.
+        scale: Factor of its updates.
 
     Attributes:
         empty: Name on disk -> tensor of that shape and type, without memory.
     """
 
-    def __init__(self, model: Wallaroo):
+    def __init__(self, model: Wallaroo, scale: float = 0.0):
+        self.config, self.scale = model.config, scale
         self.parameters = dict(model.named_parameters())
         self.places = {
             part: (name, list(parts.values()), index)
             for name in self.parameters
+            if not lora.is_update(name)
             for parts in [disk_parts(name, model.config)]
             for index, part in enumerate(parts)
         }
@@ -115,17 +126,25 @@ class Gathered:
     def __call__(self, name: str) -> Tensor:
         parameter, rows, index = self.places[name]
         full = whole(self.parameters[parameter].detach())
-        return full if rows[index] is None else full.split(rows)[index]
+        given = full if rows[index] is None else full.split(rows)[index]
+        stem = parameter.removesuffix("weight")
+        updates = {
+            stem + part: whole(self.parameters[stem + part].detach())
+            for part in (lora.DOWN, lora.UP)
+            if stem + part in self.parameters
+        }
+        added = lora.update_of(parameter, self.config, updates, self.scale)
+        return given.float() + added[name] if name in added else given
 
 
-def for_samples(job: "VQJob | LMJob", process: Process) -> Wallaroo | None:
+def for_samples(job: "VQJob | LMJob", recipe: Recipe, process: Process) -> Wallaroo | None:
     """A model that can draw, in the first process; None in others, and for the image tokenizer."""
     if isinstance(job, VQJob):
         return None
     model = job.module.model
-    if process.shard == "none":
+    if process.shard == "none" and not recipe.lora:
         return model if process.rank == 0 else None
-    gathered, task = Gathered(model), "generate"
+    gathered, task = Gathered(model, recipe.lora_scale), "generate"
     made = empty_model(model.config, task, process.device if process.rank == 0 else "meta", torch.float32)
     with torch.no_grad():
         for name, tensor in disk_tensors(made).items():
@@ -269,7 +288,7 @@ def run_stage(
 
     def after(step: int) -> None:
         if due(recipe, step):
-            drawing = for_samples(job, process)
+            drawing = for_samples(job, recipe, process)
             if log is not None:
                 log.picture(step, samples(job, step, drawing))
 
@@ -277,10 +296,15 @@ def run_stage(
     if log is not None:
         log.close()
     finish(model, recipe, process)
-    return Path(recipe.folder) / RESULT
+    return result_folder(recipe)
+
+
+def result_folder(recipe: Recipe) -> Path:
+    """Where a stage puts what it has made: a checkpoint, or with `lora` its updates."""
+    return Path(recipe.folder) / (lora.LORA if recipe.lora else RESULT)
 
 
 def result(recipe: Recipe) -> Path | None:
-    """The stage's checkpoint, if it is there."""
-    folder = Path(recipe.folder) / RESULT
+    """What the stage has made, if it is there."""
+    folder = result_folder(recipe)
     return folder if folder.exists() else None

@@ -12,6 +12,7 @@ from torch import Tensor
 from wallaroo.model.checkpoint import disk_tensors, empty_model, expected_shapes, load_config, mapped_tensors
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
+from wallaroo.model.training import lora
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.sharding import fill
 from wallaroo.model.wallaroo import Wallaroo
@@ -75,8 +76,19 @@ def start_model(recipe: Recipe) -> Wallaroo:
 
     Raises InputError as `check_start` does.
     """
-    model = empty_model(check_start(recipe), None, "cpu", torch.float32)
-    fill(model, start_weights(recipe, model.config))
+    model = empty_start(recipe, "cpu")
+    fill(model, start_weights(recipe, model.config), recipe.seed)
+    return model
+
+
+def empty_start(recipe: Recipe, device: str) -> Wallaroo:
+    """The model of a stage before its weights are filled in, with updates if the recipe has `lora`.
+
+    Raises InputError as `check_start` does.
+    """
+    model = empty_model(check_start(recipe), None, device, torch.float32)
+    if recipe.lora:
+        lora.add(model, recipe)
     return model
 
 
