@@ -713,6 +713,13 @@ def shapes(
     default="auto",
     help="Each worker holds the whole model (none), a shard (full), or what fits (auto, default).",
 )
+@click.option(
+    "--grace",
+    type=float,
+    default=60.0,
+    metavar="SECONDS",
+    help="Time to save the state after Ctrl-C or SIGTERM (default 60).",
+)
 @click.option("--plan", is_flag=True, help="Print rows and memory a worker, and start nothing.")
 @click.option(
     "--gpu-memory", type=float, default=80.0, metavar="GB", help="With --plan: of a GPU (default 80)."
@@ -724,6 +731,7 @@ def train(
     device: str,
     address: str | None,
     shard: str,
+    grace: float,
     plan: bool,
     gpu_memory: float,
 ) -> int:
@@ -752,7 +760,9 @@ def train(
         for line in on_ray.plan(recipe, workers, shard, gpu_memory):
             click.echo(line)
         return OK
-    click.echo(on_ray.train(recipe, workers, device, address, click.echo, shard))
+    stop = Stop(grace)
+    with stop.signals():
+        click.echo(on_ray.train(recipe, workers, device, address, click.echo, shard, stop))
     return OK
 
 

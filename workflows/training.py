@@ -38,6 +38,7 @@ from wallaroo.workflows.cluster import choose_device, connected, reason
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.plans.dataset import blocks_in_order
 from wallaroo.workflows.storage.paths import absolute_path
+from wallaroo.workflows.stopping import Stop
 
 COLUMNS = {
     "generate": ("prompt", "picture"),
@@ -54,6 +55,10 @@ BLOCK_ROWS = 64
 MAX_FAILURES = 3
 """Times that lost workers are replaced, before the training fails."""
 
+STOP = "stop"
+"""File in a stage's folder that asks the workers to save their state and end."""
+
+JOIN_SECONDS = 0.2
 POLL_SECONDS = 0.5
 S3_POLL_SECONDS = 3.0
 
@@ -65,6 +70,7 @@ def train(
     address: str | None = None,
     say: Callable[[str], None] = print,
     shard: str = "auto",
+    stop: Stop | None = None,
 ) -> str:
     """Runs one stage on Ray, resumes it where it was, and gives the folder of its checkpoint.
 
@@ -76,11 +82,13 @@ def train(
             folder, unless that is on S3.
         say: Gets a line of progress at a time.
         shard: `none` (each worker holds the whole model), `full` (each holds a shard), or `auto`.
+        stop: When to save the state and end; by default never, so that Ctrl-C loses the last steps.
 
     Returns:
         The checkpoint folder.
 
     Raises:
+        RunStopped: As `stop` wished.
         InputError: The recipe cannot be followed; before Ray starts as far as that can be told.
         RunInProgress: Another training is at work in the folder.
     """
@@ -90,14 +98,18 @@ def train(
         say(f"{done} is there already, so there is nothing to do")
         return done
     with OutputLock(recipe.folder, "train"), connected(address, workers), _followed(recipe, say):
+        # What a killed driver has left would stop the workers at once.
+        storage.delete(storage.join(recipe.folder, STOP))
         device = choose_device(device)
         data = {task: read(task, paths, recipe) for task, paths in files.items()}
+        held_out = {task: read(task, paths, recipe) for task, paths in _find(recipe.held_out, recipe).items()}
         for task, rows in data.items():
             if not len(rows):
                 path = recipe.data[task]
                 raise InputError(f"{path} has no row of {task}, or all are too long or small for the stage.")
         spread = _choose(recipe, workers, device, shard, say)
-        _fit(recipe, data, workers, device, spread)
+        given = {"recipe": recipe, "data": data, "held_out": held_out, "shard": spread}
+        _fit(given, workers, device, stop or Stop(0.0))
     done = finished(recipe)
     if done is None:
         raise InputError(
@@ -181,8 +193,9 @@ def absolute(recipe: Recipe) -> Recipe:
     """With paths that hold good in a process with another working folder."""
     named = {name: getattr(recipe, name) for name in ("folder", "base", "start")}
     changes: dict[str, Any] = {name: absolute_path(path) for name, path in named.items() if path}
-    data = {task: absolute_path(path) for task, path in recipe.data.items()}
-    return dataclasses.replace(recipe, data=data, **changes)
+    for name in ("data", "held_out"):
+        changes[name] = {task: absolute_path(path) for task, path in getattr(recipe, name).items()}
+    return dataclasses.replace(recipe, **changes)
 
 
 def check(recipe: Recipe, workers: int) -> dict[str, list[str]]:
@@ -196,8 +209,14 @@ def check(recipe: Recipe, workers: int) -> dict[str, list[str]]:
             f"Ray's rows; leave it out."
         )
     check_start(local(recipe))
+    _find(recipe.held_out, recipe)
+    return _find(recipe.data, recipe)
+
+
+def _find(named: Mapping[str, str], recipe: Recipe) -> dict[str, list[str]]:
+    """The Parquet files of each task, in order, of files, folders and patterns."""
     files = {}
-    for task, path in recipe.data.items():
+    for task, path in named.items():
         if recipe.part == "lm" and task not in COLUMNS:
             raise InputError(f"The recipe has data of '{task}', but tasks are {', '.join(COLUMNS)}.")
         found = [file.path for file in storage.match_files(path)]
@@ -299,23 +318,24 @@ def _tokenizer(folder: str) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _fit(recipe: Recipe, data: Mapping[str, Rows], workers: int, device: str, shard: str) -> None:
+def _fit(given: dict[str, Any], workers: int, device: str, stop: Stop) -> None:
     """Raises InputError for what a worker was given and cannot use."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    recipe: Recipe = given["recipe"]
     # Ray Train's own notes; what a stage needs to go on is in its states.
     own = tempfile.mkdtemp(prefix="wallaroo-ray-") if storage.is_s3(recipe.folder) else recipe.folder
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"recipe": recipe, "data": data, "shard": shard},
+        train_loop_config=given,
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=device == "cuda"),
         run_config=RunConfig(
             name="ray", storage_path=own, failure_config=FailureConfig(max_failures=MAX_FAILURES)
         ),
     )
     try:
-        _apart(trainer.fit)
+        _apart(trainer.fit, storage.join(recipe.folder, STOP), stop)
     except TrainingFailedError as error:
         for failure in getattr(error, "worker_failures", {}).values():
             if isinstance(failure, InputError):
@@ -323,8 +343,11 @@ def _fit(recipe: Recipe, data: Mapping[str, Rows], workers: int, device: str, sh
         raise
 
 
-def _apart(action: Callable[[], Any]) -> None:
-    """Does it in a thread of its own: in the main one Ray Train would keep Ctrl-C for itself."""
+def _apart(action: Callable[[], Any], note: str, stop: Stop) -> None:
+    """Does it in a thread of its own: in the main one Ray Train would keep Ctrl-C for itself.
+
+    The wish to stop becomes the file `note`, which the workers look for; then they have the time of grace.
+    """
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -335,9 +358,22 @@ def _apart(action: Callable[[], Any]) -> None:
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
-    thread.join()
+    told = False
+    with stop.patience():
+        stop.listen()
+        while thread.is_alive():
+            thread.join(JOIN_SECONDS)
+            if stop.asked() and not told:
+                storage.write_atomic(note, b"")
+                told = True
+            if stop.over():
+                break
+    if told:
+        storage.delete(note)
     if failed:
         raise failed[0]
+    if told:
+        raise stop.stopped()
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -346,26 +382,46 @@ def _work(config: dict[str, Any]) -> None:
 
     recipe: Recipe = config["recipe"]
     process = process_of_group(str(get_device()), config["shard"])
-    if not storage.is_s3(recipe.folder):
-        run_stage(local(recipe), config["data"], process)
-        return
-    from wallaroo.workflows.train_storage import Published, S3States
+    given = {"data": config["data"], "held_out": config["held_out"], "process": process}
+    with _told(storage.join(recipe.folder, STOP), process.rank == 0) as stop:
+        if not storage.is_s3(recipe.folder):
+            run_stage(local(recipe), **given, stop=stop)
+            return
+        from wallaroo.workflows.train_storage import Published, S3States
 
-    storage.be_patient()
-    with tempfile.TemporaryDirectory(prefix="wallaroo-train-") as own:
-        published = Published(own, recipe.folder)
-        if process.rank == 0:
-            published.fetch_log()
-        run_stage(
-            dataclasses.replace(local(recipe), folder=own),
-            config["data"],
-            process,
-            lambda line: published.publish(),
-            files=S3States(storage.join(recipe.folder, STATES)),
-        )
-        if process.rank == 0:
-            published.publish()
-            published.publish_result(LORA if recipe.lora else RESULT)
+        storage.be_patient()
+        states = S3States(storage.join(recipe.folder, STATES))
+        with tempfile.TemporaryDirectory(prefix="wallaroo-train-") as own:
+            published = Published(own, recipe.folder)
+            if process.rank == 0:
+                published.fetch_log()
+            here = dataclasses.replace(local(recipe), folder=own)
+            made = run_stage(here, **given, say=lambda line: published.publish(), files=states, stop=stop)
+            if process.rank == 0:
+                published.publish()
+                if made is not None:
+                    published.publish_result(made.name)
+
+
+@contextmanager
+def _told(note: str, looks: bool) -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether a file is there, which a thread looks for now and then."""
+    found, over = threading.Event(), threading.Event()
+    pause = S3_POLL_SECONDS if storage.is_s3(note) else POLL_SECONDS
+
+    def look() -> None:
+        while not over.wait(pause):
+            if storage.exists(note):
+                found.set()
+                return
+
+    thread = threading.Thread(target=look, name="stop", daemon=True)
+    if looks:
+        thread.start()
+    try:
+        yield found.is_set
+    finally:
+        over.set()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import sys
 
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.recipe import Recipe
-from wallaroo.model.training.stage import train
+from wallaroo.model.training.stage import Stopped, train
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
         sys.exit("usage: python -m wallaroo.model.training RECIPES.toml STAGE [WORKERS]")
     try:
         print(train(Recipe.from_file(*sys.argv[1:3]), workers=int("".join(sys.argv[3:] or "1"))))
-    except InputError as error:
+    except (InputError, Stopped) as error:
         sys.exit(f"model.training: {error}")
 
 

@@ -9,9 +9,9 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -39,16 +39,21 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-Source = Callable[[str, int, int], Sequence[Row]]
-"""(task, first, size) -> rows of a task from place `first` on, always the same; places have no end."""
+class Source(Protocol):
+    """Gives rows of a task from place `first` on, always the same; places have no end.
+
+    further: how many rows after each of them to take instead, for those that cannot be used.
+    """
+
+    def __call__(self, task: str, first: int, size: int, further: int = 0) -> Sequence[Row]: ...
 
 
 def from_memory(data: Mapping[str, Sequence[Row]], seed: int) -> Source:
     """Rows that can be had by their index, in an order of their own each epoch."""
 
-    def rows(task: str, first: int, size: int) -> Sequence[Row]:
-        place = sorted(data).index(task)
-        return [data[task][index] for index in shuffled(len(data[task]), first, size, seed + place)]
+    def rows(task: str, first: int, size: int, further: int = 0) -> Sequence[Row]:
+        place, count = sorted(data).index(task), len(data[task])
+        return [data[task][(index + further) % count] for index in shuffled(count, first, size, seed + place)]
 
     return rows
 
@@ -72,8 +77,12 @@ def pictures_of(rows: Iterable[Row]) -> list[np.ndarray]:
     ]
 
 
+class BadPicture(InputError):
+    """A picture that cannot be decoded."""
+
+
 def open_picture(data: bytes) -> Image.Image:
-    """An encoded picture in RGB. Raises InputError if it cannot be decoded."""
+    """An encoded picture in RGB. Raises BadPicture if it cannot be decoded."""
     with _decoding(data), Image.open(io.BytesIO(data)) as image:
         return image.convert("RGB")
 
@@ -89,7 +98,7 @@ def _decoding(data: bytes) -> Iterator[None]:
     try:
         yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(
+        raise BadPicture(
             f"A picture of {len(data):,} bytes among the rows to train on cannot be decoded "
             f"({type(error).__name__}), its sha256 is {hashlib.sha256(data).hexdigest()}; leave its row out."
         ) from None

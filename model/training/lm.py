@@ -1,5 +1,6 @@
 """The language model's batches, its losses by task and head, and the job that trains it."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from wallaroo.model.attention import causal_attention
 from wallaroo.model.config import VisionConfig
 from wallaroo.model.decoder import rope, rope_frequencies
+from wallaroo.model.errors import InputError
 from wallaroo.model.tokenizer import Tokenizer
-from wallaroo.model.training.data import Source
+from wallaroo.model.training.data import BadPicture, Source
 from wallaroo.model.training.losses import entropy
 from wallaroo.model.training.process import Process
 from wallaroo.model.training.recipe import Recipe
@@ -31,7 +33,7 @@ class Batch:
     ids, image: int64 `(B, T)`; positions: int64 `(3, B, T)`; target: bool `(B, T)`; patches of all
     sources and their grids int64 `(B, 3)`; semantic, pixel: places of their embeddings in the flattened
     `B * T`, and filled those of all that are no pads, `(tokens,)`; latents: `(n, 8)`; null: bool `(B,)`;
-    tower: what the vision tower works out from the grids.
+    tower: what the vision tower works out from the grids. bad: why rows were replaced by others.
     """
 
     ids: Tensor
@@ -46,9 +48,10 @@ class Batch:
     pixel: Tensor | None = None
     latents: Tensor | None = None
     tower: dict[str, Tensor] = field(default_factory=dict)
+    bad: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: Sequence[TrainingRow], config: VisionConfig) -> "Batch":
+    def of(cls, rows: Sequence[TrainingRow], config: VisionConfig, bad: Sequence[str] = ()) -> "Batch":
         longest = max(len(row.ids) for row in rows)
         shape = (len(rows), longest)
         ids, image, target = np.zeros(shape, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, bool)
@@ -82,6 +85,7 @@ class Batch:
             pixel=put(pixel),
             latents=put([row.latents for row in rows]),
             tower=tower_plan(config, grids) if grids is not None else {},
+            bad=tuple(bad),
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -198,6 +202,10 @@ def _following(values: Tensor, end: int) -> Tensor:
     return F.pad(values[:, 1:], (0, 1), value=end).flatten()
 
 
+MAX_BAD = 100
+"""Rows in a row whose pictures cannot be decoded, after which a training fails."""
+
+
 class LMJob:
     """Trains decoder, heads and adapters (and what else the recipe does not freeze) on rows of data."""
 
@@ -212,26 +220,48 @@ class LMJob:
         self.module = LMLosses(model, recipe.smoothing, recipe.null_smoothing)
         self.source, self.recipe, self.process = source, recipe, process or Process()
         self.share = recipe.share(self.process.world)
+        self.bad: list[str] = []
         self.rows = Rows(model, tokenizer, recipe)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(recipe.learns(name))
         self.flops_per_token = Sizes(model.config, recipe, False).flops_per_token()
+
+    @classmethod
+    def beside(cls, job: "LMJob", source: Source, recipe: Recipe) -> "LMJob":
+        """A job on other rows with the same model, what learns untouched."""
+        made = copy.copy(job)
+        made.source, made.recipe, made.share = source, recipe, recipe.share(job.process.world)
+        made.rows, made.bad = copy.copy(job.rows), []
+        made.rows.recipe = recipe
+        return made
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
         part = piece * self.process.world + self.process.rank
         batches: dict[str, Batch] = {}
         for index, (task, size) in enumerate(sorted(self.share.items())):
             first = step * self.recipe.rows[task] + part * size
-            made = [
+            made, bad = [], []
+            for place, row in enumerate(self.source(task, first, size), first):
                 # What is drawn for a row depends on its place in the whole step, whoever has it.
-                self.rows.make(task, row, np.random.default_rng((self.recipe.seed, index, place)))
-                for place, row in enumerate(self.source(task, first, size), first)
-            ]
-            batches[task] = Batch.of(made, self.rows.config.vision)
+                key = (self.recipe.seed, index, place)
+                for further in range(1, MAX_BAD + 1):
+                    try:
+                        made.append(self.rows.make(task, row, np.random.default_rng(key)))
+                        break
+                    except BadPicture as error:
+                        bad.append(f"{task}: {error}")
+                        [row] = self.source(task, place, 1, further)
+                else:
+                    raise InputError(f"{MAX_BAD} rows after each other cannot be used, the last: {bad[-1]}")
+            batches[task] = Batch.of(made, self.rows.config.vision, bad)
         return (batches,)
 
     def counts(self, batches: Mapping[str, Batch]) -> dict[str, int]:
-        found = {"tokens": sum(len(batch.filled) for batch in batches.values())}
+        found = {"bad_rows": sum(len(batch.bad) for batch in batches.values())}
+        for reason in (reason for batch in batches.values() for reason in batch.bad):
+            if reason not in self.bad:
+                self.bad.append(reason)
+        found |= {"tokens": sum(len(batch.filled) for batch in batches.values())}
         for task, batch in batches.items():
             drawn = batch.image[:, 1:] >= 0
             found[f"{task}_text"] = int((batch.target[:, 1:] & ~drawn).sum())

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from wallaroo.model.vq import to_uint8
 from wallaroo.model.wallaroo import Wallaroo
 
 METRICS = "metrics.jsonl"
+ERRORS = "errors.jsonl"
 
 
 class Log:
@@ -31,6 +32,7 @@ class Log:
     def __init__(self, folder: str | Path):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.file = Path(folder) / METRICS
+        self.told: set[str] = set()
         self.board: Any = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -42,6 +44,15 @@ class Log:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
         for name, number in numbers.items() if self.board else ():
             self.board.add_scalar(name, number, step)
+
+    def bad(self, reasons: Sequence[str]) -> None:
+        """Adds why rows could not be used to ERRORS, each reason once a start."""
+        with open(self.file.with_name(ERRORS), "a", encoding="utf-8") as file:
+            for reason in reasons:
+                if reason not in self.told:
+                    self.told.add(reason)
+                    task, _, message = reason.partition(": ")
+                    file.write(json.dumps({"task": task, "message": message}) + "\n")
 
     def picture(self, step: int, pixels: np.ndarray) -> None:
         """A sample, uint8 `(H, W, 3)`."""
@@ -57,14 +68,18 @@ class Log:
 def progress(step: int, steps: int, numbers: Mapping[str, float]) -> str:
     """One line for people."""
     losses = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if name not in _NO_LOSS)
+    if "loss" not in numbers:
+        return f"step {step:,} of {steps:,}: {losses}"
     measured = [f"{numbers['memory_peak_gb']:.1f} GB", f"{numbers['data_wait']:.0%} waiting for data"]
     if "mfu" in numbers:
         measured.append(f"MFU {numbers['mfu']:.1%}")
+    if numbers.get("bad_rows"):
+        measured.append(f"{numbers['bad_rows']:,.0f} bad rows replaced")
     measured.append(f"{numbers['tokens_per_second']:,.0f} tokens/s")
     return f"step {step:,} of {steps:,}: loss {numbers['loss']:.4f} ({losses}), {', '.join(measured)}"
 
 
-_NO_LOSS = ("loss", "gradient_norm", "rate", "skipped_steps", *MEASURED)
+_NO_LOSS = ("loss", "gradient_norm", "rate", "skipped_steps", "bad_rows", *MEASURED)
 
 
 def due(recipe: Recipe, step: int) -> bool:

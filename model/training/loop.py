@@ -52,7 +52,8 @@ def optimise(
     process: Process | None = None,
     after: Callable[[int], None] = lambda step: None,
     files: Files | None = None,
-) -> None:
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Trains from the last saved step of `recipe.folder`, if any, to `recipe.steps`.
 
     AdamW 0.9/0.95 without weight decay, or Muon for matrices; gradient norm 1.0. Each loss is a mean over
@@ -65,6 +66,10 @@ def optimise(
         process: One of those that share the training, by default the only one.
         after: Called after each step, in each process.
         files: Where states lie, by default on the disk.
+        stop: Asked after each step in each process; if one says yes, all save the state and end.
+
+    Returns:
+        Whether all steps are done.
 
     Raises:
         InputError: The processes find different states, or a state is of another recipe.
@@ -81,6 +86,7 @@ def optimise(
     step = states.load(kept, optimizers, job)
     meter = Meter(process, job.flops_per_token)
     ahead = batches(job, recipe, step)
+    bad_rows = 0
     try:
         while step < recipe.steps:
             for optimizer in optimizers:
@@ -90,8 +96,9 @@ def optimise(
             # All pieces are made first: what a loss is divided by is known when all have been counted.
             with meter.waiting():
                 pieces = list(itertools.islice(ahead, recipe.accumulate))
-            sums, tokens = _gradients(job, module, pieces, recipe, process)
-            meter.count(tokens)
+            sums, counts = _gradients(job, module, pieces, recipe, process)
+            meter.count(counts["tokens"])
+            bad_rows += int(counts.get("bad_rows", 0))
             drawn = sum(value for name, value in sums.items() if name.startswith("generate_"))
             sound = all(map(math.isfinite, sums.values())) and drawn <= (recipe.largest_loss or math.inf)
             norm = float(whole(nn.utils.clip_grad_norm_(learning.values(), 1.0)))
@@ -108,13 +115,19 @@ def optimise(
                     "gradient_norm": norm,
                     "rate": recipe.rate_at(step - 1),
                 }
+                if bad_rows:
+                    numbers["bad_rows"] = float(bad_rows)
                 report(step, sums | numbers | meter.read() | more)
-            if step % recipe.save_every == 0 or step == recipe.steps:
+            stopped = process.total({"stop": float(stop())})["stop"] > 0
+            if step % recipe.save_every == 0 or step == recipe.steps or stopped:
                 states.save(step, kept, optimizers, job)
             after(step)
+            if stopped:
+                break
     finally:
         # A state that is being written when training fails is the one to go on with.
         states.finish()
+    return step == recipe.steps
 
 
 def make_optimizers(recipe: Recipe, learning: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
@@ -135,11 +148,11 @@ def make_optimizers(recipe: Recipe, learning: Mapping[str, nn.Parameter]) -> lis
 
 def _gradients(
     job: Job, module: nn.Module, pieces: Sequence[tuple[Any, ...]], recipe: Recipe, process: Process
-) -> tuple[dict[str, float], float]:
-    """Makes the gradients of a step; gives its losses and tokens, those of all processes."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Makes the gradients of a step; gives its losses and what it has, those of all processes."""
     counted = [job.counts(*piece) for piece in pieces]
     every = process.total({name: sum(one[name] for one in counted) for name in counted[0]})
-    sums = dict.fromkeys([name for name in every if name != "tokens"], 0.0)
+    sums = dict.fromkeys([name for name in every if name not in ("tokens", "bad_rows")], 0.0)
     # A whole model keeps its weights in float32 and multiplies in bfloat16; a sharded one is gathered in it.
     half = halves(recipe, process) and process.shard == "none"
     kind = process.device.partition(":")[0]
@@ -153,7 +166,7 @@ def _gradients(
         for name, share in shares.items():
             sums[name] += float(share.detach())
     # All processes see the same sums and gradients, and so agree on what follows.
-    return process.total(sums), every["tokens"]
+    return process.total(sums), every
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ class Process:
             torch.distributed.all_reduce(there)
             summed = there.cpu()
         return dict(zip(values, summed.tolist(), strict=True))
+
+    def gathered(self, texts: list[str]) -> list[str]:
+        """The texts of all processes, which ask together."""
+        if not self.grouped:
+            return texts
+        found: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(found, texts)
+        return [text for some in found for text in some]
 
 
 def process_of_group(device: str, shard: str = "none") -> Process:

@@ -51,7 +51,9 @@ class Recipe:
     time and much less memory. precision: `float32`, `bfloat16` for products, or `auto`, which is bfloat16 on
     GPUs. threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device
     that would wait for them.
-    log_every, save_every, sample_every: in steps.
+    log_every, save_every, sample_every, validate_every: in steps, 0 for never. held_out: task -> file of rows
+    that are not learned; every `validate_every` steps the losses of `validate_steps` steps of them are logged
+    as held_out_TASK_HEAD, where no prompt is dropped.
     Part `vq` alone: alike: weight of `unlike`, without which tokens tell of what is around a patch too, and
     one plain background has many of them; plain: steps without quantisation, before the codebook is set;
     revive: steps after which entries that nobody used get a new place.
@@ -90,6 +92,9 @@ class Recipe:
     log_every: int = 20
     save_every: int = 200
     sample_every: int = 0
+    held_out: dict[str, str] = field(default_factory=dict)
+    validate_every: int = 0
+    validate_steps: int = 4
     alike: float = 0.0
     plain: int = 0
     revive: int = 0
@@ -150,7 +155,18 @@ class Recipe:
         for name in ("drop", "masked", "smoothing", "null_smoothing"):
             if getattr(recipe, name) > 1:
                 raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but a share is at most 1.")
-        for name in ("steps", "accumulate", "log_every", "save_every"):
+        if bool(recipe.held_out) != bool(recipe.validate_every):
+            raise InputError(
+                f"The recipe has held_out = {recipe.held_out} and validate_every = {recipe.validate_every}; "
+                f"losses of held-out rows need both, so give both or neither."
+            )
+        for task in recipe.held_out:
+            if task not in recipe.rows or recipe.part == "vq":
+                raise InputError(
+                    f"The recipe's held_out names '{task}', but must name tasks that the stage trains: "
+                    f"{', '.join(recipe.rows) if recipe.part == 'lm' else 'none of part vq'}."
+                )
+        for name in ("steps", "accumulate", "log_every", "save_every", "validate_steps"):
             if getattr(recipe, name) < 1:
                 raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but must be at least 1.")
         if set(recipe.rows) != set(recipe.data):

@@ -3,6 +3,7 @@
 Knows nothing of batches and losses.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from wallaroo.model.images import (
 )
 from wallaroo.model.prompts import TEMPLATES, Prompt, edit_prompt, generate_prompt, understand_prompt
 from wallaroo.model.tokenizer import Control, Tokenizer
-from wallaroo.model.training.data import Row, open_picture, sides
+from wallaroo.model.training.data import BadPicture, Row, open_picture, sides
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.vq import to_float
 from wallaroo.model.wallaroo import Wallaroo
@@ -99,17 +100,27 @@ class Rows:
         self.end = tokenizer.encode([Control("<|generate_end|>"), Control("<|im_end|>"), "\n"])
 
     def prepare(self, data: Mapping[str, Sequence[Row]]) -> None:
-        """Encodes all pictures of rows by task, SLICE of a size at a time, as far as there is room."""
+        """Encodes all pictures of rows by task, SLICE of a size at a time, as far as there is room.
+
+        Pictures that cannot be decoded are left to `make`.
+        """
         wanted: dict[Size, dict[bytes, None]] = {}
         for task, rows in data.items():
             for row in rows if task != "understand" else ():
                 for name in ("picture", "image") if task == "edit" else ("picture",):
-                    wanted.setdefault(self._size(row[name]), {})[row[name]] = None
+                    with contextlib.suppress(BadPicture):
+                        wanted.setdefault(self._size(row[name]), {})[row[name]] = None
         for size, files in wanted.items():
             # Sources of dropped prompts are black.
             waiting = [b"", *files] if "edit" in data else list(files)
             for first in range(0, len(waiting), self.SLICE):
-                self._encode(waiting[first : first + self.SLICE], size)
+                some = waiting[first : first + self.SLICE]
+                try:
+                    self._encode(some, size)
+                except BadPicture:
+                    for one in some:
+                        with contextlib.suppress(BadPicture):
+                            self._encode([one], size)
 
     def make(self, task: str, row: Row, generator: np.random.Generator) -> TrainingRow:
         """A training row; `generator` decides what is dropped and masked, and the template."""
@@ -205,10 +216,13 @@ def _templates(recipe: Recipe, task: str, language: str) -> list[str]:
 
 def fits(row: Row, task: str, tokenizer: Tokenizer, config: ModelConfig, recipe: Recipe) -> bool:
     """Whether a stage trains on a row: neither too long, whatever is drawn for it, nor of a picture to draw
-    that is too small or too long."""
+    that is too small or too long. One whose picture cannot be opened counts as fit, and is told of later."""
     if task not in recipe.lengths and not (task == "generate" and recipe.least_side):
         return True
-    height, width = sides(row["picture" if task == "generate" else "image"])
+    try:
+        height, width = sides(row["picture" if task == "generate" else "image"])
+    except BadPicture:
+        return True
     longer, shorter = max(height, width), min(height, width)
     if task == "generate" and recipe.least_side and (longer < recipe.least_side or longer > 2 * shorter):
         return False

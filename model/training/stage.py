@@ -1,10 +1,12 @@
 """One stage from its recipe to its checkpoint, in one process or in several on this machine."""
 
+import contextlib
 import itertools
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +23,9 @@ from wallaroo.model.checkpoint import (
     save,
     shard_names,
 )
+from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
+from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.model.training import lora
 from wallaroo.model.training.data import Row, Source, from_memory, pictures_of, read_rows
 from wallaroo.model.training.lm import LMJob
@@ -34,6 +38,7 @@ from wallaroo.model.training.sharding import fill, halves, recompute, shard
 from wallaroo.model.training.sizing import Sizes, device_bytes
 from wallaroo.model.training.start import check_start, empty_start, stage_config, start_model, start_weights
 from wallaroo.model.training.state import Files
+from wallaroo.model.training.validation import Validation
 from wallaroo.model.training.vq import VQJob
 from wallaroo.model.wallaroo import Wallaroo
 
@@ -157,6 +162,8 @@ def for_samples(job: "VQJob | LMJob", recipe: Recipe, process: Process) -> Walla
 def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, shard: str = "auto") -> Path:
     """Runs one stage on this machine, resumes it where it was, and gives the folder of its checkpoint.
 
+    SIGTERM makes it save its state and end.
+
     Args:
         recipe: The stage. Of each file of rows it names, the JSON lines beside it are read.
         say: Gets a line of progress at a time.
@@ -169,6 +176,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, 
 
     Raises:
         InputError: The recipe cannot be followed.
+        Stopped: SIGTERM came.
     """
     recipe.share(workers)
     if (done := result(recipe)) is not None:
@@ -184,7 +192,10 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, 
         try:
             for other in others:
                 other.start()
-            return _join(recipe, say, 0, workers, meeting, shard)
+            made = _join(recipe, say, 0, workers, meeting, shard)
+            if made is None:
+                raise Stopped(f"SIGTERM came; the state is saved, run it again to resume {recipe.folder}.")
+            return made
         finally:
             torch.set_num_threads(threads)
             for other in (one for one in others if one.pid is not None):
@@ -193,13 +204,31 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, 
                 other.kill()
 
 
+class Stopped(Exception):
+    """A stage was stopped on purpose and can be resumed."""
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM is only noted; gives a function that says whether it came."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _silent(line: str) -> None:
     """What processes but the first do with their progress."""
 
 
 def _join(
     recipe: Recipe, say: Callable[[str], None], rank: int, world: int, meeting: str, shard: str
-) -> Path:
+) -> Path | None:
     """Runs a stage as one of its processes on this machine, which meet in a folder."""
     if rank:
         # Ctrl-C is for the first, which ends the others.
@@ -207,25 +236,40 @@ def _join(
     cuda = torch.cuda.is_available()
     device = f"cuda:{rank}" if cuda else "cpu"
     config, tokenizer = stage_config(load_config(recipe.base), recipe), load_tokenizer(recipe.base)
-    data = {}
-    for task, path in recipe.data.items():
-        rows = read_rows(Path(path).with_suffix(".jsonl"))
-        data[task] = [row for row in rows if fits(row, task, tokenizer, config, recipe)]
-        if not data[task]:
-            raise InputError(f"All rows of {path} are too long or too small for this stage; see its lengths.")
+    data, held_out = (
+        {
+            task: _fitting(read_rows(Path(path).with_suffix(".jsonl")), task, path, tokenizer, config, recipe)
+            for task, path in files.items()
+        }
+        for files in (recipe.data, recipe.held_out)
+    )
     spread = choose(recipe, Process(rank, world, device), shard, say)
     if world == 1 and spread == "none":
-        return run_stage(recipe, data, Process(device=device), say, ahead=True)
+        with _sigterm() as stop:
+            return run_stage(
+                recipe, data, Process(device=device), say, ahead=True, held_out=held_out, stop=stop
+            )
     if not cuda and world > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     # Nobody from outside is to join: the others are found by a file, and reached on this machine alone.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = torch.distributed.FileStore(f"{meeting}/store", world)
     torch.distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    process = process_of_group(device, spread)
     try:
-        return run_stage(recipe, data, process_of_group(device, spread), say, ahead=True)
+        with _sigterm() as stop:
+            return run_stage(recipe, data, process, say, ahead=True, held_out=held_out, stop=stop)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _fitting(
+    rows: Sequence[Row], task: str, path: str, tokenizer: Tokenizer, config: ModelConfig, recipe: Recipe
+) -> list[Row]:
+    found = [row for row in rows if fits(row, task, tokenizer, config, recipe)]
+    if not found:
+        raise InputError(f"All rows of {path} are too long or too small for this stage; see its lengths.")
+    return found
 
 
 def choose(
@@ -259,7 +303,9 @@ def run_stage(
     say: Callable[[str], None] = lambda line: None,
     ahead: bool = False,
     files: Files | None = None,
-) -> Path:
+    held_out: Mapping[str, Sequence[Row]] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path | None:
     """Runs one stage as one of its processes; that of rank 0 keeps the log and writes the checkpoint.
 
     Args:
@@ -269,9 +315,11 @@ def run_stage(
         say: Gets a line of progress at a time, in the first process.
         ahead: Whether pictures of rows are encoded before the first step.
         files: Where states lie, by default on the disk.
+        held_out: Rows by task whose losses are logged.
+        stop: Asked after each step; if a process says yes, all save the state and end.
 
     Returns:
-        The checkpoint folder.
+        What the stage has made, None if it was stopped.
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -279,22 +327,34 @@ def run_stage(
     model, job = start_job(recipe, from_memory(data, recipe.seed), every, process)
     if ahead and isinstance(job, LMJob):
         job.rows.prepare(data)
+    validation = Validation(job, held_out, recipe, process) if held_out and isinstance(job, LMJob) else None
     log = Log(recipe.folder) if process.rank == 0 else None
 
     def report(step: int, numbers: dict[str, float]) -> None:
+        if numbers.get("bad_rows") and isinstance(job, LMJob):
+            reasons = process.gathered(job.bad)
+            if log is not None:
+                log.bad(reasons)
         if log is not None:
             log(step, numbers)
             say(progress(step, recipe.steps, numbers))
 
     def after(step: int) -> None:
+        if validation is not None and step % recipe.validate_every == 0:
+            told = validation.losses()
+            if log is not None:
+                log(step, told)
+                say(progress(step, recipe.steps, told))
         if due(recipe, step):
             drawing = for_samples(job, recipe, process)
             if log is not None:
                 log.picture(step, samples(job, step, drawing))
 
-    optimise(job, recipe, report, process, after, files)
+    done = optimise(job, recipe, report, process, after, files, stop)
     if log is not None:
         log.close()
+    if not done:
+        return None
     finish(model, recipe, process)
     return result_folder(recipe)
 
