@@ -61,8 +61,8 @@ class _S3System(FileSystemBase):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         where = str(path)
         if mode == "rb":
-            filesystem, inner = storage.parquet_filesystem(where)
-            with storage.explained(where), filesystem.open_input_file(inner) as file:
+            # Buffered: a tensor is read in many small pieces.
+            with storage.open_source(where) as file:
                 yield file
         else:
             with storage.write_stream(where) as stream:

@@ -62,6 +62,7 @@ class LowRank(nn.Linear):
         self.lora_up = nn.Parameter(torch.empty(self.out_features, rank, device=place))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Outputs `(n, outputs)` for inputs `(n, inputs)`."""
         update = F.linear(F.linear(x, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
         return F.linear(x, self.weight, self.bias) + self.scale * update
 

@@ -2,16 +2,23 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.unit.training.cases import recipe as recipe_of
 from tests.unit.training.test_stage import write_rows
-from wallaroo.model.checkpoint import TINY, load
+from wallaroo.model.checkpoint import TINY, load, load_config, save
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.meter import MEASURED
 from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.training.sizing import Sizes
 from wallaroo.model.training.stage import train
+from wallaroo.model.training.start import fresh_model
 
 STEPS = 20
 
@@ -114,3 +121,40 @@ def test_a_state_of_another_recipe_is_refused(recipe, alone):
             train(other, lambda line: None)
     finally:
         alone.with_name("moved").rename(alone)
+
+
+def test_a_worker_holds_its_share_and_a_layer(tmp_path):
+    """At most 1.3 quarters of weights, gradients and optimizer with four workers, and what a gathered layer
+    takes: two of them in float32, the gradient of one, and that once more to be summed."""
+    config = load_config(TINY)
+    decoder = dataclasses.replace(
+        config.decoder, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=4, mrope_section=(8, 12, 12),
+    )  # fmt: skip
+    vision = dataclasses.replace(config.vision, out_hidden_size=512)
+    config = dataclasses.replace(
+        config, decoder=decoder, vision=vision, tasks=("generate", "understand"), layout="train"
+    )
+    tokenizer_json = (TINY / "tokenizer.json").read_text(encoding="utf-8")
+    save(fresh_model(config, 0), config, tokenizer_json, tmp_path / "base")
+    workers = 4
+    command = [sys.executable, "-m", "tests.e2e.sharded_memory"]
+    command += [str(tmp_path / "out"), str(tmp_path / "base"), str(tmp_path / "store")]
+    # What is freed goes back to the machine at once, so that only what is held is measured.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(workers)],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(workers)
+    ]
+    sizes = Sizes(config, recipe_of(data={"generate": ""}, rows={"generate": workers}), half=False)
+    bound = 1.3 * 16 * sizes.learning / workers + 16 * sizes.layer
+    for process in processes:
+        before, peak = map(int, process.communicate()[0].split())
+        print(f"{(peak - before) / 1e6:.0f} MB of at most {bound / 1e6:.0f}")
+        assert 12 * sizes.learning / workers < peak - before < bound
