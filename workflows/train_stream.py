@@ -1,7 +1,7 @@
 """Rows to train on, read from Parquet as they are needed, one row group at a time.
 
-A step has R rows of a task. Each of its R places is a lane with an even share of the rows of an epoch, so a worker
-reads only what its own places need, and any number of workers reads the same. Knows nothing of Ray.
+A step has R rows of a task. Each of its R places is a lane with an even share of the rows of an epoch, so a
+worker reads only what its own places need, and any number of workers reads the same. Knows nothing of Ray.
 """
 
 import functools
@@ -67,8 +67,8 @@ def _group_sizes(path: str) -> list[int]:
 class Streamed:
     """The rows of a stage in an order that its seed fixes, see `model.training.data.Source`.
 
-    An epoch takes the row groups in a new order, their rows in a new order too, and deals them to the lanes in equal
-    runs; the few rows that are left over, fewer than a step has, are left out of that epoch.
+    An epoch takes the row groups in a new order, their rows in a new order too, and deals them to the lanes
+    in equal runs; the few rows that are left over, fewer than a step has, are left out of that epoch.
 
     Args:
         groups: Of each task.
@@ -91,8 +91,8 @@ class Streamed:
         for task, count in rows.items():
             if groups[task].rows < count:
                 raise InputError(
-                    f"The data of {task} has {groups[task].rows} rows, but a step takes {count}; take fewer rows a "
-                    f"step, or more data."
+                    f"The data of {task} has {groups[task].rows} rows, but a step takes {count}; take fewer "
+                    f"rows a step, or more data."
                 )
         self.groups, self.rows, self.seed = groups, rows, seed
         self.needed, self.fits, self.kept = needed, fits, kept
@@ -110,7 +110,8 @@ class Streamed:
             if self.fits(row, task):
                 return row
         raise InputError(
-            f"{MAX_UNFIT} rows of {task} after each other are too long or too small for this stage; see its lengths."
+            f"{MAX_UNFIT} rows of {task} after each other are too long or too small for this stage; see its "
+            f"lengths."
         )
 
     def _row(self, task: str, place: int, further: int) -> Row:

@@ -4,53 +4,35 @@ Rows lie in Ray's object store, on disk where memory is short, and each worker t
 their place, so that a step is the same however many workers there are. Knows nothing of losses and steps.
 """
 
-import bisect
 import dataclasses
 import functools
-import itertools
 import json
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wallaroo.model.checkpoint import FILE_LIST, load_config, load_tokenizer
+from wallaroo.model.checkpoint import FILE_LIST
 from wallaroo.model.errors import InputError
-from wallaroo.model.prompts import detect_language
-from wallaroo.model.tokenizer import Tokenizer
-from wallaroo.model.training.data import Row
 from wallaroo.model.training.log import METRICS, progress
 from wallaroo.model.training.lora import ABOUT, LORA
 from wallaroo.model.training.process import Process, process_of_group
 from wallaroo.model.training.recipe import Recipe
-from wallaroo.model.training.rows import fits
 from wallaroo.model.training.sharding import halves
 from wallaroo.model.training.sizing import Sizes, device_bytes
 from wallaroo.model.training.stage import RESULT, choose, result, run_stage
-from wallaroo.model.training.start import check_start, stage_config
+from wallaroo.model.training.start import check_start
 from wallaroo.model.training.state import STATES
 from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import choose_device, connected, reason
 from wallaroo.workflows.outputs.lock import OutputLock
-from wallaroo.workflows.plans.dataset import blocks_in_order
-from wallaroo.workflows.storage.paths import absolute_path
 from wallaroo.workflows.stopping import Stop
-
-COLUMNS = {
-    "generate": ("prompt", "picture"),
-    "edit": ("prompt", "image", "picture"),
-    "understand": ("prompt", "image", "answer"),
-}
-"""Task -> columns that its rows need; `language` is told from the prompt where it is absent."""
-
-PICTURES = ("picture", "image")
-
-BLOCK_ROWS = 64
-"""Rows that lie together in the object store: a worker fetches all of them to read one."""
+from wallaroo.workflows.storage.paths import absolute_path
+from wallaroo.workflows.train_rows import find, fitting, needed, read
+from wallaroo.workflows.train_stream import Groups, Streamed
 
 MAX_FAILURES = 3
 """Times that lost workers are replaced, before the training fails."""
@@ -101,10 +83,13 @@ def train(
         # What a killed driver has left would stop the workers at once.
         storage.delete(storage.join(recipe.folder, STOP))
         device = choose_device(device)
-        data = {task: read(task, paths, recipe) for task, paths in files.items()}
-        held_out = {task: read(task, paths, recipe) for task, paths in _find(recipe.held_out, recipe).items()}
+        data: Mapping[str, Any] = {
+            task: Groups.of(paths) if recipe.stream else read(task, paths, recipe)
+            for task, paths in files.items()
+        }
+        held_out = {task: read(task, paths, recipe) for task, paths in find(recipe.held_out, recipe).items()}
         for task, rows in data.items():
-            if not len(rows):
+            if not (rows.rows if recipe.stream else len(rows)):
                 path = recipe.data[task]
                 raise InputError(f"{path} has no row of {task}, or all are too long or small for the stage.")
         spread = _choose(recipe, workers, device, shard, say)
@@ -209,113 +194,8 @@ def check(recipe: Recipe, workers: int) -> dict[str, list[str]]:
             f"Ray's rows; leave it out."
         )
     check_start(local(recipe))
-    _find(recipe.held_out, recipe)
-    return _find(recipe.data, recipe)
-
-
-def _find(named: Mapping[str, str], recipe: Recipe) -> dict[str, list[str]]:
-    """The Parquet files of each task, in order, of files, folders and patterns."""
-    files = {}
-    for task, path in named.items():
-        if recipe.part == "lm" and task not in COLUMNS:
-            raise InputError(f"The recipe has data of '{task}', but tasks are {', '.join(COLUMNS)}.")
-        found = [file.path for file in storage.match_files(path)]
-        if not found:
-            found = [file.path for file in storage.list_files(path) if file.path.endswith(".parquet")]
-        if not found:
-            raise InputError(f"{path} is no Parquet file, folder or pattern of such, to train {task} on.")
-        for file in found:
-            _check_columns(task, file)
-        files[task] = found
-    return files
-
-
-def _check_columns(task: str, path: str) -> None:
-    filesystem, inner = storage.parquet_filesystem(path)
-    try:
-        with storage.explained(path):
-            names = pq.read_schema(inner, filesystem=filesystem).names
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is no Parquet file ({error}).") from None
-    missing = [name for name in COLUMNS.get(task, ()) if name not in names]
-    if missing or not any(name in names for name in PICTURES):
-        raise InputError(
-            f"{path} has no column {' or '.join(missing or PICTURES)}, which rows of {task} need; it has "
-            f"{', '.join(names)}."
-        )
-
-
-class Rows(Sequence[Row]):
-    """Rows of blocks in Ray's object store, by their index.
-
-    blocks: references to Arrow tables; ends: number of rows up to the end of each.
-    """
-
-    def __init__(self, blocks: Sequence[Any], ends: Sequence[int]):
-        self.blocks, self.ends = blocks, ends
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def __getitem__(self, index: Any) -> Any:
-        import ray
-
-        block = bisect.bisect_right(self.ends, index)
-        first = self.ends[block - 1] if block else 0
-        return ray.get(self.blocks[block]).slice(index - first, 1).to_pylist()[0]
-
-
-def read(task: str, paths: Sequence[str], recipe: Recipe) -> Rows:
-    """All rows of files that a stage trains on, in their order, each with what a task needs of it."""
-    import ray
-
-    filesystem, _ = storage.parquet_filesystem(paths[0])
-    inner = [storage.parquet_filesystem(path)[1] for path in paths]
-    dataset = ray.data.read_parquet(inner, filesystem=filesystem).map_batches(
-        functools.partial(_needed, task=task, recipe=recipe), batch_format="pyarrow", batch_size=BLOCK_ROWS
-    )
-    try:
-        blocks, lengths = blocks_in_order(dataset.repartition(target_num_rows_per_block=BLOCK_ROWS))
-    except Exception as error:
-        raise reason(error) from None
-    return Rows(blocks, list(itertools.accumulate(lengths)))
-
-
-def _needed(table: pa.Table, task: str, recipe: Recipe) -> pa.Table:
-    """Of the rows that fit, the columns that a task needs: texts, and pictures as their encoded bytes."""
-    made = {}
-    for name in COLUMNS.get(task, [name for name in PICTURES if name in table.column_names]):
-        column = table.column(name).combine_chunks()
-        if name in PICTURES:
-            if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-                column = column.field("bytes")
-            if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-                raise InputError(
-                    f"The column {name} is {column.type}, but rows to train on need encoded pictures: bytes, "
-                    f"or a struct that has them."
-                )
-        if column.null_count:
-            raise InputError(f"The column {name} is empty in rows of {task}; leave those rows out.")
-        made[name] = column
-    if "prompt" in made:
-        given = table.column("language").to_pylist() if "language" in table.column_names else []
-        prompts = made["prompt"].to_pylist()
-        made["language"] = pa.array(
-            [one or detect_language(prompt) for one, prompt in itertools.zip_longest(given, prompts)]
-        )
-        if "prompt_zh" in table.column_names:
-            made["prompt_zh"] = table.column("prompt_zh")
-    found = pa.table(made)
-    if recipe.part == "vq":
-        return found
-    base = str(storage.fetch_folder(recipe.base))
-    config, tokenizer = stage_config(load_config(base), recipe), _tokenizer(base)
-    return found.filter([fits(row, task, tokenizer, config, recipe) for row in found.to_pylist()])
-
-
-@functools.cache
-def _tokenizer(folder: str) -> Tokenizer:
-    return load_tokenizer(folder)
+    find(recipe.held_out, recipe)
+    return find(recipe.data, recipe)
 
 
 def _fit(given: dict[str, Any], workers: int, device: str, stop: Stop) -> None:
@@ -383,6 +263,8 @@ def _work(config: dict[str, Any]) -> None:
     recipe: Recipe = config["recipe"]
     process = process_of_group(str(get_device()), config["shard"])
     given = {"data": config["data"], "held_out": config["held_out"], "process": process}
+    if recipe.stream:
+        given |= {"data": {}, "source": _streamed(recipe, config["data"], process)}
     with _told(storage.join(recipe.folder, STOP), process.rank == 0) as stop:
         if not storage.is_s3(recipe.folder):
             run_stage(local(recipe), **given, stop=stop)
@@ -401,6 +283,19 @@ def _work(config: dict[str, Any]) -> None:
                 published.publish()
                 if made is not None:
                     published.publish_result(made.name)
+
+
+def _streamed(recipe: Recipe, groups: Mapping[str, Groups], process: Process) -> Streamed:
+    """The rows of a worker, which keeps the row group of each of its places and the one after it."""
+    places = sum(recipe.share(process.world).values()) * recipe.accumulate
+    return Streamed(
+        groups,
+        recipe.rows,
+        recipe.seed,
+        needed,
+        functools.partial(fitting, recipe=recipe),
+        kept=2 * places,
+    )
 
 
 @contextmanager

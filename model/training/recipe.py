@@ -37,8 +37,10 @@ class Recipe:
     that a step's rows are taken in. learn: prefixes of the parameters that learn (part `vq`: within the
     image tokenizer), all by default; frozen: of those that do not, image tokenizer and vision tower by
     default. warmup: steps in which the rate rises from 0; decay: steps at the end in which it falls to a
-    tenth. largest_loss: text-to-image loss, text and image added, above which a step is skipped, as one is
-    whose losses are not finite; 0 for no such bound. drop: share of prompts that become empty.
+    tenth. stream: whether Ray's workers read rows from Parquet as they need them, in an order that mixes
+    row groups, instead of having all in Ray's object store. largest_loss: text-to-image loss, text and image
+    added, above which a step is skipped, as one is whose losses are not finite; 0 for no such bound. drop:
+    share of prompts that become empty.
     smoothing: label smoothing of the image tokens; null_smoothing: of those after such prompts. masked:
     bound on the share of source latents that are kept in an edit; 0 keeps all. muon: whether matrices learn
     by Muon, which takes fewer steps, instead of by AdamW, as all else does. templates: TASK_LANGUAGE ->
@@ -87,6 +89,7 @@ class Recipe:
     lora_targets: tuple[str, ...] = LORA_TARGETS
     checkpointing: bool = False
     precision: str = "auto"
+    stream: bool = False
     threads: int = 0
     workers: int = 0
     log_every: int = 20
@@ -148,6 +151,8 @@ class Recipe:
                 raise InputError(f"The recipe's lora_targets has '{target}', which no layer has{near}")
         if recipe.lora and recipe.part == "vq":
             raise InputError("The recipe has lora, but the image tokenizer has no such layers; leave it out.")
+        if recipe.stream and recipe.part == "vq":
+            raise InputError("The recipe streams rows, but the image tokenizer needs them all; leave it out.")
         if recipe.precision not in PRECISIONS:
             raise InputError(
                 f"The recipe's precision is '{recipe.precision}', but must be one of {', '.join(PRECISIONS)}."

@@ -304,6 +304,7 @@ def run_stage(
     ahead: bool = False,
     files: Files | None = None,
     held_out: Mapping[str, Sequence[Row]] | None = None,
+    source: Source | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Path | None:
     """Runs one stage as one of its processes; that of rank 0 keeps the log and writes the checkpoint.
@@ -316,6 +317,7 @@ def run_stage(
         ahead: Whether pictures of rows are encoded before the first step.
         files: Where states lie, by default on the disk.
         held_out: Rows by task whose losses are logged.
+        source: Gives the rows in place of `data`.
         stop: Asked after each step; if a process says yes, all save the state and end.
 
     Returns:
@@ -324,7 +326,7 @@ def run_stage(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     every = itertools.chain.from_iterable(data.values())
-    model, job = start_job(recipe, from_memory(data, recipe.seed), every, process)
+    model, job = start_job(recipe, source or from_memory(data, recipe.seed), every, process)
     if ahead and isinstance(job, LMJob):
         job.rows.prepare(data)
     validation = Validation(job, held_out, recipe, process) if held_out and isinstance(job, LMJob) else None

@@ -24,7 +24,8 @@ from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.stage import train as train_alone
 from wallaroo.workflows import storage
 from wallaroo.workflows.scenes import captions, write
-from wallaroo.workflows.training import check, read
+from wallaroo.workflows.train_rows import read
+from wallaroo.workflows.training import check
 
 STEPS = 10
 RECIPES = """
@@ -176,6 +177,35 @@ def test_metrics_are_in_tensorboard_files(undisturbed):
         told = {event.step: event.value for event in read.Scalars(name)}
         assert told == pytest.approx({step: line[name] for step, line in losses(undisturbed).items()})
     assert {event.step for event in read.Scalars("tokens_per_second")} == set(range(1, STEPS + 1))
+
+
+def test_streamed_rows_give_the_same_losses_with_any_number_of_workers(tmp_path, data, capsys):
+    """With one worker that is stopped by SIGTERM and goes on, and with two that are not."""
+    text = RECIPES.replace("threads = 1", "threads = 1\nstream = true")
+    two = tmp_path / "two"
+    assert command(recipes(two, data, text), "--workers", "2", "--device", "cpu") == 0
+    one, stopped = tmp_path / "one", []
+
+    def stop():
+        while not (one / "metrics.jsonl").exists() or max(losses(one), default=0) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopped.append(True)
+
+    stopper = threading.Thread(target=stop, daemon=True)
+    stopper.start()
+    path = recipes(one, data, text.replace("save_every = 2", "save_every = 100"))
+    assert command(path, "--workers", "1", "--device", "cpu", "--grace", "300") == 5
+    stopper.join(60)
+    assert stopped and "the same command goes on from there" in capsys.readouterr().err
+    [state] = [folder.name for folder in (one / "state").iterdir()]
+    assert 3 <= int(state.removeprefix("step-")) < STEPS
+    assert not (one / "stop").exists()
+    assert command(path, "--workers", "1", "--device", "cpu") == 0
+    ours, theirs = losses(one), losses(two)
+    assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
+    for step, line in ours.items():
+        assert theirs[step] == pytest.approx(line, rel=1e-3, abs=1e-6), step
 
 
 def put(folder, where):
