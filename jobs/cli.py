@@ -749,7 +749,7 @@ def train(
     training is at work in the folder.
     """
     from wallaroo.model.training.recipe import Recipe
-    from wallaroo.workflows import training as on_ray
+    from wallaroo.workflows.training import driver as on_ray
 
     try:
         recipe = on_ray.absolute(Recipe.from_file(file, stage))

@@ -24,8 +24,8 @@ from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.stage import train as train_alone
 from wallaroo.workflows import storage
 from wallaroo.workflows.scenes import captions, write
-from wallaroo.workflows.train_rows import read
-from wallaroo.workflows.training import check
+from wallaroo.workflows.training.driver import check
+from wallaroo.workflows.training.rows import read
 
 STEPS = 10
 RECIPES = """

@@ -24,10 +24,10 @@ from tests.documents import (
 from wallaroo.jobs.cli import cli
 from wallaroo.jobs.config import SECTIONS, SETTINGS
 from wallaroo.model.config import SIZES_512
+from wallaroo.model.training.recipe import Recipe
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.tasks import PRESETS
-from wallaroo.workflows.training import Recipe
 
 DOCS = ROOT / "docs"
 FOLDERS = ("model", "actors", "workflows", "jobs", "infra", "tests", "docs", "wallaroo", ".ci")

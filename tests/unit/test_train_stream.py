@@ -8,7 +8,7 @@ import pytest
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.train_stream import Groups, Streamed
+from wallaroo.workflows.training.stream import Groups, Streamed
 
 ROWS = 8
 """Rows a step."""

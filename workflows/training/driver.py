@@ -27,12 +27,12 @@ from wallaroo.model.training.stage import RESULT, choose, result, run_stage
 from wallaroo.model.training.start import check_start
 from wallaroo.model.training.state import STATES
 from wallaroo.workflows import storage
-from wallaroo.workflows.cluster import choose_device, connected, reason
+from wallaroo.workflows.cluster import choose_device, connected
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.stopping import Stop
 from wallaroo.workflows.storage.paths import absolute_path
-from wallaroo.workflows.train_rows import find, fitting, needed, read
-from wallaroo.workflows.train_stream import Groups, Streamed
+from wallaroo.workflows.training.rows import find, fitting, needed, read
+from wallaroo.workflows.training.stream import Groups, Streamed
 
 MAX_FAILURES = 3
 """Times that lost workers are replaced, before the training fails."""
