@@ -30,6 +30,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import choose_device, connected
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.stopping import Stop
+from wallaroo.workflows.storage.checkpoints import fetch_folder
 from wallaroo.workflows.storage.paths import absolute_path
 from wallaroo.workflows.training.rows import find, fitting, needed, read
 from wallaroo.workflows.training.stream import Groups, Streamed
@@ -159,9 +160,7 @@ def finished(recipe: Recipe) -> str | None:
 def local(recipe: Recipe) -> Recipe:
     """With base and start on this machine, from S3 where they are there."""
     changes: dict[str, Any] = {
-        name: str(storage.fetch_folder(getattr(recipe, name)))
-        for name in ("base", "start")
-        if getattr(recipe, name)
+        name: str(fetch_folder(getattr(recipe, name))) for name in ("base", "start") if getattr(recipe, name)
     }
     return dataclasses.replace(recipe, **changes)
 
@@ -269,7 +268,7 @@ def _work(config: dict[str, Any]) -> None:
         if not storage.is_s3(recipe.folder):
             run_stage(local(recipe), **given, stop=stop)
             return
-        from wallaroo.workflows.train_storage import Published, S3States
+        from wallaroo.workflows.training.states import Published, S3States
 
         storage.be_patient()
         states = S3States(storage.join(recipe.folder, STATES))

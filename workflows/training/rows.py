@@ -24,6 +24,7 @@ from wallaroo.model.training.start import stage_config
 from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import reason
 from wallaroo.workflows.plans.dataset import blocks_in_order
+from wallaroo.workflows.storage.checkpoints import fetch_folder
 
 COLUMNS = {
     "generate": ("prompt", "picture"),
@@ -143,7 +144,7 @@ def _fitting(table: pa.Table, task: str, recipe: Recipe) -> pa.Table:
 
 def fitting(row: Row, task: str, recipe: Recipe) -> bool:
     """Whether a stage trains on a row, see `model.training.rows.fits`."""
-    config, tokenizer = _prompting(str(storage.fetch_folder(recipe.base)))
+    config, tokenizer = _prompting(str(fetch_folder(recipe.base)))
     return fits(row, task, tokenizer, stage_config(config, recipe), recipe)
 
 

@@ -10,7 +10,7 @@ from tests.unit.training.cases import learning, losses_of
 from wallaroo.model.checkpoint import TINY, load
 from wallaroo.model.training.loop import optimise
 from wallaroo.workflows import storage
-from wallaroo.workflows.train_storage import Published, S3States
+from wallaroo.workflows.training.states import Published, S3States
 
 
 class Killed(Exception):
