@@ -10,6 +10,7 @@ from tests.unit.training.cases import learning, losses_of
 from wallaroo.model.checkpoint import TINY, load
 from wallaroo.model.training.loop import optimise
 from wallaroo.workflows import storage
+from wallaroo.workflows.storage.checkpoints import fetch_folder
 from wallaroo.workflows.training.states import Published, S3States
 
 
@@ -64,5 +65,5 @@ def test_logs_and_checkpoints_are_published(tmp_path, s3):
     again.mkdir()
     Published(str(again), out).fetch_log()
     assert (again / "metrics.jsonl").read_bytes() == (local / "metrics.jsonl").read_bytes()
-    fetched = load(storage.fetch_folder(f"{out}/checkpoint", cache=tmp_path / "cache")).state_dict()
+    fetched = load(fetch_folder(f"{out}/checkpoint", cache=tmp_path / "cache")).state_dict()
     assert all(torch.equal(tensor, fetched[name]) for name, tensor in load(TINY).state_dict().items())
