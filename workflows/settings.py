@@ -324,6 +324,14 @@ class RunConfig:
         "Price per hour of one replica; status and report then show the cost.",
         run_only=True,
     )
+    # An attempt of Ray's takes 30 s at most, which nothing can change.
+    ray_start_timeout: float = option(
+        90.0,
+        "cluster.ray_start_timeout",
+        SECONDS,
+        "How long to keep trying to start a local Ray on a busy machine.",
+        run_only=True,
+    )
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

@@ -105,7 +105,7 @@ def connect(
     if not ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
         report(Progress(waiting="starting Ray"))
     cpus = config.replicas[1] * config.threads if config.device != "cuda" else 0
-    stack.enter_context(connected(config.address, cpus))
+    stack.enter_context(connected(config.address, cpus, config.ray_start_timeout))
     if stop is not None:
         stop.listen()
 
