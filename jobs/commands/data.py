@@ -1,4 +1,4 @@
-"""What makes manifests and data sets: `prompts`, `data`, `select`, `export`."""
+"""Commands that make manifests and data sets: `prompts`, `data`, `select`, `export`."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ def prompts() -> None:
     """Make manifests of prompts. To split or filter one, see `wallaroo select`."""
 
 
-@prompts.command(short_help="Templates and lists of values become a manifest.")
+@prompts.command(short_help="Expand templates and lists of values.")
 @click.argument(
     "templates",
     metavar="TEMPLATE...",
@@ -23,11 +23,11 @@ def prompts() -> None:
 @click.argument("output", help="Manifest to write: .jsonl or .parquet, local or s3://.")
 @click.option("--set", "lists", multiple=True, metavar="NAME=A,B,...", help="Values of {NAME} in templates.")
 @click.option(
-    "--set-file", "files", multiple=True, metavar="NAME=FILE", help="The same, from the lines of a file."
+    "--set-file", "files", multiple=True, metavar="NAME=FILE", help="Values from the lines of a file."
 )
-@click.option("--templates", "more", metavar="FILE", help="More templates, one a line of a file.")
-@click.option("--sample", type=int, metavar="N", help="Draw N of the combinations.")
-@click.option("--seed", type=int, default=0, metavar="N", help="Of that draw (default 0).")
+@click.option("--templates", "more", metavar="FILE", help="More templates, one per line.")
+@click.option("--sample", type=int, metavar="N", help="Write a random sample of N combinations.")
+@click.option("--seed", type=int, default=0, metavar="N", help="Seed of --sample (default 0).")
 def expand(
     templates: tuple[str, ...],
     output: str,
@@ -37,16 +37,16 @@ def expand(
     sample: int | None,
     seed: int,
 ) -> int:
-    """Write OUTPUT, a .jsonl or .parquet manifest of every TEMPLATE with every combination of values.
+    """Write a manifest of every TEMPLATE with every combination of values to OUTPUT.
 
     \b
       wallaroo prompts expand 'a {colour} {animal}' '一只{colour}的{animal}' cats.jsonl \\
           --set colour=red,blue --set colour.zh=红色,蓝色 \\
           --set-file animal=animals.txt --set animal.zh=猫,狗 --set cfg=2,4
 
-    NAME.zh and NAME.en are for templates in that language alone. A parameter of `generate` (cfg, seed,
-    aspect_ratio, ...) that no template has becomes a column. {{ and }} are braces. Ids depend on what
-    is in a row alone, so lists may grow.
+    NAME.zh and NAME.en apply only to templates in that language. A parameter of `generate` (cfg, seed,
+    aspect_ratio, ...) that no template uses becomes a column. {{ and }} are literal braces. An id depends
+    only on the values of its row, so lists may grow.
     """
     from wallaroo.workflows.manifests.expand import expand as write
     from wallaroo.workflows.manifests.expand import read_list
@@ -63,20 +63,20 @@ def data() -> None:
     """Make data sets."""
 
 
-@data.command(short_help="A world of drawn scenes, with captions, edits and questions.")
+@data.command(short_help="Draw scenes with captions, edits and questions.")
 @click.argument("output", help="Folder to write to.")
-@click.option("--rows", type=int, default=24_000, metavar="N", help="To train on, a task (default 24000).")
-@click.option("--held-out", type=int, default=600, metavar="N", help="To evaluate on, a task (default 600).")
+@click.option("--rows", type=int, default=24_000, metavar="N", help="Training rows per task (default 24000).")
+@click.option("--held-out", type=int, default=600, metavar="N", help="Held-out rows per task (default 600).")
 @click.option("--seed", type=int, default=0, metavar="N", help="Same seed, same data (default 0).")
 @click.option(
-    "--model", default="tiny", metavar="FOLDER", help="Checkpoint whose sizes to draw (default tiny)."
+    "--model", default="tiny", metavar="FOLDER", help="Checkpoint whose picture sizes to use (default tiny)."
 )
-@click.option("--square", type=int, metavar="PIXELS", help="Draw one size, of this side, instead.")
+@click.option("--square", type=int, metavar="PIXELS", help="Use one square size instead.")
+@click.option("--lines", is_flag=True, help="Also write JSON lines for `python -m wallaroo.model.train`.")
 @click.option(
-    "--lines", is_flag=True, help="Also as JSON lines, which `python -m wallaroo.model.train` reads."
-)
-@click.option(
-    "--hard", is_flag=True, help="To train on, mostly edits of one object of two, and questions for captions."
+    "--hard",
+    is_flag=True,
+    help="Mostly edits of one of two objects, and questions instead of captions, for training.",
 )
 def shapes(
     output: str,
@@ -88,10 +88,10 @@ def shapes(
     lines: bool,
     hard: bool,
 ) -> int:
-    """Write drawn scenes of one to three objects to the folder OUTPUT: train/ and held-out/, each with
-    generate.parquet, edit.parquet and understand.parquet, which are manifests of those tasks.
+    """Draw scenes of one to three objects and write them to the folder OUTPUT: train/ and held-out/, each
+    with generate.parquet, edit.parquet and understand.parquet, which are manifests of those tasks.
 
-    One combination in eight of objects, relation and background is held out, by a hash.
+    A hash holds out one in eight combinations of objects, relation and background.
 
     \b
       wallaroo data shapes out/shapes
@@ -105,26 +105,41 @@ def shapes(
 
     least = VQ_FACTOR * 2 * SPANS["small"]
     if square is not None and (square % VQ_FACTOR or square < least):
-        raise click.UsageError(f"--square is {square}, but must be a multiple of {VQ_FACTOR} from {least}.")
+        raise click.UsageError(
+            f"--square is {square}, but must be a multiple of {VQ_FACTOR} of at least {least}."
+        )
     sizes = [Size(square, square)] if square else load_config(TINY if model == "tiny" else model).size_list()
     for path in write(output, rows, held_out, seed, sizes, lines, hard):
         click.echo(path)
     return OK
 
 
-@click.command(short_help="Copy the rows of a data set that are worth keeping.")
+@click.command(short_help="Filter, deduplicate and split a data set.")
 @click.argument("source", help="OUTPUT of a run, or a manifest.")
 @click.argument("dest", help="New folder of the copy, local or s3://.")
-@click.option("--filter", "filter_", metavar="MODULE:FUNCTION", help="Keep rows it returns True for.")
-@click.option("--best-of", metavar="SCORE", help="Keep the best row of each id: a column or MODULE:FUNCTION.")
-@click.option("--scores", metavar="OUTPUT", help="The data set made from SOURCE that has that column.")
+@click.option("--filter", "filter_", metavar="MODULE:FUNCTION", help="Keep rows for which it returns True.")
 @click.option(
-    "--drop-near-duplicates", "near", type=int, metavar="BITS", help="0 to 16 bits of 64; 4 is a good start."
+    "--best-of", metavar="SCORE", help="Keep the best row of each id by a column or MODULE:FUNCTION."
 )
 @click.option(
-    "--split", "shares", metavar="NAME=SHARE,...", help="Such as train=0.9,test=0.1, by a hash of the id."
+    "--scores", metavar="OUTPUT", help="Data set made from SOURCE that holds the column of --best-of."
 )
-@click.option("--group", default="id", metavar="COLUMN", help="In place of id in the two above.")
+@click.option(
+    "--drop-near-duplicates",
+    "near",
+    type=int,
+    metavar="BITS",
+    help="Greatest distance of picture hashes, 0 to 16 of 64 bits; start with 4.",
+)
+@click.option(
+    "--split",
+    "shares",
+    metavar="NAME=SHARE,...",
+    help="Split by a hash of the id, such as train=0.9,test=0.1.",
+)
+@click.option(
+    "--group", default="id", metavar="COLUMN", help="Column to use in place of id for --best-of and --split."
+)
 def select(
     source: str,
     dest: str,
@@ -135,21 +150,21 @@ def select(
     shares: str | None,
     group: str,
 ) -> int:
-    """Copy rows of SOURCE, the output of a run or a manifest, to the new folder DEST.
+    """Copy selected rows of SOURCE to the new folder DEST.
 
     \b
       wallaroo select out/cats out/kept --drop-near-duplicates 4 --split train=0.9,test=0.1
       wallaroo select out/cats out/best --best-of text --scores out/judged
       wallaroo select prompts.jsonl out/clean --filter checks:is_harmless
 
-    Error rows go first, then the filter decides, then the best of each id, then near-duplicates; what
-    is left is split. A function gets a row as a dict, and is looked for in the present folder too; a
-    row that it raises on is dropped. --best-of takes the first number of a text (8/10 is 8). A row is
-    a near-duplicate if the 64-bit difference hash of its picture differs in at most BITS from that of
-    an earlier row that stays. An id is always on the same side of a split.
+    Steps in order: drop error rows, apply the filter, keep the best of each id, drop near-duplicates,
+    split. A function gets a row as a dict; its module may be in the working directory. A row on which it
+    raises is dropped. --best-of takes the first number of a text (8/10 is 8). A row is a near-duplicate if
+    the 64-bit difference hash of its picture differs in at most BITS from that of an earlier row that was
+    kept. All rows of an id are in the same split.
 
-    DEST gets data/*.parquet, or a folder for each split; README.md; and _dropped.jsonl, which says of
-    every other row why it is not there. Exit codes: 0; 3 if a function, a score or a picture failed.
+    DEST gets data/*.parquet, or a folder per split; README.md; and _dropped.jsonl, with the reason for
+    every row that was left out. Exit codes: 0; 3 if a function, a score or a picture failed.
     """
     from wallaroo.workflows.datasets.rules import Rules
     from wallaroo.workflows.datasets.select import select as copy
@@ -180,7 +195,7 @@ def _pair(text: str) -> tuple[str, str]:
     return name.strip(), value
 
 
-@click.command(short_help="Write results in the format of another tool.")
+@click.command(short_help="Export results for another tool.")
 @click.argument("format", help="One of the formats below.")
 @click.argument("output", help="Folder of a finished run.")
 @click.argument("dest", help="Folder to write to.")
@@ -192,10 +207,10 @@ def _pair(text: str) -> tuple[str, str]:
 @click.option(
     "--image-urls",
     metavar="URL",
-    help="For openai-batch: pictures become files in DEST/images, and lines hold URLs below this one.",
+    help="For openai-batch: write pictures to DEST/images, and URLs under this one into the lines.",
 )
 def export(format: str, output: str, dest: str, embed_metadata: bool, image_urls: str | None) -> int:
-    """Write the ok rows of a finished OUTPUT into the folder DEST in the format of another tool.
+    """Write the ok rows of OUTPUT to DEST in the format of another tool.
 
     \b
       files         pictures named by id and metadata.jsonl, Hugging Face's imagefolder
@@ -206,14 +221,14 @@ def export(format: str, output: str, dest: str, embed_metadata: bool, image_urls
       jsonl         questions and answers, of `understand`
       openai-batch  result lines of OpenAI's batch API
 
-    OUTPUT and DEST may be s3://bucket/key. Given again, it goes on and leaves what is there as it is.
+    OUTPUT and DEST may be s3://bucket/key. Re-run to resume; files that exist are kept.
 
     \b
       wallaroo export files out/first pictures --embed-metadata
       wallaroo export webdataset out/first s3://bucket/shards
 
-    Exit codes: 0 every row is exported; 1 nothing can be; 3 error rows or rows that the format has no
-    place for are left out.
+    Exit codes: 0 every row was exported; 1 nothing can be exported; 3 error rows, or rows that the format
+    cannot hold, were left out.
     """
     from wallaroo.workflows.datasets.export import export as write
 

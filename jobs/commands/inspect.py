@@ -1,4 +1,4 @@
-"""What looks at an output or scores it: `status`, `report`, `verify`, `evaluate`, `compact`."""
+"""Commands on the output of a run: `status`, `report`, `verify`, `evaluate`, `compact`."""
 
 import click
 

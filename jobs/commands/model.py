@@ -1,4 +1,4 @@
-"""What makes and measures models: `convert`, `train`, `bench`."""
+"""Commands that make and measure models: `convert`, `train`, `bench`."""
 
 import click
 
