@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
@@ -23,22 +23,27 @@ from wallaroo.workflows.settings import OPTIONS, RunConfig
 if TYPE_CHECKING:
     import ray.data
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 
 def options_of(task: str) -> dict[str, Option]:
     """The options that the function of a task takes, by name: all that need no output folder."""
     return {name: one for name, one in OPTIONS.items() if one.serves(task) and not one.run_only}
 
 
-def _takes_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def _takes_options(function: Function) -> Function:
     """Puts the options of a task into signature and docstring of its function, for `help` and editors."""
     options = options_of(function.__name__)
-    types = {one.name: one.type for one in dataclasses.fields(RunConfig)}
+    types: dict[str, Any] = {one.name: one.type for one in dataclasses.fields(RunConfig)}
     signature = inspect.signature(function)
     named = [
         inspect.Parameter(
-            one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=types[one.name]
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=one.default,
+            annotation=types[name] if one.default is not None else types[name] | None,
         )
-        for one in options.values()
+        for name, one in options.items()
     ]
     function.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[signature.parameters["ds"], *named]

@@ -38,10 +38,10 @@ MAX_SAMPLES = 10_000
 ALL_STEPS = (0.0, 1.0)
 """A `cfg_interval` that leaves no step out."""
 
-PICTURES = ("generate", "edit")
+TO_PICTURES = ("generate", "edit")
 """Tasks whose results are pictures."""
 
-SOURCES = tuple(task for task in TASKS if task in PICTURE_TASKS)
+FROM_PICTURES = tuple(task for task in TASKS if task in PICTURE_TASKS)
 """Tasks that start from pictures."""
 
 _SCALE = number("a finite number of at least 0", lambda scale: scale >= 0)
@@ -137,7 +137,7 @@ class RunConfig:
         "prompt.template_en",
         text("TEXT"),
         "English prompt template, with {prompt} and perhaps {target_w} and {target_h}.",
-        tasks=PICTURES,
+        tasks=TO_PICTURES,
         meaning=True,
         stored="templates.en",
     )
@@ -146,7 +146,7 @@ class RunConfig:
         "prompt.template_zh",
         text("TEXT"),
         "Chinese prompt template, with the same placeholders.",
-        tasks=PICTURES,
+        tasks=TO_PICTURES,
         meaning=True,
         stored="templates.zh",
     )
@@ -155,7 +155,7 @@ class RunConfig:
         "image.format",
         choice("png", "webp", "jpeg"),
         "File format of the results; png and webp are lossless.",
-        tasks=PICTURES,
+        tasks=TO_PICTURES,
         meaning=True,
     )
     image_quality: int | None = option(
@@ -163,7 +163,7 @@ class RunConfig:
         "image.quality",
         whole(1, 100, "1-100"),
         "Quality of jpeg (default 95); makes webp lossy.",
-        tasks=PICTURES,
+        tasks=TO_PICTURES,
         meaning=True,
     )
     save_tokens: bool = option(
@@ -181,7 +181,7 @@ class RunConfig:
         "prompt.text",
         text("TEXT"),
         "Instruction or question for rows that have none.",
-        tasks=SOURCES,
+        tasks=FROM_PICTURES,
         meaning=True,
     )
     prompt_column: str | None = option(
@@ -196,17 +196,17 @@ class RunConfig:
         "source.root",
         place("PATH"),
         "Base folder of relative picture paths (default: the manifest's folder).",
-        tasks=SOURCES,
+        tasks=FROM_PICTURES,
     )
     allow_https: bool = option(
-        False, "source.allow_https", SWITCH, "Allow https:// sources.", tasks=SOURCES, meaning=True
+        False, "source.allow_https", SWITCH, "Allow https:// sources.", tasks=FROM_PICTURES, meaning=True
     )
     max_source_bytes: int = option(
         128 << 20,
         "source.max_bytes",
         whole(1),
         "Larger source files become error rows.",
-        tasks=SOURCES,
+        tasks=FROM_PICTURES,
         meaning=True,
     )
     max_source_pixels: int = option(
@@ -214,7 +214,7 @@ class RunConfig:
         "source.max_pixels",
         whole(1),
         "Source pictures with more pixels become error rows.",
-        tasks=SOURCES,
+        tasks=FROM_PICTURES,
         meaning=True,
     )
     restore_size: bool = option(
@@ -239,7 +239,7 @@ class RunConfig:
         "sampling.cfg_interval",
         INTERVAL,
         "Lossy: guide only this share of a picture's steps; faster if END is below 1.",
-        tasks=PICTURES,
+        tasks=TO_PICTURES,
     )
     weights: str | None = option(
         None, "run.weights", choice(*WEIGHTS), "Lossy: 8-bit weights; needs torchao (default: as stored)."
