@@ -349,17 +349,17 @@ def follow(client: "JobSubmissionClient", job_id: str, write: Callable[[str], No
     """Passes the log of a run to `write` until the run has ended; then returns the run."""
     import asyncio
 
-    said = 0
+    written = 0
 
     async def listen() -> None:
-        nonlocal said
-        heard = 0
+        nonlocal written
+        received = 0
         async for text in client.tail_job_logs(job_id):
             # A second connection gets the log from its beginning.
-            if heard + len(text) > said:
-                write(text[max(0, said - heard) :])
-                said = heard + len(text)
-            heard += len(text)
+            if received + len(text) > written:
+                write(text[max(0, written - received) :])
+                written = received + len(text)
+            received += len(text)
 
     while True:
         # A connection may break, or end before the last lines; the run is not affected.
@@ -367,7 +367,7 @@ def follow(client: "JobSubmissionClient", job_id: str, write: Callable[[str], No
             asyncio.run(listen())
         job = find(client, job_id)
         if job.over:
-            rest = logs(client, job_id)[said:]
+            rest = logs(client, job_id)[written:]
             if rest:
                 write(rest)
             return job

@@ -93,11 +93,10 @@ def jobs_list(address: str | None) -> int:
 
     found = remote.jobs(remote.connect(address))
     for job in found:
-        told = remote.progress(job)
+        progress = remote.progress(job)
         click.echo(f"{job.id}  {job.state:<9}  {job.output}" + (f"  ({job.name})" if job.name else ""))
-        click.echo(
-            f"    {told.line() if told else 'its output does not exist yet or cannot be read from here'}"
-        )
+        words = progress.line() if progress else "its output does not exist yet or cannot be read from here"
+        click.echo(f"    {words}")
     if not found:
         click.echo("The cluster has no jobs.")
     return OK
@@ -112,8 +111,10 @@ def jobs_status(job: str, address: str | None) -> int:
 
     found = remote.find(remote.connect(address), job)
     click.echo(f"{found.id}: {found.state}" + (f", {found.message}" if found.message else ""))
-    told = remote.progress(found)
-    click.echo(told.text() if told else f"{found.output} does not exist yet or cannot be read from here.")
+    progress = remote.progress(found)
+    click.echo(
+        progress.text() if progress else f"{found.output} does not exist yet or cannot be read from here."
+    )
     return OK
 
 
