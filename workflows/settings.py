@@ -28,7 +28,7 @@ from wallaroo.workflows.options import (
     text,
     whole,
 )
-from wallaroo.workflows.tasks import EXACT, PICTURE_TASKS, PRESETS, SAMPLING
+from wallaroo.workflows.tasks import DRAWING_TASKS, EXACT, PICTURE_TASKS, PRESETS, SAMPLING
 
 if TYPE_CHECKING:
     from wallaroo.model.sampling import Sampling
@@ -37,12 +37,6 @@ LANGUAGES = ("en", "zh")
 MAX_SAMPLES = 10_000
 ALL_STEPS = (0.0, 1.0)
 """A `cfg_interval` that leaves no step out."""
-
-TO_PICTURES = ("generate", "edit")
-"""Tasks whose results are pictures."""
-
-FROM_PICTURES = tuple(task for task in TASKS if task in PICTURE_TASKS)
-"""Tasks that start from pictures."""
 
 _SCALE = number("a finite number of at least 0", lambda scale: scale >= 0)
 _SIDE = whole(1, metavar="PIXELS")
@@ -137,7 +131,7 @@ class RunConfig:
         "prompt.template_en",
         text("TEXT"),
         "English prompt template, with {prompt} and perhaps {target_w} and {target_h}.",
-        tasks=TO_PICTURES,
+        tasks=DRAWING_TASKS,
         meaning=True,
         stored="templates.en",
     )
@@ -146,7 +140,7 @@ class RunConfig:
         "prompt.template_zh",
         text("TEXT"),
         "Chinese prompt template, with the same placeholders.",
-        tasks=TO_PICTURES,
+        tasks=DRAWING_TASKS,
         meaning=True,
         stored="templates.zh",
     )
@@ -155,7 +149,7 @@ class RunConfig:
         "image.format",
         choice("png", "webp", "jpeg"),
         "File format of the results; png and webp are lossless.",
-        tasks=TO_PICTURES,
+        tasks=DRAWING_TASKS,
         meaning=True,
     )
     image_quality: int | None = option(
@@ -163,7 +157,7 @@ class RunConfig:
         "image.quality",
         whole(1, 100, "1-100"),
         "Quality of jpeg (default 95); makes webp lossy.",
-        tasks=TO_PICTURES,
+        tasks=DRAWING_TASKS,
         meaning=True,
     )
     save_tokens: bool = option(
@@ -181,7 +175,7 @@ class RunConfig:
         "prompt.text",
         text("TEXT"),
         "Instruction or question for rows that have none.",
-        tasks=FROM_PICTURES,
+        tasks=PICTURE_TASKS,
         meaning=True,
     )
     prompt_column: str | None = option(
@@ -196,17 +190,17 @@ class RunConfig:
         "source.root",
         place("PATH"),
         "Base folder of relative picture paths (default: the manifest's folder).",
-        tasks=FROM_PICTURES,
+        tasks=PICTURE_TASKS,
     )
     allow_https: bool = option(
-        False, "source.allow_https", SWITCH, "Allow https:// sources.", tasks=FROM_PICTURES, meaning=True
+        False, "source.allow_https", SWITCH, "Allow https:// sources.", tasks=PICTURE_TASKS, meaning=True
     )
     max_source_bytes: int = option(
         128 << 20,
         "source.max_bytes",
         whole(1),
         "Larger source files become error rows.",
-        tasks=FROM_PICTURES,
+        tasks=PICTURE_TASKS,
         meaning=True,
     )
     max_source_pixels: int = option(
@@ -214,7 +208,7 @@ class RunConfig:
         "source.max_pixels",
         whole(1),
         "Source pictures with more pixels become error rows.",
-        tasks=FROM_PICTURES,
+        tasks=PICTURE_TASKS,
         meaning=True,
     )
     restore_size: bool = option(
@@ -239,7 +233,7 @@ class RunConfig:
         "sampling.cfg_interval",
         INTERVAL,
         "Lossy: guide only this share of a picture's steps; faster if END is below 1.",
-        tasks=TO_PICTURES,
+        tasks=DRAWING_TASKS,
     )
     weights: str | None = option(
         None, "run.weights", choice(*WEIGHTS), "Lossy: 8-bit weights; needs torchao (default: as stored)."

@@ -1,12 +1,15 @@
 """What the tasks differ in, as plain values: defaults and published presets.
 
-Imports nothing, since the command line reads it for its help.
+Imports no library, because the command line reads it for its help.
 """
 
 from typing import Any, NamedTuple
 
-PICTURE_TASKS = frozenset({"edit", "understand"})
+PICTURE_TASKS = ("edit", "understand")
 """Tasks that start from a picture."""
+
+DRAWING_TASKS = ("generate", "edit")
+"""Tasks that result in a picture."""
 
 EXACT = "exact"
 """The mode of runs that take no lossy shortcut."""
