@@ -10,12 +10,13 @@ PIP_ARGS ?=
 STAMP := $(VENV)/.installed
 TESTED := unit conformance e2e faults
 
-.PHONY: install demo test test-fast check audit fuzz format conformance soak bench tiny clean help
+.PHONY: install demo test test-fast numerics check audit fuzz format conformance soak bench tiny clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         generate the example pictures into out/demo"
 	@echo "make test         all tests; make test-fast: without those that start Ray"
+	@echo "make numerics     the tests that depend on the CPU's kernels, with plainer kernels than it would take"
 	@echo "make check        ruff, mypy and the dependency direction; make format: apply ruff's"
 	@echo "make audit        known weaknesses of the pinned packages; needs pypi.org"
 	@echo "make fuzz         bytes of atheris to picture loader and manifest reader, FUZZ_SECONDS each (120)"
@@ -58,6 +59,15 @@ test: $(STAMP)
 test-fast: export OMP_NUM_THREADS = 1
 test-fast: $(STAMP)
 	$(call run_tests,unit conformance,-n 2 --dist loadfile)
+
+# What float32 sums come to depends on the kernels that torch, oneDNN and MKL choose by the CPU. Here they
+# choose older ones: torch without vectors, the others with those of AVX2.
+numerics: export ATEN_CPU_CAPABILITY ?= default
+numerics: export ONEDNN_MAX_CPU_ISA ?= AVX2
+numerics: export MKL_ENABLE_INSTRUCTIONS ?= AVX2
+numerics: export OMP_NUM_THREADS = 1
+numerics: $(STAMP)
+	$(call run_tests,unit conformance,-n 2 --dist loadfile -m numerics)
 
 conformance: $(STAMP)
 	@GOLDENS="$(GOLDENS)" $(BIN)/python -m pytest -q tests/conformance

@@ -5,8 +5,13 @@ and no others of ours. Knows nothing of who looks at them.
 """
 
 import functools
+import string
+import urllib.parse
 from dataclasses import dataclass
 from typing import Any
+
+_PRINTABLE = "".join(set(string.printable) - set(string.whitespace) - {"%"}) + " "
+"""Characters that a tag may hold as they are."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,17 @@ def _metric(name: str) -> Any:
     return kind(name, metric.help, metric.tags)
 
 
+def _tags(tags: dict[str, str]) -> dict[str, str]:
+    """Tags as Ray takes them: ASCII, other characters as percent-encoded UTF-8."""
+    return {name: urllib.parse.quote(value, safe=_PRINTABLE) for name, value in tags.items()}
+
+
 def count(name: str, amount: float = 1, **tags: str) -> None:
     """Adds to a counter of METRICS; all of its tags must be given."""
     if amount:
-        _metric(name).inc(amount, tags)
+        _metric(name).inc(amount, _tags(tags))
 
 
 def gauge(name: str, value: float, **tags: str) -> None:
     """Sets a gauge of METRICS; all of its tags must be given."""
-    _metric(name).set(value, tags)
+    _metric(name).set(value, _tags(tags))

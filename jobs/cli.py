@@ -11,6 +11,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from wallaroo.jobs.commands import cluster, data, inspect, model, run
+from wallaroo.jobs.commands.view import view
 from wallaroo.jobs.terminal import FATAL, INTERRUPTED, LOCKED, OK, STOPPED, USAGE, Group, complain
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.options import OptionError
@@ -62,6 +63,7 @@ for command in (
     inspect.report,
     inspect.verify,
     inspect.compact,
+    view,
     cluster.submit,
     cluster.jobs,
     data.prompts,
@@ -71,6 +73,7 @@ for command in (
     inspect.evaluate,
     model.convert,
     model.train,
+    model.merge,
     model.bench,
     completion,
 ):

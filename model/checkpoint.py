@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -245,7 +245,10 @@ def load(
 def empty_model(
     config: ModelConfig, task: str | None, device: "torch.device | str", dtype: "torch.dtype"
 ) -> "Wallaroo":
-    """A model with the parts of `task` (all by default), its parameters allocated and not yet filled."""
+    """A model with the parts of `task` (all by default), its parameters allocated and not yet filled.
+
+    On the meta device its parameters have no memory, while its buffers are on the CPU.
+    """
     import torch
 
     from wallaroo.model.wallaroo import Wallaroo
@@ -260,29 +263,46 @@ def empty_model(
             setattr(module, name, torch.nn.Parameter(memory))
         # Buffers are computed, not stored: the vision tower makes its rotary table when it is built.
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+            setattr(module, name, buffer if str(device) == "meta" else buffer.to(device))
     return model
+
+
+def disk_parts(name: str, config: ModelConfig) -> dict[str, int | None]:
+    """Name on disk -> rows of each part of one of the model's parameters; None if it is the whole one."""
+    decoder = config.decoder
+    query, kv = decoder.hidden_size, decoder.num_key_value_heads * decoder.head_dim
+    fused: dict[str, dict[str, int | None]] = {
+        "qkv_proj": {"q_proj": query, "k_proj": kv, "v_proj": kv},
+        "gate_up_proj": {"gate_proj": decoder.intermediate_size, "up_proj": decoder.intermediate_size},
+    }
+    if name.startswith(("language_model.", "visual.")):
+        name = "model." + name
+    whole = name.split(".")[-2]
+    if name.startswith("model.language_model.") and whole in fused and name.endswith((".weight", ".bias")):
+        return {name.replace(whole, part): rows for part, rows in fused[whole].items()}
+    return {name: None}
 
 
 def disk_tensors(model: "Wallaroo") -> dict[str, "torch.Tensor"]:
     """Name on disk -> view on the model's parameters, with the fused projections taken apart."""
-    decoder = model.config.decoder
-    query, kv = decoder.hidden_size, decoder.num_key_value_heads * decoder.head_dim
-    fused = {
-        "qkv_proj": {"q_proj": query, "k_proj": kv, "v_proj": kv},
-        "gate_up_proj": {"gate_proj": decoder.intermediate_size, "up_proj": decoder.intermediate_size},
-    }
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        if name.startswith(("language_model.", "visual.")):
-            name = "model." + name
-        whole = name.split(".")[-2]
-        if name.startswith("model.language_model.") and whole in fused:
-            parts = parameter.detach().split(list(fused[whole].values()))
-            for part, rows in zip(fused[whole], parts, strict=True):
-                tensors[name.replace(whole, part)] = rows
-        else:
-            tensors[name] = parameter.detach()
+        names = disk_parts(name, model.config)
+        sizes = [len(parameter) if rows is None else rows for rows in names.values()]
+        tensors |= zip(names, parameter.detach().split(sizes), strict=True)
+    return tensors
+
+
+def mapped_tensors(folder: str | Path) -> dict[str, "torch.Tensor"]:
+    """The tensors of a checkpoint folder by their names on disk, mapped: numbers are read when used.
+
+    Raises InputError as `check` does.
+    """
+    check(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for file, names in _tensors(folder).items():
+        with open_shard(file, "pt") as shard:
+            tensors |= {name: shard.get_tensor(name) for name in names}
     return tensors
 
 
@@ -293,19 +313,27 @@ def save(
     folder: str | Path,
     shard_bytes: int = SHARD_BYTES,
     dtype: "torch.dtype | None" = None,
+    make: "Callable[[str], torch.Tensor] | None" = None,
 ) -> None:
     """Write a checkpoint folder, which must not exist yet or be empty.
 
-    tensors: by their names on disk, or a model. tokenizer_json: contents of `tokenizer.json`.
-    dtype: that the weights are written in, by default as they are. Raises InputError if names or
-    shapes are not those of the configuration.
+    Args:
+        tensors: Tensors by their names on disk, or a model.
+        tokenizer_json: Contents of `tokenizer.json`.
+        folder: The folder to write.
+        shard_bytes: Size of a weight file, unless one tensor alone is larger.
+        dtype: Type of the written weights, by default that of each tensor.
+        make: Gives a tensor by its name when it is written, for those of `tensors` on the meta device.
+
+    Raises:
+        InputError: Names or shapes are not those of the configuration, or the disk refuses.
     """
     if not isinstance(tensors, Mapping):
         tensors = disk_tensors(tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     compare_shapes(shapes, expected_shapes(config), "The model to be saved")
     with new_folder(folder) as made:
-        entries = dict(write_shards(made, tensors, shard_bytes, dtype))
+        entries = dict(write_shards(made, tensors, shard_bytes, dtype, make))
         config_json = json.dumps(config.to_dict(), indent=1) + "\n"
         for name, text in ((CONFIG, config_json), (TOKENIZER, tokenizer_json)):
             entries[name] = write_file(made / name, [text.encode()])
@@ -339,13 +367,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_shards(
-    folder: Path, tensors: "Mapping[str, torch.Tensor]", shard_bytes: int, dtype: "torch.dtype | None"
-) -> Iterator[tuple[str, FileEntry]]:
-    """Write tensors as `model-00001-of-0000N.safetensors`; yields name and entry of each file.
-
-    Holds one tensor in memory at a time, and none if the tensors are mapped and of the right type.
-    """
+def shard_names(
+    tensors: "Mapping[str, torch.Tensor]", shard_bytes: int, dtype: "torch.dtype | None" = None
+) -> list[list[str]]:
+    """Names of the tensors of each weight file, in the order in which they are written."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(tensors):
@@ -355,19 +380,41 @@ def write_shards(
             filled = 0
         shards[-1].append(name)
         filled += size
+    # Wider numbers first, so that every tensor starts at a multiple of its item size.
+    return [
+        sorted(names, key=lambda name: (-(dtype or tensors[name].dtype).itemsize, name)) for names in shards
+    ]
+
+
+def write_shards(
+    folder: Path,
+    tensors: "Mapping[str, torch.Tensor]",
+    shard_bytes: int,
+    dtype: "torch.dtype | None",
+    make: "Callable[[str], torch.Tensor] | None" = None,
+) -> Iterator[tuple[str, FileEntry]]:
+    """Write tensors as `model-00001-of-0000N.safetensors`; yields name and entry of each file.
+
+    Holds one tensor in memory at a time, and none if the tensors are mapped and of the right type.
+    """
+    shards = shard_names(tensors, shard_bytes, dtype)
     for number, names in enumerate(shards, 1):
         place = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
         file = f"model{place}.safetensors"
         kinds = dict.fromkeys(names, dtype)
-        yield file, write_safetensors(folder / file, {name: tensors[name] for name in names}, kinds)
+        yield file, write_safetensors(folder / file, {name: tensors[name] for name in names}, kinds, make)
 
 
 def write_safetensors(
-    file: Path, tensors: "Mapping[str, torch.Tensor]", dtypes: "Mapping[str, torch.dtype | None]"
+    file: Path,
+    tensors: "Mapping[str, torch.Tensor]",
+    dtypes: "Mapping[str, torch.dtype | None]",
+    make: "Callable[[str], torch.Tensor] | None" = None,
 ) -> FileEntry:
     """Write one safetensors file tensor by tensor; a dtype of None keeps the tensor's own.
 
-    The library's own writer makes a copy of the whole file in memory.
+    `make` gives the tensors that are on the meta device. The library's own writer makes a copy of the whole
+    file in memory.
     """
     import torch
 
@@ -392,7 +439,10 @@ def write_safetensors(
     def chunks() -> Iterator[Any]:
         yield len(head).to_bytes(8, "little") + head
         for name in order:
-            tensor = tensors[name].detach().to("cpu", kinds[name]).contiguous()
+            tensor = tensors[name]
+            if tensor.is_meta and make is not None:
+                tensor = make(name)
+            tensor = tensor.detach().to("cpu", kinds[name]).contiguous()
             yield tensor.view(-1).view(torch.uint8).numpy().data
 
     return write_file(file, chunks())

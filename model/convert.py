@@ -126,6 +126,63 @@ def convert(
     save(tensors, config, text, output, shard_bytes, dtype)
 
 
+def convert_start(
+    backbone: str | Path,
+    vq: str | Path,
+    output: str | Path,
+    *,
+    seed: int = 0,
+    indicators: str = "added",
+    dtype: "torch.dtype | None" = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the checkpoint that training stage 1 starts from: backbone and image tokenizer, all else new.
+
+    The published code does not say how it draws image heads and adapters; here they are drawn as all new
+    parts of a stage are (`model.training.start.fresh_tensor`). One tensor is in memory at a time.
+
+    Args:
+        backbone: Folder of Qwen2.5-VL with its weights.
+        vq: LlamaGen's `vq_ds16_t2i.pt`.
+        output: Folder to write, which must not exist yet or be empty.
+        seed: Decides the numbers of the new parts.
+        indicators: Whether size indicators are tokens, see `ModelConfig`.
+        dtype: Type of the written weights, by default as stored, and float32 for new parts.
+        shard_bytes: Size of a weight file.
+
+    Raises:
+        InputError: A file is not what it should be, or tensors are missing, unexpected or wrong-shaped.
+    """
+    import torch
+
+    from wallaroo.model.training.start import fresh_tensor
+
+    decoder, vision = _architecture(Path(backbone))
+    tensors = _renamed(_state_dict(vq, "model", "image tokenizer"), rename_vq)
+    for file_name, stored in _stock_files(Path(backbone)).items():
+        with open_shard(Path(backbone) / file_name, "pt") as shard:
+            tensors |= {_from_stock(name): shard.get_tensor(name) for name in stored}
+    text = _tokenizer_json(Path(backbone), added_tokens(SIZES_512, indicators))
+    config = ModelConfig(
+        decoder=decoder,
+        vision=vision,
+        vq=_vq_config(tensors),
+        layout="train",
+        indicators=indicators,
+        token_ids=Tokenizer(text).token_ids,
+    )
+    expected = expected_shapes(config)
+    new = {name: shape for name, shape in expected.items() if name.startswith(_IMAGE_PARTS)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    compare_shapes(shapes | new, expected, f"{backbone} with {vq}")
+    empty = {name: torch.empty(shape, device="meta") for name, shape in new.items()}
+
+    def make(name: str) -> torch.Tensor:
+        return fresh_tensor(name, new[name], seed)
+
+    save(tensors | empty, config, text, output, shard_bytes, dtype, make)
+
+
 def _state_dict(path: str | Path, key: str, what: str) -> "dict[str, torch.Tensor]":
     """The mapped tensors below `key` of a file of torch.save."""
     import torch

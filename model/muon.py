@@ -52,4 +52,15 @@ class Muon(torch.optim.Optimizer):
                 # As Nesterov has it: the mean as it will be once this gradient comes again.
                 ahead = torch.lerp(matrix.grad, mean, group["momentum"])
                 length = 0.2 * max(matrix.shape) ** 0.5
-                matrix.add_(orthogonal(ahead), alpha=-group["lr"] * length)
+                matrix.add_(_orthogonal_shard(ahead), alpha=-group["lr"] * length)
+
+
+def _orthogonal_shard(matrix: Tensor) -> Tensor:
+    """`orthogonal`, of a matrix `(m, n)` that may be spread over processes, each of which makes the whole."""
+    if not hasattr(matrix, "full_tensor"):
+        return orthogonal(matrix)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(matrix, DTensor)
+    made = orthogonal(matrix.full_tensor())
+    return distribute_tensor(made, matrix.device_mesh, matrix.placements, src_data_rank=None)

@@ -19,6 +19,12 @@ import pytest
 SERVER_START_SECONDS = 60
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "numerics: its result depends on the kernels of the CPU (`make numerics` changes them)"
+    )
+
+
 @dataclass(frozen=True)
 class S3Server:
     """A running SeaweedFS.

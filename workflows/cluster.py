@@ -24,6 +24,9 @@ _TOKEN = secrets.token_hex(32)
 LOST_WHILE_LOADING = 10
 """Replicas in a row that may end before one is up; with more the cause is no lost node."""
 
+CONNECT_SECONDS = 60.0
+"""Timeout for the first answer of a cluster."""
+
 _LOCAL_ENVIRONMENT: dict[str, str | None] = {
     # Given like this, the token is on no disk; Ray's default would leave it in a file that all may read.
     "RAY_AUTH_TOKEN": _TOKEN,
@@ -64,36 +67,76 @@ def connected(
             "_temp_dir": os.path.join(folder, "ray"),
         }
         try:
-            with _environment(_LOCAL_ENVIRONMENT), _ray(options, start_timeout):
+            with _environment(_LOCAL_ENVIRONMENT), _ray(options, folder, start_timeout):
                 yield
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     else:
-        with _ray({"address": address}, start_timeout):
+        with (
+            tempfile.TemporaryDirectory(prefix="wallaroo-") as folder,
+            _ray({"address": address}, folder, start_timeout),
+        ):
             yield
 
 
 @contextmanager
-def _ray(options: dict[str, Any], start_timeout: float) -> Iterator[None]:
+def _ray(options: dict[str, Any], folder: str, start_timeout: float) -> Iterator[None]:
+    """Ray with these options of `ray.init`, started from an empty folder (see `_working_directory`)."""
     # A thread that is left over when Ray has ended must not start another one.
     with _environment({"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ENABLE_AUTO_CONNECT": "0"}):
         import ray
 
         try:
-            _start(options, start_timeout)
+            if options["address"] != "local":
+                _wait_for_cluster(options["address"])
+            with _working_directory(folder):
+                _start(options, start_timeout)
         except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
             if options["address"] == "local":
                 raise
             words = str(error).strip().splitlines()[0]
             raise InputError(
-                f"no Ray cluster answers at {options['address']} ({words}): "
-                f"check the address, or leave it out to start a local Ray."
+                f"no Ray cluster answers at {options['address']} ({words}): check --address and "
+                f"$RAY_ADDRESS; without them a local Ray is started."
             ) from error
     try:
         _quieten()
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _working_directory(folder: str) -> Iterator[None]:
+    """Another working directory for the block.
+
+    `ray.init` puts the driver's first in the module search path of all workers, and a local Ray starts them
+    in it. In a folder of a user any file could then be imported in place of a library.
+    """
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _wait_for_cluster(address: str) -> None:
+    """Raises TimeoutError if no gRPC server answers at `host:port` or `ray://host:port` in CONNECT_SECONDS.
+
+    `ray.init` itself would retry for a quarter of an hour.
+    """
+    server = address.removeprefix("ray://")
+    # TLS needs certificates that only Ray knows of; `auto` and the like name no server.
+    if ":" not in server or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    import grpc
+
+    with grpc.insecure_channel(server) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise TimeoutError(f"no answer in {CONNECT_SECONDS:.0f} s") from None
 
 
 def _start(options: dict[str, Any], timeout: float) -> None:

@@ -72,7 +72,7 @@ def data() -> None:
     "--model", default="tiny", metavar="FOLDER", help="Checkpoint whose picture sizes to use (default tiny)."
 )
 @click.option("--square", type=int, metavar="PIXELS", help="Use one square size instead.")
-@click.option("--lines", is_flag=True, help="Also write JSON lines for `python -m wallaroo.model.train`.")
+@click.option("--lines", is_flag=True, help="Also write JSON lines for `python -m wallaroo.model.training`.")
 @click.option(
     "--hard",
     is_flag=True,

@@ -4,12 +4,14 @@ Of every case the conditional branch, the null branch and both together are serv
 tokens forced, for their logits; then greedily without and with guidance.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from tests.conformance.published import Family, metadata
+from tests.numerics import logit_length, rounding
 from wallaroo.model.config import Size
 from wallaroo.model.engine import Engine, EngineOptions, Request, Result
 from wallaroo.model.images import pixel_image, semantic_image
@@ -109,6 +111,16 @@ def understand_requests(case: dict, min_pixels: int, max_pixels: int) -> list[Re
         )
         for what, forced in (("tf_logits", arrays["tf_tokens"]), ("greedy", None))
     ]
+
+
+def tolerances(model: Wallaroo, task: str, arrays: Family) -> tuple[float, float]:
+    """What rounding explains of the logits of a case: of one branch, and of both together at `GUIDED`.
+
+    Guided logits are cfg times one branch less cfg - 1 times the other, whose errors are independent.
+    """
+    expected = arrays["tf_logits" if task == "understand" else "cond_logits"]
+    row = rounding(expected, logit_length(model, task))
+    return row, math.hypot(GUIDED.cfg, GUIDED.cfg - 1) * row
 
 
 def serve(server: str, model: Wallaroo, task: str, requests: Sequence[Request]) -> dict[tuple, Result]:

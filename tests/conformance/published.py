@@ -131,10 +131,11 @@ def assert_equal(ours: Any, where: Where, expected: np.ndarray, what: str = "") 
 def assert_greedy(
     tokens: np.ndarray, logits: np.ndarray, where: Where, expected: np.ndarray, allowed: float, what: str = ""
 ) -> float:
-    """Greedy tokens are as expected up to a step at which the best two logits are closer than `allowed`.
+    """Greedy tokens are as expected up to a step at which rounding may have made another logit the best.
 
-    logits: `(steps, vocabulary)`, those that our tokens were taken from. Returns the smallest gap
-    between the best two along the sequence.
+    logits: `(steps, vocabulary)`, those that our tokens were taken from. allowed: how far one of them may
+    be off, so that two may change places which are twice that apart. Returns the smallest gap between the
+    best two along the sequence.
     """
     place = f"family {where.family}, case {where.case or '-'}, {where.array} ({what})"
     assert tokens.shape == expected.shape, f"{place}: {tokens.shape} tokens instead of {expected.shape}"
@@ -146,7 +147,7 @@ def assert_greedy(
     if len(differ):
         seen.largest = max(seen.largest, 1.0)
         step = int(differ[0])
-        assert gaps[step] <= allowed, (
+        assert gaps[step] <= 2 * allowed, (
             f"{place}: token {tokens[step]} instead of {expected[step]} at step {step}, "
             f"where the best two logits differ by {gaps[step]:.3g}"
         )

@@ -8,6 +8,8 @@ from tests.conformance.published import Family, assert_close, assert_equal, case
 from wallaroo.model.reference import probabilities
 from wallaroo.model.sampling import Sampling, filtered_probabilities, sample
 
+pytestmark = pytest.mark.numerics
+
 ALLOWED, RELATIVE = 1e-6, 1e-4
 
 

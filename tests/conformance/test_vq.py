@@ -1,9 +1,7 @@
 """The image tokenizer, from pixels to tokens and back."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,14 +9,13 @@ import torch
 
 from tests.conformance.models import vq_model
 from tests.conformance.published import Family, assert_close, assert_equal, cases, metadata, name_of
+from tests.numerics import nearest_tolerance, rounding, spread, sums
 from wallaroo.model.vq import to_float, to_uint8
 
-LATENT, MARGIN, PIXEL = 5e-5, 1e-4, 2e-4
-SHARE = 1e-4
-"""Of all uint8 values, at most this share may be a level off."""
+pytestmark = pytest.mark.numerics
 
-KERNELS = (("AVX2", 2), ("AVX2", 1), ("AVX512_CORE", 2))
-"""Instruction set and threads that published numbers may have been made with; those here with the first."""
+LEVEL = 1 / 127.5
+"""How far apart two levels of a pixel are in the decoder's numbers."""
 
 CASES = cases("vq")
 PICTURES = [case for case in CASES if case["case"].startswith("v")]
@@ -40,111 +37,114 @@ def test_names_and_shapes_are_the_published_ones():
 @pytest.mark.parametrize("case", PICTURES + LARGE, ids=name_of)
 def test_encoding(case: dict):
     arrays, vq = Family("vq", case["case"]), vq_model()
+    length = sums(vq.encoder, vq.quant_conv)
     with torch.inference_mode():
         picture = to_float(torch.from_numpy(arrays["image"]))[None]
         if case in PICTURES:
             features = vq.encoder(picture)
-            assert_close(features[0], arrays.where("encoder_out"), arrays["encoder_out"], LATENT)
-            assert_close(vq.quant_conv(features)[0], arrays.where("pre_norm"), arrays["pre_norm"], LATENT)
+            for name, found in (("encoder_out", features), ("pre_norm", vq.quant_conv(features))):
+                assert_close(found[0], arrays.where(name), arrays[name], rounding(arrays[name], length))
         latents = vq.encode(picture)
-        assert_close(latents[0].movedim(0, -1), arrays.where("z"), arrays["z"], LATENT)
+        allowed = rounding(arrays["z"], length)
+        assert_close(latents[0].movedim(0, -1), arrays.where("z"), arrays["z"], allowed)
         tokens = vq.quantise(latents).flatten().numpy()
         entries = vq.codebook()
     distances = torch.cdist(latents[0].flatten(1).T.double(), entries.double()).square()
     nearest = distances.topk(2, largest=False).values
-    assert_close(nearest[:, 1] - nearest[:, 0], arrays.where("margin"), arrays["margin"], MARGIN)
-    clear = arrays["margin"] > MARGIN
+    allowed = nearest_tolerance(allowed, entries.shape[1])
+    assert_close(nearest[:, 1] - nearest[:, 0], arrays.where("margin"), arrays["margin"], allowed)
+    clear = arrays["margin"] > allowed
+    assert clear.mean() > 0.5
     assert_equal(np.where(clear, tokens, arrays["idx"]), arrays.where("idx"), arrays["idx"])
 
 
-def decoded(case: dict, arrays: Family) -> torch.Tensor:
-    tokens = torch.from_numpy(arrays["idx"]).long().view(1, case["h"] // 16, case["w"] // 16)
+@cache
+def decoded(name: str) -> torch.Tensor:
+    """The picture of a case, float32 `(3, h, w)`."""
+    [case] = (case for case in CASES if case["case"] == name)
+    tokens = torch.from_numpy(Family("vq", name)["idx"]).long().view(1, case["h"] // 16, case["w"] // 16)
     with torch.inference_mode():
         return vq_model().decode(tokens)[0]
+
+
+def decoder_length() -> int:
+    return sums(vq_model().decoder, vq_model().post_quant_conv)
+
+
+def crossings(difference: float, count: int) -> float:
+    """How many of `count` uint8 values may be a level off where the numbers they are made of differ so on
+    average.
+
+    A number lies anywhere between the edges of its level, so a difference takes it across one with a
+    probability of that difference in levels. Of the sum of these, the expectation, 5 deviations more are
+    as good as never passed.
+    """
+    expected = difference / LEVEL * count
+    return expected + 5 * math.sqrt(expected)
 
 
 def check_large(arrays: Family, picture: torch.Tensor) -> None:
     """A large picture is stored in extracts: every 7th row and column, means of blocks, the centre."""
     wide = picture.double()
     blocks = wide.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).mean((2, 4))
+    allowed = rounding(arrays["dec_stride7"], decoder_length())
     for name, found in (
         ("dec_stride7", wide[:, ::7, ::7]),
         ("dec_blockmean16", blocks),
         ("dec_mean", wide.mean((1, 2))),
         ("dec_std", wide.std((1, 2), correction=0)),
     ):
-        assert_close(found, arrays.where(name), arrays[name], PIXEL)
+        assert_close(found, arrays.where(name), arrays[name], allowed)
     levels = to_uint8(picture).numpy()
     top, left = (levels.shape[0] - 96) // 2, (levels.shape[1] - 96) // 2
     centre = levels[top : top + 96, left : left + 96]
     assert_close(centre, arrays.where("u8_center"), arrays["u8_center"], 1)
-    # Were every value a level off in the same direction, this would be as large as the picture.
-    allowed = SHARE * levels.shape[0] * levels.shape[1]
+    # As if all that are off were off in the same direction.
+    difference = np.abs(wide[:, ::7, ::7].numpy() - arrays["dec_stride7"]).mean()
+    allowed = crossings(difference, levels.shape[0] * levels.shape[1])
     assert_close(levels.sum((0, 1), dtype=np.int64), arrays.where("u8_sum"), arrays["u8_sum"], allowed)
 
 
 @pytest.mark.parametrize("case", PICTURES + RANDOM, ids=name_of)
 def test_decoding(case: dict):
     arrays = Family("vq", case["case"])
-    picture = decoded(case, arrays)
-    assert_close(picture, arrays.where("dec"), arrays["dec"], PIXEL)
+    picture, published = decoded(case["case"]), arrays["dec"]
+    assert_close(picture, arrays.where("dec"), published, rounding(published, decoder_length()))
     assert_close(to_uint8(picture), arrays.where("u8"), arrays["u8"], 1)
+    assert_equal(
+        to_uint8(torch.from_numpy(published)), arrays.where("u8"), arrays["u8"], "of published numbers"
+    )
 
 
 @pytest.mark.parametrize("case", LARGE, ids=name_of)
 def test_decoding_a_large_picture(case: dict):
     arrays = Family("vq", case["case"])
-    check_large(arrays, decoded(case, arrays))
+    check_large(arrays, decoded(case["case"]))
 
 
-def compare_pixels() -> None:
-    """Prints how many uint8 values of all cases differ from the published ones, and how many there are."""
-    differ = total = 0
+def test_hardly_any_pixel_is_another_one():
+    """Over all cases: values are a level off no more often than float32 rounding moves one across an edge.
+
+    The published numbers come from float32 kernels themselves, and are as far from exact arithmetic as ours.
+    """
+    differ = total = mean = 0
     for case in CASES:
-        arrays = Family("vq", case["case"])
-        levels = to_uint8(decoded(case, arrays)).numpy()
+        arrays, picture = Family("vq", case["case"]), decoded(case["case"])
+        levels = to_uint8(picture).numpy()
         if case in LARGE:
             top, left = (levels.shape[0] - 96) // 2, (levels.shape[1] - 96) // 2
             levels, expected = levels[top : top + 96, left : left + 96], arrays["u8_center"]
+            difference = picture[:, ::7, ::7].numpy() - arrays["dec_stride7"]
         else:
-            expected = arrays["u8"]
+            expected, difference = arrays["u8"], picture.numpy() - arrays["dec"]
         assert levels.shape == expected.shape
-        assert np.abs(levels.astype(int) - expected).max() <= 1
         differ += int((levels != expected).sum())
         total += levels.size
-    print(differ, total)
-
-
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
-    reason="the published numbers were made with the kernels of another kind of CPU",
-)
-def test_pixels_are_equal_with_the_kernels_of_the_published_numbers():
-    """At most one value in 10,000 is a level off; in those that come with the tests none is.
-
-    Rounding alone moves one or two values in 10,000 across a level: other kernels sum in another order,
-    and the published numbers are themselves that far from exact arithmetic. So the comparison is made
-    with their kernels. A folder does not tell which these were, hence the short list.
-    """
-    counts = {}
-    for isa, threads in KERNELS:
-        environment = os.environ | {
-            "ONEDNN_MAX_CPU_ISA": isa,
-            "ATEN_CPU_CAPABILITY": isa.split("_")[0].lower(),
-            "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads leave the processor to others
-        }
-        run = subprocess.run(
-            [sys.executable, "-c", "from tests.conformance.test_vq import compare_pixels; compare_pixels()"],
-            cwd=Path(__file__).parents[2],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
+        mean += np.abs(difference).mean() * levels.size
+        # This keeps the bound below low, whatever the kernels.
+        apart, typical = np.abs(difference).mean(), spread(picture, decoder_length())
+        assert apart <= typical, (
+            f"family vq, case {case['case']}: {apart:.3g} apart on average, not {typical:.3g}"
         )
-        assert run.returncode == 0, run.stderr
-        differ, total = map(int, run.stdout.split())
-        counts[isa, threads] = f"{differ} of {total}"
-        if differ <= SHARE * total:
-            return
-    raise AssertionError(f"family vq: too many uint8 values differ, by kernels and threads: {counts}")
+    allowed = crossings(mean / total, total)
+    assert differ <= allowed, f"family vq: {differ} of {total} uint8 values differ, at most {allowed:.0f} may"

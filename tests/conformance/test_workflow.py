@@ -5,14 +5,15 @@ import dataclasses
 import pytest
 from PIL import Image
 
-from tests.conformance.cases import GUIDED, PLAIN, edit_requests, serve, understand_requests
+from tests.conformance.cases import GUIDED, PLAIN, edit_requests, serve, tolerances, understand_requests
 from tests.conformance.models import config_of, tiny
 from tests.conformance.published import Family, assert_close, assert_greedy, cases, metadata, name_of
 from wallaroo.actors.rows import from_ipc, request_values, requests, requests_table, to_ipc
 from wallaroo.workflows.sources.prepare import Source, load_many
 from wallaroo.workflows.sources.references import SourceOptions
 
-ROW, GUIDED_LOGIT, TEXT = 5e-5, 2e-4, 1e-4
+pytestmark = pytest.mark.numerics
+
 LIMITS = metadata("i2i_meta")["seg"]["min_pixels"], metadata("i2i_meta")["seg"]["max_pixels"]
 
 
@@ -57,14 +58,15 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_tokens_and_logits_are_those_of_the_model(served):
     task, results = served
-    if task == "edit":
-        forced = (("cond_logits", ROW), ("cfg3_correct", GUIDED_LOGIT))
-        greedy = (("greedy_cfg1", GUIDED_LOGIT), ("greedy_cfg3_correct", GUIDED_LOGIT))
-    else:
-        forced, greedy = (("tf_logits", TEXT),), (("greedy", TEXT),)
     family = "i2i" if task == "edit" else "mmu"
     for case in cases(family):
         arrays, name = Family(family, case["case"]), name_of(case)
+        row, guided = tolerances(tiny(), task, arrays)
+        if task == "edit":
+            forced = (("cond_logits", row), ("cfg3_correct", guided))
+            greedy = (("greedy_cfg1", row), ("greedy_cfg3_correct", guided))
+        else:
+            forced, greedy = (("tf_logits", row),), (("greedy", row),)
         for array, allowed in forced:
             result = results[case["case"], array]
             assert result.tokens.tolist() == arrays["tf_tokens"].tolist(), name

@@ -10,6 +10,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wallaroo.jobs import cli
@@ -18,11 +19,13 @@ from wallaroo.model.config import Size
 from wallaroo.model.engine import Engine, EngineOptions, Request
 from wallaroo.model.prompts import generate_prompt
 from wallaroo.model.sampling import Sampling
-from wallaroo.model.train import Recipe
-from wallaroo.model.train import train as train_alone
+from wallaroo.model.training.meter import MEASURED
+from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.training.stage import train as train_alone
 from wallaroo.workflows import storage
 from wallaroo.workflows.scenes import captions, write
-from wallaroo.workflows.training import check, read
+from wallaroo.workflows.training.driver import check
+from wallaroo.workflows.training.rows import read
 
 STEPS = 10
 RECIPES = """
@@ -81,7 +84,7 @@ def command(path, *arguments):
 def losses(folder):
     """Step -> its losses; the last line of a step that was made twice."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line.pop("step"): {k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines}
+    return {line.pop("step"): {k: v for k, v in line.items() if k not in MEASURED} for line in lines}
 
 
 def events(folder):
@@ -176,6 +179,90 @@ def test_metrics_are_in_tensorboard_files(undisturbed):
     assert {event.step for event in read.Scalars("tokens_per_second")} == set(range(1, STEPS + 1))
 
 
+def test_streamed_rows_give_the_same_losses_with_any_number_of_workers(tmp_path, data, capsys):
+    """With one worker that is stopped by SIGTERM and goes on, and with two that are not."""
+    text = RECIPES.replace("threads = 1", "threads = 1\nstream = true")
+    two = tmp_path / "two"
+    assert command(recipes(two, data, text), "--workers", "2", "--device", "cpu") == 0
+    one, stopped = tmp_path / "one", []
+
+    def stop():
+        while not (one / "metrics.jsonl").exists() or max(losses(one), default=0) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopped.append(True)
+
+    stopper = threading.Thread(target=stop, daemon=True)
+    stopper.start()
+    path = recipes(one, data, text.replace("save_every = 2", "save_every = 100"))
+    assert command(path, "--workers", "1", "--device", "cpu", "--grace", "300") == 5
+    stopper.join(60)
+    assert stopped and "the same command goes on from there" in capsys.readouterr().err
+    [state] = [folder.name for folder in (one / "state").iterdir()]
+    assert 3 <= int(state.removeprefix("step-")) < STEPS
+    assert not (one / "stop").exists()
+    assert command(path, "--workers", "1", "--device", "cpu") == 0
+    ours, theirs = losses(one), losses(two)
+    assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
+    for step, line in ours.items():
+        assert theirs[step] == pytest.approx(line, rel=1e-3, abs=1e-6), step
+
+
+def put(folder, where):
+    """Copies a folder to S3."""
+    for file in folder.iterdir():
+        storage.write_atomic(f"{where}/{file.name}", file.read_bytes())
+
+
+def test_a_stage_with_all_it_needs_on_s3_is_killed_and_goes_on(tmp_path, data, undisturbed, s3, monkeypatch):
+    """Its state, log and checkpoint are on S3 alone, and losses are those of a run on the disk."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put(TINY, f"{s3}/base")
+    put(data, f"{s3}/data")
+    path, out = tmp_path / "s3.toml", f"{s3}/out"
+    text = RECIPES.replace("{base}", f"{s3}/base").replace("{data}", f"{s3}/data").replace("{folder}", out)
+    path.write_text(text.replace("{steps}", str(STEPS)), encoding="utf-8")
+    killed = []
+
+    def kill():
+        while not any(name.endswith("/.metadata") for name in states()):
+            time.sleep(0.1)
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+                return
+
+    def states():
+        return [file.relative for file in storage.list_files(f"{out}/state")]
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert command(path, "--workers", "2", "--device", "cpu", "--shard", "full") == 0
+    killer.join(60)
+    assert killed
+    lines = [json.loads(line) for line in storage.read_bytes(f"{out}/metrics.jsonl").splitlines()]
+    found = {line["step"]: line["loss"] for line in lines}
+    wanted = {step: line["loss"] for step, line in losses(undisturbed).items()}
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert {name.partition("/")[0] for name in states()} == {"step-00000008", "step-00000010"}
+    ours = load(storage.fetch_folder(f"{out}/checkpoint", cache=tmp_path / "fetched")).state_dict()
+    theirs = load(undisturbed / "checkpoint").state_dict()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+
+
+def test_a_plan_counts_rows_and_memory_and_starts_nothing(tmp_path, data, capsys):
+    folder = tmp_path / "planned"
+    assert command(recipes(folder, data), "--plan", "--workers", "4", "--gpu-memory", "0.1") == 2
+    assert "4 workers" in capsys.readouterr().err
+    assert command(recipes(folder, data), "--plan", "--workers", "2") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "generate: 20 rows in 1 files, 2.0 epochs of at most these"
+    assert any(line.startswith("2 workers, whole model: ") and line.endswith(": fits") for line in said)
+    assert any(line.startswith("8 workers: The recipe has 4 rows of generate") for line in said)
+    assert not (folder / "state").exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -188,7 +275,7 @@ def test_metrics_are_in_tensorboard_files(undisturbed):
         ("{base}", "{folder}", "is not a checkpoint|cannot be read"),
         ('part = "lm"', 'part = "vq"', "the image tokenizer learns in one process"),
         ("[stage]", "[stages]", "no stage 'stage'; did you mean 'stages'?"),
-        ('"{folder}"', '"s3://bucket/folder"', "folder is on S3"),
+        ("threads = 1", 'precision = "half"', "precision is 'half', but must be one of auto"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence(tmp_path, data, capsys, old, new, words):

@@ -1,6 +1,7 @@
 """The engine's promises: a row is the same in any company, every row comes back once, shapes never change."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.numerics import logit_length, rounding, sums
 from wallaroo.model.bench import MODELS, Operators, counted, text_requests
 from wallaroo.model.bench import random_model as bench_model
 from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
@@ -104,6 +106,7 @@ def expected(model: Wallaroo) -> dict[int, Result]:
     return results
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     "options",
     [
@@ -120,12 +123,14 @@ def test_a_row_is_the_same_with_any_number_of_groups_and_any_sharing(
     assert_same(serve(model, REQUESTS, **options), expected)
 
 
+@pytest.mark.numerics
 def test_a_row_is_the_same_in_any_order_and_slot(model: Wallaroo, expected: dict[int, Result]) -> None:
     order = np.random.default_rng(3).permutation(len(REQUESTS))
     assert_same(serve(model, [REQUESTS[index] for index in order]), expected)
     assert_same(serve(model, REQUESTS[::-1], slots=8), expected)
 
 
+@pytest.mark.numerics
 def test_a_row_is_the_same_alone(model: Wallaroo, expected: dict[int, Result]) -> None:
     for request in REQUESTS[:10]:
         assert_same(serve(model, [request]), expected)
@@ -144,6 +149,7 @@ def test_a_row_is_the_same_when_rows_arrive_while_others_decode(
     assert_same(results, expected)
 
 
+@pytest.mark.numerics
 def test_a_wide_row_has_the_same_bits_in_any_slot_with_threads_that_share_evenly() -> None:
     """Six threads would share the numbers of the MLP within vectors, which round otherwise at their ends."""
     decoder = dataclasses.replace(CONFIG.decoder, intermediate_size=18944)
@@ -161,6 +167,7 @@ def test_a_wide_row_has_the_same_bits_in_any_slot_with_threads_that_share_evenly
         torch.set_num_threads(1)
 
 
+@pytest.mark.numerics
 @pytest.mark.skipif(not PACKS, reason="this torch has no oneDNN")
 @pytest.mark.parametrize("threads", [2, 3])
 def test_a_row_has_the_same_bits_in_any_place_of_a_packed_product(threads: int) -> None:
@@ -184,6 +191,7 @@ def test_narrow_models_take_all_threads(wanted: int) -> None:
     assert even_threads(CONFIG.decoder, EngineOptions(), wanted) == wanted
 
 
+@pytest.mark.numerics
 def test_a_picture_is_the_same_wherever_it_stands_in_a_vq_slice(model: Wallaroo) -> None:
     few, many = serve(model, REQUESTS[:3], vq_slice=4), serve(model, REQUESTS[:20], vq_slice=4)
     assert_same(few, many)
@@ -262,6 +270,7 @@ def test_a_bad_row_comes_back_with_its_error_and_harms_no_other(
     assert_same(results, expected)
 
 
+@pytest.mark.numerics
 def test_forced_tokens_are_taken_and_scored(model: Wallaroo) -> None:
     size = Size(32, 64)
     forced = np.arange(8, dtype=np.int32)
@@ -455,6 +464,7 @@ def test_rows_guided_in_all_steps_are_those_of_an_engine_that_knows_no_interval(
     assert differing > len(guided) / 2
 
 
+@pytest.mark.numerics
 def test_a_row_guided_in_a_part_of_its_steps_is_the_same_in_any_company(
     model: Wallaroo, half_guided: dict[int, Result]
 ) -> None:
@@ -498,6 +508,7 @@ def test_no_null_branch_is_prefilled_where_no_step_is_guided(model: Wallaroo) ->
     assert engine.counts["null_steps"] == 0
 
 
+@pytest.mark.numerics
 def test_logits_are_guided_within_the_interval_and_not_outside(model: Wallaroo) -> None:
     """The same tokens forced, so that all that differs is guidance."""
     forced = np.random.default_rng(6).integers(0, CONFIG.vq.codebook_size, 12).astype(np.int32)
@@ -509,13 +520,15 @@ def test_logits_are_guided_within_the_interval_and_not_outside(model: Wallaroo) 
         return serve(model, [*others, asked], trace=True, cfg_interval=interval)[row.key].logits
 
     guided, plain = logits(3.0), logits(1.0)
-    assert np.abs(guided - plain).max(axis=1).min() > 0.1
+    assert np.abs(guided - plain).max(axis=1).min() > 0.1  # far more than what rounding explains
     # Steps 3 to 8 of 15 are guided; of these the line ends at 3 and 7 are not drawn.
     some = logits(3.0, (0.2, 0.6))
     inside = slice(3, 3 + 4)
-    np.testing.assert_allclose(some[inside], guided[inside], rtol=0, atol=1e-3)
+    # Null branches that end early leave other rows other places, and so other shapes.
+    allowed = math.hypot(3, 2) * rounding(plain, logit_length(model, "generate"))
+    np.testing.assert_allclose(some[inside], guided[inside], rtol=0, atol=allowed)
     outside = np.r_[0:3, 7:12]
-    np.testing.assert_allclose(some[outside], plain[outside], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(some[outside], plain[outside], rtol=0, atol=allowed)
 
 
 def test_a_full_batch_takes_little_more_than_the_least_arithmetic() -> None:
@@ -537,10 +550,12 @@ def test_replayed_steps_draw_the_same_tokens_as_steps_that_run() -> None:
     assert_same(replayed, run)
 
 
+@pytest.mark.numerics
 @pytest.mark.skipif(not PACKS, reason="this torch has no oneDNN")
 def test_packed_weights_give_the_products_of_those_they_are_made_of() -> None:
     decoder = random_model(CONFIG, "generate").language_model
     made = packed(decoder, 32)
+    torch.manual_seed(2)
 
     def parts(whole: torch.nn.Module, *kinds: type) -> list[torch.nn.Module]:
         return [module for module in whole.modules() if isinstance(module, kinds)]
@@ -558,10 +573,14 @@ def test_packed_weights_give_the_products_of_those_they_are_made_of() -> None:
                 (one.mlp.down_proj, other.mlp.down_proj),
             ):
                 x, residual = torch.randn(32, linear.in_features), torch.randn(32, linear.out_features)
-                torch.testing.assert_close(product(x), linear(x), rtol=1e-4, atol=1e-4)
-                torch.testing.assert_close(product(x, residual), residual + linear(x), rtol=1e-4, atol=1e-4)
+                wanted = linear(x)
+                allowed = rounding(wanted, linear.in_features)
+                torch.testing.assert_close(product(x), wanted, rtol=0, atol=allowed)
+                torch.testing.assert_close(product(x, residual), residual + wanted, rtol=0, atol=allowed)
             x, residual = torch.randn(2, 32, CONFIG.decoder.hidden_size)
-            torch.testing.assert_close(one.mlp(residual, x), other.mlp(residual, x), rtol=1e-4, atol=1e-4)
+            wanted = other.mlp(residual, x)
+            allowed = rounding(wanted, sums(other.mlp))
+            torch.testing.assert_close(one.mlp(residual, x), wanted, rtol=0, atol=allowed)
     # Nothing is packed that is multiplied in another way.
     half = random_model(CONFIG, "generate").bfloat16().language_model
     assert not parts(packed(half, 32), *kinds)

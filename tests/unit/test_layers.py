@@ -12,6 +12,7 @@ MODEL = Path(__file__).parents[2] / "model"
 
 ABSENT = """
 import importlib, pkgutil, sys
+import wallaroo
 
 class Without:
     'A finder for which some packages are not installed.'
@@ -41,7 +42,9 @@ for module in pkgutil.walk_packages(model.__path__, "wallaroo.model."):
 def test_model_imports_without_ray_and_arrow():
     done = subprocess.run([sys.executable, "-c", ABSENT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    modules = {f"wallaroo.model.{path.stem}" for path in MODEL.glob("*.py")} - {"wallaroo.model.__init__"}
+    paths = [path.relative_to(MODEL.parent).with_suffix("") for path in MODEL.rglob("*.py")]
+    modules = {"wallaroo." + ".".join(path.parts).removesuffix(".__init__") for path in paths}
+    modules -= {"wallaroo.model"}
     assert set(done.stdout.split()) == modules
 
 
@@ -68,7 +71,7 @@ def public_functions():
     own, and for a method also that of its class and of the same method elsewhere in the module, since
     backends fill in what a protocol beside them says."""
     found = []
-    for path in sorted(MODEL.glob("*.py")):
+    for path in sorted(MODEL.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
         for node in tree.body:

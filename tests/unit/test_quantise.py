@@ -14,6 +14,8 @@ from wallaroo.model.quantise import quantise
 from wallaroo.model.sampling import Sampling
 from wallaroo.model.wallaroo import Wallaroo
 
+pytestmark = pytest.mark.numerics
+
 
 def results(model: Wallaroo, rows: int, trace: bool = False) -> list[Result]:
     """Rows of random prompts; with `trace` all take the same tokens, so that logits can be compared."""

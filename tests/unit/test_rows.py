@@ -277,6 +277,7 @@ def shard(number, rows):
     return {"shard": number, "plan": b"p", "requests": to_ipc(requests_table(values))}, alone
 
 
+@pytest.mark.numerics
 def test_a_replica_gives_every_row_back_once_as_an_engine_alone_makes_it():
     replica = Replica(lambda: TINY, device="cpu", options={"slots": 16})
     rows, alone = zip(shard(7, [0, 1, 4]), shard(8, [2]), shard(9, []), strict=True)

@@ -9,6 +9,8 @@ import torch
 from wallaroo.model.errors import RowError
 from wallaroo.model.sampling import Filters, Sampling, draws, filtered_probabilities, kept_logits, sample
 
+pytestmark = pytest.mark.numerics
+
 VOCABULARY = 24
 SETTINGS = [
     (1.0, 0, 1.0),

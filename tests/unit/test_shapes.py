@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from wallaroo.jobs.cli import cli
-from wallaroo.model.train import read_rows
+from wallaroo.model.training.data import read_rows
 from wallaroo.workflows.scenes.world import HARD, KINDS, Scene, draw, held_out
 
 

@@ -4,6 +4,8 @@ import torch
 from wallaroo.model.config import VQConfig
 from wallaroo.model.vq import VQModel, to_float, to_uint8
 
+pytestmark = pytest.mark.numerics
+
 CONFIG = VQConfig(
     channels=16,
     channel_multipliers=(1, 1, 2, 2, 4),

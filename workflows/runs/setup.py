@@ -103,7 +103,8 @@ def connect(
 ) -> None:
     # Not imported here: Ray reads some of what `connected` sets only then.
     if not ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
-        report(Progress(waiting="starting Ray"))
+        where = f"connecting to Ray at {config.address}" if config.address else "starting Ray"
+        report(Progress(waiting=where))
     cpus = config.replicas[1] * config.threads if config.device != "cuda" else 0
     stack.enter_context(connected(config.address, cpus, config.ray_start_timeout))
     if stop is not None:

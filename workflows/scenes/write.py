@@ -41,7 +41,7 @@ def to_values(example: Example, identity: str) -> dict[str, Any]:
 
 
 def to_line(values: dict[str, Any]) -> str:
-    """A row as a line of JSON, its pictures in base64, as `python -m wallaroo.model.train` reads it."""
+    """A row as a line of JSON, its pictures in base64, as `python -m wallaroo.model.training` reads it."""
     plain = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in values.items()}
     return json.dumps(plain, ensure_ascii=False)
 
@@ -65,7 +65,7 @@ def write(
     `held-out/TASK.parquet` with `held_out_rows`, combinations that the former lack; gives their paths.
 
     Each file is a manifest of its task. lines: also `train/TASK.jsonl`, which
-    `python -m wallaroo.model.train` reads. hard: whether the rows to train on are mostly of the kinds in
+    `python -m wallaroo.model.training` reads. hard: whether the rows to train on are mostly of the kinds in
     HARD; those held out are the same either way. Raises InputError for a number below one.
     """
     if rows < 1 or held_out_rows < 1:

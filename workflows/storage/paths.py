@@ -32,7 +32,12 @@ def is_s3(path: str) -> bool:
 
 
 def absolute_path(path: str) -> str:
-    """The path as it is called from any working directory."""
+    """The path as it is called from any working directory. Raises InputError if it is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        shown = ascii(os.fsencode(path))[2:-1]
+        raise InputError(f"the path {shown} is not UTF-8: rename the file or folder.") from None
     return path if is_s3(path) else os.path.abspath(path)
 
 

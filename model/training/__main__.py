@@ -1,0 +1,24 @@
+"""`python -m wallaroo.model.training RECIPES.toml STAGE [WORKERS]`: one stage without Ray.
+
+Of each file of rows it reads the JSON lines beside it.
+"""
+
+import sys
+
+from wallaroo.model.errors import InputError
+from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.training.stage import Stopped, train
+
+
+def main() -> None:
+    """Run the command; a mistake in it or in the recipe is one sentence."""
+    if len(sys.argv) not in (3, 4) or not "".join(sys.argv[3:] or "1").isdecimal():
+        sys.exit("usage: python -m wallaroo.model.training RECIPES.toml STAGE [WORKERS]")
+    try:
+        print(train(Recipe.from_file(*sys.argv[1:3]), workers=int("".join(sys.argv[3:] or "1"))))
+    except (InputError, Stopped) as error:
+        sys.exit(f"model.training: {error}")
+
+
+if __name__ == "__main__":
+    main()

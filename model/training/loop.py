@@ -1,0 +1,198 @@
+"""The loop of all stages: batches, gradients over pieces and processes, optimizers, state.
+
+Knows nothing of what a job learns.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wallaroo.model.muon import Muon, takes
+from wallaroo.model.training.meter import Meter
+from wallaroo.model.training.process import Process, whole
+from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.training.sharding import halves, spread, synced
+from wallaroo.model.training.state import Files, States
+
+
+class Job(Protocol):
+    """What a stage gives the loop."""
+
+    flops_per_token: float
+
+    @property
+    def module(self) -> nn.Module:
+        """Its forward takes a batch and returns losses by name, each a mean, to be added."""
+
+    def batch(self, step: int, piece: int) -> tuple[Any, ...]:
+        """Arguments of the module's forward, the same for the same step and piece."""
+
+    def counts(self, *batch: Any) -> dict[str, int]:
+        """Of how many places each loss of a batch is the mean, and how many `tokens` the batch has."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called when the parameters have moved; numbers for the log."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside parameters and optimizer."""
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `extra_state` gave."""
+
+
+def optimise(
+    job: Job,
+    recipe: Recipe,
+    report: Callable[[int, dict[str, float]], None],
+    process: Process | None = None,
+    after: Callable[[int], None] = lambda step: None,
+    files: Files | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Trains from the last saved step of `recipe.folder`, if any, to `recipe.steps`.
+
+    AdamW 0.9/0.95 without weight decay, or Muon for matrices; gradient norm 1.0. Each loss is a mean over
+    all that it is taken of in a step, in whatever pieces and processes.
+
+    Args:
+        job: What is trained.
+        recipe: Its stage.
+        report: Gets step and metrics every `log_every` steps.
+        process: One of those that share the training, by default the only one.
+        after: Called after each step, in each process.
+        files: Where states lie, by default on the disk.
+        stop: Asked after each step in each process; if one says yes, all save the state and end.
+
+    Returns:
+        Whether all steps are done.
+
+    Raises:
+        InputError: The processes find different states, or a state is of another recipe.
+    """
+    process = process or Process()
+    # Of the image tokenizer, stages of the language model use the codebook alone.
+    module = spread(job.module, process, unused=recipe.learns("vq."))
+    named = dict(job.module.named_parameters())
+    learning = {name: one for name, one in named.items() if one.requires_grad}
+    # The image tokenizer's codebook is set anew now and then, whether or not it learns.
+    kept = named if recipe.part == "vq" else learning
+    optimizers = make_optimizers(recipe, learning)
+    states = States(recipe, process, files)
+    step = states.load(kept, optimizers, job)
+    meter = Meter(process, job.flops_per_token)
+    ahead = batches(job, recipe, step)
+    bad_rows = 0
+    try:
+        while step < recipe.steps:
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate_at(step)
+                optimizer.zero_grad(set_to_none=True)
+            # All pieces are made first: what a loss is divided by is known when all have been counted.
+            with meter.waiting():
+                pieces = list(itertools.islice(ahead, recipe.accumulate))
+            sums, counts = _gradients(job, module, pieces, recipe, process)
+            meter.count(counts["tokens"])
+            bad_rows += int(counts.get("bad_rows", 0))
+            drawn = sum(value for name, value in sums.items() if name.startswith("generate_"))
+            sound = all(map(math.isfinite, sums.values())) and drawn <= (recipe.largest_loss or math.inf)
+            norm = float(whole(nn.utils.clip_grad_norm_(learning.values(), 1.0)))
+            if sound and math.isfinite(norm):
+                for optimizer in optimizers:
+                    optimizer.step()
+            else:
+                meter.skipped += 1
+            step += 1
+            more = job.after_step(step)
+            if step % recipe.log_every == 0 or step == recipe.steps:
+                numbers = {
+                    "loss": sum(sums.values()),
+                    "gradient_norm": norm,
+                    "rate": recipe.rate_at(step - 1),
+                }
+                if bad_rows:
+                    numbers["bad_rows"] = float(bad_rows)
+                report(step, sums | numbers | meter.read() | more)
+            stopped = process.total({"stop": float(stop())})["stop"] > 0
+            if step % recipe.save_every == 0 or step == recipe.steps or stopped:
+                states.save(step, kept, optimizers, job)
+            after(step)
+            if stopped:
+                break
+    finally:
+        # A state that is being written when training fails is the one to go on with.
+        states.finish()
+    return step == recipe.steps
+
+
+def make_optimizers(recipe: Recipe, learning: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters that learn, or with `muon` for those that Muon does not take."""
+    matrices = [one for name, one in learning.items() if recipe.muon and takes(name, one)]
+    others = [one for name, one in learning.items() if not (recipe.muon and takes(name, one))]
+    made: list[torch.optim.Optimizer] = []
+    if others:
+        made.append(
+            torch.optim.AdamW(
+                others, lr=recipe.rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
+            )
+        )
+    if matrices:
+        made.append(Muon(matrices, lr=recipe.rate))
+    return made
+
+
+def _gradients(
+    job: Job, module: nn.Module, pieces: Sequence[tuple[Any, ...]], recipe: Recipe, process: Process
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Makes the gradients of a step; gives its losses and what it has, those of all processes."""
+    counted = [job.counts(*piece) for piece in pieces]
+    every = process.total({name: sum(one[name] for one in counted) for name in counted[0]})
+    sums = dict.fromkeys([name for name in every if name not in ("tokens", "bad_rows")], 0.0)
+    # A whole model keeps its weights in float32 and multiplies in bfloat16; a sharded one is gathered in it.
+    half = halves(recipe, process) and process.shard == "none"
+    kind = process.device.partition(":")[0]
+    for index, (piece, own) in enumerate(zip(pieces, counted, strict=True)):
+        last = index == len(pieces) - 1
+        with synced(module, last), torch.autocast(kind, torch.bfloat16, enabled=half):
+            losses = module(*piece)
+            shares = {name: losses[name] * (own[name] / every[name]) for name in sums}
+            # The gradients' mean over the processes is to be that of the shares' sum.
+            (torch.stack(list(shares.values())).sum() * process.world).backward()
+        for name, share in shares.items():
+            sums[name] += float(share.detach())
+    # All processes see the same sums and gradients, and so agree on what follows.
+    return process.total(sums), every
+
+
+@dataclass(frozen=True)
+class _Pieces(torch.utils.data.Dataset[tuple[Any, ...]]):
+    """All batches of a stage, in order."""
+
+    job: Job
+    accumulate: int
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self.job.batch(*divmod(index, self.accumulate))
+
+
+def batches(job: Job, recipe: Recipe, step: int) -> Iterator[tuple[Any, ...]]:
+    """The batches from a step on, made ahead by `recipe.workers` processes or, without any, when asked."""
+    places = range(step * recipe.accumulate, recipe.steps * recipe.accumulate)
+    return iter(
+        torch.utils.data.DataLoader(
+            _Pieces(job, recipe.accumulate),
+            batch_size=None,
+            sampler=places,
+            num_workers=recipe.workers,
+            collate_fn=_as_it_is,
+        )
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

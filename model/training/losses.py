@@ -1,0 +1,42 @@
+"""Cross-entropy over large vocabularies, without the logits of all places at once.
+
+Knows nothing of rows and tasks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1024
+"""Places whose logits are in memory together: 0.6 GB in float32 at the vocabulary of Qwen2.5."""
+
+
+def entropy(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: Tensor | float = 0.0) -> Tensor:
+    """Cross-entropy of each place, with label smoothing (Szegedy et al. 2016, section 7).
+
+    More than CHUNK places are taken in chunks, whose logits are computed again in the backward pass.
+
+    Args:
+        head: Gives logits `(n, C)` for hidden states `(n, H)`.
+        hidden: Hidden states `(n, H)`.
+        targets: Wanted tokens, int64 `(n,)`.
+        smoothing: Share of the target that is spread over all tokens, for all places or for each `(n,)`.
+
+    Returns:
+        float32 `(n,)`.
+    """
+    each = torch.as_tensor(smoothing, dtype=torch.float32, device=hidden.device).expand(len(hidden))
+    if len(hidden) <= CHUNK:
+        return _chunk(head, hidden, targets, each)
+    pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), each.split(CHUNK), strict=True)
+    return torch.cat([checkpoint(_chunk, head, *piece, use_reentrant=False) for piece in pieces])
+
+
+def _chunk(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: Tensor) -> Tensor:
+    logits = head(hidden).float()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    if not bool(smoothing.any()):
+        return losses
+    spread = logits.logsumexp(-1) - logits.mean(-1)
+    return losses.lerp(spread, smoothing)

@@ -1,0 +1,140 @@
+"""The model that a stage begins with: weights of a checkpoint, of another part, or drawn by seed."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wallaroo.model.checkpoint import disk_tensors, empty_model, expected_shapes, load_config, mapped_tensors
+from wallaroo.model.config import ModelConfig
+from wallaroo.model.errors import InputError
+from wallaroo.model.training import lora
+from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.training.sharding import fill
+from wallaroo.model.wallaroo import Wallaroo
+
+
+def fresh_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> Wallaroo:
+    """A model to train from nothing; each tensor's numbers depend on `seed` and its name alone."""
+    model = empty_model(config, None, "cpu", dtype)
+    with torch.no_grad():
+        for name, tensor in disk_tensors(model).items():
+            tensor.copy_(fresh_tensor(name, tensor.shape, seed))
+    return model
+
+
+def fresh_tensor(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """A tensor to train from nothing: biases 0, norms 1, matrices normal with the variance of their inputs.
+
+    Args:
+        name: Its name on disk, which decides its numbers together with `seed`.
+        shape: Its shape, such as `(rows, columns)`.
+        seed: Of the whole model.
+
+    Returns:
+        float32 of that shape.
+    """
+    if name.endswith(".bias"):
+        return torch.zeros(*shape)
+    if len(shape) == 1:
+        return torch.ones(*shape)
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+    scale = _gain(name) / math.sqrt(math.prod(shape[1:]))
+    if name.endswith(("embed_tokens.weight", "quantize.embedding.weight")):
+        scale = 0.3
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(key)) * scale
+
+
+def _gain(name: str) -> float:
+    """Size of a matrix's products in the units of what it is given, at the start of training."""
+    if not name.startswith("vq."):
+        return 0.5
+    # Blocks begin close to the identity: with torch's own start the tokenizer stays at flat pictures.
+    return 0.4 if name.endswith(("conv2.weight", "proj_out.weight")) else math.sqrt(2)
+
+
+def stage_config(base: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """The configuration of what a stage makes: of layout `train`; square stages have neither line ends nor
+    indicators."""
+    changes: dict[str, Any] = {"layout": "train", "trained_tokens": base.trained_tokens | recipe.lengths}
+    if recipe.tasks:
+        changes["tasks"] = recipe.tasks
+    if recipe.semantic_pixels:
+        for name in ("edit_pixels", "understand_pixels"):
+            changes[name] = (getattr(base, name)[0], recipe.semantic_pixels)
+    if recipe.size:
+        changes |= {"sizes": {"1.0": (recipe.size, recipe.size)}, "line_break": False}
+    return dataclasses.replace(base, **changes)
+
+
+def start_model(recipe: Recipe) -> Wallaroo:
+    """The model with which a stage begins, in float32 on the CPU; see `start_weights`.
+
+    Raises InputError as `check_start` does.
+    """
+    model = empty_start(recipe, "cpu")
+    fill(model, start_weights(recipe, model.config), recipe.seed)
+    return model
+
+
+def empty_start(recipe: Recipe, device: str) -> Wallaroo:
+    """The model of a stage before its weights are filled in, with updates if the recipe has `lora`.
+
+    Raises InputError as `check_start` does.
+    """
+    model = empty_model(check_start(recipe), None, device, torch.float32)
+    if recipe.lora:
+        lora.add(model, recipe)
+    return model
+
+
+def start_weights(recipe: Recipe, config: ModelConfig) -> Callable[[str], Tensor]:
+    """Gives the weights with which a stage begins, by their names on disk; nothing is read before.
+
+    They are those of the recipe's start, for `copied` parts those of another part, and what is in neither is
+    drawn by seed.
+    """
+    shapes, given = expected_shapes(config), mapped_tensors(recipe.start or recipe.base)
+
+    def read(name: str) -> Tensor:
+        part, _, rest = name.partition(".")
+        if part in recipe.copied:
+            name = f"{recipe.copied[part]}.{rest}"
+        return given[name] if name in given else fresh_tensor(name, shapes[name], recipe.seed)
+
+    return read
+
+
+def _of_part(names: Iterable[str], part: str) -> list[str]:
+    return [name for name in names if name.startswith(f"{part}.")]
+
+
+def check_start(recipe: Recipe) -> ModelConfig:
+    """The configuration of what a stage makes, once base and start have been looked at, weights apart.
+
+    Raises InputError if base or start is no checkpoint, they differ in a tensor's shape, or a part cannot be
+    copied to another.
+    """
+    config, start = stage_config(load_config(recipe.base), recipe), recipe.start or recipe.base
+    mine = expected_shapes(config)
+    for name, shape in expected_shapes(load_config(start)).items():
+        if mine.get(name, shape) != shape:
+            raise InputError(
+                f"Tensor '{name}' of {start} is {list(shape)}, but this stage needs {list(mine[name])}; "
+                f"start from a checkpoint of the same architecture."
+            )
+    for part, other in recipe.copied.items():
+        shapes, others = (
+            {name.removeprefix(one): mine[name] for name in _of_part(mine, one)} for one in (part, other)
+        )
+        if not shapes or shapes != others:
+            parts = sorted({name.split(".")[0] for name in mine})
+            raise InputError(
+                f"The recipe's copied has {part} = {other!r}, but both must be parts of the stage's model "
+                f"with tensors of the same shapes; it has {', '.join(parts)}."
+            )
+    return config

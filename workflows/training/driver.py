@@ -1,0 +1,353 @@
+"""Training on Ray: the loop of `model.training` in Ray Train's processes, on rows that Ray Data has read.
+
+Rows lie in Ray's object store, on disk where memory is short, and each worker takes those of its share by
+their place, so that a step is the same however many workers there are. Knows nothing of losses and steps.
+"""
+
+import dataclasses
+import functools
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from wallaroo.model.checkpoint import FILE_LIST
+from wallaroo.model.errors import InputError
+from wallaroo.model.training.log import METRICS, progress
+from wallaroo.model.training.lora import ABOUT, LORA
+from wallaroo.model.training.process import Process, process_of_group
+from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.training.sharding import halves
+from wallaroo.model.training.sizing import Sizes, device_bytes
+from wallaroo.model.training.stage import RESULT, choose, result, run_stage
+from wallaroo.model.training.start import check_start
+from wallaroo.model.training.state import STATES
+from wallaroo.workflows import storage
+from wallaroo.workflows.cluster import choose_device, connected
+from wallaroo.workflows.outputs.lock import OutputLock
+from wallaroo.workflows.stopping import Stop
+from wallaroo.workflows.storage.checkpoints import fetch_folder
+from wallaroo.workflows.storage.paths import absolute_path
+from wallaroo.workflows.training.rows import find, fitting, needed, read
+from wallaroo.workflows.training.stream import Groups, Streamed
+
+MAX_FAILURES = 3
+"""Times that lost workers are replaced, before the training fails."""
+
+STOP = "stop"
+"""File in a stage's folder that asks the workers to save their state and end."""
+
+JOIN_SECONDS = 0.2
+POLL_SECONDS = 0.5
+S3_POLL_SECONDS = 3.0
+
+
+def train(
+    recipe: Recipe,
+    workers: int = 1,
+    device: str = "auto",
+    address: str | None = None,
+    say: Callable[[str], None] = print,
+    shard: str = "auto",
+    stop: Stop | None = None,
+) -> str:
+    """Runs one stage on Ray, resumes it where it was, and gives the folder of its checkpoint.
+
+    Args:
+        recipe: The stage; its folder, base, start and data may be on S3.
+        workers: Processes that share each step, on a GPU each or on CPUs.
+        device: `cpu`, `cuda`, or `auto`, which is `cuda` where Ray has GPUs.
+        address: Of a running Ray cluster; None starts a local one. Its nodes share the disk of the recipe's
+            folder, unless that is on S3.
+        say: Gets a line of progress at a time.
+        shard: `none` (each worker holds the whole model), `full` (each holds a shard), or `auto`.
+        stop: When to save the state and end; by default never, so that Ctrl-C loses the last steps.
+
+    Returns:
+        The checkpoint folder.
+
+    Raises:
+        RunStopped: As `stop` wished.
+        InputError: The recipe cannot be followed; before Ray starts as far as that can be told.
+        RunInProgress: Another training is at work in the folder.
+    """
+    recipe = absolute(recipe)
+    files = check(recipe, workers)
+    if (done := finished(recipe)) is not None:
+        say(f"{done} is there already, so there is nothing to do")
+        return done
+    with OutputLock(recipe.folder, "train"), connected(address, workers), _followed(recipe, say):
+        # What a killed driver has left would stop the workers at once.
+        storage.delete(storage.join(recipe.folder, STOP))
+        device = choose_device(device)
+        data: Mapping[str, Any] = {
+            task: Groups.of(paths) if recipe.stream else read(task, paths, recipe)
+            for task, paths in files.items()
+        }
+        held_out = {task: read(task, paths, recipe) for task, paths in find(recipe.held_out, recipe).items()}
+        for task, rows in data.items():
+            if not (rows.rows if recipe.stream else len(rows)):
+                path = recipe.data[task]
+                raise InputError(f"{path} has no row of {task}, or all are too long or small for the stage.")
+        spread = _choose(recipe, workers, device, shard, say)
+        given = {"recipe": recipe, "data": data, "held_out": held_out, "shard": spread}
+        _fit(given, workers, device, stop or Stop(0.0))
+    done = finished(recipe)
+    if done is None:
+        raise InputError(
+            f"The workers wrote no checkpoint into {recipe.folder} of this machine: give a folder on S3, or "
+            f"on a disk that all nodes of the cluster share."
+        )
+    return done
+
+
+PLANNED_WORKERS = (1, 8, 16, 64)
+
+
+def plan(recipe: Recipe, workers: int, shard: str = "auto", gigabytes: float = 80.0) -> list[str]:
+    """What a stage takes, in lines for people; reads footers of data and no weights.
+
+    Args:
+        recipe: The stage, for GPUs, which compute in bfloat16 unless it says otherwise.
+        workers: A number of workers to look at, beside PLANNED_WORKERS.
+        shard: `none`, `full` or `auto`.
+        gigabytes: Memory of a GPU.
+
+    Returns:
+        Lines.
+
+    Raises:
+        InputError: The recipe cannot be followed.
+    """
+    recipe = absolute(recipe)
+    lines = []
+    for task, paths in check(recipe, workers).items():
+        rows = sum(_rows(path) for path in paths)
+        epochs = recipe.steps * recipe.rows[task] / rows if rows else 0.0
+        lines.append(f"{task}: {rows:,} rows in {len(paths):,} files, {epochs:,.1f} epochs of at most these")
+    if recipe.part == "vq":
+        return lines
+    sizes = Sizes(check_start(local(recipe)), recipe, halves(recipe, Process(device="cuda")))
+    lines.append(f"{sizes.learning:,} parameters learn, {sizes.frozen:,} do not")
+    for count in sorted({workers, *PLANNED_WORKERS}):
+        try:
+            lines.append(f"{sizes.choose(count, shard, int(gigabytes * 1e9))}: fits")
+        except InputError as error:
+            lines.append(f"{count} workers: {error}")
+    return lines
+
+
+def _rows(path: str) -> int:
+    filesystem, inner = storage.parquet_filesystem(path)
+    with storage.explained(path):
+        return int(pq.read_metadata(inner, filesystem=filesystem).num_rows)
+
+
+def finished(recipe: Recipe) -> str | None:
+    """The stage's checkpoint folder, if it is there."""
+    if not storage.is_s3(recipe.folder):
+        done = result(recipe)
+        return None if done is None else str(done)
+    name, last = (LORA, ABOUT) if recipe.lora else (RESULT, FILE_LIST)
+    folder = storage.join(recipe.folder, name)
+    return folder if storage.exists(storage.join(folder, last)) else None
+
+
+def local(recipe: Recipe) -> Recipe:
+    """With base and start on this machine, from S3 where they are there."""
+    changes: dict[str, Any] = {
+        name: str(fetch_folder(getattr(recipe, name))) for name in ("base", "start") if getattr(recipe, name)
+    }
+    return dataclasses.replace(recipe, **changes)
+
+
+def _choose(recipe: Recipe, workers: int, device: str, shard: str, say: Callable[[str], None]) -> str:
+    """`none` or `full`, and what memory it takes, told before a worker starts."""
+    import ray
+
+    memory = ray.get(ray.remote(num_gpus=1)(device_bytes).remote("cuda:0")) if device == "cuda" else 0
+    return choose(local(recipe), Process(0, workers, device), shard, say, memory)
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """With paths that hold good in a process with another working folder."""
+    named = {name: getattr(recipe, name) for name in ("folder", "base", "start")}
+    changes: dict[str, Any] = {name: absolute_path(path) for name, path in named.items() if path}
+    for name in ("data", "held_out"):
+        changes[name] = {task: absolute_path(path) for task, path in getattr(recipe, name).items()}
+    return dataclasses.replace(recipe, **changes)
+
+
+def check(recipe: Recipe, workers: int) -> dict[str, list[str]]:
+    """The Parquet files of each task, in order. Raises InputError for a recipe that cannot be followed."""
+    if workers < 1:
+        raise InputError(f"There would be {workers} workers; ask for at least 1.")
+    recipe.share(workers)
+    if recipe.workers:
+        raise InputError(
+            f"The recipe's workers is {recipe.workers}, but processes that make batches ahead cannot reach "
+            f"Ray's rows; leave it out."
+        )
+    check_start(local(recipe))
+    find(recipe.held_out, recipe)
+    return find(recipe.data, recipe)
+
+
+def _fit(given: dict[str, Any], workers: int, device: str, stop: Stop) -> None:
+    """Raises InputError for what a worker was given and cannot use."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    recipe: Recipe = given["recipe"]
+    # Ray Train's own notes; what a stage needs to go on is in its states.
+    own = tempfile.mkdtemp(prefix="wallaroo-ray-") if storage.is_s3(recipe.folder) else recipe.folder
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config=given,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=device == "cuda"),
+        run_config=RunConfig(
+            name="ray", storage_path=own, failure_config=FailureConfig(max_failures=MAX_FAILURES)
+        ),
+    )
+    try:
+        _apart(trainer.fit, storage.join(recipe.folder, STOP), stop)
+    except TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            if isinstance(failure, InputError):
+                raise failure from None
+        raise
+
+
+def _apart(action: Callable[[], Any], note: str, stop: Stop) -> None:
+    """Does it in a thread of its own: in the main one Ray Train would keep Ctrl-C for itself.
+
+    The wish to stop becomes the file `note`, which the workers look for; then they have the time of grace.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    told = False
+    with stop.patience():
+        stop.listen()
+        while thread.is_alive():
+            thread.join(JOIN_SECONDS)
+            if stop.asked() and not told:
+                storage.write_atomic(note, b"")
+                told = True
+            if stop.over():
+                break
+    if told:
+        storage.delete(note)
+    if failed:
+        raise failed[0]
+    if told:
+        raise stop.stopped()
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each worker does."""
+    from ray.train.torch import get_device
+
+    recipe: Recipe = config["recipe"]
+    process = process_of_group(str(get_device()), config["shard"])
+    given = {"data": config["data"], "held_out": config["held_out"], "process": process}
+    if recipe.stream:
+        given |= {"data": {}, "source": _streamed(recipe, config["data"], process)}
+    with _told(storage.join(recipe.folder, STOP), process.rank == 0) as stop:
+        if not storage.is_s3(recipe.folder):
+            run_stage(local(recipe), **given, stop=stop)
+            return
+        from wallaroo.workflows.training.states import Published, S3States
+
+        storage.be_patient()
+        states = S3States(storage.join(recipe.folder, STATES))
+        with tempfile.TemporaryDirectory(prefix="wallaroo-train-") as own:
+            published = Published(own, recipe.folder)
+            if process.rank == 0:
+                published.fetch_log()
+            here = dataclasses.replace(local(recipe), folder=own)
+            made = run_stage(here, **given, say=lambda line: published.publish(), files=states, stop=stop)
+            if process.rank == 0:
+                published.publish()
+                if made is not None:
+                    published.publish_result(made.name)
+
+
+def _streamed(recipe: Recipe, groups: Mapping[str, Groups], process: Process) -> Streamed:
+    """The rows of a worker, which keeps the row group of each of its places and the one after it."""
+    places = sum(recipe.share(process.world).values()) * recipe.accumulate
+    return Streamed(
+        groups,
+        recipe.rows,
+        recipe.seed,
+        needed,
+        functools.partial(fitting, recipe=recipe),
+        kept=2 * places,
+    )
+
+
+@contextmanager
+def _told(note: str, looks: bool) -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether a file is there, which a thread looks for now and then."""
+    found, over = threading.Event(), threading.Event()
+    pause = S3_POLL_SECONDS if storage.is_s3(note) else POLL_SECONDS
+
+    def look() -> None:
+        while not over.wait(pause):
+            if storage.exists(note):
+                found.set()
+                return
+
+    thread = threading.Thread(target=look, name="stop", daemon=True)
+    if looks:
+        thread.start()
+    try:
+        yield found.is_set
+    finally:
+        over.set()
+
+
+@contextmanager
+def _followed(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
+    """Says what the workers write into the log, for as long as the block lasts."""
+    file, over = storage.join(recipe.folder, METRICS), threading.Event()
+    pause = S3_POLL_SECONDS if storage.is_s3(file) else POLL_SECONDS
+    seen = len(_log(file))
+
+    def follow() -> None:
+        nonlocal seen
+        while True:
+            last = over.wait(pause)
+            for line in _log(file)[seen:].splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    seen += len(line)
+                    numbers = json.loads(line)
+                    say(progress(numbers.pop("step"), recipe.steps, numbers))
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _log(file: str) -> bytes:
+    try:
+        return storage.read_bytes(file)
+    except FileNotFoundError:
+        return b""

@@ -1,0 +1,152 @@
+"""A stage of training whose folder is on S3: its states, and what workers write into folders of their own.
+
+Knows nothing of what is trained.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+
+from wallaroo.model.checkpoint import FILE_LIST
+from wallaroo.model.training.log import METRICS
+from wallaroo.model.training.lora import ABOUT
+from wallaroo.model.training.state import WHOLE
+from wallaroo.workflows import storage
+
+
+class S3States:
+    """States on S3, see `model.training.state.Files`."""
+
+    on_disk = False
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def system(self) -> FileSystemBase:
+        return _S3System()
+
+    def read(self, path: str) -> bytes | None:
+        try:
+            return storage.read_bytes(path)
+        except FileNotFoundError:
+            return None
+
+    def write(self, path: str, data: bytes) -> None:
+        storage.write_atomic(path, data)
+
+    def whole(self) -> list[str]:
+        return [name for name, _, file in self._files() if file == WHOLE]
+
+    def folders(self) -> list[str]:
+        return sorted({name for name, _, _ in self._files()})
+
+    def _files(self) -> list[tuple[str, str, str]]:
+        return [file.relative.partition("/") for file in storage.list_files(self.folder)]
+
+    def remove(self, path: str) -> None:
+        storage.delete(storage.join(path, WHOLE))
+        for file in storage.list_files(path):
+            storage.delete(file.path)
+
+
+class _S3System(FileSystemBase):
+    """What torch.distributed.checkpoint wants of a file system."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        where = str(path)
+        if mode == "rb":
+            # Buffered: a tensor is read in many small pieces.
+            with storage.open_source(where) as file:
+                yield file
+        else:
+            with storage.write_stream(where) as stream:
+                yield _Counted(stream)
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
+        return storage.join(str(path), suffix)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        # The file is small: it says where the tensors are. One PUT makes the state whole.
+        storage.write_atomic(str(new_path), storage.read_bytes(str(path)))
+        storage.delete(str(path))
+
+    def init_path(self, path: str | os.PathLike[str]) -> str:
+        return str(path)
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        pass
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return storage.is_s3(str(checkpoint_id))
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return storage.exists(str(path))
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        storage.delete(str(path))
+
+
+class _Counted(io.BufferedIOBase):
+    """A stream for writing that knows how far it is, which an upload does not."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.done = stream, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.stream.write(data)
+        self.done += size
+        return size
+
+    def tell(self) -> int:
+        return self.done
+
+
+class Published:
+    """Files of a worker's own folder, brought to S3 as they change.
+
+    Args:
+        local: The worker's folder.
+        folder: That on S3.
+    """
+
+    def __init__(self, local: str, folder: str):
+        self.local, self.folder = Path(local), folder
+        self._sizes: dict[str, int] = {}
+
+    def fetch_log(self) -> None:
+        """Brings the metrics of an earlier start, so that new ones are added to them."""
+        try:
+            data = storage.read_bytes(storage.join(self.folder, METRICS))
+        except FileNotFoundError:
+            return
+        (self.local / METRICS).write_bytes(data)
+
+    def publish(self) -> None:
+        """Uploads log files and samples that have grown since the last time."""
+        for file in self.local.iterdir():
+            if file.is_file() and self._sizes.get(file.name) != file.stat().st_size:
+                data = file.read_bytes()
+                storage.write_atomic(storage.join(self.folder, file.name), data)
+                self._sizes[file.name] = len(data)
+
+    def publish_result(self, name: str) -> None:
+        """Uploads a folder below the worker's, the file that says that it is whole last."""
+        files = sorted((self.local / name).iterdir(), key=lambda file: file.name in (FILE_LIST, ABOUT))
+        for file in files:
+            with (
+                storage.write_stream(storage.join(self.folder, name, file.name)) as out,
+                open(file, "rb") as data,
+            ):
+                while chunk := data.read(8 << 20):
+                    out.write(chunk)

@@ -1,0 +1,183 @@
+"""Rows of several outputs with equal id, version and sample, the differing ones first.
+
+Knows nothing of HTML, or of how votes are kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from wallaroo.workflows.outputs.values import flat
+from wallaroo.workflows.viewer.index import Index
+from wallaroo.workflows.viewer.output import Output, Page
+from wallaroo.workflows.viewer.query import Clause, Place, keyset_page, search_clause
+
+SHOWN = ("all", "differing", "unvoted")
+_SAME = ("id", "version", "sample")
+_OF_EACH = (
+    "shard",
+    "position",
+    "status",
+    "sha256",
+    "width",
+    "height",
+    "text",
+    "error_type",
+    "error_message",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """The row of one output in a pair; `output` is the number of the output."""
+
+    output: int
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Rows of all outputs with one id, version and sample.
+
+    Attributes:
+        prompt: Of the row in the first output; `language` likewise.
+        differs: Whether status or result differ.
+        place: Of the row in the first output.
+        sides: One an output.
+    """
+
+    id: str
+    version: int
+    sample: int
+    prompt: str
+    language: str
+    differs: bool
+    place: Place
+    sides: list[Side]
+
+
+class Comparison:
+    """A comparison of all outputs of a viewer."""
+
+    def __init__(self, index: Index, outputs: Sequence[Output]) -> None:
+        self.index, self.outputs = index, outputs
+
+    @property
+    def ready(self) -> bool:
+        """Whether every output has indexed rows."""
+        return all(self.index.kinds[output.number] for output in self.outputs)
+
+    def settings(self) -> list[tuple[str, list[str]]]:
+        """Returns the settings that differ: name and one value an output."""
+        found = []
+        for output in self.outputs:
+            options, config = output.run["options"], output.run["config"]
+            found.append(flat({**config, "model": options.get("model", "")}))
+        names = sorted({name for one in found for name in one})
+        lines = []
+        for name in names:
+            values = [str(one.get(name, "")) for one in found]
+            if len(set(values)) > 1:
+                lines.append((name, values))
+        return lines
+
+    def _table(self) -> str:
+        """Returns a subquery of pairs: columns of the first output, then `x0_status` and so on."""
+        columns = ["r0.id AS id", "r0.version AS version", "r0.sample AS sample", "r0.prompt AS prompt"]
+        columns += [
+            "r0.language AS language",
+            "r0.shard AS shard",
+            "r0.position AS position",
+            "r0.text AS text",
+        ]
+        source = "o0.rows AS r0"
+        differs = []
+        for number in range(len(self.outputs)):
+            columns += [f"r{number}.{name} AS x{number}_{name}" for name in _OF_EACH]
+            if number:
+                source += f" JOIN o{number}.rows AS r{number} ON " + " AND ".join(
+                    f"r0.{name} = r{number}.{name}" for name in _SAME
+                )
+                differs.append(
+                    f"r0.sha256 IS DISTINCT FROM r{number}.sha256 OR r0.status <> r{number}.status"
+                )
+        columns.append(f"({' OR '.join(differs)}) AS differs")
+        return f"(SELECT {', '.join(columns)} FROM {source})"
+
+    def _where(self, search: str, show: str) -> Clause:
+        clauses = [search_clause(search)] if search else []
+        if show in ("differing", "unvoted"):
+            clauses.append(Clause("differs"))
+        if show == "unvoted":
+            clauses.append(
+                Clause(
+                    "NOT EXISTS (FROM votes AS v WHERE " + " AND ".join(f"v.{n} = r.{n}" for n in _SAME) + ")"
+                )
+            )
+        return Clause.all_of(clauses)
+
+    def page(self, search: str, show: str, place: Place | None, count: int, votes: pa.Table) -> Page:
+        """Returns one page of pairs.
+
+        Args:
+            search: Words that must occur in the prompt of the first output.
+            show: One of SHOWN; `unvoted` are differing pairs without a vote.
+            place: Where the page starts or ends; None for the first page.
+            count: Most pairs of the page.
+            votes: From `Votes.table`.
+
+        Returns:
+            The page, with a Pair a row.
+
+        Raises:
+            QueryError: If the query is too expensive.
+        """
+        if not self.ready:
+            return Page([], True, True)
+        rows = keyset_page(
+            self.index,
+            self._table(),
+            self._where(search, show),
+            "CASE WHEN differs THEN 0 ELSE 1 END",
+            False,
+            place,
+            count + 1,
+            tables={"votes": votes},
+        )
+        more = len(rows) > count
+        if place is not None and place.backwards:
+            rows, first, last = (rows[1:] if more else rows), not more, False
+        else:
+            rows, first, last = rows[:count], place is None, not more
+        return Page([self._pair(row) for row in rows], first, last)
+
+    def counts(self, search: str) -> dict[str, int]:
+        """Returns the number of `pairs` and how many are `differing`. Raises QueryError."""
+        if not self.ready:
+            return {"pairs": 0, "differing": 0}
+        where = self._where(search, "all")
+        answer = self.index.ask(
+            f"SELECT count(*) AS pairs, count(*) FILTER (differs) AS differing FROM {self._table()} AS r "
+            f"WHERE {where.sql}",
+            where.values,
+        )
+        return answer.to_pylist()[0]
+
+    def _pair(self, row: dict[str, Any]) -> Pair:
+        sides = [
+            Side(output.number, {name: row[f"x{number}_{name}"] for name in _OF_EACH})
+            for number, output in enumerate(self.outputs)
+        ]
+        return Pair(
+            row["id"],
+            row["version"],
+            row["sample"],
+            row["prompt"] or "",
+            row["language"] or "",
+            bool(row["differs"]),
+            Place(row["shard"], row["position"]),
+            sides,
+        )
