@@ -2,7 +2,7 @@
 
 Its configuration stands here. Its merges are trained on captions written below and on the words of the
 drawn scenes; its weights are trained on the scenes, by the stages of `jobs/train/tiny.toml`, which takes
-hours. A run that was cut off goes on.
+hours. Re-run to resume.
 """
 
 import functools

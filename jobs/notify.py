@@ -1,6 +1,6 @@
-"""Tells somebody how a run ended: a POST to a URL, or a command. Knows nothing of runs.
+"""Reports how a run ended: a POST to a URL, or a command. Knows nothing of runs.
 
-Nothing here fails a run: what cannot be told is a warning.
+Nothing here fails a run: a failed report is a warning.
 """
 
 import json
@@ -11,29 +11,33 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-ANSWER_SECONDS = 10.0
-COMMAND_SECONDS = 300.0
+URL_TIMEOUT = 10.0
+COMMAND_TIMEOUT = 300.0
+"""Seconds."""
 
 log = logging.getLogger(__name__)
 
 
 def notify(target: str, news: Mapping[str, Any]) -> None:
-    """Gives `news`, plain JSON values, to a URL as the body of a POST, or to a shell command.
+    """Sends how a run ended to a URL or a shell command.
 
-    The command gets the JSON on its standard input, and each value as WALLAROO_<NAME> in its environment.
+    Args:
+        target: A URL, which gets the JSON as the body of a POST; or a command, which gets it on its standard
+            input, and each value as WALLAROO_<NAME> in its environment.
+        news: Plain JSON values by name.
     """
     body = json.dumps(dict(news), ensure_ascii=False).encode()
     try:
         if target.startswith(("http://", "https://")):
             request = urllib.request.Request(target, body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS):
+            with urllib.request.urlopen(request, timeout=URL_TIMEOUT):
                 return
         values = {f"WALLAROO_{name.upper()}": str(value).replace("\0", "") for name, value in news.items()}
         subprocess.run(
-            target, shell=True, input=body, env=os.environ | values, timeout=COMMAND_SECONDS, check=True
+            target, shell=True, input=body, env=os.environ | values, timeout=COMMAND_TIMEOUT, check=True
         )
     except subprocess.CalledProcessError as error:
-        log.warning("--on-finish: the command ended with %d, so perhaps nobody was told.", error.returncode)
+        log.warning("the --on-finish command exited with status %d", error.returncode)
     except (OSError, subprocess.TimeoutExpired) as error:
         # A URL may hold a secret, so only its host is named by the error itself.
-        log.warning("--on-finish: nobody could be told (%s).", type(error).__name__)
+        log.warning("--on-finish failed (%s)", type(error).__name__)

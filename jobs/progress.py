@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 10.0
 RATE_SECONDS = 60.0
-"""Images/s is the mean over so many seconds: short enough to show a change, long enough to span shards."""
+"""Rows/s is the mean over so many seconds: short enough to show a change, long enough to span shards."""
 
 
 class Rate:
-    """Rows a second over the last RATE_SECONDS, from the counts that it is told."""
+    """Rows per second over the last RATE_SECONDS, from the counts it is called with."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
 
     def __call__(self, now: float, done: int) -> float:
-        """The rate at `now` (seconds of any steady clock), 0 while there is nothing to go by."""
+        """The rate at `now` (seconds of any steady clock), 0 before the second call."""
         seen = self._seen
         seen.append((now, done))
         # One entry older than the span stays, so that the span is covered to its full length.
@@ -40,14 +40,14 @@ class Rate:
 
 
 def line(progress: "Progress", rate: float) -> str:
-    """`120 of 2,212 rows (5 %), 3.4 images/s, 2 errors, 10 min 15 s left`, or what is waited for."""
+    """`120 of 2,212 rows (5 %), 3.4 rows/s, 2 errors, 10 min 15 s left`, or what the run waits for."""
     parts = []
     if progress.rows:
         share = 100 * progress.done // progress.rows
         parts.append(f"{progress.done:,} of {progress.rows:,} rows ({share} %)")
     if progress.waiting:
         return ", ".join([*parts, progress.waiting])
-    parts.append(f"{rate:.1f} images/s")
+    parts.append(f"{rate:.1f} rows/s")
     parts.append("1 error" if progress.errors == 1 else f"{progress.errors:,} errors")
     if rate > 0 and progress.done < progress.rows:
         parts.append(f"{duration((progress.rows - progress.done) / rate)} left")
@@ -92,7 +92,7 @@ class Display:
     def __call__(self, progress: "Progress") -> None:
         now = self._clock()
         if progress.waiting:
-            # The wait for a replica says nothing of how fast it will be.
+            # The time until a replica is up is not part of the rate.
             self._rate = Rate()
         text = line(progress, self._rate(now, progress.done))
         if self._bar is not None:

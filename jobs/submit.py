@@ -1,7 +1,7 @@
-"""Runs as jobs of a Ray cluster: submitted over its Jobs API, found again, followed and stopped.
+"""Runs as jobs of a Ray cluster, over its Jobs API: submit, find, follow, stop.
 
-What a job does is the command itself, on code that is sent along; how far it is stands in its output.
-Knows nothing of how a run is done.
+A job runs the command itself, with the code that is sent along. Its progress is in its output. Knows nothing
+of how a run is done.
 """
 
 import hashlib
@@ -28,14 +28,16 @@ if TYPE_CHECKING:
     from wallaroo.workflows.reports.status import Status
     from wallaroo.workflows.settings import RunConfig
 
-CARRIED_BYTES = 64 << 20
-"""Manifest and run file that go along with the code; what is larger belongs where the cluster can read it."""
+MAX_CARRIED_BYTES = 64 << 20
+"""Of manifest and run file that are sent along with the code."""
 
-CODE = (".py", ".pyc", ".pyd", ".so", ".pth")
+CODE_SUFFIXES = (".py", ".pyc", ".pyd", ".so", ".pth")
 
-ANSWER_SECONDS = 10.0
-STOP_SECONDS = 60
-"""How long a driver that was asked to stop may take to finish what it writes."""
+DASHBOARD_TIMEOUT = 10.0
+"""Seconds."""
+
+STOP_TIMEOUT = 60
+"""Seconds that a driver may take to stop, which include its drain."""
 
 POLL_SECONDS = 1.0
 _MARK = "wallaroo."
@@ -43,11 +45,17 @@ _MARK = "wallaroo."
 
 @dataclass(frozen=True)
 class Job:
-    """A run on a cluster, as the cluster tells it.
+    """A run on a cluster, as the cluster reports it.
 
-    id: of the submission. state: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED. started, ended: seconds
-    since the epoch, or None. exit_code: of the command, None while it runs or if it never did.
-    message: what the cluster says of it.
+    Attributes:
+        id: Of the submission.
+        state: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
+        name: Given at submission, or empty.
+        task: `generate`, `edit` or `understand`.
+        output: The folder of the results.
+        started, ended: Seconds since the epoch, or None.
+        exit_code: Of the command; None while it runs, or if it never ran.
+        message: Of the cluster.
     """
 
     id: str
@@ -66,18 +74,23 @@ class Job:
 
 
 def connect(address: str | None, environment: Mapping[str, str] = os.environ) -> "JobSubmissionClient":
-    """A client of the cluster whose dashboard is at `address`, such as http://127.0.0.1:8265.
+    """A client of a cluster.
 
-    Without one, $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS is taken. The token comes from RAY_AUTH_TOKEN,
-    the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. Raises InputError if nothing answers, or the token
-    is missing or wrong.
+    Args:
+        address: Of its dashboard, such as http://127.0.0.1:8265; by default that of $RAY_API_SERVER_ADDRESS
+            or $RAY_ADDRESS.
+        environment: Has these variables, and the token: RAY_AUTH_TOKEN, or the file RAY_AUTH_TOKEN_PATH
+            (default ~/.ray/auth_token).
+
+    Raises:
+        InputError: Nothing answers, or the token is missing or wrong.
     """
     address = address or environment.get("RAY_API_SERVER_ADDRESS") or environment.get("RAY_ADDRESS") or ""
     if not address.startswith(("http://", "https://")):
         shown = f"is '{address}', but" if address else "is absent, but"
         raise InputError(
             f"the address {shown} must be that of the cluster's dashboard, such as http://127.0.0.1:8265: "
-            f"give --address."
+            f"give --address, or set RAY_API_SERVER_ADDRESS."
         )
     address = address.rstrip("/")
     headers = {}
@@ -106,24 +119,26 @@ def _token(environment: Mapping[str, str]) -> str:
 
 
 def _check(address: str, headers: dict[str, str]) -> None:
-    """Asks for the version of what is there; Ray's own client would wait without end for no answer."""
+    """Asks the dashboard for its version; Ray's own client has no timeout."""
     try:
         request = urllib.request.Request(f"{address}/api/version", headers=headers)
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=DASHBOARD_TIMEOUT) as answer:
             version = json.load(answer)
             if not isinstance(version, dict) or "ray_version" not in version:
                 raise ValueError
     except urllib.error.HTTPError as error:
         if error.code == 401:
-            why = "asks for a token and none was found: set RAY_AUTH_TOKEN, or put it into ~/.ray/auth_token."
+            why = (
+                "requires a token, but none was found: set RAY_AUTH_TOKEN, or put it into ~/.ray/auth_token."
+            )
         elif error.code == 403:
-            why = "refuses the token: give the one of this cluster, in RAY_AUTH_TOKEN or ~/.ray/auth_token."
+            why = "rejects the token: set RAY_AUTH_TOKEN or ~/.ray/auth_token to the token of this cluster."
         else:
-            why = f"answers {error.code}: check that the address is that of a Ray dashboard."
+            why = f"answers with status {error.code}: check that the address is that of a Ray dashboard."
         raise InputError(f"the cluster at {address} {why}") from None
     except ValueError:
         raise InputError(
-            f"what answers at {address} is no Ray dashboard: give the address of one, with its port."
+            f"{address} is not a Ray dashboard: give the address of one, with its port."
         ) from None
     except OSError as error:
         words = getattr(error, "reason", None) or error
@@ -142,11 +157,21 @@ def submit(
     files: Sequence[Path] = (),
     name: str | None = None,
 ) -> tuple[str, bool]:
-    """Submits a run, unless it is there already and not over; its id, and whether it is a new one.
+    """Submits a run, unless its job is active.
 
-    config: what `command`, the words after `wallaroo`, resolves to; files: as `carried` found them. The id
-    is made from what the run makes, so that the same one is found again; each attempt after the last one
-    ended has the next number. Raises InputError if the cluster refuses it.
+    Args:
+        client: Of the cluster.
+        config: What `command` resolves to.
+        command: The words after `wallaroo`.
+        files: Files to send along, as `carried` found them.
+        name: A name for people.
+
+    Returns:
+        The id of the job, and whether it is a new one. The id is a digest of what the run makes and where,
+        and the number of the attempt, so that the same run is found again.
+
+    Raises:
+        InputError: The cluster rejects the job.
     """
     base = f"{config.task}-{_digest(config)}"
     with tempfile.TemporaryDirectory(prefix="wallaroo-") as folder:
@@ -165,8 +190,8 @@ def submit(
                 return _send(client, wanted, folder, config, command, name), True
             except RuntimeError as error:
                 if "already exists" not in str(error):
-                    raise InputError(f"the cluster refuses the job: {_line(error)}") from None
-                # Somebody else submitted the same run in this moment; theirs is found in the list.
+                    raise InputError(f"the cluster rejects the job: {_line(error)}") from None
+                # Somebody else has just submitted the same run; the list has it now.
                 time.sleep(POLL_SECONDS)
 
 
@@ -184,9 +209,9 @@ def _send(
         runtime_env={
             "working_dir": folder,
             "env_vars": {
-                # A driver stops at Ctrl-C as on a terminal: what is finished is written, the lock given back.
+                # SIGINT drains the run as Ctrl-C does on a terminal.
                 "RAY_JOB_STOP_SIGNAL": "SIGINT",
-                "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
+                "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_TIMEOUT),
                 "PYTHONUNBUFFERED": "1",
             },
         },
@@ -195,38 +220,42 @@ def _send(
             f"{_MARK}task": config.task,
             f"{_MARK}output": config.output,
         },
-        # Asking for nothing keeps the driver on the head, which has no GPU in a cluster worth its price.
+        # A driver that requests nothing stays on the head node.
         entrypoint_num_cpus=0,
         entrypoint_num_gpus=0,
     )
 
 
 def _digest(config: "RunConfig") -> str:
-    """Of all that says what a run makes and where, and nothing that says how fast."""
+    """Of what a run makes and where, but not of how fast."""
     meaning = config.config_digest_fields(config.model)
     where = {name: getattr(config, name) for name in ("manifest", "output", "limit", "where", "image_root")}
     return hashlib.sha256(json.dumps(meaning | where, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def carried(config: "RunConfig", command: Sequence[str]) -> list[Path]:
-    """Files of this machine that the command names by relative paths, and that are sent along.
+    """Files of this machine that the command names by relative paths, to be sent along.
 
-    command: the words after `wallaroo`, which resolve to `config`. Raises InputError where they name what
-    a cluster could not read.
+    Args:
+        config: What `command` resolves to.
+        command: The words after `wallaroo`.
+
+    Raises:
+        InputError: The command names a path that a cluster cannot read.
     """
     from wallaroo.workflows.storage import is_s3
 
     if config.address is not None:
         raise InputError(
-            f"the address of the command is {config.address}, but a job runs on the cluster that it is "
-            f"submitted to: leave it out there."
+            f"the address of the command is {config.address}, but a job runs on the cluster it is submitted "
+            f"to: leave it out there."
         )
     here = [("OUTPUT", config.output), ("--model", config.model), ("--image-root", config.image_root)]
     for what, place in here:
         if place and place != "tiny" and not is_s3(place) and not os.path.isabs(place):
             raise InputError(
-                f"{what} is {place}, a path of this machine that no cluster can use: give s3://bucket/key, "
-                f"or an absolute path that all of its nodes share."
+                f"{what} is {place}, a path of this machine, which no cluster can read: give s3://bucket/key"
+                f", or an absolute path that all of its nodes share."
             )
     manifest = config.manifest
     found = [] if is_s3(manifest) or os.path.isabs(manifest) else [Path(manifest)]
@@ -237,7 +266,9 @@ def carried(config: "RunConfig", command: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for path in found:
         if os.pardir in path.parts:
-            raise InputError(f"{path} leads out of the present folder: start from a folder that holds it.")
+            raise InputError(
+                f"{path} is outside of the working directory: start from a folder that contains it."
+            )
         if path.is_dir():
             files += sorted(one for one in path.rglob("*") if one.is_file())
         elif any(sign in str(path) for sign in "*?["):
@@ -245,22 +276,20 @@ def carried(config: "RunConfig", command: Sequence[str]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise InputError(
-                f"{path} cannot be read, there is no such file or folder: give one that is there."
-            )
-    # They stand beside the code there, and a folder of data is no place for more of it.
-    files = [path for path in files if path.suffix.lower() not in CODE]
+            raise InputError(f"{path} cannot be read, since there is no such file or folder: check the path.")
+    # They are copied beside the code, which no file of theirs may replace.
+    files = [path for path in files if path.suffix.lower() not in CODE_SUFFIXES]
     size = sum(path.stat().st_size for path in files)
-    if size > CARRIED_BYTES:
+    if size > MAX_CARRIED_BYTES:
         raise InputError(
-            f"{found[0]} has {size >> 20} MiB, but at most {CARRIED_BYTES >> 20} MiB are sent along with a "
+            f"{found[0]} has {size >> 20} MiB, but at most {MAX_CARRIED_BYTES >> 20} MiB are sent with a "
             f"job: put it on S3 and give s3://bucket/key."
         )
     return files
 
 
 def _stage(folder: Path, config: "RunConfig", files: Sequence[Path]) -> None:
-    """Lays out what a job needs of this machine: code, and files that its command names."""
+    """Copies the code, and the files that the command names, into `folder`."""
     # Not resolved: `wallaroo/` may hold the packages as links, and the copy must have them in it.
     home = Path(wallaroo.__file__).parent
     skipped = ["__pycache__", "*.pyc", *([] if config.model == "tiny" else ["tiny"])]
@@ -271,23 +300,23 @@ def _stage(folder: Path, config: "RunConfig", files: Sequence[Path]) -> None:
         shutil.copyfile(path, target)
 
 
-# What is there
+# Jobs of a cluster
 
 
 def jobs(client: "JobSubmissionClient") -> list[Job]:
-    """The runs that the cluster knows, newest first; jobs of others are left out."""
+    """The runs among the jobs of a cluster, newest first."""
     with _answered():
         found = [_job(one) for one in client.list_jobs() if f"{_MARK}output" in (one.metadata or {})]
     return sorted(found, key=lambda job: job.started or 0, reverse=True)
 
 
 def find(client: "JobSubmissionClient", name: str) -> Job:
-    """The newest run of this id, name or output. Raises InputError if there is none."""
+    """The newest run with this id, name or output. Raises InputError if there is none."""
     known = jobs(client)
     for job in known:
         if name in (job.id, job.name, job.output.rstrip("/"), job.output):
             return job
-    hint = did_you_mean(name, [job.id for job in known]) or "; `wallaroo jobs list` names all."
+    hint = did_you_mean(name, [job.id for job in known]) or "; `wallaroo jobs list` shows all."
     raise InputError(f"the cluster has no run '{name}'{hint}")
 
 
@@ -307,8 +336,7 @@ def _job(details: "JobDetails") -> Job:
 
 
 def progress(job: Job) -> "Status | None":
-    """How far a run is by its own records; None where this machine cannot read its output, or nothing is
-    there yet."""
+    """The status of a run; None if its output does not exist yet or cannot be read from here."""
     from wallaroo.workflows.reports.status import status
 
     try:
@@ -318,28 +346,28 @@ def progress(job: Job) -> "Status | None":
 
 
 def follow(client: "JobSubmissionClient", job_id: str, write: Callable[[str], None]) -> Job:
-    """Gives all that a run says to `write`, from its beginning, until it is over; the run as it ended."""
+    """Passes the log of a run to `write` until the run has ended; then returns the run."""
     import asyncio
 
-    said = 0
+    written = 0
 
     async def listen() -> None:
-        nonlocal said
-        heard = 0
+        nonlocal written
+        received = 0
         async for text in client.tail_job_logs(job_id):
-            # A second connection hears everything again.
-            if heard + len(text) > said:
-                write(text[max(0, said - heard) :])
-                said = heard + len(text)
-            heard += len(text)
+            # A second connection gets the log from its beginning.
+            if received + len(text) > written:
+                write(text[max(0, written - received) :])
+                written = received + len(text)
+            received += len(text)
 
     while True:
-        # A connection may break, or end a moment before the last words; the run goes on all the same.
+        # A connection may break, or end before the last lines; the run is not affected.
         with suppress(RuntimeError, OSError, asyncio.TimeoutError):
             asyncio.run(listen())
         job = find(client, job_id)
         if job.over:
-            rest = logs(client, job_id)[said:]
+            rest = logs(client, job_id)[written:]
             if rest:
                 write(rest)
             return job
@@ -347,18 +375,18 @@ def follow(client: "JobSubmissionClient", job_id: str, write: Callable[[str], No
 
 
 def logs(client: "JobSubmissionClient", job_id: str) -> str:
-    """All that a run said so far."""
+    """The log of a run so far."""
     with _answered():
         return client.get_job_logs(job_id)
 
 
 def stop(client: "JobSubmissionClient", job_id: str) -> Job:
-    """Asks a run to stop and waits until it has; one that is over stays as it is."""
+    """Asks a run to stop and waits for its end. A run that has ended is left as it is."""
     job = find(client, job_id)
     if not job.over:
         with _answered():
             client.stop_job(job.id)
-        deadline = time.monotonic() + 2 * STOP_SECONDS
+        deadline = time.monotonic() + 2 * STOP_TIMEOUT
         while not (job := find(client, job.id)).over and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
     return job
@@ -366,13 +394,13 @@ def stop(client: "JobSubmissionClient", job_id: str) -> Job:
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Errors of the client in one sentence."""
+    """Turns errors of the client into InputError, in one sentence."""
     from ray.exceptions import RayError
 
     try:
         yield
     except (RuntimeError, OSError, RayError) as error:
-        raise InputError(f"the cluster does not answer as it should ({_line(error)}): try again.") from error
+        raise InputError(f"the request to the cluster failed ({_line(error)}): try again.") from error
 
 
 def _line(words: Any) -> str:

@@ -26,7 +26,10 @@ class RowError(InputError):
         return type(self), (self.kind, str(self))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'seed'?` for the nearest of `known`, or the empty string if none is near."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`; did you mean 'seed'?` for the nearest of `known`, or the empty string if none is near.
+
+    cutoff: least share of letters that two names have in common, in the same order.
+    """
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""

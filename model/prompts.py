@@ -67,8 +67,8 @@ def check_template(template: str) -> None:
     for name in re.findall(r"\{(\w+)\}", template):
         if name not in _PLACEHOLDERS:
             raise InputError(
-                f"The template has an unknown placeholder '{{{name}}}'{did_you_mean(name, _PLACEHOLDERS)}; "
-                "{prompt}, {target_w} and {target_h} exist."
+                f"The template has an unknown placeholder '{{{name}}}', but only {{prompt}}, {{target_w}} "
+                f"and {{target_h}} exist{did_you_mean(name, _PLACEHOLDERS) or '.'}"
             )
     if "{prompt}" not in template:
         raise InputError(

@@ -2,70 +2,153 @@
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
 from wallaroo.actors.replica import Replica
 from wallaroo.actors.rows import from_ipc
-from wallaroo.model.errors import InputError, did_you_mean
+from wallaroo.model.errors import did_you_mean
 from wallaroo.workflows.cluster import choose_device
+from wallaroo.workflows.options import Option, OptionError
 from wallaroo.workflows.plans.dataset import plan_dataset
+from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.runs.pool import load_stage, make_pool, make_results
-from wallaroo.workflows.runs.setup import (
-    make_job,
-    meaning_of,
-    plan_settings,
-    with_absolute_paths,
-)
+from wallaroo.workflows.runs.setup import make_job, meaning_of, with_absolute_paths
 from wallaroo.workflows.runs.stages import prepare
-from wallaroo.workflows.settings import RunConfig
+from wallaroo.workflows.settings import OPTIONS, RunConfig
 
 if TYPE_CHECKING:
     import ray.data
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def generate(
-    ds: "ray.data.Dataset", *, model: str = "tiny", replicas: int = 1, **options: Any
-) -> "ray.data.Dataset":
-    """A Dataset of prompts becomes one of pictures, without an output folder.
 
-    ds: has the columns of a manifest. model: `tiny`, or the folder of a checkpoint. options: fields of
-    `workflows.settings.RunConfig` that say what a row is or what makes it: samples, seed, sampling,
-    preset, width, height, language, templates, prompt_column, image_format, image_quality, save_tokens,
-    max_prompt_tokens, cfg_interval, weights, slots, device, threads.
+def options_of(task: str) -> dict[str, Option]:
+    """The options that the function of a task takes, by name: all that need no output folder."""
+    return {name: one for name, one in OPTIONS.items() if one.serves(task) and not one.run_only}
 
-    Every row is planned before this returns, which executes `ds` once; the pictures are made when the
-    answer is consumed. It has a row for every sample, with the columns of `data/`, the carried ones
-    included: same ids and options, same pictures as of a run. Rows come in no certain order, with
-    `row_id` counted in the order of `ds`. Rows that cannot be served are error rows, and so is every
-    later row of an id that occurs twice.
-    Raises InputError for an option that does not exist or breaks a rule, and where `prompt` is missing.
+
+def _takes_options(function: Function) -> Function:
+    """Puts the options of a task into signature and docstring of its function, for `help` and editors."""
+    options = options_of(function.__name__)
+    types: dict[str, Any] = {one.name: one.type for one in dataclasses.fields(RunConfig)}
+    signature = inspect.signature(function)
+    named = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=one.default,
+            annotation=types[name] if one.default is not None else types[name] | None,
+        )
+        for name, one in options.items()
+    ]
+    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[signature.parameters["ds"], *named]
+    )
+    words = "\n".join(f"    {one.name}: {one.help_text}" for one in options.values())
+    function.__doc__ = f"{inspect.getdoc(function)}\n\nOptions:\n{words}\n"
+    return function
+
+
+@_takes_options
+def generate(ds: "ray.data.Dataset", **options: Any) -> "ray.data.Dataset":
+    """Turns a Dataset of prompts into one of pictures, without an output folder.
+
+    Every row is planned before this returns, which executes `ds` once. The pictures are made when the
+    result is consumed. The same ids and options give the same pictures as a run.
+
+    Args:
+        ds: Has the columns of a manifest.
+        **options: Options of `wallaroo generate` by name, such as `cfg=4`, `replicas=2`,
+            `model="s3://bucket/wallaroo-7b"`.
+
+    Returns:
+        A row for every sample, in no certain order, with the columns of `data/` and the carried ones;
+        `row_id` counts in the order of `ds`. A row that cannot be served is an error row, and so is every
+        later row of an id that occurs twice.
+
+    Raises:
+        OptionError: An option does not exist or breaks a rule.
+        InputError: The column `prompt` is missing.
     """
-    return map_dataset("generate", ds, model, replicas, options)
+    return map_dataset("generate", ds, options)
+
+
+@_takes_options
+def edit(ds: "ray.data.Dataset", **options: Any) -> "ray.data.Dataset":
+    """Turns a Dataset of pictures and instructions into one of edited pictures, without an output folder.
+
+    Args:
+        ds: Has the columns of a manifest: `image` and, without the option `prompt`, `prompt`. A picture is
+            a path (relative to the working directory), an address, bytes, or a struct of bytes and path. A
+            picture that cannot be used makes an error row.
+        **options: Options of `wallaroo edit` by name.
+
+    Returns:
+        As `generate` does.
+
+    Raises:
+        OptionError: An option does not exist or breaks a rule.
+        InputError: A column is missing.
+    """
+    return map_dataset("edit", ds, options)
+
+
+@_takes_options
+def understand(ds: "ray.data.Dataset", **options: Any) -> "ray.data.Dataset":
+    """Turns a Dataset of pictures, with or without questions, into one of texts, without an output folder.
+
+    Args:
+        ds: Has the columns of a manifest: `image`, as for `edit`, and perhaps `prompt`. A picture without a
+            question is described.
+        **options: Options of `wallaroo understand` by name.
+
+    Returns:
+        As `generate` does, with texts.
+
+    Raises:
+        OptionError: An option does not exist or breaks a rule.
+        InputError: The column `image` is missing.
+    """
+    return map_dataset("understand", ds, options)
 
 
 def map_dataset(
-    task: str,
-    ds: "ray.data.Dataset",
-    model: str,
-    replicas: int,
-    options: dict[str, Any],
-    replica: type = Replica,
+    task: str, ds: "ray.data.Dataset", options: dict[str, Any], replica: type = Replica
 ) -> "ray.data.Dataset":
-    """What `generate` does, for any task. replica: the class of the replicas."""
+    """What `generate` does, for any task.
+
+    Args:
+        task: One of `model.config.TASKS`.
+        ds: Has the columns of a manifest.
+        options: Values by name, of `options_of(task)`.
+        replica: The class of the replicas.
+
+    Returns:
+        The rows as they would stand in `data/`.
+
+    Raises:
+        OptionError: An option does not exist or breaks a rule.
+        InputError: A column is missing.
+    """
     import ray.data
 
     from wallaroo.actors import watch
 
-    fields = {one.name for one in dataclasses.fields(RunConfig)}
+    known = options_of(task)
     for name in options:
-        if name not in fields - _OF_A_RUN:
-            raise InputError(f"there is no option '{name}'{did_you_mean(name, fields - _OF_A_RUN) or '.'}")
-    config = RunConfig(manifest="", output="", task=task, replicas=(replicas, replicas), **options)
-    config = with_absolute_paths(dataclasses.replace(config, model=model))
+        if name in OPTIONS and OPTIONS[name].run_only:
+            raise OptionError(
+                f"{name} is for runs with an output folder, which {task}() has not: leave it out."
+            )
+        if name not in OPTIONS:
+            raise OptionError(f"there is no option '{name}'{did_you_mean(name, known) or '.'}")
+    config = with_absolute_paths(RunConfig(manifest="", output="", task=task, **options))
     meaning = meaning_of(config)
-    plans, rows, carried = plan_dataset(ds, plan_settings(config), config.model)
+    plans, rows, carried = plan_dataset(ds, PlanSettings.of(config), config.model)
     job = make_job(config, meaning, carried)
     if not rows:
         return ray.data.from_arrow(job.schema.empty_table())
@@ -76,55 +159,6 @@ def map_dataset(
     )
 
 
-_OF_A_RUN = {
-    "manifest",
-    "output",
-    "task",
-    "model",
-    "replicas",
-    "limit",
-    "where",
-    "incremental",
-    "max_error_rate",
-    "retry_errors",
-    "grace",
-    "deadline",
-    "strict",
-    "address",
-    "price_per_hour",
-}
-
-
 def _unpack(batch: pa.Table) -> pa.Table:
     """The rows of the shards in a batch."""
     return pa.concat_tables(from_ipc(result.as_py()) for result in batch.column("result"))
-
-
-def edit(
-    ds: "ray.data.Dataset", *, model: str = "tiny", replicas: int = 1, **options: Any
-) -> "ray.data.Dataset":
-    """A Dataset of pictures and instructions becomes one of edited pictures, without an output folder.
-
-    ds: has the columns of a manifest, `image` and, without the option `prompt`, `prompt`. A picture is a
-    path (relative ones start in the present folder), an address, bytes, or a struct of bytes and path; one
-    that cannot be used makes an error row. options: as for `generate`, but for the
-    size, and also prompt, image_root, allow_https, max_source_bytes, max_source_pixels and restore_size.
-
-    What comes when, and what is raised, is told at `generate`.
-    """
-    return map_dataset("edit", ds, model, replicas, options)
-
-
-def understand(
-    ds: "ray.data.Dataset", *, model: str = "tiny", replicas: int = 1, **options: Any
-) -> "ray.data.Dataset":
-    """A Dataset of pictures, with questions or without, becomes one of texts, without an output folder.
-
-    ds: has the columns of a manifest, `image` and perhaps `prompt`; a picture without a question is
-    described. Pictures are as for `edit`. options: as for `generate`,
-    but for those about pictures that are made, and also prompt, image_root, allow_https,
-    max_source_bytes, max_source_pixels and max_new_tokens.
-
-    What comes when, and what is raised, is told at `generate`.
-    """
-    return map_dataset("understand", ds, model, replicas, options)

@@ -10,17 +10,16 @@ import secrets
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.settings import OPTIONS
 
 _TOKEN = secrets.token_hex(32)
 """Of every local Ray of this process; Ray reads it once a process, so it cannot change."""
-
-START_ATTEMPTS = 3
-"""How often a local Ray is started, before it is given up."""
 
 LOST_WHILE_LOADING = 10
 """Replicas in a row that may end before one is up; with more the cause is no lost node."""
@@ -41,12 +40,17 @@ _LOCAL_ENVIRONMENT: dict[str, str | None] = {
 
 
 @contextmanager
-def connected(address: str | None = None, cpus: int = 0) -> Iterator[None]:
+def connected(
+    address: str | None = None,
+    cpus: int = 0,
+    start_timeout: float = OPTIONS["ray_start_timeout"].default,
+) -> Iterator[None]:
     """Ray for as long as the block lasts; one that this process has connected to already stays as it is.
 
     address: of a running cluster, or None for a local Ray, which nobody but this process can talk to.
-    cpus: CPUs that a local Ray must count at least, whatever the machine has.
-    Raises InputError if nothing answers at the address.
+    cpus: CPUs that a local Ray must count at least, whatever the machine has. start_timeout: seconds after
+    which no further attempt is made to start a local Ray.
+    Raises InputError if nothing answers at the address, or a local Ray does not start.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         _quieten()
@@ -63,17 +67,20 @@ def connected(address: str | None = None, cpus: int = 0) -> Iterator[None]:
             "_temp_dir": os.path.join(folder, "ray"),
         }
         try:
-            with _environment(_LOCAL_ENVIRONMENT), _ray(options, folder):
+            with _environment(_LOCAL_ENVIRONMENT), _ray(options, folder, start_timeout):
                 yield
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     else:
-        with tempfile.TemporaryDirectory(prefix="wallaroo-") as folder, _ray({"address": address}, folder):
+        with (
+            tempfile.TemporaryDirectory(prefix="wallaroo-") as folder,
+            _ray({"address": address}, folder, start_timeout),
+        ):
             yield
 
 
 @contextmanager
-def _ray(options: dict[str, Any], folder: str) -> Iterator[None]:
+def _ray(options: dict[str, Any], folder: str, start_timeout: float) -> Iterator[None]:
     """Ray with these options of `ray.init`, started from an empty folder (see `_working_directory`)."""
     # A thread that is left over when Ray has ended must not start another one.
     with _environment({"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ENABLE_AUTO_CONNECT": "0"}):
@@ -83,7 +90,7 @@ def _ray(options: dict[str, Any], folder: str) -> Iterator[None]:
             if options["address"] != "local":
                 _wait_for_cluster(options["address"])
             with _working_directory(folder):
-                _start(options)
+                _start(options, start_timeout)
         except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
             if options["address"] == "local":
                 raise
@@ -132,24 +139,25 @@ def _wait_for_cluster(address: str) -> None:
             raise TimeoutError(f"no answer in {CONNECT_SECONDS:.0f} s") from None
 
 
-def _start(options: dict[str, Any]) -> None:
-    """Starts or connects to Ray, once more where a start took too long."""
+def _start(options: dict[str, Any], timeout: float) -> None:
+    """Starts or connects to Ray; a start that took too long is retried until `timeout` seconds are over."""
     import ray
 
-    for attempts_left in reversed(range(START_ATTEMPTS)):
+    started = time.monotonic()
+    while True:
         try:
             with _silent():
                 ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
             return
         except Exception as error:
-            # A node gets 30 seconds, which nobody can change and which are few on a busy machine.
+            # Ray gives a node 30 seconds, which are few on a busy machine.
             if "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
-            if not attempts_left:
+            if time.monotonic() - started >= timeout:
                 raise InputError(
-                    f"Ray did not start on this machine in {START_ATTEMPTS} attempts, each of half a minute: "
-                    f"see what keeps the machine busy, and start again."
+                    f"Ray failed to start within {timeout:g} s. Check the load of this machine; "
+                    f"a run waits longer with --ray-start-timeout."
                 ) from error
 
 

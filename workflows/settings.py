@@ -1,296 +1,454 @@
-"""What a run is asked to do, what it reports while it goes on, and what it says at its end.
+"""The options of a run, each declared once; its progress; its summary.
 
-Knows nothing of flags, files or environment variables: `jobs` fills these classes, or a program of
-the user's own does.
+Knows nothing of flags, files or environment variables: `jobs` fills these classes, or a user's own program
+does. What an option is and what follows from a declaration is in `options`.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from wallaroo.model.config import TASKS, VQ_FACTOR
 from wallaroo.model.errors import InputError, did_you_mean
 from wallaroo.model.quantise import WEIGHTS
-from wallaroo.model.sampling import ALWAYS, Sampling
-from wallaroo.workflows.tasks import EXACT, ONLY_FOR, PRESETS, SAMPLING
-
-DEVICES = ("auto", "cpu", "cuda")
-IMAGE_FORMATS = ("png", "webp", "jpeg")
-LANGUAGES = ("en", "zh")
-
-_MEANING = (
-    "task",
-    "samples",
-    "seed",
-    "sampling",
-    "width",
-    "height",
-    "language",
-    "templates",
-    "image_format",
-    "image_quality",
-    "save_tokens",
-    "max_prompt_tokens",
-    "prompt",
-    "prompt_column",
-    "allow_https",
-    "max_source_bytes",
-    "max_source_pixels",
-    "restore_size",
-    "max_new_tokens",
+from wallaroo.workflows.options import (
+    INT64_MAX,
+    INTERVAL,
+    RANGE,
+    SECONDS,
+    SWITCH,
+    OptionError,
+    check_place,
+    choice,
+    number,
+    option,
+    options_of,
+    place,
+    text,
+    whole,
 )
-"""Fields that may change a row by meaning. All others only say where, when and how fast it is made."""
+from wallaroo.workflows.tasks import DRAWING_TASKS, EXACT, PICTURE_TASKS, PRESETS, SAMPLING
 
+if TYPE_CHECKING:
+    from wallaroo.model.sampling import Sampling
 
-_PLACES = ("manifest", "output", "model", "image_root", "address")
-"""Fields that are paths or addresses."""
+LANGUAGES = ("en", "zh")
+MAX_SAMPLES = 10_000
+ALL_STEPS = (0.0, 1.0)
+"""A `cfg_interval` that leaves no step out."""
 
-
-class OptionError(InputError):
-    """What was asked of the run itself breaks a rule, not what the manifest or the model holds."""
+_SCALE = number("a finite number of at least 0", lambda scale: scale >= 0)
+_SIDE = whole(1, metavar="PIXELS")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run, fully resolved. Raises OptionError where a value breaks a rule.
+    """One run: its task, manifest and output, and every option. Raises OptionError if a value breaks a rule.
 
-    task: one of `model.config.TASKS`.
-    manifest, output: local paths or `s3://bucket/key`; the manifest may be a file, folder or glob.
-    model: `tiny` (embedded), or the local or `s3://` folder of a checkpoint.
-    samples: output rows of a manifest row that does not say; None for as many as the preset has, or 1.
-    seed: seed of the run; a row's own seed is made from it, its id, version and sample number.
-    sampling: guidance, temperature and filters of rows that do not say; None for those of the preset,
-        or of the task.
-    preset: one of `workflows.tasks.PRESETS`, whose sampling and samples hold where none are given.
-    prompt: instruction or question of rows that do not say. prompt_column: the column of the manifest
-        that holds the prompts, if not `prompt`.
-    width, height: pixels; both or neither. Without them the size whose ratio is nearest to 1 is used.
-    language: `en`, `zh`, or None to detect it row by row.
-    templates: language -> prompt template with `{prompt}`, in place of the built-in one.
-    image_format, image_quality: `png` and `webp` are lossless; a quality of 1 to 100 makes `webp`
-        lossy, and is that of `jpeg` (95 if None).
-    save_tokens: also write the token ids of every picture.
-    max_prompt_tokens: longer prompts become error rows.
-    image_root: where relative paths of source pictures start, if not in the manifest's folder.
-    allow_https: whether sources may be fetched from the web. max_source_bytes, max_source_pixels: of a
-        file and of a picture; larger ones become error rows.
-    restore_size: give edited pictures the size of their source. max_new_tokens: bound of an answer.
-    cfg_interval: first and last share of a picture's steps between which it is guided; lossy unless all are.
-    weights: one of `model.quantise.WEIGHTS`, lossy; None for those of the checkpoint.
-    limit, where: a look before the whole run: at most so many manifest rows; only those for which a
-        DuckDB expression over the manifest's columns holds.
-    incremental: plan what is new in a manifest that grows, each time the run is started.
-    max_error_rate: share of error rows, 0 to 1, past which the run stops; None for never.
-    retry_errors: make error rows of the output that the plan did not refuse once more.
-    grace: seconds in which a run that is stopped finishes the shards in its replicas. deadline: seconds
-        after which it stops by itself; None for never.
-    strict: refuse to go on where a rounding difference to earlier rows is possible.
-    replicas: least and most model replicas.
-    slots: rows that a replica decodes at once; None for as many as fit.
-    device: `auto` is `cuda` where Ray has GPUs.
-    threads: CPU threads of a replica; part of what rounds a result, so never derived from `replicas`. A wide
-        model takes fewer where so many would round a row by its place (`model.engine.even_threads`).
-    address: of a running Ray cluster; None starts a local one and ends it.
-    price_per_hour: of one replica with its device, in whatever currency; None where nobody asks.
+    A field made by `option` is one option of a run; the comment above it says what the help cannot. Options
+    that are None by default and have another value in every run are filled from the preset or the task.
+
+    Attributes:
+        manifest: A local path or `s3://bucket/key`: a file, a folder or a glob. Empty for a Dataset.
+        output: The folder of the results, local or on S3. Empty where nothing is written.
+        task: One of `model.config.TASKS`.
     """
 
     manifest: str
     output: str
     task: str = "generate"
-    model: str = "tiny"
-    samples: int = None  # type: ignore[assignment]
-    seed: int = 0
-    sampling: Sampling = None  # type: ignore[assignment]
-    preset: str | None = None
-    prompt: str | None = None
-    prompt_column: str | None = None
-    width: int | None = None
-    height: int | None = None
-    language: str | None = None
-    templates: Mapping[str, str] = field(default_factory=dict)
-    image_format: str = "png"
-    image_quality: int | None = None
-    save_tokens: bool = False
-    max_prompt_tokens: int = 1024
-    image_root: str | None = None
-    allow_https: bool = False
-    max_source_bytes: int = 128 << 20
-    max_source_pixels: int = 1 << 26
-    restore_size: bool = False
-    max_new_tokens: int = 256
-    cfg_interval: tuple[float, float] = ALWAYS
-    weights: str | None = None
-    limit: int | None = None
-    where: str | None = None
-    incremental: bool = False
-    max_error_rate: float | None = None
-    retry_errors: bool = False
-    grace: float = 60.0
-    deadline: float | None = None
-    strict: bool = False
-    replicas: tuple[int, int] = (1, 1)
-    slots: int | None = None
-    device: str = "auto"
-    threads: int = 1
-    address: str | None = None
-    price_per_hour: float | None = None
+
+    model: str = option("tiny", "run.model", place("PATH"), "Checkpoint folder, local or s3://.")
+    samples: int = option(
+        None, "run.samples", whole(1, MAX_SAMPLES), "Results per manifest row (default 1).", meaning=True
+    )
+    # A row's own seed is made from it and from the row's id, version and sample number.
+    seed: int = option(0, "run.seed", whole(0, INT64_MAX), "Same seed, same results.", meaning=True)
+    cfg: float = option(
+        None,
+        "sampling.cfg",
+        _SCALE,
+        "Guidance scale; 1 or less turns guidance off (default 3; understand: 1).",
+        meaning=True,
+        stored="sampling.cfg",
+    )
+    temperature: float = option(
+        None,
+        "sampling.temperature",
+        _SCALE,
+        "Sampling temperature; 0 is greedy (default 1).",
+        meaning=True,
+        stored="sampling.temperature",
+    )
+    top_k: int = option(
+        None,
+        "sampling.top_k",
+        whole(0, note=" (0 keeps all tokens)"),
+        "Sample from the N most likely tokens; 0 keeps all (default 1000; understand: 1).",
+        meaning=True,
+        stored="sampling.top_k",
+    )
+    top_p: float = option(
+        None,
+        "sampling.top_p",
+        number("above 0 and at most 1 (1 keeps all tokens)", lambda share: 0 < share <= 1, "P"),
+        "Sample from the most likely tokens of total probability P; 1 keeps all (default 1).",
+        meaning=True,
+        stored="sampling.top_p",
+    )
+    preset: str | None = option(
+        None,
+        "run.preset",
+        choice(*PRESETS),
+        "Sampling options of a published evaluation; options given beside it win.",
+    )
+    width: int | None = option(
+        None,
+        "image.width",
+        _SIDE,
+        "Width of rows that set none; needs --height.",
+        tasks=("generate",),
+        meaning=True,
+    )
+    height: int | None = option(
+        None,
+        "image.height",
+        _SIDE,
+        "Height of rows that set none (default: the model's size nearest to square).",
+        tasks=("generate",),
+        meaning=True,
+    )
+    language: str | None = option(
+        None,
+        "prompt.language",
+        choice(*LANGUAGES),
+        "Language of the template (default: detected per prompt).",
+        meaning=True,
+    )
+    template_en: str | None = option(
+        None,
+        "prompt.template_en",
+        text("TEXT"),
+        "English prompt template, with {prompt} and perhaps {target_w} and {target_h}.",
+        tasks=DRAWING_TASKS,
+        meaning=True,
+        stored="templates.en",
+    )
+    template_zh: str | None = option(
+        None,
+        "prompt.template_zh",
+        text("TEXT"),
+        "Chinese prompt template, with the same placeholders.",
+        tasks=DRAWING_TASKS,
+        meaning=True,
+        stored="templates.zh",
+    )
+    image_format: str = option(
+        "png",
+        "image.format",
+        choice("png", "webp", "jpeg"),
+        "File format of the results; png and webp are lossless.",
+        tasks=DRAWING_TASKS,
+        meaning=True,
+    )
+    image_quality: int | None = option(
+        None,
+        "image.quality",
+        whole(1, 100, "1-100"),
+        "Quality of jpeg (default 95); makes webp lossy.",
+        tasks=DRAWING_TASKS,
+        meaning=True,
+    )
+    save_tokens: bool = option(
+        False, "image.save_tokens", SWITCH, "Also write the token ids of each result.", meaning=True
+    )
+    max_prompt_tokens: int = option(
+        1024,
+        "prompt.max_tokens",
+        whole(1),
+        "Longer prompts become error rows; none is truncated.",
+        meaning=True,
+    )
+    prompt: str | None = option(
+        None,
+        "prompt.text",
+        text("TEXT"),
+        "Instruction or question for rows that have none.",
+        tasks=PICTURE_TASKS,
+        meaning=True,
+    )
+    prompt_column: str | None = option(
+        None,
+        "prompt.column",
+        text("NAME"),
+        "Manifest column with the prompts (default prompt).",
+        meaning=True,
+    )
+    image_root: str | None = option(
+        None,
+        "source.root",
+        place("PATH"),
+        "Base folder of relative picture paths (default: the manifest's folder).",
+        tasks=PICTURE_TASKS,
+    )
+    allow_https: bool = option(
+        False, "source.allow_https", SWITCH, "Allow https:// sources.", tasks=PICTURE_TASKS, meaning=True
+    )
+    max_source_bytes: int = option(
+        128 << 20,
+        "source.max_bytes",
+        whole(1),
+        "Larger source files become error rows.",
+        tasks=PICTURE_TASKS,
+        meaning=True,
+    )
+    max_source_pixels: int = option(
+        1 << 26,
+        "source.max_pixels",
+        whole(1),
+        "Source pictures with more pixels become error rows.",
+        tasks=PICTURE_TASKS,
+        meaning=True,
+    )
+    restore_size: bool = option(
+        False,
+        "image.restore_size",
+        SWITCH,
+        "Resize each result to the size of its source.",
+        tasks=("edit",),
+        meaning=True,
+    )
+    max_new_tokens: int = option(
+        256,
+        "prompt.max_new_tokens",
+        whole(1),
+        "Maximum tokens of an answer.",
+        tasks=("understand",),
+        meaning=True,
+    )
+    # It changes rows, like `weights`: both are part of the digest as words of `mode`.
+    cfg_interval: tuple[float, float] = option(
+        ALL_STEPS,
+        "sampling.cfg_interval",
+        INTERVAL,
+        "Lossy: guide only this share of a picture's steps; faster if END is below 1.",
+        tasks=DRAWING_TASKS,
+    )
+    weights: str | None = option(
+        None, "run.weights", choice(*WEIGHTS), "Lossy: 8-bit weights; needs torchao (default: as stored)."
+    )
+    limit: int | None = option(
+        None,
+        "run.limit",
+        whole(1),
+        "Process only the first N manifest rows; a later full run reuses them.",
+        run_only=True,
+    )
+    where: str | None = option(
+        None,
+        "run.where",
+        text("EXPR"),
+        "Process only rows for which this SQL expression holds; a later full run reuses them.",
+        run_only=True,
+    )
+    incremental: bool = option(
+        False,
+        "run.incremental",
+        SWITCH,
+        "Process only rows that are new or changed since the last run.",
+        run_only=True,
+    )
+    max_error_rate: float | None = option(
+        None,
+        "run.max_error_rate",
+        number("from 0 to 1 (0.05 is 5 %)", lambda share: 0 <= share <= 1, "SHARE"),
+        "Stop when a larger share of the rows failed (0.05 is 5 %).",
+        run_only=True,
+    )
+    retry_errors: bool = option(
+        False,
+        "run.retry_errors",
+        SWITCH,
+        "Retry failed rows of OUTPUT, except rows rejected at planning.",
+        run_only=True,
+    )
+    grace: float = option(
+        60.0,
+        "run.grace",
+        SECONDS,
+        "Drain timeout for in-flight shards after Ctrl-C, SIGTERM or --deadline.",
+        run_only=True,
+    )
+    deadline: float | None = option(
+        None, "run.deadline", SECONDS, "Stop the run after this time, such as 6h.", run_only=True
+    )
+    strict: bool = option(
+        False,
+        "run.strict",
+        SWITCH,
+        "Refuse to resume where rounding could differ from earlier rows.",
+        run_only=True,
+    )
+    # The minimum is what a run waits for; the run uses more replicas as the cluster gets room.
+    replicas: tuple[int, int] = option((1, 1), "cluster.replicas", RANGE, "Model replicas, one per GPU.")
+    slots: int | None = option(
+        None, "cluster.slots", whole(1), "Rows that a replica decodes at once (default: as many as fit)."
+    )
+    device: str = option(
+        "auto",
+        "cluster.device",
+        choice("auto", "cpu", "cuda"),
+        "auto uses GPUs if Ray has any; cuda waits for them.",
+    )
+    # Part of what rounds a result, so it is never derived from `replicas`. A wide model takes fewer where so
+    # many would round a row by its place (`model.engine.even_threads`).
+    threads: int = option(1, "cluster.threads", whole(1), "CPU threads per replica.")
+    address: str | None = option(
+        None,
+        "cluster.address",
+        place("ADDRESS"),
+        "A running Ray cluster (default: $RAY_ADDRESS, or a local Ray).",
+        run_only=True,
+    )
+    price_per_hour: float | None = option(
+        None,
+        "cluster.price_per_hour",
+        number("a number of at least 0", lambda price: price >= 0, "PRICE"),
+        "Price per hour of one replica; status and report then show the cost.",
+        run_only=True,
+    )
+    # An attempt of Ray's takes 30 s at most, which nothing can change.
+    ray_start_timeout: float = option(
+        90.0,
+        "cluster.ray_start_timeout",
+        SECONDS,
+        "How long to keep trying to start a local Ray on a busy machine.",
+        run_only=True,
+    )
 
     def __post_init__(self) -> None:
-        try:
-            self._resolve()
-            self._check()
-        except InputError as error:
-            raise OptionError(str(error)) from None
+        if self.task not in TASKS:
+            hint = did_you_mean(str(self.task), TASKS) or "."
+            raise OptionError(f"task is '{self.task}', but must be one of {', '.join(TASKS)}{hint}")
+        for name in ("manifest", "output"):
+            try:
+                check_place(getattr(self, name))
+            except ValueError as error:
+                raise OptionError(f"{name} {error}") from None
+        for one in OPTIONS.values():
+            value = getattr(self, one.name)
+            if value is not None or one.default is not None:
+                object.__setattr__(self, one.name, one.read(value))
+            if getattr(self, one.name) != one.default and not one.serves(self.task):
+                raise OptionError(
+                    f"{one.name} is for {' and '.join(one.tasks)}, but this is {self.task}: leave it out."
+                )
+        self._fill()
+        self._check()
 
-    def _resolve(self) -> None:
-        """Fills what was left to the task or the preset."""
-        sampling, samples = SAMPLING.get(self.task, {}), 1
+    def _fill(self) -> None:
+        """Sets what was left to the preset, the task or the model's defaults."""
+        from wallaroo.model.sampling import Sampling
+
+        sampling, samples = SAMPLING[self.task], 1
         if self.preset is not None:
-            if self.preset not in PRESETS:
-                hint = did_you_mean(self.preset, PRESETS) or "."
-                raise InputError(f"preset is '{self.preset}', but must be one of {', '.join(PRESETS)}{hint}")
             task, sampling, samples = PRESETS[self.preset]
             if task != self.task:
-                raise InputError(
+                raise OptionError(
                     f"preset '{self.preset}' is for {task}, but this is {self.task}: leave it out."
                 )
-        for name, value in (("sampling", Sampling(**sampling)), ("samples", samples)):
+        for name, value in {**dataclasses.asdict(Sampling(**sampling)), "samples": samples}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
     def _check(self) -> None:
-        for name, value, allowed in (
-            ("task", self.task, TASKS),
-            ("device", self.device, DEVICES),
-            ("image_format", self.image_format, IMAGE_FORMATS),
-            ("language", self.language, (None, *LANGUAGES)),
-            ("weights", self.weights, (None, *WEIGHTS)),
-        ):
-            if value not in allowed:
-                words = [choice for choice in allowed if choice]
-                hint = did_you_mean(str(value), words) or "."
-                raise InputError(f"{name} is '{value}', but must be one of {', '.join(words)}{hint}")
-        for name, count in (
-            ("samples", self.samples),
-            ("max_prompt_tokens", self.max_prompt_tokens),
-            ("limit", self.limit),
-            ("slots", self.slots),
-            ("threads", self.threads),
-            ("max_source_bytes", self.max_source_bytes),
-            ("max_source_pixels", self.max_source_pixels),
-            ("max_new_tokens", self.max_new_tokens),
-        ):
-            if count is not None and not 1 <= count < 2**31:
-                raise InputError(f"{name} is {count}, but must be at least 1 and less than 2^31.")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}, but must be from 0 to 2^63 - 1.")
-        for name, text in (
-            *((name, getattr(self, name)) for name in _PLACES),
-            ("where", self.where),
-            ("prompt", self.prompt),
-            ("prompt_column", self.prompt_column),
-        ):
-            if text is not None and "\0" in text:
-                raise InputError(f"{name} holds a NUL character: remove it.")
-        for name in _PLACES:
-            # Such a text would stand in run.json and in messages, so this one does not repeat it.
-            if "@" in _host(getattr(self, name) or ""):
-                raise InputError(
-                    f"{name} holds a user or password, which no address of a run may: "
-                    f"credentials come from the AWS variables or a profile, a token from RAY_AUTH_TOKEN."
-                )
-        least, most = self.replicas
-        if not 1 <= least <= most:
-            raise InputError(
-                f"replicas is {least}:{most}, but must be MIN:MAX with 1 <= MIN <= MAX, or one number."
-            )
+        """Checks the rules that bind several options, and those of templates."""
+        from wallaroo.model.prompts import check_template
+
         if (self.width is None) != (self.height is None):
             given, absent = ("width", "height") if self.height is None else ("height", "width")
             value = getattr(self, given)
-            raise InputError(f"{given} is {value}, but {absent} is absent: give both, or neither.")
+            raise OptionError(f"{given} is {value}, but {absent} is absent: give both, or neither.")
         for name, side in (("width", self.width), ("height", self.height)):
-            if side is not None and (side < 1 or side % VQ_FACTOR):
-                raise InputError(f"{name} is {side}, but must be a positive multiple of {VQ_FACTOR} pixels.")
-        rate = self.max_error_rate
-        if rate is not None and not (math.isfinite(rate) and 0 <= rate <= 1):
-            raise InputError(f"max_error_rate is {rate}, but must be from 0 to 1 (0.05 is 5 %).")
-        for name, seconds in (("grace", self.grace), ("deadline", self.deadline)):
-            if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-                raise InputError(f"{name} is {seconds}, but must be a time of at least 0 s.")
-        price = self.price_per_hour
-        if price is not None and not (math.isfinite(price) and price >= 0):
-            raise InputError(f"price_per_hour is {price}, but must be a number of at least 0.")
-        quality = self.image_quality
-        if quality is not None:
-            if self.image_format == "png":
-                raise InputError(
-                    f"image_quality is {quality}, but png has none: choose webp or jpeg, or leave it out."
-                )
-            if not 1 <= quality <= 100:
-                raise InputError(f"image_quality is {quality}, but must be from 1 to 100.")
-        for language, template in self.templates.items():
-            if language not in LANGUAGES:
-                raise InputError(f"templates has '{language}', but only {', '.join(LANGUAGES)} exist.")
-            if "{prompt}" not in template:
-                raise InputError(
-                    f"the template of '{language}' lacks {{prompt}}: put it where the prompt shall stand."
-                )
+            if side is not None and side % VQ_FACTOR:
+                raise OptionError(f"{name} is {side}, but must be a positive multiple of {VQ_FACTOR} pixels.")
+        if self.image_quality is not None and self.image_format == "png":
+            raise OptionError(
+                f"image_quality is {self.image_quality}, but png has none: "
+                f"choose webp or jpeg, or leave it out."
+            )
         if self.incremental and (self.limit is not None or self.where is not None):
             given = "limit" if self.limit is not None else "where"
-            raise InputError(f"{given} chooses rows, but incremental plans all that are new: leave one out.")
-        first, last = self.cfg_interval
-        if not 0 <= first < last <= 1:
-            raise InputError(
-                f"cfg_interval is {first:g}:{last:g}, but must be START:END with 0 <= START < END <= 1 "
-                f"(0:0.5 guides the first half of a picture's steps)."
-            )
-        self.sampling.validate()
-        if self.task == "understand" and self.sampling.cfg > 1:
-            raise InputError(f"cfg is {self.sampling.cfg:g}, but answers have no guidance: give at most 1.")
-        if self.prompt is not None and not self.prompt.strip():
-            raise InputError("prompt says nothing: give a text, or leave it out.")
-        for one in dataclasses.fields(self):
-            tasks = ONLY_FOR.get(one.name, (self.task,))
-            default = {} if one.name == "templates" else one.default
-            if self.task not in tasks and getattr(self, one.name) != default:
-                raise InputError(
-                    f"{one.name} is for {' and '.join(tasks)}, but this is {self.task}: leave it out."
-                )
+            raise OptionError(f"{given} selects rows, but incremental plans all new ones: leave one out.")
+        if self.task == "understand" and self.cfg > 1:
+            raise OptionError(f"cfg is {self.cfg:g}, but answers have no guidance: give at most 1.")
+        for language, template in self.templates.items():
+            try:
+                check_template(template)
+            except InputError as error:
+                raise OptionError(f"template_{language}: {error}") from None
+
+    @property
+    def sampling(self) -> "Sampling":
+        """Guidance, temperature and filters of rows that set none."""
+        from wallaroo.model.sampling import Sampling
+
+        return Sampling(self.cfg, self.temperature, self.top_k, self.top_p)
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Language -> prompt template, of those that replace the built-in one."""
+        given = {language: getattr(self, f"template_{language}") for language in LANGUAGES}
+        return {language: template for language, template in given.items() if template is not None}
 
     @property
     def mode(self) -> str:
         """The lossy shortcuts of the run, in words such as `weights int8`; `exact` without any."""
-        first, last = map(float, self.cfg_interval)
-        shortcuts = [f"cfg-interval {first}:{last}"] if self.cfg_interval != ALWAYS else []
+        first, last = self.cfg_interval
+        shortcuts = [f"cfg-interval {first}:{last}"] if self.cfg_interval != ALL_STEPS else []
         shortcuts += [f"weights {self.weights}"] if self.weights else []
         return ", ".join(shortcuts) or EXACT
 
     def config_digest_fields(self, model_digest: str) -> dict[str, Any]:
-        """Plain JSON values of all that may change a row by meaning; their digest guards an output.
+        """Plain JSON values of all that may change a row's meaning; their digest guards an output.
 
-        `model_digest` stands for the checkpoint, and so for its size table; where the checkpoint
-        lies may change. `mode` is among them only where it is lossy.
+        Args:
+            model_digest: Stands for the checkpoint and its table of sizes, wherever it lies.
+
+        Returns:
+            The task, the options of the task that are declared with `meaning`, and `mode` if it is lossy.
         """
-        values = self.to_dict()
-        named = (name for name in _MEANING if self.task in ONLY_FOR.get(name, (self.task,)))
+        meaning = (one.name for one in OPTIONS.values() if one.meaning and one.serves(self.task))
         lossy = {"mode": self.mode} if self.mode != EXACT else {}
-        return {"model_digest": model_digest, **{name: values[name] for name in named}, **lossy}
+        return {"model_digest": model_digest, "task": self.task, **self._stored(meaning), **lossy}
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as a plain JSON value."""
-        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        values["sampling"] = dataclasses.asdict(self.sampling)
-        values["templates"] = dict(self.templates)
-        values["replicas"] = list(self.replicas)
-        values["cfg_interval"] = list(self.cfg_interval)
+        """Manifest, output, task and every option as plain JSON values."""
+        names = list(OPTIONS)
+        # The order of keys in every run.json so far.
+        names.insert(names.index("width"), names.pop(names.index("prompt")))
+        names.insert(names.index("width"), names.pop(names.index("prompt_column")))
+        given = {"manifest": self.manifest, "output": self.output, "task": self.task}
+        return given | self._stored(names)
+
+    def _stored(self, names: Iterable[str]) -> dict[str, Any]:
+        """The options of these names as `run.json` holds them."""
+        values: dict[str, Any] = {}
+        for name in names:
+            value = getattr(self, name)
+            outer, _, inner = OPTIONS[name].stored.partition(".")
+            if not inner:
+                values[outer] = list(value) if isinstance(value, tuple) else value
+            elif value is None:
+                values.setdefault(outer, {})
+            else:
+                values.setdefault(outer, {})[inner] = value
         return values
 
 
-def _host(place: str) -> str:
-    """What stands between `://` and the next slash; empty for a path."""
-    return place.partition("://")[2].partition("/")[0]
+OPTIONS = options_of(RunConfig)
+"""Name -> option of a run."""
 
 
 @dataclass(frozen=True)

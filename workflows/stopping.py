@@ -44,7 +44,7 @@ class Stop:
     def asked(self) -> bool:
         """Whether the run shall stop; looks at the clock."""
         if not self.why and self._deadline is not None and time.monotonic() >= self._deadline:
-            self.ask("its deadline has come")
+            self.ask("the deadline")
         return bool(self.why)
 
     def over(self) -> bool:
@@ -58,7 +58,7 @@ class Stop:
     def stopped(self) -> RunStopped:
         """What to raise."""
         return RunStopped(
-            f"stopped, since {self.why}; what is finished is kept, and the same command goes on from there."
+            f"stopped by {self.why}. Finished shards are kept; re-run the same command to resume."
         )
 
     @contextmanager
@@ -96,4 +96,4 @@ class Stop:
         self.ask(_SIGNALS[number])
 
 
-_SIGNALS = {int(signal.SIGINT): "Ctrl-C was pressed", int(signal.SIGTERM): "SIGTERM came"}
+_SIGNALS = {int(signal.SIGINT): "Ctrl-C", int(signal.SIGTERM): "SIGTERM"}

@@ -1,32 +1,18 @@
-"""What the tasks differ in, as plain values: options that only some have, defaults, published presets.
+"""What the tasks differ in, as plain values: defaults and published presets.
 
-Imports nothing, since the command line reads it for its help.
+Imports no library, because the command line reads it for its help.
 """
 
 from typing import Any, NamedTuple
 
-PICTURE_TASKS = frozenset({"edit", "understand"})
+PICTURE_TASKS = ("edit", "understand")
 """Tasks that start from a picture."""
+
+DRAWING_TASKS = ("generate", "edit")
+"""Tasks that result in a picture."""
 
 EXACT = "exact"
 """The mode of runs that take no lossy shortcut."""
-
-ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "width": ("generate",),
-    "height": ("generate",),
-    "templates": ("generate", "edit"),
-    "image_format": ("generate", "edit"),
-    "image_quality": ("generate", "edit"),
-    "prompt": ("edit", "understand"),
-    "image_root": ("edit", "understand"),
-    "allow_https": ("edit", "understand"),
-    "max_source_bytes": ("edit", "understand"),
-    "max_source_pixels": ("edit", "understand"),
-    "restore_size": ("edit",),
-    "max_new_tokens": ("understand",),
-    "cfg_interval": ("generate", "edit"),
-}
-"""Options of a run that not every task has."""
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "generate": {},

@@ -27,12 +27,13 @@ def peak():
 from wallaroo.model.checkpoint import TINY
 from wallaroo.workflows.cluster import connected
 from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.plans.planner import make_plan
 
 manifest, output = sys.argv[1:]
 with connected(cpus=2):
     start = time.monotonic()
-    plan = make_plan(manifest, PlanSettings(), str(TINY), output)
+    plan = make_plan(manifest, PlanSettings.of(RunConfig("", "")), str(TINY), output)
     print(plan.rows, peak(), time.monotonic() - start)
 """
 

@@ -311,8 +311,7 @@ def test_ctrl_c_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path):
     _, err = process.communicate()
     assert process.returncode == 5, err
     assert err.splitlines()[-1] == (
-        "wallaroo: stopped, since Ctrl-C was pressed; what is finished is kept, and the same command goes on "
-        "from there."
+        "wallaroo: stopped by Ctrl-C. Finished shards are kept; re-run the same command to resume."
     )
     assert "Traceback" not in err
     assert subprocess.run(command, capture_output=True).returncode == 0

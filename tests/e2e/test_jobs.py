@@ -99,11 +99,11 @@ def test_a_run_from_its_submission_to_its_report(head, shell, tmp_path):
     command = ("submit", "--name", "nightly", "--follow", "--", *run)
 
     # Whoever may not is told so in a sentence, and nothing is started.
-    for token, words in (("", "asks for a token and none was found"), ("0" * 64, "refuses the token")):
+    for token, words in (("", "requires a token, but none was found"), ("0" * 64, "rejects the token")):
         code, _, complaint = ended(shell(*command, token=token))
         assert (code, complaint.count("\n")) == (1, 1)
         assert words in complaint and "RAY_AUTH_TOKEN" in complaint
-    assert ended(shell("jobs", "list"))[1] == "The cluster knows no run.\n"
+    assert ended(shell("jobs", "list"))[1] == "The cluster has no jobs.\n"
 
     first = shell(*command)
     started = first.stdout.readline()
@@ -112,7 +112,7 @@ def test_a_run_from_its_submission_to_its_report(head, shell, tmp_path):
 
     # The same again, while it is at work, is no second run; faster or slower does not make it another.
     code, again, _ = ended(shell("submit", "--", *run, "--replicas", "1:2"))
-    assert (code, again.splitlines()[0]) == (0, f"{job}: at work already, submitted before")
+    assert (code, again.splitlines()[0]) == (0, f"{job}: already active, submitted before")
 
     while not ((output / "runs" / "0001.json").exists() and replicas(head)):
         assert first.poll() is None, first.communicate()

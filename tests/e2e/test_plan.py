@@ -17,6 +17,7 @@ from wallaroo.workflows.plans import planner
 from wallaroo.workflows.plans.plan import read_plan, read_shard
 from wallaroo.workflows.plans.planner import make_plan
 from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.settings import RunConfig
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -24,7 +25,9 @@ MODEL = str(TINY)
 
 
 def make(manifest, output=None, **settings):
-    return make_plan(str(manifest), PlanSettings(**settings), MODEL, output and str(output))
+    return make_plan(
+        str(manifest), PlanSettings.of(RunConfig("", "", **settings)), MODEL, output and str(output)
+    )
 
 
 def shards(output):
@@ -277,7 +280,7 @@ def test_a_plan_goes_on_with_its_own_manifest_and_settings_only(tmp_path):
     out = tmp_path / "out"
     make(folder, out)
     with pytest.raises(InputError, match=r"seed is 0 there and 1 here; cfg is 3.0 there and 2.0 here"):
-        make(folder, out, seed=1, sampling=type(PlanSettings().sampling)(cfg=2.0))
+        make(folder, out, seed=1, cfg=2.0)
     (folder / "a.csv").write_text("prompt\ny\n")
     (folder / "b.csv").write_text("prompt\nz\n")
     with pytest.raises(InputError, match=r"it has the new b\.csv, has the changed a\.csv"):

@@ -91,12 +91,12 @@ def run_file(name: str, words: str, text: str | bytes, code: int = 2) -> Case:
 
 RUN_FILES = [
     run_file("nested without end", "nested too deeply", f"a = {'[' * 5000}{']' * 5000}"),
-    run_file("number of 6000 digits", "absurd number", f"[run]\nseed = {NINES}"),
+    run_file("number of 6000 digits", "too large a number", f"[run]\nseed = {NINES}"),
     run_file("hexadecimal of 20000 digits", "thousands of digits", f"[run]\nsamples = 0x{'f' * 20000}"),
-    run_file("number beyond every float", "must be a number", f"[sampling]\ncfg = 1{'0' * 400}"),
+    run_file("number beyond every float", "must be a finite number", f"[sampling]\ncfg = 1{'0' * 400}"),
     run_file("infinity", "whole number", "[run]\nsamples = inf"),
     run_file("nan", "finite", "[sampling]\ncfg = nan"),
-    run_file("nul in a path", "model holds a NUL", '[run]\nmodel = "a\\u0000b"'),
+    run_file("nul in a path", r"run\.model in run\.toml holds a NUL", '[run]\nmodel = "a\\u0000b"'),
     run_file("path of 100000 letters", "", f'[run]\nmodel = "{"a" * 100_000}"', code=1),
     run_file("value of a megabyte", "at most 1,048,576", f'[run]\nsamples = "{"a" * (1 << 20)}"'),
     run_file("value of 100000 letters", r"aaa\.\.\. ?, but", f'[run]\nsamples = "{"a" * 100_000}"'),
@@ -120,7 +120,7 @@ COMMANDS = [
     command(
         "hook of a job",
         2,
-        "all who see the cluster's jobs",
+        "everybody who sees the cluster's jobs",
         *("submit", "--address", "http://127.0.0.1:9", "--", "generate", "s3://b/p.jsonl", "s3://b/out"),
         *("--on-finish", f"https://hooks.example.com/{SECRET}"),
     ),

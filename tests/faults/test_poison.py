@@ -86,7 +86,7 @@ def many(base, folder, output, **changes):
 
 def test_rows_of_a_dataset_that_kill_their_replica_become_error_rows(base):
     ds = ray.data.from_items([{**row, "seed": row["seed"] + 4} for row in ROWS[:4]])
-    made = map_dataset("generate", ds, "tiny", 1, {"slots": 2, "device": "cpu"}, Poisoned).to_pandas()
+    made = map_dataset("generate", ds, {"slots": 2, "device": "cpu"}, Poisoned).to_pandas()
     assert made.set_index("seed").status.to_dict() == {4: "ok", ABORTS: "error", 6: "ok", 7: "ok"}
 
 

@@ -37,7 +37,7 @@ def test_shards_in_flight_are_finished_and_no_others_begun(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == 5, said
-    assert "what is finished is kept, and the same command goes on from there." in said
+    assert "Finished shards are kept; re-run the same command to resume." in said
     assert "Traceback" not in said
     done, shards = list_done(str(output)), set(read_plan(str(output)).shards)
     assert done < shards
@@ -57,7 +57,7 @@ def test_a_deadline_that_comes_before_the_first_row(base, tmp_path, capsys):
         cli.main(["generate", base[0].manifest, str(output), "--slots", "8", "--deadline", "1s"])
     said = capsys.readouterr().err
     assert left.value.code == 5, said
-    assert "stopped, since its deadline has come; what is finished is kept" in said
+    assert "stopped by the deadline. Finished shards are kept" in said
     assert not list_done(str(output)) and not (output / "lock.json").exists()
 
 
@@ -81,7 +81,7 @@ def test_a_wish_that_is_repeated_is_not_made_to_wait(tmp_path):
         process.send_signal(signal.SIGTERM)
         last = "".join(said)
         assert process.wait() == 5, last
-        assert "the same command goes on from there" in last and "Traceback" not in last
+        assert "re-run the same command to resume" in last and "Traceback" not in last
     finally:
         for one in replicas:
             with suppress(psutil.NoSuchProcess):

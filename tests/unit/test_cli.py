@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from wallaroo.jobs import cli
-from wallaroo.jobs.config import SETTINGS
+from wallaroo.workflows.settings import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = str(ROOT / "jobs" / "examples" / "prompts.jsonl")
@@ -56,11 +56,13 @@ def test_help_of_every_command(wallaroo, command):
 @pytest.mark.parametrize("command", ["generate", "edit", "understand", "plan"])
 def test_help_names_every_setting(wallaroo, command):
     _, out, _ = wallaroo(command, "--help")
-    for setting in SETTINGS:
-        if command != "plan" and not setting.serves(command):
-            assert not re.search(rf"^  {setting.flag}( |$)", out, flags=re.MULTILINE)
+    for option in OPTIONS.values():
+        if command != "plan" and not option.serves(command):
+            assert not re.search(rf"^  {option.flag}( |$)", out, flags=re.MULTILINE)
             continue
-        assert re.search(rf"^  {setting.flag}( {re.escape(setting.metavar)})?( |$)", out, flags=re.MULTILINE)
+        assert re.search(
+            rf"^  {option.flag}( {re.escape(option.kind.metavar)})?( |$)", out, flags=re.MULTILINE
+        )
 
 
 def test_version(wallaroo):
@@ -70,8 +72,50 @@ def test_version(wallaroo):
 
 def test_nothing_asked_shows_the_help(wallaroo):
     code, out, err = wallaroo()
-    assert code == 2
-    assert "Commands:" in out + err
+    assert (code, err) == (0, "")
+    assert "Commands:" in out
+
+
+@pytest.mark.parametrize("group", ["jobs", "bench", "data"])
+def test_a_group_without_a_command_shows_its_help(wallaroo, group):
+    code, out, err = wallaroo(group)
+    assert (code, err) == (0, "")
+    assert out == wallaroo(group, "--help")[1]
+
+
+@pytest.mark.parametrize("command", ["generate", "edit", "understand", "plan"])
+def test_help_explains_the_arguments(wallaroo, command):
+    _, out, _ = wallaroo(command, "--help")
+    arguments = out[out.index("Positional arguments:") :]
+    for name in ("MANIFEST", "OUTPUT"):
+        assert re.search(rf"^  \[?{name}\]? +\w.{{20}}", arguments, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_the_script_of_a_shell(wallaroo, shell):
+    code, out, _ = wallaroo("completion", shell)
+    assert code == 0
+    assert f"_WALLAROO_COMPLETE={shell}_complete" in out
+
+
+def test_bash_completes_commands_options_and_values():
+    """As the printed script does: bash runs it, and asks it about the words before the cursor."""
+    command = Path(sys.executable).with_name("wallaroo")
+    if not os.access(command, os.X_OK):
+        pytest.skip("the project is not installed in this environment")
+    script = """
+        eval "$(wallaroo completion bash)"
+        ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _wallaroo_completion wallaroo
+                 echo "${COMPREPLY[*]}"; }
+        ask wallaroo und
+        ask wallaroo generate m o --image-f
+        ask wallaroo generate m o --image-format ""
+    """
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.stdout.splitlines() == ["understand", "--image-format", "png webp jpeg"], done.stderr
 
 
 @pytest.mark.parametrize(
@@ -82,22 +126,27 @@ def test_nothing_asked_shows_the_help(wallaroo):
         ("generate m", "Missing argument 'OUTPUT'."),
         ("generate m o p", "Got unexpected extra argument (p)"),
         ("generate m o --cfg", "Option '--cfg' requires an argument."),
-        ("generate m o --cfg nan", "cfg is nan, but must be a finite number of at least 0."),
-        ("generate m o --cfg=-1", "cfg is -1.0, but must be a finite number of at least 0."),
-        ("generate m o --top-k=-1", "top_k is -1, but must be a whole number of at least 0"),
-        ("generate m o --top-p 0", "top_p is 0.0, but must be above 0 and at most 1"),
-        ("generate m o --top-p 1.1", "top_p is 1.1, but must be above 0 and at most 1"),
-        ("generate m o --temperature=-1", "temperature is -1.0, but must be a finite number"),
+        ("generate m o --cfg nan", "--cfg is 'nan', but must be a finite number of at least 0."),
+        ("generate m o --cfg=-1", "--cfg is '-1', but must be a finite number of at least 0."),
+        ("generate m o --top-k=-1", "--top-k is '-1', but must be a whole number from 0"),
+        ("generate m o --top-p 0", "--top-p is '0', but must be above 0 and at most 1"),
+        ("generate m o --top-p 1.1", "--top-p is '1.1', but must be above 0 and at most 1"),
+        ("generate m o --temperature=-1", "--temperature is '-1', but must be a finite number"),
         ("generate m o --width 64", "width is 64, but height is absent: give both, or neither."),
         ("generate m o --height 64", "height is 64, but width is absent: give both, or neither."),
-        ("generate m o --image-format gif", "image_format is 'gif', but must be one of png, webp"),
-        ("generate m o --replicas 3:2", "replicas is 3:2, but must be MIN:MAX"),
+        ("generate m o --image-format gif", "--image-format is 'gif', but must be one of png, webp"),
+        ("generate m o --replicas 3:2", "--replicas is '3:2', but must be a whole number from 1, or MIN:MAX"),
         ("generate m o --set sampling.cgf=3", "--set: unknown key 'cgf' in section sampling; did"),
         ("generate m o --set smapling.cfg=3", "--set: unknown section 'smapling'; did you mean"),
         ("generate m o --config absent.toml", "There is no run file absent.toml."),
         ("plan genrate m", "task is 'genrate', but must be one of generate"),
-        ("plan generate m --cfg x", "--cfg is 'x', but must be a number."),
-        ("convert o --backbone b", "Missing option '--wallaroo'."),
+        ("plan generate m --cfg x", "--cfg is 'x', but must be a finite number of at least 0."),
+        (
+            "generate m o --template-en {foo}:{prompt}",
+            "template_en: The template has an unknown placeholder '{foo}'",
+        ),
+        ("completion tcsh", "Invalid value for '{bash|zsh|fish}'"),
+        ("convert o --backbone b --vq v", "--wallaroo is absent: give the published .ckpt, or --new-heads"),
         ("convert o --backbone b --wallaroo w", "--vq is absent, but pictures need it"),
     ],
 )

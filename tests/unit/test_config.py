@@ -1,6 +1,7 @@
 """The run configuration: where a value comes from, what is refused and in which words."""
 
 import dataclasses
+import inspect
 import json
 import pickle
 import re
@@ -11,11 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wallaroo.jobs.config import SECTIONS, SETTINGS, resolve
+import wallaroo
+from wallaroo.jobs.config import SECTIONS, resolve
 from wallaroo.model.config import TASKS
 from wallaroo.model.errors import InputError
-from wallaroo.model.sampling import Sampling
-from wallaroo.workflows.settings import RunConfig
+from wallaroo.model.sampling import ALWAYS, Sampling
+from wallaroo.workflows.options import OptionError
+from wallaroo.workflows.outputs.run_file import put_run
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.settings import ALL_STEPS, OPTIONS, RunConfig
 
 
 def made(flags=None, assignments=(), file=None, environment=None, task="generate") -> RunConfig:
@@ -38,7 +43,7 @@ def test_defaults_are_those_of_run_config():
 
 def test_precedence(run_file):
     file = run_file("[sampling]\ncfg = 2\ntop_k = 7\ntop_p = 0.5\n[run]\nseed = 3\n")
-    config = made({"sampling.cfg": "4"}, ["sampling.cfg=5", "sampling.top_k=8", "sampling.top_k=9"], file)
+    config = made({"cfg": "4"}, ["sampling.cfg=5", "sampling.top_k=8", "sampling.top_k=9"], file)
     assert config.sampling == Sampling(cfg=4.0, temperature=1.0, top_k=9, top_p=0.5)
     assert config.seed == 3
 
@@ -46,11 +51,11 @@ def test_precedence(run_file):
 def test_ray_address_comes_from_the_environment_last():
     environment = {"RAY_ADDRESS": "127.0.0.1:6379"}
     assert made(environment=environment).address == "127.0.0.1:6379"
-    assert made({"cluster.address": "other:1"}, environment=environment).address == "other:1"
+    assert made({"address": "other:1"}, environment=environment).address == "other:1"
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_every_setting_reaches_its_field_from_each_origin(setting, run_file):
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.name)
+def test_every_option_reaches_its_field_from_each_origin(option, run_file):
     text = {
         "run.model": "folder",
         "run.preset": "dpg",
@@ -71,7 +76,7 @@ def test_every_setting_reaches_its_field_from_each_origin(setting, run_file):
         "cluster.address": "auto",
         "image.width": "128",
         "image.height": "128",
-    }.get(setting.name, "true" if not setting.metavar else "5")
+    }.get(option.key, "5" if option.kind.metavar else "true")
     number = re.fullmatch(r"[0-9.]+|true", text)
     # These are valid only beside another one.
     beside = {
@@ -79,49 +84,54 @@ def test_every_setting_reaches_its_field_from_each_origin(setting, run_file):
         "image.height": "image.width=64",
         "image.quality": "image.format=jpeg",
     }
-    others = [beside[setting.name]] if setting.name in beside else []
-    task = next(task for task in TASKS if setting.serves(task))
-    section, key = setting.name.split(".")
+    others = [beside[option.key]] if option.key in beside else []
+    task = next(task for task in TASKS if option.serves(task))
+    section, key = option.key.split(".")
     file = run_file(f"[{section}]\n{key} = {text if number else json.dumps(text)}\n")
     configs = [
-        made({setting.name: True if text == "true" else text}, others, task=task),
-        made({}, [*others, f"{setting.name}={text}"], task=task),
+        made({option.name: True if text == "true" else text}, others, task=task),
+        made({}, [*others, f"{option.key}={text}"], task=task),
         made({}, others, file, task=task),
     ]
     assert configs[0] == configs[1] == configs[2]
-    value = configs[0]
-    for part in setting.target.split("."):
-        value = value[part] if isinstance(value, dict) else getattr(value, part)
-    default = made(task=task)
-    for part in setting.target.split("."):
-        default = default.get(part) if isinstance(default, dict) else getattr(default, part)
-    assert value != default
+    assert getattr(configs[0], option.name) != getattr(made(task=task), option.name)
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_defaults_in_the_help_are_true(setting):
-    stated = re.search(r"default:? ([\d.]+)\)|(\w+) \(default\)", setting.help)
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.name)
+def test_defaults_in_the_help_are_true(option):
+    stated = re.search(r"\(default ([^;)]+?)(?:; understand: (\d+))?\)", option.help_text)
     if stated is None:
         return
-    value = RunConfig(manifest="", output="")
-    for part in setting.target.split("."):
-        value = getattr(value, part)
-    text = stated[1] or stated[2]
-    if setting.name == "image.quality":
-        assert value is None
-    elif setting.name == "cluster.replicas":
-        assert value == (int(text),) * 2
-    else:
-        assert type(value)(text) == value
+    config = RunConfig("", "", task=option.tasks[0])
+    if option.name in ("image_quality", "prompt_column"):
+        assert getattr(config, option.name) is None
+        return
+    assert option.kind.read(stated[1]) == getattr(config, option.name)
+    if stated[2]:
+        assert option.kind.read(stated[2]) == getattr(RunConfig("", "", "understand"), option.name)
+
+
+def test_the_help_states_the_default_of_an_option_with_one():
+    stated = {one.name for one in OPTIONS.values() if "(default " in one.help_text}
+    plain = {one.name for one in OPTIONS.values() if one.default is not None and one.kind.metavar}
+    assert plain < stated
 
 
 @pytest.mark.parametrize(
     "assignment, message",
     [
-        ("sampling.cfg=high", "--set sampling.cfg is 'high', but must be a number."),
-        ("sampling.top_k=1.5", "--set sampling.top_k is '1.5', but must be a whole number."),
+        ("sampling.cfg=high", "--set sampling.cfg is 'high', but must be a finite number of at least 0."),
+        (
+            "sampling.top_k=1.5",
+            "--set sampling.top_k is '1.5', but must be a whole number from 0 to "
+            "2^31 - 1 (0 keeps all tokens).",
+        ),
         ("image.save_tokens=yes", "--set image.save_tokens is 'yes', but must be true or false."),
-        ("cluster.replicas=1:x", "--set cluster.replicas is '1:x', but must be a whole number or MIN:MAX."),
+        (
+            "cluster.replicas=1:x",
+            "--set cluster.replicas is '1:x', but must be a whole number from 1, or MIN:MAX with "
+            "1 <= MIN <= MAX.",
+        ),
         ("run.model=", "--set run.model is '', but must be a text that is not empty."),
         ("samplig.cfg=4", "--set: unknown section 'samplig'; did you mean 'sampling'?"),
         (
@@ -131,37 +141,67 @@ def test_defaults_in_the_help_are_true(setting):
         ("sampling.seed=1", "--set: unknown key 'seed' in section sampling; did you mean 'run.seed'?"),
         ("cfg=4", "--set cfg=4 must read section.key=value, such as sampling.cfg=4."),
         ("sampling.cfg", "--set sampling.cfg must read section.key=value, such as sampling.cfg=4."),
-        ("sampling.cfg=nan", "cfg is nan, but must be a finite number of at least 0."),
-        ("sampling.cfg=-1", "cfg is -1.0, but must be a finite number of at least 0."),
-        ("sampling.temperature=-0.1", "temperature is -0.1, but must be a finite number of at least 0."),
-        ("sampling.top_k=-1", "top_k is -1, but must be a whole number of at least 0 (0 keeps all tokens)."),
-        ("sampling.top_p=0", "top_p is 0.0, but must be above 0 and at most 1 (1 keeps all tokens)."),
+        ("sampling.cfg=nan", "--set sampling.cfg is 'nan', but must be a finite number of at least 0."),
+        ("sampling.cfg=-1", "--set sampling.cfg is '-1', but must be a finite number of at least 0."),
+        (
+            "sampling.temperature=-0.1",
+            "--set sampling.temperature is '-0.1', but must be a finite number of at least 0.",
+        ),
+        (
+            "sampling.top_k=-1",
+            "--set sampling.top_k is '-1', but must be a whole number from 0 to "
+            "2^31 - 1 (0 keeps all tokens).",
+        ),
+        (
+            "sampling.top_p=0",
+            "--set sampling.top_p is '0', but must be above 0 and at most 1 (1 keeps all tokens).",
+        ),
         (
             "sampling.cfg_interval=0.5",
-            "--set sampling.cfg_interval is '0.5', but must be START:END, such as 0:0.5.",
+            "--set sampling.cfg_interval is '0.5', but must be START:END with 0 <= START < END <= 1, "
+            "such as 0:0.5.",
         ),
         (
             "sampling.cfg_interval=0.5:0.2",
-            "cfg_interval is 0.5:0.2, but must be START:END with 0 <= START < END <= 1 "
-            "(0:0.5 guides the first half of a picture's steps).",
+            "--set sampling.cfg_interval is '0.5:0.2', but must be START:END with 0 <= START < END <= 1, "
+            "such as 0:0.5.",
         ),
-        ("run.weights=int4", "weights is 'int4', but must be one of int8, fp8; did you mean 'int8'?"),
-        ("sampling.top_p=1.5", "top_p is 1.5, but must be above 0 and at most 1 (1 keeps all tokens)."),
+        (
+            "run.weights=int4",
+            "--set run.weights is 'int4', but must be one of int8, fp8; did you mean 'int8'?",
+        ),
+        (
+            "sampling.top_p=1.5",
+            "--set sampling.top_p is '1.5', but must be above 0 and at most 1 (1 keeps all tokens).",
+        ),
         ("image.width=64", "width is 64, but height is absent: give both, or neither."),
         ("image.height=64", "height is 64, but width is absent: give both, or neither."),
         (
             "image.format=jpg",
-            "image_format is 'jpg', but must be one of png, webp, jpeg; did you mean 'jpeg'?",
+            "--set image.format is 'jpg', but must be one of png, webp, jpeg; did you mean 'jpeg'?",
         ),
         ("image.quality=90", "image_quality is 90, but png has none: choose webp or jpeg, or leave it out."),
-        ("run.samples=0", "samples is 0, but must be at least 1 and less than 2^31."),
-        ("run.seed=-1", "seed is -1, but must be from 0 to 2^63 - 1."),
-        ("run.max_error_rate=nan", "max_error_rate is nan, but must be from 0 to 1 (0.05 is 5 %)."),
-        ("cluster.replicas=4:1", "replicas is 4:1, but must be MIN:MAX with 1 <= MIN <= MAX, or one number."),
-        ("prompt.language=de", "language is 'de', but must be one of en, zh."),
+        ("run.samples=0", "--set run.samples is '0', but must be a whole number from 1 to 10000."),
+        ("run.seed=-1", "--set run.seed is '-1', but must be a whole number from 0 to 2^63 - 1."),
+        (
+            "run.max_error_rate=nan",
+            "--set run.max_error_rate is 'nan', but must be from 0 to 1 (0.05 is 5 %).",
+        ),
+        (
+            "cluster.replicas=4:1",
+            "--set cluster.replicas is '4:1', but must be a whole number from 1, or MIN:MAX with "
+            "1 <= MIN <= MAX.",
+        ),
+        ("prompt.language=de", "--set prompt.language is 'de', but must be one of en, zh."),
         (
             "prompt.template_en=a picture",
-            "the template of 'en' lacks {prompt}: put it where the prompt shall stand.",
+            "template_en: The template 'a picture' has no {prompt}, so every row would get the same picture; "
+            "add it.",
+        ),
+        (
+            "prompt.template_zh={prompt}, {target_x}",
+            "template_zh: The template has an unknown placeholder '{target_x}', but only {prompt}, "
+            "{target_w} and {target_h} exist; did you mean 'target_w'?",
         ),
     ],
 )
@@ -182,10 +222,14 @@ def test_filters_can_be_switched_off():
     [
         (
             "seed = 3",
-            "'seed' stands outside of a section; sections are run, prompt, sampling, source, image, cluster.",
+            "{path}: 'seed' is outside of a section; "
+            "sections are run, prompt, sampling, source, image, cluster.",
         ),
-        ("[sampling]\ncfg = true", "sampling.cfg in {path} is True, but must be a number."),
-        ("[run]\nseed = 1.0", "run.seed in {path} is 1.0, but must be a whole number."),
+        (
+            "[sampling]\ncfg = true",
+            "sampling.cfg in {path} is True, but must be a finite number of at least 0.",
+        ),
+        ("[run]\nseed = 1.0", "run.seed in {path} is 1.0, but must be a whole number from 0 to 2^63 - 1."),
         ("[run]\nmodel = 3", "run.model in {path} is 3, but must be a text that is not empty."),
         ("[imge]", "unknown section 'imge'; did you mean 'image'?"),
         ("[image]\nfromat = 'png'", "unknown key 'fromat' in section image; did you mean 'format'?"),
@@ -209,58 +253,128 @@ def test_no_run_file(tmp_path):
 
 def test_the_example_names_every_setting(run_file):
     text = (Path(__file__).parents[2] / "jobs" / "examples" / "run.toml").read_text(encoding="utf-8")
-    assert made(file=run_file(text)) == made({"run.samples": "4"})
+    assert made(file=run_file(text)) == made({"samples": "4"})
     whole = re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE).replace('"png"', '"jpeg"')
     named = {f"{section}.{key}" for section, table in tomllib.loads(whole).items() for key in table}
     made(file=run_file(whole))
-    mine = {setting.name for setting in SETTINGS if setting.serves("generate")}
+    mine = {one.key for one in OPTIONS.values() if one.serves("generate")}
     assert named | {"prompt.template_zh"} == mine
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_a_setting_of_another_task_is_refused(setting):
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.name)
+def test_an_option_of_another_task_is_refused(option):
     value = {"image.format": "webp", "prompt.template_en": "a {prompt}", "prompt.template_zh": "{prompt}"}
     value |= {"prompt.text": "red", "source.root": "pictures", "image.width": "64", "image.height": "64"}
     value |= {"sampling.cfg_interval": "0:0.5"}
     beside = {"image.width": ["image.height=64"], "image.height": ["image.width=64"]}
     beside["image.quality"] = ["image.format=jpeg"]
-    text = value.get(setting.name, "5" if setting.metavar else "true")
+    text = value.get(option.key, "5" if option.kind.metavar else "true")
     for task in TASKS:
-        if not setting.serves(task):
+        if not option.serves(task):
             with pytest.raises(InputError, match=f"is for .*, but this is {task}: leave it out"):
-                made({}, [*beside.get(setting.name, ()), f"{setting.name}={text}"], task=task)
+                made({}, [*beside.get(option.key, ()), f"{option.key}={text}"], task=task)
 
 
 def test_a_preset_sets_sampling_and_samples_and_nothing_else():
     for task, name in (("generate", "geneval"), ("generate", "dpg"), ("edit", "imgedit")):
-        config, plain = made({"run.preset": name}, task=task), made(task=task)
+        config, plain = made({"preset": name}, task=task), made(task=task)
         wanted = {"geneval": Sampling(3, 1, 1000, 1), "dpg": Sampling(4, 1, 1000, 0.95)}
         assert config.sampling == wanted.get(name, Sampling(3, 1, 1000, 1))
-        same = {"sampling": plain.sampling, "samples": plain.samples, "preset": None}
+        same = {**dataclasses.asdict(plain.sampling), "samples": plain.samples, "preset": None}
         assert dataclasses.replace(config, **same) == plain
         assert config.samples == (4 if task == "generate" else 1)
         # What a preset is called is no part of what a row is.
         spelt = dataclasses.replace(config, preset=None)
         assert spelt.config_digest_fields("") == config.config_digest_fields("")
         assert config.to_dict()["preset"] == name
-    assert made({"run.preset": "dpg", "sampling.cfg": "5"}).sampling == Sampling(5, 1, 1000, 0.95)
+    assert made({"preset": "dpg", "cfg": "5"}).sampling == Sampling(5, 1, 1000, 0.95)
     assert RunConfig("", "", preset="dpg").sampling == Sampling(4, 1, 1000, 0.95)
     with pytest.raises(InputError, match="preset 'imgedit' is for edit, but this is generate"):
-        made({"run.preset": "imgedit"})
+        made({"preset": "imgedit"})
     with pytest.raises(InputError, match="did you mean 'geneval'"):
-        made({"run.preset": "genevall"})
+        made({"preset": "genevall"})
 
 
 def test_answers_are_greedy_unless_told_otherwise():
     assert made(task="understand").sampling == Sampling(1, 1, 1, 1)
-    assert made({"sampling.top_k": "0"}, task="understand").sampling == Sampling(1, 1, 0, 1)
+    assert made({"top_k": "0"}, task="understand").sampling == Sampling(1, 1, 0, 1)
     assert RunConfig("", "", task="understand").sampling == Sampling(1, 1, 1, 1)
     with pytest.raises(InputError, match="answers have no guidance"):
-        made({"sampling.cfg": "3"}, task="understand")
+        made({"cfg": "3"}, task="understand")
 
 
 def test_headings_cover_all_sections():
-    assert {setting.section for setting in SETTINGS} == set(SECTIONS)
+    assert {one.section for one in OPTIONS.values()} == set(SECTIONS)
+
+
+@pytest.mark.parametrize("case", json.loads((Path(__file__).parent / "run_files.json").read_text("utf-8")))
+def test_outputs_of_the_first_version_go_on(case, tmp_path):
+    """`run.json` and the settings in a plan's parts, as version 0.1.0 wrote them of the same command."""
+    config = resolve(case["task"], "/data/m.jsonl", "/data/out", {}, case["set"], None, {})
+    fields = config.config_digest_fields("ab" * 32)
+    put_run(str(tmp_path), fields, config.to_dict())
+    now = json.loads((tmp_path / "run.json").read_text("utf-8"))
+    # Options may be added, at the end.
+    then = case["run.json"]
+    now["options"] = dict(list(now["options"].items())[: len(then["options"])])
+    assert json.dumps(now, ensure_ascii=False) == json.dumps(then, ensure_ascii=False)
+    assert json.dumps(PlanSettings.of(config).meaning()) == json.dumps(case["plan"])
+    (tmp_path / "run.json").write_text(json.dumps(then), "utf-8")
+    put_run(str(tmp_path), fields)
+
+
+NUMBERS = st.floats() | st.integers(-5, 2**40)
+
+
+@given(st.sampled_from(["cfg", "temperature", "top_k", "top_p"]), NUMBERS)
+def test_sampling_of_a_run_has_the_rules_of_a_row(name, value):
+    try:
+        Sampling(**{name: value}).validate()
+    except InputError:
+        with pytest.raises(OptionError, match=f"^{name} is "):
+            RunConfig("", "", **{name: value})
+    else:
+        if name != "top_k" or (type(value) is int and value < 2**31):
+            assert getattr(RunConfig("", "", **{name: value}).sampling, name) == value
+
+
+def test_no_step_is_left_out_by_default():
+    assert ALL_STEPS == ALWAYS
+
+
+def test_python_functions_take_the_options_of_their_task_by_name():
+    for task in TASKS:
+        function = getattr(wallaroo, task)
+        named = inspect.signature(function).parameters
+        wanted = {one.name for one in OPTIONS.values() if one.serves(task) and not one.run_only}
+        assert set(named) == {"ds"} | wanted
+        assert wanted >= {"model", "replicas", "samples", "seed", "cfg", "slots", "device"}
+        assert not wanted & {"limit", "grace", "address", "incremental"}
+        for name in wanted:
+            assert named[name].default == OPTIONS[name].default
+            assert f"{name}: {OPTIONS[name].help_text}" in function.__doc__
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"cgf": 4}, "there is no option 'cgf'; did you mean 'cfg'?"),
+        ({"cfg": "high"}, "cfg is 'high', but must be a finite number of at least 0."),
+        ({"samples": 1.5}, "samples is 1.5, but must be a whole number from 1 to 10000."),
+        ({"width": None, "height": 64}, "height is 64, but width is absent: give both, or neither."),
+        ({"device": None}, "device is None, but must be one of auto, cpu, cuda."),
+        ({"replicas": (2, 1)}, "replicas is (2, 1), but must be a whole number from 1, or MIN:MAX with 1"),
+        (
+            {"allow_https": True},
+            "allow_https is for edit and understand, but this is generate: leave it out.",
+        ),
+        ({"limit": 3}, "limit is for runs with an output folder, which generate() has not: leave it out."),
+    ],
+)
+def test_python_functions_name_the_option_in_their_errors(given, message):
+    with pytest.raises(OptionError) as refused:
+        wallaroo.generate(None, **given)
+    assert str(refused.value).startswith(message)
 
 
 def test_digest_fields_are_plain_and_leave_out_where_it_runs():
@@ -316,9 +430,8 @@ def test_lossy_shortcuts_are_named_and_their_absence_is_not():
 def test_a_configuration_crosses_processes_and_prints():
     config = made({}, ["prompt.template_en=a {prompt}", "cluster.replicas=1:2"])
     assert pickle.loads(pickle.dumps(config)) == config
-    assert set(json.loads(json.dumps(config.to_dict()))) == {
-        one.name for one in dataclasses.fields(RunConfig)
-    }
+    stored = {one.stored.partition(".")[0] for one in OPTIONS.values()}
+    assert set(json.loads(json.dumps(config.to_dict()))) == {"manifest", "output", "task"} | stored
 
 
 @pytest.mark.parametrize(
@@ -326,13 +439,13 @@ def test_a_configuration_crosses_processes_and_prints():
     [("90", 90), ("90s", 90), ("30m", 1800), ("6h", 21600), ("1h30m", 5400), ("2d", 172800)],
 )
 def test_a_time_has_units(text, seconds):
-    assert made({"run.deadline": text}).deadline == seconds
+    assert made({"deadline": text}).deadline == seconds
 
 
 @pytest.mark.parametrize("text", ["6 hours", "h", "1h30", "-5s", "1.2.3s", "nan"])
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(InputError, match=r"--deadline is .*but must be a time|deadline is .* at least 0 s"):
-        made({"run.deadline": text})
+        made({"deadline": text})
 
 
 _TOML = st.recursive(
@@ -343,7 +456,7 @@ _TOML = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from([setting.name for setting in SETTINGS]), _TOML, st.binary(max_size=40))
+@given(st.sampled_from([one.key for one in OPTIONS.values()]), _TOML, st.binary(max_size=40))
 def test_any_run_file_is_a_configuration_or_one_sentence(tmp_path_factory, name, value, junk):
     path = tmp_path_factory.mktemp("any") / "run.toml"
     section, key = name.split(".", 1)

@@ -22,11 +22,11 @@ from tests.documents import (
     table,
 )
 from wallaroo.jobs.cli import cli
-from wallaroo.jobs.config import SECTIONS, SETTINGS
+from wallaroo.jobs.config import SECTIONS
 from wallaroo.model.config import SIZES_512
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.workflows.outputs.schema import result_schema
-from wallaroo.workflows.settings import RunConfig
+from wallaroo.workflows.settings import OPTIONS
 from wallaroo.workflows.tasks import PRESETS
 
 DOCS = ROOT / "docs"
@@ -65,7 +65,7 @@ def fault_of(words: list[str]) -> str:
     return ""
 
 
-KEYS = {setting.name for setting in SETTINGS}
+KEYS = {one.key for one in OPTIONS.values()}
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_presets_are_those_of_the_code():
 
 
 def test_exit_codes_are_those_of_the_command():
-    from wallaroo.jobs import cli as module
+    from wallaroo.jobs import terminal as module
 
     names = ("OK", "FATAL", "USAGE", "ERROR_ROWS", "LOCKED", "STOPPED", "INTERRUPTED")
     rows = table(DOCS / "operations.md", "Exit codes")
@@ -250,11 +250,9 @@ def test_keys_of_recipes_exist():
     assert not {name for name in named if name.removesuffix(".TASK") not in fields}
 
 
-def test_options_of_the_python_functions_exist():
-    fields = {field.name for field in dataclasses.fields(RunConfig)}
+def test_options_of_the_python_functions_are_all_named():
     named = code_in([row[0] for row in table(DOCS / "python.md", "Signature")])
-    assert "sampling" in named
-    assert not set(named) - fields - {"ds"}
+    assert set(named) == {"ds"} | {one.name for one in OPTIONS.values() if not one.run_only}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +261,7 @@ def test_options_of_the_python_functions_exist():
     ids=lambda block: block.where,
 )
 def test_python_blocks_use_names_that_exist(block):
-    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    fields = {one.name for one in OPTIONS.values() if not one.run_only}
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom) and node.module == "wallaroo":
             assert not [alias.name for alias in node.names if not hasattr(wallaroo, alias.name)]

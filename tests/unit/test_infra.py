@@ -303,6 +303,7 @@ def check(group, words: list[str]) -> None:
     import click
 
     from wallaroo.jobs.config import resolve
+    from wallaroo.workflows.settings import OPTIONS
 
     command = group.commands[words[0]]
     rest = words[1:]
@@ -311,8 +312,7 @@ def check(group, words: list[str]) -> None:
     context = command.make_context(words[0], list(rest), parent=click.Context(group))
     options = dict(context.params)
     if words[0] in ("generate", "edit", "understand"):
-        names = {name: value for name, value in options.items() if "__" in name}
-        flags = {name.replace("__", "."): value for name, value in names.items()}
+        flags = {name: value for name, value in options.items() if name in OPTIONS}
         resolve(words[0], options["manifest"], options["output"], flags, environment={})
 
 

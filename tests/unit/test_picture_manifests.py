@@ -14,7 +14,6 @@ from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError, RowError
 from wallaroo.model.prompts import DEFAULT_QUESTION, edit_prompt
-from wallaroo.model.sampling import Sampling
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
@@ -25,12 +24,12 @@ from wallaroo.workflows.plans.layout import shard_rows
 from wallaroo.workflows.plans.rows import plan_rows
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.runs.requests import load_requests
+from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.sources.embedded import Cell, parse_cell, read_cells
 from wallaroo.workflows.sources.references import SourceOptions
 
 CONFIG = load_config(TINY)
 TOKENIZER = load_tokenizer(TINY)
-GREEDY = Sampling(cfg=1.0, top_k=1)
 
 
 def load(path, task="edit", columns=None):
@@ -51,9 +50,7 @@ def load(path, task="edit", columns=None):
 
 
 def plan(table, task="edit", folder="/data", **options):
-    if task == "understand":
-        options.setdefault("sampling", GREEDY)
-    settings = PlanSettings(task=task, **options)
+    settings = PlanSettings.of(RunConfig("", "", task, **options))
     table = pa.table(table) if isinstance(table, dict) else table
     check_columns(table.schema, settings)
     planned = plan_rows(table, settings, CONFIG, TOKENIZER, origin="m", folder=folder)
@@ -277,7 +274,7 @@ def test_a_picture_that_cannot_be_located_is_an_error_row(image, words):
 
 def test_only_the_fetch_gets_the_query_of_a_web_address():
     table = {"image": ["https://x.org/a.png?key=1", "/a?b#c.png", "a.png"], "prompt": ["x", "x", " "]}
-    settings = PlanSettings(task="edit", allow_https=True)
+    settings = PlanSettings.of(RunConfig("", "", "edit", allow_https=True))
     planned = plan_rows(pa.table(table), settings, CONFIG, TOKENIZER, folder="/none")
     uris = pc.struct_field(planned.column("source"), "uri").to_pylist()
     assert uris == ["https://x.org/a.png?key=1", "/a?b#c.png", "/none/a.png"]
@@ -294,7 +291,7 @@ def test_rows_of_one_source_become_requests_and_a_bad_one_an_error_row(tmp_path)
     pq.write_table(pa.table({"image": [(tmp_path / "b.png").read_bytes(), b"x"]}), tmp_path / "c.parquet")
     images = ["a.png", "b.png", "none.png", "c.parquet#0", "c.parquet#1", "c.parquet#0", "a.png"]
     table = pa.table({"image": images, "prompt": list("abcdefg"), "cfg": [3.0] * 6 + [1.0]})
-    settings = PlanSettings(task="edit")
+    settings = PlanSettings.of(RunConfig("", "", "edit"))
     planned = plan_rows(table, settings, CONFIG, TOKENIZER, folder=str(tmp_path))
     loaded, asked = load_requests(planned, str(TINY), RunConstants("edit", "", ""), SourceOptions("/"))
     assert loaded.schema.equals(planned.schema, check_metadata=True)

@@ -16,10 +16,14 @@ from wallaroo.model.sampling import Sampling
 from wallaroo.workflows.plans.columns import PLAN_FIELDS, carried_schema, check_columns, plan_schema
 from wallaroo.workflows.plans.rows import derived_seed, plan_rows, sample_counts
 from wallaroo.workflows.plans.settings import PlanSettings
-from wallaroo.workflows.plans.values import MAX_SAMPLES
+from wallaroo.workflows.settings import MAX_SAMPLES, RunConfig
 
 CONFIG = load_config(TINY)
 TOKENIZER = load_tokenizer(TINY)
+
+
+def settings_of(**options):
+    return PlanSettings.of(RunConfig("", "", **options))
 
 
 def plan(table, *, origin="m.csv", **arguments):
@@ -28,9 +32,9 @@ def plan(table, *, origin="m.csv", **arguments):
     given_arguments = {name: arguments.pop(name) for name in names if name in arguments}
     if isinstance(table, dict):
         table = pa.table({"prompt": ["a cat"] * max(map(len, table.values()), default=1)} | table)
-    planned = plan_rows(table, PlanSettings(**arguments), CONFIG, TOKENIZER, origin=origin, **given_arguments)
+    planned = plan_rows(table, settings_of(**arguments), CONFIG, TOKENIZER, origin=origin, **given_arguments)
     planned.validate(full=True)
-    carried = carried_schema(table.schema, PlanSettings())
+    carried = carried_schema(table.schema, settings_of())
     assert planned.schema.equals(plan_schema(carried), check_metadata=True)
     return planned.to_pylist()
 
@@ -42,7 +46,7 @@ def one(**values):
 
 
 def test_defaults_are_the_run_s():
-    (row,) = plan({"prompt": ["a cat"]}, sampling=Sampling(2.0, 0.5, 7, 0.9), width=128, height=64)
+    (row,) = plan({"prompt": ["a cat"]}, cfg=2.0, temperature=0.5, top_k=7, top_p=0.9, width=128, height=64)
     assert row == {
         "row_id": 0,
         "shard": 0,
@@ -269,7 +273,7 @@ def test_a_derived_seed_never_changes():
 
 def test_counts_agree_with_rows():
     table = pa.table({"prompt": ["x"] * 6, "samples": [1, 5, None, -1, MAX_SAMPLES, MAX_SAMPLES + 1]})
-    config = PlanSettings(samples=3)
+    config = settings_of(samples=3)
     counts = sample_counts(table, config, range(6), faults={1})
     assert counts.tolist() == [1, 1, 3, 1, MAX_SAMPLES, 1]
     planned = plan_rows(table, config, CONFIG, TOKENIZER, faults={1: "is bad"})
@@ -295,7 +299,7 @@ def test_counts_agree_with_rows():
 )
 def test_a_missing_prompt_column_names_the_nearest(names, words):
     with pytest.raises(InputError, match=words):
-        check_columns(pa.schema([(name, pa.string()) for name in names]), PlanSettings())
+        check_columns(pa.schema([(name, pa.string()) for name in names]), settings_of())
 
 
 @pytest.mark.parametrize(
@@ -317,7 +321,7 @@ def test_a_missing_prompt_column_names_the_nearest(names, words):
     ],
 )
 def test_a_column_a_letter_away_is_warned_of(name, near):
-    warnings = check_columns(pa.schema([("prompt", pa.string()), (name, pa.string())]), PlanSettings())
+    warnings = check_columns(pa.schema([("prompt", pa.string()), (name, pa.string())]), settings_of())
     assert len(warnings) == (near is not None)
     if near:
         assert f"'{name}'" in warnings[0] and f"'{near}'" in warnings[0]
@@ -337,7 +341,7 @@ def test_carried_columns_keep_type_and_value_and_make_way_for_ours():
     (row,) = plan(table)
     assert (row["in_in_status"], row["in_status"], row["include"]) == ("mine", 1, '[{"class": "cow"}]')
     assert row["cfg"] == 3.5
-    carried = carried_schema(table.schema, PlanSettings())
+    carried = carried_schema(table.schema, settings_of())
     assert carried.names == ["in_in_status", "in_status", "when", "include"]
     assert [carried.field(name).type for name in ("in_in_status", "when")] == [
         table.schema.field("status").type,
@@ -357,19 +361,19 @@ def test_no_rows_are_a_table_too():
     ("values", "words"),
     [
         ({"width": 64, "height": 64}, "nearest is 96x96"),
-        ({"width": 96}, "height is missing"),
+        ({"width": 96}, "height is absent"),
         ({"samples": 0}, "samples is 0"),
         ({"samples": MAX_SAMPLES + 1}, "samples is 10001"),
         ({"seed": -1}, "seed is -1"),
         ({"limit": 0}, "limit is 0"),
         ({"language": "de"}, "language is 'de'"),
-        ({"sampling": Sampling(cfg=-1)}, "cfg is -1"),
+        ({"cfg": -1}, "cfg is -1"),
         ({"task": "generat"}, "task is 'generat'"),
     ],
 )
 def test_bad_settings_are_refused(values, words):
     with pytest.raises(InputError, match=words):
-        PlanSettings(**values).check(CONFIG)
+        settings_of(**values).check(CONFIG)
 
 
 VALUE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.binary(max_size=5)

@@ -18,8 +18,8 @@ def test_rate_is_that_of_the_last_minute():
 
 def test_line():
     progress = Progress(rows=2212, done=120, errors=2)
-    assert line(progress, 3.4) == "120 of 2,212 rows (5 %), 3.4 images/s, 2 errors, 10 min 15 s left"
-    assert line(Progress(rows=10, done=1, errors=1), 0) == "1 of 10 rows (10 %), 0.0 images/s, 1 error"
+    assert line(progress, 3.4) == "120 of 2,212 rows (5 %), 3.4 rows/s, 2 errors, 10 min 15 s left"
+    assert line(Progress(rows=10, done=1, errors=1), 0) == "1 of 10 rows (10 %), 0.0 rows/s, 1 error"
 
 
 def test_line_says_what_is_waited_for():
@@ -36,10 +36,10 @@ def test_elsewhere_than_on_a_terminal_a_line_every_ten_seconds():
             now[0] = float(second)
             display(Progress(rows=100, done=second, before=0))
     assert stream.getvalue().splitlines() == [
-        "0 of 100 rows (0 %), 0.0 images/s, 0 errors",
-        "10 of 100 rows (10 %), 1.0 images/s, 0 errors, 1 min 30 s left",
-        "20 of 100 rows (20 %), 1.0 images/s, 0 errors, 1 min 20 s left",
-        "30 of 100 rows (30 %), 1.0 images/s, 0 errors, 1 min 10 s left",
+        "0 of 100 rows (0 %), 0.0 rows/s, 0 errors",
+        "10 of 100 rows (10 %), 1.0 rows/s, 0 errors, 1 min 30 s left",
+        "20 of 100 rows (20 %), 1.0 rows/s, 0 errors, 1 min 20 s left",
+        "30 of 100 rows (30 %), 1.0 rows/s, 0 errors, 1 min 10 s left",
     ]
 
 

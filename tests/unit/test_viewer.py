@@ -396,22 +396,22 @@ def test_recipe_writes_the_row_and_names_the_run(three, opened, tmp_path):
     assert line == {name: row[name] for name in names}
     assert shlex.split(command) == [
         "wallaroo", "generate", "again.jsonl", "out/again",
-        "--model", "my models/7b", "--cfg-interval", "0:0.5",
-        "--image-format", "webp", "--image-quality", "90", "--threads", "2",
-        "--template-en", "Draw 'it': {prompt}",
+        "--model", "my models/7b", "--template-en", "Draw 'it': {prompt}",
+        "--image-format", "webp", "--image-quality", "90", "--cfg-interval", "0:0.5", "--threads", "2",
     ]  # fmt: skip
 
 
 def test_recipe_is_of_options_that_the_command_has(three, opened):
     """Every flag that a recipe can name is one of the command, with the value it takes."""
-    from wallaroo.jobs.config import SETTINGS, resolve
+    from wallaroo.jobs.config import resolve
+    from wallaroo.workflows.settings import OPTIONS
 
-    flags = {setting.flag for setting in SETTINGS}
+    flags = {one.flag for one in OPTIONS.values()}
     output = opened(three, fill=False)
-    config = resolve("edit", "m.jsonl", "out", {"run.model": "x", "image.format": "jpeg", "image.quality": 80,
-        "image.restore_size": True, "prompt.max_tokens": 9, "source.max_bytes": 5, "source.max_pixels": 6,
-        "source.allow_https": True, "sampling.cfg_interval": "0:0.5", "run.weights": "int8",
-        "prompt.template_zh": "{prompt}", "cluster.threads": 3}, (), None, {})  # fmt: skip
+    config = resolve("edit", "m.jsonl", "out", {"model": "x", "image_format": "jpeg", "image_quality": 80,
+        "restore_size": True, "max_prompt_tokens": 9, "max_source_bytes": 5, "max_source_pixels": 6,
+        "allow_https": True, "cfg_interval": "0:0.5", "weights": "int8",
+        "template_zh": "{prompt}", "threads": 3}, (), None, {})  # fmt: skip
     output.run["options"].clear()
     output.run["options"].update(config.to_dict())
     words = shlex.split(again.recipe(output, output.row(0, 0)).command.rpartition("\n")[2])

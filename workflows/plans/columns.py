@@ -39,6 +39,12 @@ SOURCE_FIELD = pa.field("source", SOURCE_TYPE)
 """Where a picture to start from is, for tasks that do: an absolute path or address, and for one within a
 Parquet file the number of its row there. The rest of it is learnt when it is loaded."""
 
+MIN_COMMON = 0.75
+"""Share of letters from which a column is taken for a misspelt one (`sede` and `seed` have three of four)."""
+
+MAX_SHORT = 3
+"""Letters of names, such as `id` and `cfg`, for which only another case is a misspelling."""
+
 
 def known_columns(schema: pa.Schema, settings: PlanSettings) -> tuple[str, ...]:
     """The columns of a manifest that mean something, all others being carried through."""
@@ -66,26 +72,14 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
                 hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
         raise InputError(f"The manifest has no column '{column}'{hint}")
     warnings = []
+    absent = [column for column in known if column not in schema.names]
     for name in schema.names:
-        near = next((word for word in known if name not in known and _nearly(name, word)), None)
-        if near:
-            warnings.append(
-                f"Column '{name}' is carried through without a meaning; rename it if '{near}' is meant."
-            )
+        # A short name is near to too many.
+        near = [column for column in absent if name.lower() == column or len(column) > MAX_SHORT]
+        hint = "" if name in known else did_you_mean(name.lower(), near, MIN_COMMON)
+        if hint:
+            warnings.append(f"Column '{name}' has no meaning and is carried through{hint}")
     return warnings
-
-
-def _nearly(name: str, word: str) -> bool:
-    """Whether two names differ in case, or in one letter changed, added, left out or swapped."""
-    if name.lower() == word:
-        return True
-    if len(word) < 4 or abs(len(name) - len(word)) > 1:
-        return False
-    start = next((i for i, pair in enumerate(zip(name, word, strict=False)) if len(set(pair)) > 1), None)
-    start = min(len(name), len(word)) if start is None else start
-    swapped = name[start : start + 2] == word[start : start + 2][::-1]
-    skips = [(1, 1), (1, 0), (0, 1)] + [(2, 2)] * swapped
-    return any(name[start + one :] == word[start + other :] for one, other in skips)
 
 
 def carried_schema(schema: pa.Schema, settings: PlanSettings) -> pa.Schema:

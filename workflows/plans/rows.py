@@ -25,7 +25,6 @@ from wallaroo.workflows.plans.columns import (
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.plans.values import (
     INT32,
-    MAX_SAMPLES,
     SEEDS,
     check_sampling,
     in_words,
@@ -35,6 +34,7 @@ from wallaroo.workflows.plans.values import (
     real_number,
     size_of,
 )
+from wallaroo.workflows.settings import MAX_SAMPLES
 from wallaroo.workflows.sources.embedded import COLUMN, Cell, parse_cell
 from wallaroo.workflows.sources.references import Reference, SourceOptions, kept_uri, locate, parts_of
 from wallaroo.workflows.tasks import PICTURE_TASKS

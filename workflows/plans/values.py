@@ -10,7 +10,6 @@ from wallaroo.model.config import ModelConfig, Size
 from wallaroo.model.errors import RowError
 from wallaroo.model.sampling import Sampling
 
-MAX_SAMPLES = 10_000
 SEEDS = 2**63
 INT32 = range(-(2**31), 2**31)
 

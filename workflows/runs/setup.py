@@ -40,18 +40,13 @@ def make_job(
     config: RunConfig, meaning: dict[str, Any], carried: pa.Schema, environments: Iterable[str] = ()
 ) -> Job:
     """The job of a run whose `config_digest_fields` are `meaning`, with these carried columns."""
+    options = {one.name for one in dataclasses.fields(RunConstants)} - {"model_digest", "config_digest"}
     return Job(
         config.model,
         RunConstants(
-            task=config.task,
+            **{name: getattr(config, name) for name in options},
             model_digest=meaning["model_digest"],
             config_digest=digest(meaning),
-            mode=config.mode,
-            image_format=config.image_format,
-            image_quality=config.image_quality,
-            templates=dict(config.templates),
-            restore_size=config.restore_size,
-            max_new_tokens=config.max_new_tokens,
         ),
         result_schema(carried, config.save_tokens),
         SourceOptions(
@@ -83,7 +78,7 @@ def planned_run(
 ) -> Plan:
     """The plan of a run, made if need be; Ray is only connected for that."""
     meaning = meaning_of(config)
-    settings = plan_settings(config)
+    settings = PlanSettings.of(config)
     settings.check(read_checkpoint(config.model).config)
     if config.output and storage.exists(storage.join(config.output, RUN_FILE)):
         put_run(config.output, meaning, config.to_dict())
@@ -111,7 +106,7 @@ def connect(
         where = f"connecting to Ray at {config.address}" if config.address else "starting Ray"
         report(Progress(waiting=where))
     cpus = config.replicas[1] * config.threads if config.device != "cuda" else 0
-    stack.enter_context(connected(config.address, cpus))
+    stack.enter_context(connected(config.address, cpus, config.ray_start_timeout))
     if stop is not None:
         stop.listen()
 
@@ -125,11 +120,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         model=model_path(config.model),
         image_root=None if config.image_root is None else absolute_path(config.image_root),
     )
-
-
-def plan_settings(config: RunConfig) -> PlanSettings:
-    names = {one.name for one in dataclasses.fields(PlanSettings)}
-    return PlanSettings(**{name: getattr(config, name) for name in names})
 
 
 def meaning_of(config: RunConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import DATA_FOLDER, shard_number
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.reports.finish import manifest_row
+from wallaroo.workflows.settings import OPTIONS
 from wallaroo.workflows.sources.embedded import Cell
 from wallaroo.workflows.viewer.output import Output
 from wallaroo.workflows.viewer.shards import Reader, Shard
@@ -24,32 +25,11 @@ MAX_STEPS = 12
 """Longest chain of sources that is followed."""
 
 _PARAMETERS = ("id", "prompt", "seed", "cfg", "temperature", "top_k", "top_p", "language")
-_FLAGS = (
-    "model",
-    "weights",
-    "cfg_interval",
-    "image_format",
-    "image_quality",
-    "restore_size",
-    "save_tokens",
-    "max_prompt_tokens",
-    "max_new_tokens",
-    "max_source_bytes",
-    "max_source_pixels",
-    "allow_https",
-    "threads",
-)
-"""Options that may change a result and are not columns of the row, by their field in RunConfig."""
+_OF_ROW = (*_PARAMETERS, "samples", "width", "height", "prompt_column")
+"""Options whose value a row has itself."""
 
-_DEFAULTS: dict[str, Any] = {
-    "image_format": "png",
-    "max_prompt_tokens": 1024,
-    "max_new_tokens": 256,
-    "max_source_bytes": 128 << 20,
-    "max_source_pixels": 1 << 26,
-    "threads": 1,
-    "cfg_interval": [0.0, 1.0],
-}
+_OTHERS = ("model", "weights", "cfg_interval", "threads")
+"""Options that may change a result though they are not declared with `meaning`."""
 
 
 @dataclass(frozen=True)
@@ -124,20 +104,16 @@ def recipe(output: Output, row: Mapping[str, Any]) -> Recipe | None:
 
 
 def _options(options: Mapping[str, Any]) -> list[str]:
+    """Returns the flags of the options of a `run.json` that may change a row and are not the default."""
     words = []
-    for name in _FLAGS:
-        value = options.get(name)
-        if value is None or value is False or value == _DEFAULTS.get(name):
+    for one in OPTIONS.values():
+        if one.name in _OF_ROW or not (one.meaning or one.name in _OTHERS):
             continue
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif name == "cfg_interval":
-            words += [flag, ":".join(f"{one:g}" for one in value)]
-        else:
-            words += [flag, str(value)]
-    for language, template in (options.get("templates") or {}).items():
-        words += [f"--template-{language}", template]
+        outer, _, inner = one.stored.partition(".")
+        value = (options.get(outer) or {}).get(inner) if inner else options.get(outer)
+        if value is None or (value := one.read(value)) == one.default:
+            continue
+        words += [one.flag] if value is True else [one.flag, one.kind.write(value)]
     return words
 
 

@@ -1,0 +1,86 @@
+"""Commands on the output of a run: `status`, `report`, `verify`, `evaluate`, `compact`."""
+
+import click
+
+from wallaroo.jobs.terminal import FATAL, OK, Group, printable
+
+_output = click.argument("output", help="Folder of a run's results, local or s3://.")
+
+
+@click.command(short_help="Show how far a run is.")
+@_output
+def status(output: str) -> int:
+    """Show how far the run of OUTPUT is, from its records there, whether it is active or not. Starts
+    nothing and reads little.
+
+    Exit codes: 0; 1 OUTPUT is not the output of a run.
+    """
+    from wallaroo.workflows.reports.status import status as read_status
+
+    click.echo(printable(read_status(output).text()))
+    return OK
+
+
+@click.command(short_help="Write report.html again.")
+@_output
+def report(output: str) -> int:
+    """Write OUTPUT/report.html again, also while the run is active: counts, throughput over time,
+    examples of errors and a gallery, in one file that needs no network.
+    """
+    from wallaroo.workflows.reports.page import write_report
+
+    click.echo(write_report(output))
+    return OK
+
+
+@click.command(short_help="Check a data set row by row.")
+@_output
+def verify(output: str) -> int:
+    """Read the data set in OUTPUT back and check it: every planned row exists once, every picture
+    decodes at its stated size and hash, and the schema is the declared one.
+
+    Exit codes: 0 complete and as planned, with or without error rows; 1 incomplete or broken.
+    """
+    from wallaroo.workflows.reports.verify import verify as check
+
+    state = check(output, lambda line: click.echo(printable(line))).state
+    return OK if state == "complete" else FATAL
+
+
+@click.command(short_help="Merge small shards.")
+@_output
+def compact(output: str) -> int:
+    """Merge the small shards that runs with --incremental left in OUTPUT, which must be finished. Rows do
+    not change. New files are written first; the old ones are deleted once the plan names the new ones.
+
+    Exit codes: 0; 1 OUTPUT cannot be compacted; 4 a run holds it.
+    """
+    from wallaroo.workflows.datasets.compact import compact as merge
+
+    found = merge(output)
+    words = f"{found.before:,} shards became {found.after:,}"
+    click.echo(f"{output}: {words if found.after < found.before else 'its shards are large enough'}")
+    return OK
+
+
+@click.group(cls=Group, short_help="Score results.")
+def evaluate() -> None:
+    """Score results."""
+
+
+@evaluate.command("shapes", short_help="Score results on drawn scenes.")
+@_output
+def evaluate_shapes(output: str) -> int:
+    """Score the results in OUTPUT, of a run on manifests of `wallaroo data shapes`: pictures by number of
+    objects, shape, colour, background and relation; edits by whether they were done and the rest was kept;
+    answers by whether they are equal but for case and punctuation.
+
+    Pictures are scored by pixel checks of colours and forms, without a model. The table is printed, written
+    to OUTPUT/evaluation.json and added to the report. Combinations that occur in training are counted apart.
+    """
+    from wallaroo.workflows.reports.page import write_report
+    from wallaroo.workflows.scenes.evaluate import evaluate, to_text
+
+    click.echo(to_text(evaluate(output)))
+    write_report(output)
+    return OK

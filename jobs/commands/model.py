@@ -1,0 +1,229 @@
+"""Commands that make and measure models: `convert`, `train`, `merge`, `bench`."""
+
+import click
+
+from wallaroo.jobs.terminal import OK, Group
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.stopping import Stop
+
+
+@click.command(short_help="Turn the published files into a checkpoint folder.")
+@click.argument("output")
+@click.option("--wallaroo", "weights", metavar="CKPT", help="The published model, a .ckpt file.")
+@click.option("--vq", metavar="VQ_PT", help="The image tokenizer, LlamaGen's vq_ds16_t2i.pt.")
+@click.option("--backbone", required=True, metavar="QWEN_DIR", help="Folder of Qwen2.5-VL-7B-Instruct.")
+@click.option(
+    "--new-heads",
+    is_flag=True,
+    help="Without --wallaroo: write the start of training, with new image heads and adapters.",
+)
+@click.option("--seed", type=int, metavar="N", help="With --new-heads: same seed, same heads (default 0).")
+@click.option(
+    "--understanding-only", is_flag=True, help="Write a stock Qwen2.5-VL folder for transformers instead."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights (default: as stored)."
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["eval", "train"]),
+    help="Where prompts have their size indicators: eval (default) is that of the published evaluation.",
+)
+@click.option(
+    "--indicators",
+    type=click.Choice(["added", "text"]),
+    default="added",
+    help="Whether size indicators are tokens of their own (default) or spelt out.",
+)
+@click.option(
+    "--square",
+    type=int,
+    metavar="PIXELS",
+    help="For checkpoints of stages 1 to 3.1: the side of their one size.",
+)
+def convert(
+    output: str,
+    weights: str | None,
+    vq: str | None,
+    backbone: str,
+    new_heads: bool,
+    seed: int | None,
+    understanding_only: bool,
+    dtype: str | None,
+    layout: str | None,
+    indicators: str,
+    square: int | None,
+) -> int:
+    """Turn the published files of Wallaroo into OUTPUT, a checkpoint folder for --model. All are local.
+
+    \b
+      wallaroo convert --wallaroo wallaroo.ckpt --vq vq_ds16_t2i.pt \\
+          --backbone Qwen2.5-VL-7B-Instruct checkpoints/wallaroo-7b
+      wallaroo generate prompts.jsonl out/first --model checkpoints/wallaroo-7b
+
+    Training stage 1 starts from the backbone and the image tokenizer alone:
+
+    \b
+      wallaroo convert --new-heads --vq vq_ds16_t2i.pt \\
+          --backbone Qwen2.5-VL-7B-Instruct checkpoints/start
+    """
+    if vq is None and not understanding_only:
+        raise click.UsageError("--vq is absent, but pictures need it: give it, or --understanding-only.")
+    if weights is None and not new_heads:
+        raise click.UsageError("--wallaroo is absent: give the published .ckpt, or --new-heads to train one.")
+    given = {
+        "--wallaroo": weights,
+        "--understanding-only": understanding_only or None,
+        "--layout": layout,
+        "--square": square,
+    }
+    for name, value in given.items():
+        if new_heads and value is not None:
+            raise click.UsageError(f"{name} does not go with --new-heads; leave one of them out.")
+    if seed is not None and not new_heads:
+        raise click.UsageError(f"--seed is {seed}, but only --new-heads draws weights; leave it out.")
+    import torch
+
+    from wallaroo.model.convert import convert as write
+    from wallaroo.model.convert import convert_start
+
+    kind = None if dtype is None else getattr(torch, dtype)
+    if weights is None:
+        assert vq is not None
+        convert_start(backbone, vq, output, seed=seed or 0, indicators=indicators, dtype=kind)
+        click.echo(output)
+        return OK
+    write(
+        weights,
+        vq,
+        backbone,
+        output,
+        understanding_only=understanding_only,
+        layout=layout or "eval",
+        indicators=indicators,
+        square=square,
+        dtype=kind,
+    )
+    click.echo(output)
+    return OK
+
+
+@click.command(short_help="Train a stage of the model.")
+@click.argument("stage")
+@click.option("--config", "file", required=True, metavar="RECIPES.TOML", help="The stages, a table each.")
+@click.option("--workers", type=int, default=1, metavar="N", help="Processes, one a GPU (default 1).")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As in a run.")
+@click.option(
+    "--address",
+    envvar="RAY_ADDRESS",
+    metavar="ADDRESS",
+    help="A running Ray cluster (default: $RAY_ADDRESS, or a local Ray).",
+)
+@click.option(
+    "--shard",
+    type=click.Choice(["auto", "none", "full"]),
+    default="auto",
+    help="Each worker holds the whole model (none), a shard (full), or what fits (auto, default).",
+)
+@click.option(
+    "--grace",
+    type=float,
+    default=60.0,
+    metavar="SECONDS",
+    help="Time to save the state after Ctrl-C or SIGTERM (default 60).",
+)
+@click.option("--plan", is_flag=True, help="Print rows and memory a worker, and start nothing.")
+@click.option(
+    "--gpu-memory", type=float, default=80.0, metavar="GB", help="With --plan: of a GPU (default 80)."
+)
+def train(
+    stage: str,
+    file: str,
+    workers: int,
+    device: str,
+    address: str | None,
+    shard: str,
+    grace: float,
+    plan: bool,
+    gpu_memory: float,
+) -> int:
+    """Train STAGE, a table of RECIPES.TOML, with Ray Train, on rows in Parquet.
+
+    \b
+      wallaroo train stage-1 --config jobs/train/published.toml --workers 8
+
+    jobs/train/published.toml has the stages of the 7B, jobs/train/tiny.toml those of a small model. The
+    stage's folder, on a disk or on S3, gets metrics.jsonl, TensorBoard's files, samples, states and, at the
+    end, the checkpoint. Re-run the same command to resume from the last state, with any number of workers
+    that share a step's rows evenly.
+
+    Exit codes: 0; 1 the training failed; 2 a mistake in the command line or the recipe; 4 another
+    training is at work in the folder.
+    """
+    from wallaroo.model.training.recipe import Recipe
+    from wallaroo.workflows.training import driver as on_ray
+
+    try:
+        recipe = on_ray.absolute(Recipe.from_file(file, stage))
+        on_ray.check(recipe, workers)
+    except InputError as error:
+        raise click.UsageError(str(error)) from None
+    if plan:
+        for line in on_ray.plan(recipe, workers, shard, gpu_memory):
+            click.echo(line)
+        return OK
+    stop = Stop(grace)
+    with stop.signals():
+        click.echo(on_ray.train(recipe, workers, device, address, click.echo, shard, stop))
+    return OK
+
+
+@click.command(short_help="Turn what LoRA has learned into a checkpoint folder.")
+@click.argument("stage")
+@click.argument("output")
+@click.option("--start", default="", metavar="FOLDER", help="The weights it began with, if they have moved.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of the weights (default: that of the start).",
+)
+def merge(stage: str, output: str, start: str, dtype: str | None) -> int:
+    """Add the updates that STAGE, the folder of a stage with `lora`, has learned to the weights it began
+    with, and write OUTPUT, a checkpoint folder for --model.
+
+    \b
+      wallaroo train style --config jobs/train/lora.toml
+      wallaroo merge out/style checkpoints/style
+      wallaroo generate prompts.jsonl out/drawn --model checkpoints/style
+    """
+    import torch
+
+    from wallaroo.model.training.lora import merge as write
+
+    write(stage, output, start, None if dtype is None else getattr(torch, dtype))
+    click.echo(output)
+    return OK
+
+
+@click.group(cls=Group, short_help="Measure how fast this machine is.")
+def bench() -> None:
+    """Measure how fast this machine is."""
+
+
+@bench.command("engine", short_help="The engine beside the plain loop and the machine's own limits.")
+@click.option(
+    "--model", type=click.Choice(["tiny", "mid", "7b"]), default="mid", help="Shapes (default mid)."
+)
+@click.option("--slots", type=int, default=32, metavar="N", help="Pictures decoded at once (default 32).")
+@click.option("--rounds", type=int, default=5, metavar="N", help="Rounds to take medians of (default 5).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench_engine(model: str, slots: int, rounds: int, as_json: bool) -> int:
+    """Time the engine, with random weights, beside the plain loop over Hugging Face's modules, at batch 1
+    and at the same batch, and count its work. The same as python -m wallaroo.model.bench, which has more
+    options and runs where Ray is absent.
+    """
+    from wallaroo.model.bench import main
+
+    given = ["--model", model, "--slots", str(slots), "--rounds", str(rounds)]
+    main([*given, *(["--json"] if as_json else [])])
+    return OK

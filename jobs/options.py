@@ -1,0 +1,104 @@
+"""The options of a run as flags. They are declared in `workflows.settings` and resolved by `config`."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from wallaroo.jobs.config import SECTIONS, resolve
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.options import Option
+from wallaroo.workflows.settings import OPTIONS, RunConfig
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class RunOption(click.Option):
+    """The flag of an option of a run. Its value is checked with all others, by `configure`."""
+
+    def __init__(self, option: Option):
+        self.option = option
+        names = [option.flag, option.name]
+        if option.kind.metavar:
+            super().__init__(names, metavar=option.kind.metavar, help=option.help_text)
+        else:
+            super().__init__(names, is_flag=True, default=None, help=option.help_text)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(one) for one in self.option.kind.choices if one.startswith(incomplete)]
+
+
+class RunCommand(click.Command):
+    """A command whose help shows the options of a run under the headings of their sections."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {heading: [] for heading in SECTIONS.values()}
+        other = []
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            # click itself has shown the arguments above.
+            if record is None or isinstance(param, click.Argument):
+                continue
+            if isinstance(param, RunOption):
+                groups[SECTIONS[param.option.section]].append(record)
+            else:
+                other.append(record)
+        for heading, records in [*groups.items(), ("Other options", other)]:
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def run_options(task: str | None = None) -> Callable[[Function], Function]:
+    """Adds `--config`, `--set` and the options of a task, or of all tasks, to a command.
+
+    The function gets them as keyword arguments, for `configure`.
+    """
+
+    def add(function: Function) -> Function:
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Set an option by its key in a run file; may be repeated.",
+        )(function)
+        click.option("--config", "file", metavar="RUN.TOML", help="Run file; flags and --set override it.")(
+            function
+        )
+        params: list[click.Parameter] = function.__click_params__  # type: ignore[attr-defined]
+        # click reads them backwards, as decorators are applied.
+        params.extend(
+            RunOption(one) for one in reversed(OPTIONS.values()) if task is None or one.serves(task)
+        )
+        return function
+
+    return add
+
+
+def configure(
+    task: str,
+    manifest: str,
+    output: str,
+    given: dict[str, Any],
+    environment: Mapping[str, str] = os.environ,
+) -> RunConfig:
+    """The configuration of a run.
+
+    Args:
+        task: `generate`, `edit` or `understand`.
+        manifest: The argument MANIFEST.
+        output: The argument OUTPUT.
+        given: The keyword arguments that `run_options` added.
+        environment: Has RAY_ADDRESS.
+
+    Raises:
+        click.UsageError: An option breaks a rule.
+    """
+    flags = {name: value for name, value in given.items() if name in OPTIONS}
+    try:
+        return resolve(task, manifest, output, flags, given["assignments"], given["file"], environment)
+    except InputError as error:
+        raise click.UsageError(str(error)) from None

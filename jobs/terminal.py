@@ -1,0 +1,38 @@
+"""What all commands share on a terminal: exit codes, sentences, and how groups of commands behave."""
+
+import signal
+
+import click
+
+OK, FATAL, USAGE, ERROR_ROWS, LOCKED, STOPPED = 0, 1, 2, 3, 4, 5
+INTERRUPTED = 128 + signal.SIGINT
+
+RUN_EXIT_CODES = """Exit codes: 0 all rows are ok; 1 the run failed; 2 wrong usage; 3 finished, but some
+rows failed; 4 another run holds OUTPUT; 5 stopped by Ctrl-C, SIGTERM or --deadline."""
+
+MAX_CHARACTERS = 20_000
+"""Characters of a message that are printed."""
+
+
+def complain(sentence: str) -> None:
+    """Prints one sentence to stderr."""
+    click.echo(f"wallaroo: {printable(sentence)}", err=True)
+
+
+def printable(text: str) -> str:
+    """Text of files that are not ours, for a terminal: no control characters, and not without end."""
+    text = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
+
+
+class Group(click.Group):
+    """Lists its commands in the order in which a person needs them; without arguments it prints its help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
