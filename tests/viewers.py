@@ -1,4 +1,4 @@
-"""A viewer on a real socket, and a real browser before it."""
+"""A viewer on a real socket, a real browser before it, and the rows that it should show."""
 
 import json
 import os
@@ -12,10 +12,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pyarrow.parquet as pq
 import uvicorn
 
+from wallaroo.workflows.outputs import layout
 from wallaroo.workflows.viewer.app import make_app
 from wallaroo.workflows.viewer.guard import LOOPBACK
+from wallaroo.workflows.viewer.query import Place
 from wallaroo.workflows.viewer.state import Viewer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -129,3 +132,37 @@ def only_from(base, asked):
     strange = [url for url in asked if not url.startswith(base + "/")]
     assert strange == [], json.dumps(strange)
     return bool(asked)
+
+
+def fill_index(output):
+    """Indexes all shards of an output."""
+    for _ in output.fill(threading.Event()):
+        pass
+
+
+def all_rows(path):
+    """All rows of an output as dicts, with their position, without pictures."""
+    rows = []
+    for number in sorted(layout.list_done(str(path))):
+        table = pq.read_table(layout.shard_path(str(path), number)).drop_columns(["image"])
+        rows += [{**row, "position": place} for place, row in enumerate(table.to_pylist())]
+    return rows
+
+
+def mark(row):
+    """Shard and position of a row."""
+    return row["shard"], row["position"]
+
+
+def walk(output, query, count, backwards=False):
+    """All rows of a query, page by page."""
+    found, place = [], Place(1 << 40, 0, True) if backwards else None
+    if backwards:
+        last = output.rows.page(query, None, 1000)[-1]
+        place, found = Place(*mark(last), True), [last]
+    while True:
+        page = output.page(query, place, count)
+        found = page.rows + found if backwards else found + page.rows
+        if (page.first if backwards else page.last) or not page.rows:
+            return found
+        place = Place(*mark(page.rows[0]), True) if backwards else Place(*mark(page.rows[-1]))

@@ -18,11 +18,6 @@ pytestmark = pytest.mark.skipif(
 ALONE = "list => list.every(image => image.complete && image.naturalWidth > 0)"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-
-
 @pytest.fixture
 def many(tmp_path, outputs):
     """120 rows in three shards, 115 of them pictures."""
