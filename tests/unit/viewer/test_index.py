@@ -50,8 +50,8 @@ def test_output_that_was_made_anew_is_indexed_anew(tmp_path, outputs, opened):
 
 SECOND = """
 import sys, threading
-from workflows.viewer import index, output
-from workflows.viewer.query import Query
+from wallaroo.workflows.viewer import index, output
+from wallaroo.workflows.viewer.query import Query
 
 made = index.Index([sys.argv[1]])
 one = output.Output(0, sys.argv[1], made)
