@@ -1,0 +1,47 @@
+"""How the engine's operators are registered: Triton kernels on CUDA, on a CPU the plain code that they equal.
+
+An operator writes into tensors that it is given and returns nothing. So a CUDA graph can record it, and fake
+tensors, which have only shapes, can pass through it. Triton is imported when the first kernel starts, never
+on a CPU. Knows nothing of what operators compute.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Operator(NamedTuple):
+    """plain: the torch code; launch: starts the kernels, with the same arguments; launches: their number."""
+
+    plain: Callable[..., None]
+    launch: Callable[..., None]
+    launches: int
+
+
+OPERATORS: dict[str, Operator] = {}
+"""By their names in torch, such as `wallaroo::swiglu`."""
+
+_LIBRARY = torch.library.Library("wallaroo", "DEF")
+
+
+def register(schema: str, plain: Callable[..., None], launch: Callable[..., None], launches: int = 1) -> None:
+    """Registers `torch.ops.wallaroo.<name>`.
+
+    Args:
+        schema: without a result, such as `swiglu(Tensor x, Tensor(a!) out)`.
+        plain: the operator on a CPU.
+        launch: the operator on CUDA.
+        launches: kernels that `launch` starts.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(f"{schema} -> ()")
+    _LIBRARY.impl(name, plain, "CPU")
+    _LIBRARY.impl(name, launch, "CUDA")
+    torch.library.register_fake(f"wallaroo::{name}", lambda *_: None, lib=_LIBRARY)
+    OPERATORS[f"wallaroo::{name}"] = Operator(plain, launch, launches)
+
+
+def padded(size: int) -> int:
+    """The next power of two, as kernels want the sizes of their tiles."""
+    return 1 << (size - 1).bit_length()
