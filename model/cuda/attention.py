@@ -79,8 +79,9 @@ def _attend_launch(
     group = out.shape[1] // dim // kv_heads
     # A grid for the whole capacity; programs past a sequence's end return at once.
     splits = -(-blocks * KEY_BLOCK // SPLIT)
-    parts = torch.empty(n * kv_heads * splits * group, dim + 2, device=qkv.device, dtype=torch.float32)
-    tops, masses, sums = parts.view(-1).split([len(parts), len(parts), len(parts) * dim])
+    parts = n, kv_heads, splits, group
+    tops, masses = (torch.empty(parts, device=qkv.device, dtype=torch.float32) for _ in range(2))
+    sums = torch.empty(*parts, dim, device=qkv.device, dtype=torch.float32)
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "DIM": dim, "SPLIT": SPLIT}
     tile = max(MIN_TILE, padded(group))
     kernels.attend_split[n * kv_heads, splits](

@@ -3,7 +3,8 @@
 A cache layer is `(rows, kv_heads, blocks, KEY_BLOCK, head_dim)`, all of a row and head in one piece, so a
 kernel sees `(rows, kv_heads, capacity, head_dim)`. Scores are in powers of two. Products take the model's
 type and add up in float32. Block sizes are constants and nothing is tuned at run time: a choice by timing
-could differ between two runs, and with it the last bits of a row.
+could differ between two runs, and with it the last bits of a row. For the same reason no kernel is compiled
+anew for special values of a size that varies (`do_not_specialize`).
 """
 
 import triton
@@ -105,7 +106,7 @@ def attend_split(
     tl.store(sums + part[:, None] * DIM + dims[None, :], total, mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_splits"])
 def attend_combine(
     seen,
     sums,
@@ -177,7 +178,7 @@ def rotate_and_store(
     tl.store(values + at, v, mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def attend_runs(
     q,
     rows,

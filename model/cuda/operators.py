@@ -5,8 +5,9 @@ tensors, which have only shapes, can pass through it. Triton is imported when th
 on a CPU. Knows nothing of what operators compute.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,12 @@ OPERATORS: dict[str, Operator] = {}
 _LIBRARY = torch.library.Library("wallaroo", "DEF")
 
 
+def _on_device(launch: Callable[..., None], *args: Any) -> None:
+    """Triton takes the current device, which need not be that of the tensors."""
+    with torch.cuda.device_of(args[0]):
+        launch(*args)
+
+
 def register(schema: str, plain: Callable[..., None], launch: Callable[..., None], launches: int = 1) -> None:
     """Registers `torch.ops.wallaroo.<name>`.
 
@@ -37,7 +44,7 @@ def register(schema: str, plain: Callable[..., None], launch: Callable[..., None
     name = schema.partition("(")[0]
     _LIBRARY.define(f"{schema} -> ()")
     _LIBRARY.impl(name, plain, "CPU")
-    _LIBRARY.impl(name, launch, "CUDA")
+    _LIBRARY.impl(name, functools.partial(_on_device, launch), "CUDA")
     torch.library.register_fake(f"wallaroo::{name}", lambda *_: None, lib=_LIBRARY)
     OPERATORS[f"wallaroo::{name}"] = Operator(plain, launch, launches)
 

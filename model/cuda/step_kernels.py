@@ -63,7 +63,7 @@ def _ordered(x):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def draw(
     logits,
     temperature,
@@ -88,6 +88,7 @@ def draw(
     logits += row * stride
     offsets = tl.arange(0, BLOCK)
     k = tl.load(top_k + row)
+    step = tl.load(taken + row)
 
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     where = tl.zeros((BLOCK,), tl.int32)
@@ -105,8 +106,8 @@ def draw(
         if (k > 0) & (k < SIZE):
             # From the lowest whole number up; keys of logits stay below the highest one.
             found = tl.full((), -2147483648, tl.int64)
-            for step in range(0, 16):
-                width = tl.full((), 1, tl.int64) << (30 - 2 * step)
+            for pair in range(0, 16):
+                width = tl.full((), 1, tl.int64) << (30 - 2 * pair)
                 counts = tl.zeros((BLOCK,), tl.int64)
                 for start in range(0, SIZE, BLOCK):
                     index = start + offsets
@@ -139,7 +140,9 @@ def draw(
         # Sums in other orders may differ by a rounding, so only what has weight counts as an end.
         whole = tl.max(tl.where(masses > 0, ends, 0.0), 0)
         below = (whole.to(tl.int64, bitcast=True) - 1).to(tl.float64, bitcast=True)
-        target = tl.minimum(tl.load(uniform + row * steps + tl.load(taken + row)) * whole, below)
+        target = tl.minimum(
+            tl.load(uniform + row * steps + step, mask=step < steps, other=0.0) * whole, below
+        )
         block = tl.min(tl.where((ends > target) & (masses > 0), chunk, CHUNKS), 0)
         before = tl.sum(tl.where(chunk == block - 1, ends, 0.0), 0)
 
@@ -152,7 +155,6 @@ def draw(
         last = tl.max(tl.where(weight > 0, index, 0), 0)
         chosen = tl.where(drawn < SIZE, drawn, last).to(tl.int64)
 
-    step = tl.load(taken + row)
     tl.store(token + row, chosen)
-    tl.store(tokens + row * steps + step, chosen)
+    tl.store(tokens + row * steps + step, chosen, mask=step < steps)
     tl.store(taken + row, step + tl.load(advance + row))
