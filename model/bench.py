@@ -9,66 +9,34 @@ Where the time of a step goes, and what was tried, stands in tests/benchmarks/RE
 import argparse
 import gc
 import json
-import math
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from wallaroo.model.decoder import PACKS, Layer, packed
-from wallaroo.model.engine import END_OF_LINE, Engine, EngineOptions, Request
-from wallaroo.model.prompts import Prompt
-from wallaroo.model.reference import Reference
-from wallaroo.model.sampling import Sampling
-from wallaroo.model.wallaroo import Wallaroo
-
-PROMPT_TOKENS, NULL_TOKENS = 40, 24
-SAMPLING = Sampling(cfg=3.0, temperature=1.0, top_k=100, top_p=1.0)
-SYNCHRONISING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique")
-"""Operators that make the host wait for the device; indexing by a mask is one too."""
-FACTORIES = (
-    "aten.empty",
-    "aten.zeros",
-    "aten.ones",
-    "aten.full",
-    "aten.new_",
-    "aten.arange",
-    "aten.scalar_tensor",
+from wallaroo.model.config import ModelConfig, Size
+from wallaroo.model.counts import counted, flops_of, minimal_flops, step_bytes
+from wallaroo.model.decoder import Layer, packed
+from wallaroo.model.engine import Engine, EngineOptions, Request
+from wallaroo.model.random_inputs import (
+    MODELS,
+    PROMPT_TOKENS,
+    SAMPLING,
+    edit_requests,
+    random_model,
+    text_prompt,
+    text_requests,
 )
-"""Operators that make a tensor from none."""
+from wallaroo.model.reference import Reference
+from wallaroo.model.wallaroo import Wallaroo
 
 REPEATS = 16
 """Times that a step's products are made in one measurement."""
-
-MODELS = {
-    "tiny": ModelConfig(
-        decoder=DecoderConfig(1100, 128, 384, 4, 4, 2, 1e-6, 1e4, (4, 6, 6)),
-        vision=VisionConfig(4, 64, "silu", 128, 2, out_hidden_size=128, fullatt_block_indexes=(3,)),
-        vq=VQConfig(channels=16, norm_groups=8, z_channels=32, codebook_size=512),
-        name="tiny",
-        sizes={"1.0": (128, 128)},
-        token_ids={END_OF_LINE: 1000},
-    ),
-    "mid": ModelConfig(
-        decoder=DecoderConfig(4096, 512, 1536, 8, 8, 2, 1e-6, 1e6, (8, 12, 12)),
-        vision=VisionConfig(1, 32, "silu", 48, 2, out_hidden_size=512, fullatt_block_indexes=(0,)),
-        vq=VQConfig(codebook_size=1024),
-        name="mid",
-        sizes={"1.0": (128, 128), "1.01": (256, 256)},
-        token_ids={END_OF_LINE: 4010},
-    ),
-    "7b": ModelConfig(name="7b", token_ids={END_OF_LINE: 151669}),
-}
-"""Shapes that are measured; weights are random."""
 
 
 @dataclass(frozen=True)
@@ -77,79 +45,6 @@ class Timed:
 
     median: float
     best: float
-
-
-def random_model(
-    config: ModelConfig, tasks: tuple[str, ...], device: torch.device, dtype: torch.dtype
-) -> Wallaroo:
-    """A model whose weights are drawn with deviation 1/sqrt(fan-in); the image tokenizer is float32."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Wallaroo(config, tasks)
-    model = model.to(dtype)
-    if model.vq is not None:
-        model.vq.float()
-    model = model.to_empty(device=device)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, parameter[0].numel() ** -0.5)
-        else:
-            parameter.data.fill_(1.0)
-    if model.visual is not None:
-        visual = model.visual
-        visual.rotary_pos_emb = type(visual.rotary_pos_emb)(visual.config).to(device)
-    return model.requires_grad_(False)
-
-
-def text_prompt(rng: np.random.Generator, tokens: int, vocabulary: int) -> Prompt:
-    """A prompt of random ordinary tokens."""
-    ids = rng.integers(0, min(vocabulary, 900), tokens).astype(np.int32)
-    return Prompt(ids, np.tile(np.arange(tokens, dtype=np.int32), (3, 1)), tokens)
-
-
-def text_requests(config: ModelConfig, count: int, sizes: Sequence[Size]) -> list[Request]:
-    """Guided rows with prompts of their own and one null prompt a size, sizes taken in turn."""
-    rng = np.random.default_rng(0)
-    vocabulary = config.decoder.vocab_size
-    nulls = {size: text_prompt(rng, NULL_TOKENS, vocabulary) for size in sizes}
-    return [
-        Request(
-            key,
-            text_prompt(rng, PROMPT_TOKENS, vocabulary),
-            nulls[sizes[key % len(sizes)]],
-            sizes[key % len(sizes)],
-            key,
-            SAMPLING,
-        )
-        for key in range(count)
-    ]
-
-
-def edit_requests(
-    config: ModelConfig, count: int, size: Size, text: int = 60, seen: int = 8
-) -> list[Request]:
-    """Rows with sources of their own: a pixel block, `seen` x `seen` semantic tokens, `text` tokens.
-
-    The null prompt, with a third of the text, is the same for all rows, since its picture is black.
-    """
-    rng = np.random.default_rng(0)
-    rows, columns = size.grid
-    line = np.arange(columns + 1)
-    pixel = np.concatenate([1 + row * (columns + 1) + line[:columns] for row in range(rows)]).astype(np.int32)
-    block = rows * (columns + 1) + 1
-
-    def prompt(words: int) -> Prompt:
-        tokens = block + seen * seen + 2 + words
-        base = text_prompt(rng, tokens, config.decoder.vocab_size)
-        return replace(base, semantic=(block + 1, block + 1 + seen * seen), pixel=pixel)
-
-    null = prompt(text // 3)
-    requests = []
-    for key in range(count):
-        semantic = rng.integers(0, 256, (28 * seen, 28 * seen, 3), dtype=np.uint8)
-        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-        requests.append(Request(key, prompt(text), null, size, key, SAMPLING, semantic, pixels))
-    return requests
 
 
 def synchronise(device: torch.device) -> None:
@@ -221,103 +116,6 @@ def copy_rate(device: torch.device) -> float:
     return 2 * source.numel() * 4 / timed["copy"].best
 
 
-def minimal_flops(config: ModelConfig, requests: Iterable[Request]) -> dict[str, float]:
-    """Multiplications and additions that guided rows cannot do without, by phase: in prefill every prompt
-    once, in decode every fed token once a branch, attention over the keys that are there, and the head once
-    a drawn token."""
-    decoder = config.decoder
-    width = decoder.num_attention_heads * decoder.head_dim
-    linear = decoder.hidden_size * (width + 2 * decoder.num_key_value_heads * decoder.head_dim)
-    linear += width * decoder.hidden_size + 3 * decoder.hidden_size * decoder.intermediate_size
-    layers = decoder.num_hidden_layers
-
-    def through(first: int, last: int) -> float:
-        """Tokens at positions first to last - 1 through all layers."""
-        keys = (first + 1 + last) * (last - first) / 2
-        return layers * (2.0 * linear * (last - first) + 4.0 * width * keys)
-
-    flops, prompts = {"prefill": 0.0, "decode": 0.0}, set()
-    for request in requests:
-        assert request.size is not None and request.null is not None
-        rows, columns = request.size.grid
-        fed = rows * columns - 1 + (rows - 1 if config.line_break else 0)
-        for prompt in (request.prompt, request.null):
-            length = len(prompt.ids)
-            if prompt.ids.tobytes() not in prompts:
-                prompts.add(prompt.ids.tobytes())
-                flops["prefill"] += through(0, length)
-            flops["decode"] += through(length, length + fed)
-        head = 2 * decoder.hidden_size**2 + decoder.hidden_size * config.vq.codebook_size
-        flops["decode"] += 2.0 * rows * columns * head
-    return flops
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that run, those of them that wait for the device, and those that make buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts["views" if func.is_view else "operators"] += 1
-        name = str(func)
-        masked = name.startswith("aten.index.") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        self.counts["synchronisations"] += masked or name.startswith(SYNCHRONISING)
-        self.counts["buffers"] += name.startswith(FACTORIES)
-        return func(*args, **(kwargs or {}))
-
-
-def _packed_flops(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
-    """Of a product by a packed matrix, by the shapes of its first argument and of its result."""
-    return 2 * math.prod(x) * out_shape[-1]
-
-
-def flops_of(work: Callable[[], object]) -> int:
-    """Multiplications and additions in it."""
-    formulas = {torch.ops.mkldnn._linear_pointwise: _packed_flops} if PACKS else {}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
-        work()
-    return flops.get_total_flops()
-
-
-def counted(model: Wallaroo, requests: Sequence[Request], options: EngineOptions) -> dict[str, float]:
-    """What serving `requests` took in work, whatever the clock says."""
-    engine = Engine(model, "generate", options)
-    flops = flops_of(lambda: list(engine.run(requests)))
-    counts = engine.counts
-    needed = sum(row_length(request) for request in requests) / len(requests)
-    capacity = engine.groups[0].cache.capacity
-
-    engine = Engine(model, "generate", options)
-    for request in requests:
-        engine.submit(request)
-    engine.step()
-    with Operators() as operators:
-        for _ in range(8):
-            engine.step()
-    return {
-        "flops_ratio": flops / sum(minimal_flops(model.config, requests).values()),
-        "forwards_per_image": counts["forwards"] * engine.groups[0].rows / len(requests),
-        "prefill_forwards": counts["prefill_forwards"],
-        "slot_occupancy_full_batch": counts["row_steps"] / counts["slot_steps"],
-        "padded_row_share": 1 - counts["row_steps"] / counts["slot_steps"],
-        "operators_per_step": operators.counts["operators"] / 8,
-        "synchronisations_per_step": operators.counts["synchronisations"] / 8,
-        "allocations_per_step": operators.counts["buffers"] / 8,
-        "kv_bytes_over_needed": capacity / needed,
-    }
-
-
-def row_length(request: Request) -> float:
-    """Keys a sequence of this row ends with, the mean of its branches."""
-    assert request.size is not None and request.null is not None
-    rows, columns = request.size.grid
-    return (len(request.prompt.ids) + len(request.null.ids)) / 2 + rows * columns + rows - 1
-
-
 def occupancy(model: Wallaroo, sizes: Sequence[Size], rows: int = 200, slots: int = 16) -> float:
     """Mean share of slots in use from the first step to the last refill, rows of mixed sizes."""
     engine = Engine(model, "generate", EngineOptions(slots=slots, group_rows=slots, decode_vq=False))
@@ -328,20 +126,6 @@ def occupancy(model: Wallaroo, sizes: Sequence[Size], rows: int = 200, slots: in
         engine.step()
         used, total = engine.counts["row_steps"], engine.counts["slot_steps"]
     return used / total
-
-
-def step_bytes(model: Wallaroo, requests: Sequence[Request]) -> float:
-    """Bytes that a decode step of guided rows has to read: weights once, and half-way through the pictures
-    the keys and values of both branches."""
-    decoder, item = model.config.decoder, model.dtype.itemsize
-    _, head = model.image_parts("generate")
-    weights = [*model.language_model.layers.parameters(), *head.parameters()]
-    keys = 0.0
-    for request in requests:
-        assert request.null is not None
-        keys += row_length(request) + (len(request.prompt.ids) + len(request.null.ids)) / 2
-    cached = keys * 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
-    return item * (sum(one.numel() for one in weights) + cached)
 
 
 def vq_decode(model: Wallaroo, size: Size) -> Callable[[], None]:
@@ -504,7 +288,7 @@ def decode_steps(
     config, size = MODELS[name], Size(side, side)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = random_model(config, ("generate",), device, dtype)
-    options = EngineOptions(slots=slots, group_rows=slots, decode_vq=False, capture=graphs)
+    options = EngineOptions(slots=slots, group_rows=slots, decode_vq=False, graphs=graphs)
     drawn = size.grid[0] * (size.grid[1] + 1) - 1
     products = interleaved(device, 5, products=decode_products(model, "generate", slots))["products"].median
     rng = np.random.default_rng(0)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from wallaroo.model.roofline import Cost
 
 from wallaroo.model.attention import KEY_BLOCK
 from wallaroo.model.cuda.attention import SPLIT
+from wallaroo.model.roofline import Cost
 
 Arguments = dict[str, Any]
 

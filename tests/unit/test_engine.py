@@ -10,12 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.numerics import logit_length, rounding, sums
-from wallaroo.model.bench import MODELS, Operators, counted, text_requests
-from wallaroo.model.bench import random_model as bench_model
 from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from wallaroo.model.counts import Operators, counted
 from wallaroo.model.decoder import MLP, PACKS, PackedLinear, PackedMLP, packed
 from wallaroo.model.engine import Engine, EngineOptions, Request, Result, even_threads, gpu_options
 from wallaroo.model.prompts import Prompt
+from wallaroo.model.random_inputs import MODELS, text_requests
+from wallaroo.model.random_inputs import random_model as bench_model
 from wallaroo.model.sampling import Sampling
 from wallaroo.model.wallaroo import Wallaroo
 
@@ -440,11 +441,22 @@ def test_a_gpu_gets_as_many_slots_as_fit_in_groups_whose_shape_slots_do_not_chan
         (16, 16),
         (16, 16),
         (64, 64),
-        (64, 128),
+        (128, 128),
     ]
-    assert gpu_options(large, 120 << 30, 2, slots=16).group_rows == 64
+    assert [options.smaller for options in chosen] == [(), (), (16,), (64, 16)]
+    assert gpu_options(large, 120 << 30, 2, slots=16).group_rows == 128
     assert gpu_options(large, 120 << 30, 2, slots=16).slots == 16
-    assert gpu_options(large, 120 << 30, 2, group_rows=32) == EngineOptions(group_rows=32, slots=128)
+    given = gpu_options(large, 120 << 30, 2, group_rows=32, vq_slice=8)
+    assert (given.group_rows, given.slots, given.smaller, given.vq_slice) == (32, 128, (16,), 8)
+
+
+def test_edit_prompts_count_when_a_group_is_chosen_for_a_gpu() -> None:
+    """They hold a picture too: 64 of them do not fit where 64 of text alone do."""
+    large = ModelConfig(name="7b")
+    assert gpu_options(large, 30 << 30, 2, task="generate").group_rows == 64
+    assert gpu_options(large, 30 << 30, 2, task="edit").group_rows == 16
+    longer = gpu_options(large, 30 << 30, 2, task="generate", prompt_tokens=4096)
+    assert longer.group_rows == 16
 
 
 HALF = (0.0, 0.5)
@@ -546,7 +558,7 @@ def test_a_full_batch_takes_little_more_than_the_least_arithmetic() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_replayed_steps_draw_the_same_tokens_as_steps_that_run() -> None:
     random = random_model(CONFIG, "generate").to("cuda")
-    replayed, run = (serve(random, REQUESTS, capture=capture) for capture in (True, False))
+    replayed, run = (serve(random, REQUESTS, graphs=graphs) for graphs in (True, False))
     assert_same(replayed, run)
 
 

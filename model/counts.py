@@ -1,0 +1,139 @@
+"""Work of the engine in numbers that no clock is needed for, beside the least that its rows need."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from wallaroo.model.config import ModelConfig
+from wallaroo.model.decoder import PACKS
+from wallaroo.model.engine import Engine, EngineOptions, Request
+from wallaroo.model.wallaroo import Wallaroo
+
+SYNCHRONISING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique")
+"""Operators that make the host wait for the device; indexing by a mask is one too."""
+FACTORIES = (
+    "aten.empty",
+    "aten.zeros",
+    "aten.ones",
+    "aten.full",
+    "aten.new_",
+    "aten.arange",
+    "aten.scalar_tensor",
+)
+"""Operators that make a tensor from none."""
+
+
+def minimal_flops(config: ModelConfig, requests: Iterable[Request]) -> dict[str, float]:
+    """Multiplications and additions that guided rows cannot do without, by phase: in prefill every prompt
+    once, in decode every fed token once a branch, attention over the keys that are there, and the head once
+    a drawn token."""
+    decoder = config.decoder
+    width = decoder.num_attention_heads * decoder.head_dim
+    linear = decoder.hidden_size * (width + 2 * decoder.num_key_value_heads * decoder.head_dim)
+    linear += width * decoder.hidden_size + 3 * decoder.hidden_size * decoder.intermediate_size
+    layers = decoder.num_hidden_layers
+
+    def through(first: int, last: int) -> float:
+        """Tokens at positions first to last - 1 through all layers."""
+        keys = (first + 1 + last) * (last - first) / 2
+        return layers * (2.0 * linear * (last - first) + 4.0 * width * keys)
+
+    flops, prompts = {"prefill": 0.0, "decode": 0.0}, set()
+    for request in requests:
+        assert request.size is not None and request.null is not None
+        rows, columns = request.size.grid
+        fed = rows * columns - 1 + (rows - 1 if config.line_break else 0)
+        for prompt in (request.prompt, request.null):
+            length = len(prompt.ids)
+            if prompt.ids.tobytes() not in prompts:
+                prompts.add(prompt.ids.tobytes())
+                flops["prefill"] += through(0, length)
+            flops["decode"] += through(length, length + fed)
+        head = 2 * decoder.hidden_size**2 + decoder.hidden_size * config.vq.codebook_size
+        flops["decode"] += 2.0 * rows * columns * head
+    return flops
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run, those of them that wait for the device, and those that make buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts["views" if func.is_view else "operators"] += 1
+        name = str(func)
+        masked = name.startswith("aten.index.") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        self.counts["synchronisations"] += masked or name.startswith(SYNCHRONISING)
+        self.counts["buffers"] += name.startswith(FACTORIES)
+        return func(*args, **(kwargs or {}))
+
+
+def _packed_flops(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    """Of a product by a packed matrix, by the shapes of its first argument and of its result."""
+    return 2 * math.prod(x) * out_shape[-1]
+
+
+def flops_of(work: Callable[[], object]) -> int:
+    """Multiplications and additions in it."""
+    formulas = {torch.ops.mkldnn._linear_pointwise: _packed_flops} if PACKS else {}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
+        work()
+    return flops.get_total_flops()
+
+
+def counted(model: Wallaroo, requests: Sequence[Request], options: EngineOptions) -> dict[str, float]:
+    """What serving `requests` took in work, whatever the clock says."""
+    engine = Engine(model, "generate", options)
+    flops = flops_of(lambda: list(engine.run(requests)))
+    counts = engine.counts
+    needed = sum(row_length(request) for request in requests) / len(requests)
+    capacity = engine.groups[0].cache.capacity
+
+    engine = Engine(model, "generate", options)
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    with Operators() as operators:
+        for _ in range(8):
+            engine.step()
+    return {
+        "flops_ratio": flops / sum(minimal_flops(model.config, requests).values()),
+        "forwards_per_image": counts["forwards"] * engine.groups[0].rows / len(requests),
+        "prefill_forwards": counts["prefill_forwards"],
+        "slot_occupancy_full_batch": counts["row_steps"] / counts["slot_steps"],
+        "padded_row_share": 1 - counts["row_steps"] / counts["slot_steps"],
+        "operators_per_step": operators.counts["operators"] / 8,
+        "synchronisations_per_step": operators.counts["synchronisations"] / 8,
+        "allocations_per_step": operators.counts["buffers"] / 8,
+        "kv_bytes_over_needed": capacity / needed,
+    }
+
+
+def row_length(request: Request) -> float:
+    """Keys a sequence of this row ends with, the mean of its branches."""
+    assert request.size is not None and request.null is not None
+    rows, columns = request.size.grid
+    return (len(request.prompt.ids) + len(request.null.ids)) / 2 + rows * columns + rows - 1
+
+
+def step_bytes(model: Wallaroo, requests: Sequence[Request]) -> float:
+    """Bytes that a decode step of guided rows has to read: weights once, and half-way through the pictures
+    the keys and values of both branches."""
+    decoder, item = model.config.decoder, model.dtype.itemsize
+    _, head = model.image_parts("generate")
+    weights = [*model.language_model.layers.parameters(), *head.parameters()]
+    keys = 0.0
+    for request in requests:
+        assert request.null is not None
+        keys += row_length(request) + (len(request.prompt.ids) + len(request.null.ids)) / 2
+    cached = keys * 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
+    return item * (sum(one.numel() for one in weights) + cached)

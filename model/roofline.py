@@ -1,0 +1,124 @@
+"""What a GPU needs at least for counted work: bytes at its memory's rate, arithmetic at that of its units.
+
+Numbers from here are computed, not measured. Knows nothing of what the work is for; needs no torch.
+"""
+
+from dataclasses import dataclass
+
+from wallaroo.model.errors import InputError, did_you_mean
+
+LAUNCH_SECONDS = 1.2e-6
+"""From the end of a kernel to the begin of the next inside a recorded CUDA graph."""
+OPERATOR_SECONDS = 14e-6
+"""Host time of an operator of torch outside a graph."""
+REPLAY_SECONDS = 30e-6
+"""Host time of the replay of a graph."""
+PRECISIONS = {"half": 1.0, "tf32": 1 / 2, "float32": 1 / 15}
+"""Rate of arithmetic in a type over that in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """bandwidth: bytes/s that a copy reaches; flops: 16-bit multiplications and additions a second that
+    large matrix products reach; memory: bytes."""
+
+    name: str
+    bandwidth: float
+    flops: float
+    memory: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("H200", 4.3e12, 600e12, 141e9),
+        Gpu("H100", 3.0e12, 600e12, 80e9),
+        Gpu("A100", 1.8e12, 220e12, 80e9),
+        Gpu("L40S", 0.77e12, 220e12, 48e9),
+    )
+}
+"""Reached rates that are assumed: nine tenths of a memory's, 0.6 to 0.7 of data sheets' arithmetic."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one operator.
+
+    launches: kernels it starts; read, written: bytes; keys, weights: of `read`, those of the cache and of the
+    model; flops: multiplications and additions; precision: of these, a key of PRECISIONS.
+    """
+
+    launches: int = 1
+    read: float = 0
+    written: float = 0
+    flops: float = 0
+    keys: float = 0
+    weights: float = 0
+    precision: str = "half"
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Least time on the GPU, from the begin of its first kernel to that of the next operator's."""
+        memory = (self.read + self.written) / gpu.bandwidth
+        arithmetic = self.flops / (gpu.flops * PRECISIONS[self.precision])
+        return max(memory, arithmetic) + self.launches * LAUNCH_SECONDS
+
+
+@dataclass
+class Work:
+    """Work of a part of a program: what its operators cost in sum, and the host's part.
+
+    seconds: least time on the GPU; operators, replays: what the host started, operators of replayed
+    recordings left out.
+    """
+
+    launches: int = 0
+    read: float = 0
+    written: float = 0
+    flops: float = 0
+    keys: float = 0
+    weights: float = 0
+    seconds: float = 0
+    operators: int = 0
+    replays: int = 0
+
+    def add(self, cost: Cost, gpu: Gpu) -> None:
+        """Counts an operator."""
+        for name in ("launches", "read", "written", "flops", "keys", "weights"):
+            setattr(self, name, getattr(self, name) + getattr(cost, name))
+        self.seconds += cost.seconds(gpu)
+
+    def include(self, other: "Work") -> None:
+        """Adds other work."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def least_seconds(self) -> float:
+        """Least time of GPU and host, which work at the same time."""
+        return max(self.seconds, self.operators * OPERATOR_SECONDS + self.replays * REPLAY_SECONDS)
+
+
+def find_gpu(name: str, bandwidth: float | None = None, flops: float | None = None) -> Gpu:
+    """A known GPU, with other rates where they are given: bytes/s and operations/s that it reaches.
+
+    Raises InputError if the name is unknown or a rate is not positive.
+    """
+    known = {each.lower(): gpu for each, gpu in GPUS.items()}
+    gpu = known.get(name.lower())
+    if gpu is None:
+        raise InputError(
+            f"the GPU is '{name}', but must be one of {', '.join(GPUS)}{did_you_mean(name, GPUS)}."
+        )
+    for what, rate in (("bandwidth", bandwidth), ("flops", flops)):
+        if rate is not None and not 0 < rate < float("inf"):
+            raise InputError(f"{what} is {rate}, but must be more than 0 a second.")
+    return Gpu(gpu.name, bandwidth or gpu.bandwidth, flops or gpu.flops, gpu.memory)
+
+
+def assumptions(gpu: Gpu) -> str:
+    """One line on what the computed times take for granted."""
+    return (
+        f"{gpu.name}: {gpu.bandwidth / 1e12:.3g} TB/s and {gpu.flops / 1e12:.3g} TFLOP/s reached "
+        f"(half of it in TF32), {LAUNCH_SECONDS * 1e6:.2g} us a launch in a graph, "
+        f"{OPERATOR_SECONDS * 1e6:.2g} us an operator outside"
+    )
