@@ -33,7 +33,8 @@ from wallaroo.model.errors import InputError
 
 # A driver names this class without using it, so torch waits until there is an engine to run.
 if TYPE_CHECKING:
-    from wallaroo.model.engine import Engine, Request
+    from wallaroo.model.engine.engine import Engine
+    from wallaroo.model.engine.requests import Request
 
 GAUGE_SECONDS = 1.0
 """How often a replica says how full it is; metrics are read every few seconds at most."""
@@ -269,7 +270,8 @@ class Replica:
         import torch
 
         from wallaroo.model.checkpoint import load
-        from wallaroo.model.engine import Engine, EngineOptions, even_threads, gpu_options
+        from wallaroo.model.engine.engine import Engine
+        from wallaroo.model.engine.options import EngineOptions, even_threads, gpu_options
         from wallaroo.model.quantise import quantise
 
         torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from wallaroo.model.prompts import Prompt
 
 # Who only makes requests or reads outcomes has no use for torch, which the engine brings.
 if TYPE_CHECKING:
-    from wallaroo.model.engine import Request, Result
+    from wallaroo.model.engine.requests import Request, Result
 
 _PROMPT = pa.struct(
     [
@@ -152,7 +152,7 @@ def requests_table(values: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 def requests(table: pa.Table, keys: Sequence[Hashable]) -> list["Request"]:
     """The requests of a table under REQUESTS, named by `keys`, one for each row."""
-    from wallaroo.model.engine import Request
+    from wallaroo.model.engine.requests import Request
     from wallaroo.model.sampling import Sampling
 
     made = []

@@ -6,6 +6,7 @@ Knows nothing of slots, prompts or layers.
 import functools
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -117,30 +118,33 @@ class BlockAttention:
 
 
 class SdpaAttention:
-    """torch's scaled_dot_product_attention over the whole capacity."""
+    """torch's scaled_dot_product_attention over the whole capacity.
+
+    The queries of a key head stand together as one sequence. So keys are not repeated, no key head idles, and
+    with its mask torch never falls to the kernel that keeps all scores in memory.
+    """
 
     def __init__(self, visible: Visible, kv_heads: int, dtype: torch.dtype):
         self.rows, self.limits = visible.rows, visible.limits
+        self.seen: Tensor | None = None
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         keys, values = keys.flatten(2, 3), values.flatten(2, 3)
         if self.rows is not None:
             keys, values = keys[self.rows], values[self.rows]
-        index = _index(keys.shape[2], q.device)
         runs, tokens, heads, dim = q.shape
-        if tokens == 1:
-            # The queries of a key head as one sequence: keys are not repeated, and no key head idles.
-            kv_heads = keys.shape[1]
-            grouped = q.view(runs, kv_heads, heads // kv_heads, dim)
-            seen = index < self.limits.view(runs, 1, 1, 1)
-            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen).reshape(
-                runs, 1, heads * dim
-            )
-        seen = (index < self.limits.unsqueeze(-1)).unsqueeze(1)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=seen, enable_gqa=heads != keys.shape[1]
-        )
-        return out.transpose(1, 2).flatten(2)
+        kv_heads = keys.shape[1]
+        per_key = heads // kv_heads
+        if self.seen is None:
+            # One mask serves all layers: (runs, 1, 1 or queries a key head * tokens, keys).
+            seen = (_index(keys.shape[2], q.device) < self.limits.unsqueeze(-1)).unsqueeze(1)
+            if tokens > 1:
+                seen = seen.expand(-1, per_key, -1, -1).flatten(1, 2).unsqueeze(1)
+            self.seen = seen
+        grouped = q.view(runs, tokens, kv_heads, per_key, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.seen)
+        out = out.view(runs, kv_heads, per_key, tokens, dim).permute(0, 3, 1, 2, 4)
+        return out.reshape(runs, tokens, heads * dim)
 
 
 class FlashAttention:
@@ -150,14 +154,20 @@ class FlashAttention:
         from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
         self._varlen, self._with_kvcache = flash_attn_varlen_func, flash_attn_with_kvcache
-        self.rows, self.stops = visible.rows, visible.stops
+        self.stops = visible.stops
         device, (runs, tokens) = visible.limits.device, visible.limits.shape
         if self.stops is None:
             self.lengths = visible.limits[:, 0].to(torch.int32)
-        else:
-            ends = torch.tensor([0, *self.stops], dtype=torch.int32, device=device)
-            self.key_ends = ends.cumsum(0, dtype=torch.int32)
-            self.query_ends = torch.arange(0, runs * tokens + 1, tokens, dtype=torch.int32, device=device)
+            return
+        assert visible.rows is not None
+        # Made on the device, with sizes that the host knows: nothing is read back.
+        lengths = visible.limits[:, -1]
+        ends = F.pad(lengths.cumsum(0), (1, 0))
+        total = sum(self.stops)
+        run = _index(runs, device).repeat_interleave(lengths, output_size=total)
+        self.key_rows, self.key_places = visible.rows[run], _index(total, device) - ends[run]
+        self.key_ends = ends.to(torch.int32)
+        self.query_ends = torch.arange(0, runs * tokens + 1, tokens, dtype=torch.int32, device=device)
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         runs, tokens = q.shape[:2]
@@ -173,20 +183,10 @@ class FlashAttention:
                 num_splits=1,
             )
             return out.flatten(2)
-        assert self.rows is not None
-        packed = [
-            torch.cat(
-                [
-                    cached[row, :, :stop].transpose(0, 1)
-                    for row, stop in zip(self.rows, self.stops, strict=True)
-                ]
-            )
-            for cached in (keys, values)
-        ]
         # Causal masks there are aligned to the last key, which is what a piece of a prompt needs.
         out = self._varlen(
             q.flatten(0, 1),
-            *packed,
+            *(cached[self.key_rows, :, self.key_places] for cached in (keys, values)),
             self.query_ends,
             self.key_ends,
             tokens,
@@ -201,14 +201,48 @@ BACKENDS: dict[str, Callable[[Visible, int, torch.dtype], Attention]] = {
     "sdpa": SdpaAttention,
     "flash": FlashAttention,
 }
+"""By the name of the option `attention`; `triton` is more than attention (model/cuda/ops.py)."""
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """`block` on a CPU; elsewhere `flash` where the library is installed and takes the type, or `sdpa`."""
+    """`block` on a CPU. On CUDA the first of `triton` and `flash` that works there in half precision, or
+    `sdpa`."""
     if device.type == "cpu":
         return "block"
-    half = dtype in (torch.bfloat16, torch.float16)
-    return "flash" if half and importlib.util.find_spec("flash_attn") else "sdpa"
+    return _fastest(device) if dtype in (torch.bfloat16, torch.float16) else "sdpa"
+
+
+@functools.cache
+def _fastest(device: torch.device) -> str:
+    """Each library is tried by a call, since an installed one may not fit the driver or this torch."""
+    from wallaroo.model.cuda import ops
+
+    if torch.cuda.is_available():
+        refusal = ops.refusal(device)
+        if not refusal:
+            return "triton"
+        warnings.warn(f"the engine's own kernels do not run: {refusal}", RuntimeWarning, stacklevel=3)
+    if importlib.util.find_spec("flash_attn") is None:
+        return "sdpa"
+    try:
+        q, cached = (torch.zeros(shape, device=device, dtype=torch.bfloat16) for shape in _FLASH_SHAPES)
+        for visible in (
+            Visible.decode(torch.ones(1, dtype=torch.int64, device=device), 1),
+            Visible.prefill([0], [0], 1, device),
+        ):
+            FlashAttention(visible, 1, q.dtype)(q, cached, cached)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        warnings.warn(f"flash-attn is installed but does not run: {reason}", RuntimeWarning, stacklevel=3)
+        return "sdpa"
+    return "flash"
+
+
+_FLASH_SHAPES = (1, 1, 1, 64), (1, 1, 1, KEY_BLOCK, 64)
+"""Of queries and of a cache for a first call."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

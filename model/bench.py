@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from wallaroo.model.config import ModelConfig, Size
 from wallaroo.model.counts import counted, flops_of, minimal_flops, step_bytes
 from wallaroo.model.decoder import Layer, packed
-from wallaroo.model.engine import Engine, EngineOptions, Request
+from wallaroo.model.engine.engine import Engine
+from wallaroo.model.engine.options import EngineOptions
+from wallaroo.model.engine.requests import Request
 from wallaroo.model.random_inputs import (
     MODELS,
     PROMPT_TOKENS,

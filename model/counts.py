@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.decoder import PACKS
-from wallaroo.model.engine import Engine, EngineOptions, Request
+from wallaroo.model.engine.engine import Engine
+from wallaroo.model.engine.options import EngineOptions
+from wallaroo.model.engine.requests import Request
 from wallaroo.model.wallaroo import Wallaroo
 
 SYNCHRONISING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique")

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import flop_registry
 
 from wallaroo.model.config import Size
 from wallaroo.model.cuda.fake import FakeCuda, Operator, Seen
-from wallaroo.model.engine import Engine, EngineOptions, gpu_options
+from wallaroo.model.engine.engine import Engine
+from wallaroo.model.engine.options import EngineOptions, gpu_options
 from wallaroo.model.random_inputs import text_requests
 from wallaroo.model.roofline import Cost, Gpu, Work
 from wallaroo.model.wallaroo import Wallaroo

@@ -29,6 +29,10 @@ class Prefix:
     def copy_to(self, cache: "KVCache", row: int) -> None:
         """Writes keys and values to the start of a row, which must have room for them."""
         blocks = self.keys.shape[2]
+        if cache.whole is not None:
+            cache.whole[0, :, row, :, :blocks] = self.keys
+            cache.whole[1, :, row, :, :blocks] = self.values
+            return
         for layer in range(self.keys.shape[0]):
             cache.keys[layer][row, :, :blocks] = self.keys[layer]
             cache.values[layer][row, :, :blocks] = self.values[layer]
@@ -39,8 +43,9 @@ class KVCache:
     KEY_BLOCK, head_dim)` a layer.
 
     On CPUs, where attention takes a block of all rows at a time, such a block is one piece of memory, and in
-    it the numbers of one place of all keys of a head lie together; elsewhere all of a row lies together. The
-    capacity is counted in tokens and grows in whole blocks; growing keeps what is there.
+    it the numbers of one place of all keys of a head lie together. Elsewhere all layers are views of `whole`,
+    `(2, layers, rows, kv_heads, blocks, KEY_BLOCK, head_dim)`, so that a prompt is copied by two operators.
+    The capacity is counted in tokens and grows in whole blocks; growing keeps what is there.
     """
 
     def __init__(
@@ -50,36 +55,50 @@ class KVCache:
         self.capacity = 0
         self._heads, self._dim = config.num_key_value_heads, config.head_dim
         self._device, self._dtype = device, dtype
-        layers = range(config.num_hidden_layers)
-        self.keys = [self._zeros(0, True) for _ in layers]
-        self.values = [self._zeros(0, False) for _ in layers]
+        self._layers = config.num_hidden_layers
+        self.whole: Tensor | None = None
+        if device.type == "cpu":
+            layers = range(config.num_hidden_layers)
+            self.keys = [self._zeros(0, True) for _ in layers]
+            self.values = [self._zeros(0, False) for _ in layers]
+        else:
+            self._grow_whole(0)
         self.grow(capacity)
 
     def _zeros(self, blocks: int, keys: bool) -> Tensor:
-        rows, heads, dim = self.rows, self._heads, self._dim
-        on_cpu = self._device.type == "cpu"
-        block = (dim, KEY_BLOCK) if on_cpu and keys else (KEY_BLOCK, dim)
-        shape = (blocks, rows, heads, *block) if on_cpu else (rows, heads, blocks, *block)
-        made = torch.zeros(shape, device=self._device, dtype=self._dtype)
-        if not on_cpu:
-            return made
+        block = (self._dim, KEY_BLOCK) if keys else (KEY_BLOCK, self._dim)
+        made = torch.zeros(blocks, self.rows, self._heads, *block, device=self._device, dtype=self._dtype)
         made = made.permute(1, 2, 0, 3, 4)
         return made.mT if keys else made
+
+    def _grow_whole(self, blocks: int) -> None:
+        shape = (2, self._layers, self.rows, self._heads, blocks, KEY_BLOCK, self._dim)
+        grown = torch.zeros(shape, device=self._device, dtype=self._dtype)
+        if self.whole is not None:
+            grown[:, :, :, :, : self.whole.shape[4]] = self.whole
+        self.whole = grown
+        self.keys, self.values = (list(half.unbind()) for half in grown)
 
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` tokens a row; new room is zeros, since what is masked must be finite."""
         blocks, there = -(-capacity // KEY_BLOCK), self.capacity // KEY_BLOCK
         if blocks <= there:
             return
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                new = self._zeros(blocks, tensors is self.keys)
-                new[:, :, :there] = old
-                tensors[layer] = new
+        if self.whole is not None:
+            self._grow_whole(blocks)
+        else:
+            for tensors in (self.keys, self.values):
+                for layer, old in enumerate(tensors):
+                    new = self._zeros(blocks, tensors is self.keys)
+                    new[:, :, :there] = old
+                    tensors[layer] = new
         self.capacity = blocks * KEY_BLOCK
 
     def prefix(self, row: int, length: int, hidden: Tensor, next_position: int) -> Prefix:
         """A copy of the first `length` tokens of a row, with the last one's hidden state `(H,)`."""
         blocks = -(-length // KEY_BLOCK)
+        if self.whole is not None:
+            keys, values = self.whole[:, :, row, :, :blocks].clone()
+            return Prefix(keys, values, hidden, length, next_position)
         keys, values = (torch.stack([x[row, :, :blocks] for x in both]) for both in (self.keys, self.values))
         return Prefix(keys, values, hidden, length, next_position)

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from wallaroo.model.engine import END_OF_LINE, Request
+from wallaroo.model.engine.engine import END_OF_LINE
+from wallaroo.model.engine.requests import Request
 from wallaroo.model.prompts import Prompt
 from wallaroo.model.sampling import Sampling
 from wallaroo.model.wallaroo import Wallaroo

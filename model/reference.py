@@ -13,7 +13,8 @@ from torch import Tensor
 
 from wallaroo.model.checkpoint import disk_tensors
 from wallaroo.model.config import DecoderConfig
-from wallaroo.model.engine import END_OF_LINE, STOP_TOKENS, Request, Result
+from wallaroo.model.engine.engine import END_OF_LINE, STOP_TOKENS
+from wallaroo.model.engine.requests import Request, Result
 from wallaroo.model.images import patchify
 from wallaroo.model.prompts import Prompt
 from wallaroo.model.sampling import MIN_TEMPERATURE, Sampling

@@ -13,7 +13,9 @@ from PIL import Image
 from tests.conformance.published import Family, metadata
 from tests.numerics import logit_length, rounding
 from wallaroo.model.config import Size
-from wallaroo.model.engine import Engine, EngineOptions, Request, Result
+from wallaroo.model.engine.engine import Engine
+from wallaroo.model.engine.options import EngineOptions
+from wallaroo.model.engine.requests import Request, Result
 from wallaroo.model.images import pixel_image, semantic_image
 from wallaroo.model.prompts import Prompt
 from wallaroo.model.reference import Reference

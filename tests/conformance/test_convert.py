@@ -26,7 +26,9 @@ from tests.conformance.released import (
 from wallaroo.model.checkpoint import check, disk_tensors, load, load_config, load_tokenizer, verify_files
 from wallaroo.model.config import SIZES_512, DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
 from wallaroo.model.convert import convert, rename, rename_vq
-from wallaroo.model.engine import Engine, EngineOptions, Request
+from wallaroo.model.engine.engine import Engine
+from wallaroo.model.engine.options import EngineOptions
+from wallaroo.model.engine.requests import Request
 from wallaroo.model.errors import InputError
 from wallaroo.model.prompts import Prompt
 from wallaroo.model.sampling import Sampling

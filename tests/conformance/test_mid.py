@@ -7,7 +7,7 @@ from tests.conformance.cases import GUIDED, PLAIN, SERVERS, serve, tolerances
 from tests.conformance.models import mid
 from tests.conformance.published import Family, assert_close, assert_greedy
 from wallaroo.model.config import Size
-from wallaroo.model.engine import Request
+from wallaroo.model.engine.requests import Request
 from wallaroo.model.prompts import Prompt
 
 pytestmark = pytest.mark.numerics

@@ -18,7 +18,9 @@ from tests.conformance import weights
 from tests.numerics import logit_length, rounding
 from wallaroo.model.checkpoint import TINY, disk_tensors, empty_model, load_config, load_tokenizer
 from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
-from wallaroo.model.engine import STOP_TOKENS, Engine, EngineOptions, Request, Result
+from wallaroo.model.engine.engine import STOP_TOKENS, Engine
+from wallaroo.model.engine.options import EngineOptions
+from wallaroo.model.engine.requests import Request, Result
 from wallaroo.model.prompts import edit_prompt, generate_prompt, understand_prompt
 from wallaroo.model.reference import Reference, probabilities
 from wallaroo.model.sampling import Sampling, draws

@@ -26,7 +26,8 @@ from tests.conformance.published import (
     name_of,
 )
 from tests.conformance.test_mid import METHODS, SIZE, text_prompt
-from wallaroo.model.engine import END_OF_LINE, Request
+from wallaroo.model.engine.engine import END_OF_LINE
+from wallaroo.model.engine.requests import Request
 from wallaroo.model.prompts import Prompt
 from wallaroo.model.reference import Reference
 from wallaroo.model.wallaroo import Wallaroo

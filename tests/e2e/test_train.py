@@ -16,7 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wallaroo.jobs import cli
 from wallaroo.model.checkpoint import TINY, load, load_config, load_tokenizer
 from wallaroo.model.config import Size
-from wallaroo.model.engine import Engine, EngineOptions, Request
+from wallaroo.model.engine.engine import Engine
+from wallaroo.model.engine.options import EngineOptions
+from wallaroo.model.engine.requests import Request
 from wallaroo.model.prompts import generate_prompt
 from wallaroo.model.sampling import Sampling
 from wallaroo.model.training.meter import MEASURED

@@ -13,7 +13,9 @@ from tests.numerics import logit_length, rounding, sums
 from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
 from wallaroo.model.counts import Operators, counted
 from wallaroo.model.decoder import MLP, PACKS, PackedLinear, PackedMLP, packed
-from wallaroo.model.engine import Engine, EngineOptions, Request, Result, even_threads, gpu_options
+from wallaroo.model.engine.engine import Engine
+from wallaroo.model.engine.options import EngineOptions, even_threads, gpu_options
+from wallaroo.model.engine.requests import Request, Result
 from wallaroo.model.prompts import Prompt
 from wallaroo.model.random_inputs import MODELS, text_requests
 from wallaroo.model.random_inputs import random_model as bench_model

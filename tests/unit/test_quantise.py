@@ -8,7 +8,9 @@ import torch
 
 from tests.unit.test_engine import text_prompt
 from wallaroo.model.checkpoint import TINY, load
-from wallaroo.model.engine import Engine, EngineOptions, Request, Result
+from wallaroo.model.engine.engine import Engine
+from wallaroo.model.engine.options import EngineOptions
+from wallaroo.model.engine.requests import Request, Result
 from wallaroo.model.errors import InputError
 from wallaroo.model.quantise import quantise
 from wallaroo.model.sampling import Sampling

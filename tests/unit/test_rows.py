@@ -26,7 +26,8 @@ from wallaroo.actors.rows import (
 from wallaroo.actors.watch import Limits, Watch
 from wallaroo.model.checkpoint import TINY, load, load_config, load_tokenizer
 from wallaroo.model.config import Size
-from wallaroo.model.engine import Engine, Request
+from wallaroo.model.engine.engine import Engine
+from wallaroo.model.engine.requests import Request
 from wallaroo.model.errors import InputError
 from wallaroo.model.prompts import Prompt, generate_prompt
 from wallaroo.model.sampling import Sampling

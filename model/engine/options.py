@@ -1,0 +1,160 @@
+"""What shapes an engine's work, and the choice of it for a device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wallaroo.model.attention import KEY_BLOCK, default_backend
+from wallaroo.model.config import SLOTS, DecoderConfig, ModelConfig, Size
+from wallaroo.model.engine.requests import steps_of
+from wallaroo.model.sampling import ALWAYS
+
+GPU_GROUP_ROWS = (128, 64, 16)
+"""Rows of a group on a GPU: the first that fits. Each group reads all weights, so large ones cost less."""
+GPU_PREFILL = {"prefill_piece": 16, "prefill_pieces": 32}
+"""512 tokens a forward on a GPU: fewer leave its arithmetic unused while it reads the weights."""
+GPU_VQ_SLICE = 4
+"""Pictures that go through the image tokenizer at once on a GPU."""
+MIN_SHARED = 1 << 15
+"""Elements that torch gives a CPU thread at least."""
+VECTOR = 32
+"""Elements that torch's float32 operators take at once where vectors are widest."""
+TEMPLATE_TOKENS = 128
+"""Tokens that a template and control tokens add to a prompt, at most for the built-in ones."""
+VQ_BYTES = 3500
+"""Activations of a VQ decode in float32, bytes a pixel."""
+WAITING_ROWS = 32
+"""Rows whose prompts are taken to wait, decoded and without a slot, when memory is counted."""
+WORKING_SHARE = 0.1
+"""Of the free memory: what the steps compute on, recordings included."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What shapes an engine's work.
+
+    slots: rows that decode at once (rounded up to whole groups).
+    group_rows: guided rows a group, which is twice as many sequences.
+    smaller: values that `group_rows` falls back to, in turn, where memory runs out with one group.
+    prefill_piece: tokens of one prompt that stay together; prefill_pieces: pieces, of one or several
+        prompts, that go through the decoder at once.
+    vq_slice: pictures a VQ decode. vq_precision: `tf32` or `float32`, of its convolutions on CUDA.
+    prefix_sharing: whether rows of one prompt share its prefill; prefix_tokens: prompt tokens kept for
+        sharing when no row waits for them any more.
+    prompt_tokens, max_new_tokens: most tokens of a row's own prompt and of a text. With the largest size they
+        bound the keys of a row. On CUDA memory for these is taken once; a longer row takes more and makes
+        the recordings anew.
+    attention: `block`, `sdpa`, `flash` or `triton`; None for what suits the device. `triton` takes all of
+        the decoder through the kernels of `model.cuda`.
+    graphs: whether decode steps on CUDA are recorded once and replayed (see model/cuda/graphs.py).
+    decode_vq: whether pictures are wanted and not their tokens alone.
+    cfg_interval: first and last share of a picture's steps between which it is guided; lossy unless all are.
+        What follows needs no null branch, so more rows decode at once.
+    trace: keep each row's logits, and take tokens that are forced.
+
+    `shapes` names those that may change a row by rounding.
+    """
+
+    slots: int = SLOTS["cpu"]
+    group_rows: int = 16
+    smaller: tuple[int, ...] = ()
+    prefill_piece: int = 8
+    prefill_pieces: int = 8
+    vq_slice: int = 1
+    vq_precision: str = "tf32"
+    prefix_sharing: bool = True
+    prefix_tokens: int = 16384
+    prompt_tokens: int = 1024
+    max_new_tokens: int = 256
+    attention: str | None = None
+    graphs: bool = True
+    decode_vq: bool = True
+    cfg_interval: tuple[float, float] = ALWAYS
+    trace: bool = False
+
+    def shapes(self, device: torch.device, dtype: torch.dtype) -> dict[str, int | str]:
+        """The options that may change a row by rounding, as they apply on a device."""
+        return {
+            "group_rows": self.group_rows,
+            "prefill_piece": self.prefill_piece,
+            "prefill_pieces": self.prefill_pieces,
+            "vq_slice": self.vq_slice,
+            "vq_precision": "float32" if device.type == "cpu" else self.vq_precision,
+            "attention": self.attention or default_backend(device, dtype),
+        }
+
+
+def longest_prompt(config: ModelConfig, task: str, prompt_tokens: int) -> int:
+    """Tokens of the longest prompt of a task whose rows bring up to `prompt_tokens` of their own."""
+    seen = config.vision.patch_size * config.vision.spatial_merge_size
+    if task == "generate":
+        picture = 0
+    elif task == "edit":
+        picture = config.edit_pixels[1] // seen**2 + steps_of(_largest(config), config.line_break)
+    else:
+        picture = config.understand_pixels[1] // seen**2
+    return prompt_tokens + TEMPLATE_TOKENS + picture
+
+
+def most_steps(config: ModelConfig, task: str, max_new_tokens: int) -> int:
+    """Steps of the longest row of a task."""
+    return max_new_tokens if task == "understand" else steps_of(_largest(config), config.line_break)
+
+
+def _largest(config: ModelConfig) -> Size:
+    return max(config.size_list(), key=lambda size: size.height * size.width)
+
+
+def gpu_options(
+    config: ModelConfig, free: int, element: int, task: str = "generate", **given: Any
+) -> EngineOptions:
+    """Options for a GPU.
+
+    The group is the largest that fits, whatever slots were asked for and however many rows a run has, since
+    its shape may change a row by rounding. Slots are as many whole groups as fit.
+
+    Args:
+        config: Of the model.
+        free: Bytes of memory beside the model.
+        element: Bytes of an element of keys and values.
+        task: What the engine will serve.
+        given: Fields of EngineOptions, which stay.
+    """
+    given = GPU_PREFILL | {"vq_slice": GPU_VQ_SLICE} | given
+    base = EngineOptions(**given)
+    decoder, largest = config.decoder, _largest(config)
+    token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * element
+    prompt = longest_prompt(config, task, base.prompt_tokens)
+    row = 2 * token * (prompt + most_steps(config, task, base.max_new_tokens))
+    # Prompts on their way, those that wait for a slot, and those that are kept for rows to come.
+    prompts = token * (prompt * (base.prefill_pieces + 1 + 2 * WAITING_ROWS) + base.prefix_tokens)
+    pictures = 0 if task == "understand" else base.vq_slice * largest.height * largest.width * VQ_BYTES
+    room = (1 - WORKING_SHARE) * free - pictures - prompts
+    fitting = int(max(0, room) // row)
+    group = next((rows for rows in GPU_GROUP_ROWS if rows <= fitting), GPU_GROUP_ROWS[-1])
+    group = given.get("group_rows", group)
+    slots = max(1, min(fitting, SLOTS["cuda"]) // group) * group
+    smaller = tuple(rows for rows in GPU_GROUP_ROWS if rows < group)
+    return EngineOptions(**({"group_rows": group, "slots": slots, "smaller": smaller} | given))
+
+
+def even_threads(config: DecoderConfig, options: EngineOptions, threads: int) -> int:
+    """The most of so many CPU threads with which a row's bits do not depend on where in its group it stands.
+
+    Threads share an operator's elements evenly. Where a share ends within a vector, its last elements go
+    through other code, which rounds SiLU and powers of two otherwise. Only wide models are shared at all.
+    """
+    forwards = 2 * options.group_rows, options.prefill_piece * options.prefill_pieces
+    widths = config.intermediate_size, config.num_attention_heads * KEY_BLOCK
+
+    def even(count: int, tokens: int, width: int) -> bool:
+        elements = tokens * width
+        share = -(-elements // min(count, -(-elements // MIN_SHARED)))
+        return share % width == 0 or (share % VECTOR == 0 and width % VECTOR == 0)
+
+    return next(
+        count
+        for count in range(threads, 0, -1)
+        if all(even(count, tokens, width) for tokens in forwards for width in widths)
+    )

@@ -1,0 +1,99 @@
+"""What goes into the engine and what comes out of it, and how a row is kept on its way."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wallaroo.model.config import VQ_FACTOR, Size
+from wallaroo.model.prompts import Prompt
+from wallaroo.model.sampling import Sampling
+
+if TYPE_CHECKING:
+    from wallaroo.model.engine.prefill import PendingPrefix
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to serve.
+
+    key: given back with the result; prompt: the conditional branch; null: the null branch, needed if
+    `sampling.guided`; size: of the picture in pixels, None for text; semantic `(h, w, 3)` and pixels
+    `(H, W, 3)`: the uint8 source as the vision tower and the VQ encoder take it (see model/images.py);
+    max_new_tokens: bound on a text's length; forced: tokens to take instead of the drawn ones, int32
+    `(n,)`, -1 where drawn, for scoring a given picture or text.
+    """
+
+    key: Hashable
+    prompt: Prompt
+    null: Prompt | None
+    size: Size | None
+    seed: int
+    sampling: Sampling
+    semantic: np.ndarray | None = None
+    pixels: np.ndarray | None = None
+    max_new_tokens: int = 256
+    forced: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a row.
+
+    tokens: int32 `(n,)`, codebook indices in raster order or text token ids without the stop token;
+    pixels: uint8 `(H, W, 3)`, None for text; finish_reason: `length` or `stop`; prompt_tokens: of the
+    conditional branch; error: empty if all is well, else why the row could not be served; logits:
+    float32 `(n, vocabulary)` before temperature, only from an engine that traces.
+    """
+
+    key: Hashable
+    tokens: np.ndarray
+    pixels: np.ndarray | None = None
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    error: str = ""
+    logits: np.ndarray | None = None
+
+
+@dataclass(eq=False)
+class Row:
+    """A request in the engine.
+
+    prefixes: its prompts, the conditional one first, until it has a slot. steps: all forwards from its first
+    draw to its last token. guided: the steps whose draw is guided, counted from 0. length: the keys that a
+    sequence of it may come to. line: steps that a line of the picture takes, its line end included; more than
+    `steps` if there is none. sequences: the places of its branches in a group, the first is its slot. step:
+    steps done.
+    """
+
+    request: Request
+    prefixes: list["PendingPrefix"]
+    steps: int
+    guided: range
+    length: int
+    line: int
+    sequences: tuple[int, ...] = ()
+    step: int = 0
+
+    @property
+    def slot(self) -> int:
+        return self.sequences[0]
+
+    def token_steps(self) -> np.ndarray:
+        """The steps so far at which a token that counts was drawn: line ends are left out."""
+        steps = np.arange(self.step or self.steps)
+        return steps[steps % self.line != self.line - 1]
+
+
+def steps_of(size: Size, line_break: bool) -> int:
+    """Forwards that a picture takes from its first draw to its last token."""
+    height, width = size.grid
+    return height * width + (height - 1 if line_break else 0)
+
+
+def line_of(request: Request, steps: int, line_break: bool) -> int:
+    """`Row.line` of a request."""
+    if request.size is None or not line_break:
+        return steps + 1
+    return request.size.width // VQ_FACTOR + 1
