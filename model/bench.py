@@ -25,6 +25,7 @@ from wallaroo.model.decoder import Layer, packed
 from wallaroo.model.engine.engine import Engine
 from wallaroo.model.engine.options import EngineOptions
 from wallaroo.model.engine.requests import Request
+from wallaroo.model.errors import InputError
 from wallaroo.model.random_inputs import (
     MODELS,
     PROMPT_TOKENS,
@@ -35,6 +36,7 @@ from wallaroo.model.random_inputs import (
     text_requests,
 )
 from wallaroo.model.reference import Reference
+from wallaroo.model.roofline import GPUS, find_gpu
 from wallaroo.model.wallaroo import Wallaroo
 
 REPEATS = 16
@@ -320,6 +322,26 @@ def decode_steps(
         print(json.dumps(values), flush=True)
 
 
+def print_dry_run(options: argparse.Namespace, sides: Sequence[int]) -> None:
+    """Prints what a GPU would do, a report a size.
+
+    Raises InputError if no device can be made up in this process, or the GPU or its rates are unknown.
+    """
+    # Here, not above: it needs much of torch that nothing else does.
+    from wallaroo.model.cuda.fake import missing
+    from wallaroo.model.dry_run import dry_run, to_text
+
+    if options.device != "cuda":
+        raise InputError(f"the device is {options.device}, but a dry run is of cuda: give --device cuda.")
+    if reason := missing():
+        raise InputError(f"--dry-run cannot make up a CUDA device here: {reason}.")
+    rates = (rate and rate * 1e12 for rate in (options.bandwidth, options.flops))
+    gpu = find_gpu(options.gpu, *rates)
+    for side in sides:
+        report = dry_run(MODELS[options.model], gpu, side)
+        print(json.dumps(report) if options.json else to_text(report))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints a report, or with `--json` one JSON object; with `--steps` a JSON line a cache length."""
     parser = argparse.ArgumentParser(
@@ -336,10 +358,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="time so many decode steps alone, nothing else")
     parser.add_argument("--graphs", action="store_true", help="with --steps, on CUDA: as recorded graphs")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="count without a GPU what --device cuda would do, in its times"
+    )
+    parser.add_argument("--gpu", default="H200", help=f"of --dry-run: {', '.join(GPUS)} (default H200)")
+    parser.add_argument("--bandwidth", type=float, help="of --dry-run: TB/s that the GPU's memory reaches")
+    parser.add_argument("--flops", type=float, help="of --dry-run: 16-bit TFLOP/s that the GPU reaches")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     sides = options.side or {"tiny": [128], "mid": [128, 256], "7b": [512]}[options.model]
+    if options.dry_run:
+        print_dry_run(options, sides)
+        return
     if options.steps:
         for side in sides:
             device = torch.device(options.device)

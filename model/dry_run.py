@@ -4,244 +4,26 @@ The engine itself runs, on a device whose tensors have shapes and no numbers (mo
 those of its operators; times follow from them by model/roofline.py, and are computed, not measured.
 """
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
-from wallaroo.model.config import Size
-from wallaroo.model.cuda.fake import FakeCuda, Operator, Seen
-from wallaroo.model.engine.engine import Engine
-from wallaroo.model.engine.options import EngineOptions, gpu_options
-from wallaroo.model.random_inputs import text_requests
-from wallaroo.model.roofline import Cost, Gpu, Work
+from wallaroo.model.config import ModelConfig, Size
+from wallaroo.model.engine.options import gpu_options
+from wallaroo.model.meter import Counted, Meter, tensor_bytes
+from wallaroo.model.random_inputs import random_model, text_requests
+from wallaroo.model.roofline import Gpu, assumptions
 from wallaroo.model.wallaroo import Wallaroo
-
-LAUNCHES = {
-    "aten::native_group_norm": 3,
-    "aten::sort": 4,
-    "aten::topk": 4,
-    "aten::cumsum": 2,
-    "aten::scaled_dot_product_attention": 2,
-}
-"""Kernels that torch starts for an operator where they are more than one."""
-
-FREE = (
-    "aten::empty",
-    "aten::new_empty",
-    "aten::detach",
-    "aten::_unsafe_view",
-    "aten::lift_fresh",
-    "aten::alias",
-    "aten::resize_",
-    "aten::set_",
-)
-"""Operators that start none, beside views."""
-
-GATHERS = ("aten::index", "aten::index_select", "aten::embedding", "aten::gather")
-"""Operators that read of their first argument what they give back."""
-
-SCATTERS = ("aten::index_put_", "aten::_index_put_impl_", "aten::scatter_", "aten::index_copy_")
-"""Operators that write of their first argument what they are given."""
-
-OVERWRITES = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "aten::uniform_")
-"""Operators that do not read what they write to."""
 
 IMAGES = (1, 16, 64, 128)
 """Pictures that are asked for at once."""
 
+MIN_PREFILLED = 1024
+"""Prompt tokens from which a forward of prefill can be full."""
 
-@dataclass
-class Counted:
-    """What one call of `Engine.step` took.
-
-    work, seen: by phase, the innermost `record_function` of the engine; needed: bytes of keys and values that
-    the sequences in slots have.
-    """
-
-    work: dict[str, Work] = field(default_factory=dict)
-    seen: dict[str, Seen] = field(default_factory=dict)
-    needed: float = 0
-
-    def of(self, *phases: str) -> Work:
-        """The work of some phases together, of all where none is named."""
-        total = Work()
-        for phase, work in self.work.items():
-            if not phases or phase in phases:
-                total.include(work)
-        return total
-
-    def include(self, other: "Counted") -> None:
-        """Adds a round."""
-        for phase, work in other.work.items():
-            self.work.setdefault(phase, Work()).include(work)
-        for phase, seen in other.seen.items():
-            self.seen.setdefault(phase, Seen()).include(seen)
-
-    def waits(self) -> list[str]:
-        """Why the host waited, a reason each time."""
-        return [reason for seen in self.seen.values() for reason in seen.waits.elements()]
-
-    def to_device(self, *phases: str) -> int:
-        """Copies to the device in some phases."""
-        return sum(seen.to_device for phase, seen in self.seen.items() if phase in phases)
-
-
-def tensor_bytes(tensor: Tensor) -> float:
-    """Bytes of a tensor's numbers, each counted once where it is expanded."""
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride or not size else 1
-    return count * tensor.element_size()
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _tensors(*values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def lengths(group: Any) -> list[int]:
-    """Keys of each sequence of a group after its last step; 0 where a slot is empty."""
-    found = [0] * group.cache.rows
-    for row in group.members:
-        if row is not None:
-            prompts = row.request.prompt, row.request.null
-            for sequence, prompt in zip(row.sequences, prompts, strict=False):
-                found[sequence] = len(prompt.ids) + row.step
-    return found
-
-
-def kernel_costs() -> dict[str, Callable[[dict[str, Any], list[int]], Cost]]:
-    """What the kernels say of their own work, by operator; empty where there are none."""
-    if importlib.util.find_spec("model.cuda.costs") is None:
-        return {}
-    costs: dict[str, Callable[[dict[str, Any], list[int]], Cost]]
-    costs = importlib.import_module("model.cuda.costs").COSTS
-    return costs
-
-
-def plain_cost(operator: Operator) -> Cost:
-    """Work of an operator of torch: its arguments read and its results written once, but for operators that
-    read or write parts of a tensor."""
-    name, out = operator.name, operator.out
-    if name.startswith(FREE):
-        return Cost(launches=0)
-    schema = operator.func._schema.arguments
-    given = [
-        operator.args[i] if i < len(operator.args) else operator.kwargs.get(argument.name)
-        for i, argument in enumerate(schema)
-    ]
-    known = {_storage(tensor) for tensor in _tensors(given)}
-    read = written = 0.0
-    for argument, value in zip(schema, given, strict=True):
-        changed = argument.alias_info is not None and argument.alias_info.is_write
-        for tensor in _tensors(value):
-            if argument.name == "self" and name in SCATTERS:
-                continue
-            if argument.name in ("self", "weight") and name in GATHERS:
-                read += sum(tensor_bytes(one) for one in _tensors(out))
-                continue
-            if not (changed and (name in OVERWRITES or argument.kwarg_only)):
-                read += tensor_bytes(tensor)
-            written += tensor_bytes(tensor) if changed else 0
-            if argument.name in ("values", "src", "source") and name in SCATTERS:
-                written += tensor.numel() * tensor.element_size()
-    written += sum(tensor_bytes(one) for one in _tensors(out) if _storage(one) not in known)
-    launches, flops, precision = LAUNCHES.get(name, 1), 0.0, "half"
-    packet = operator.func._overloadpacket
-    if name == "aten::scaled_dot_product_attention":
-        query, key, value = operator.args[:3]
-        flops = (
-            2.0 * query.numel() * key.shape[-2]
-            + 2.0 * query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
-        )
-    elif packet in flop_registry:
-        flops = float(flop_registry[packet](*operator.args, **operator.kwargs, out_val=out))
-    numbers = _tensors(out)
-    if numbers and numbers[0].dtype == torch.float32:
-        convolves = name == "aten::convolution"
-        backend = torch.backends.cudnn if convolves else torch.backends.cuda.matmul
-        precision = "tf32" if backend.allow_tf32 else "float32"
-    if name == "aten::convolution" and given[2] is not None:
-        # cuDNN's result, to which another kernel adds the bias.
-        launches, read, written = launches + 1, read + tensor_bytes(out), written + tensor_bytes(out)
-    return Cost(launches, read, written, flops, precision=precision)
-
-
-class Meter:
-    """Takes an engine through rounds on a fake device and says what each took."""
-
-    def __init__(self, gpu: Gpu):
-        self.gpu = gpu
-        self.device = FakeCuda(self._watch, memory=int(gpu.memory * 0.98))
-        self.round = Counted()
-        self.engine: Engine | None = None
-        self.weights: set[int] = set()
-        self.keys: set[int] = set()
-        self.costs = kernel_costs()
-
-    def start(self, model: Wallaroo, task: str, options: EngineOptions) -> Engine:
-        """An engine whose rounds are counted from now on, in place of the one before."""
-        self.weights = {_storage(one) for one in (*model.parameters(), *model.buffers())}
-        self.engine = Engine(model, task, options)
-        self.weights.add(_storage(self.engine.table))
-        return self.engine
-
-    def step(self) -> Counted:
-        """One round of the engine."""
-        engine = self.engine
-        assert engine is not None
-        self.device.clear()
-        self.round = Counted()
-        self.keys = {_storage(one) for cache in self._caches() for one in _tensors(cache.keys, cache.values)}
-        engine.step()
-        self.round.seen = dict(self.device.seen)
-        for phase, seen in self.round.seen.items():
-            work = self.round.work.setdefault(phase, Work())
-            work.operators, work.replays = seen.operators, seen.replays
-        decoder = engine.model.config.decoder
-        numbers = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
-        keys = sum(length for group in engine.groups for length in lengths(group))
-        self.round.needed = keys * numbers * engine.model.dtype.itemsize
-        return self.round
-
-    def _caches(self) -> list[Any]:
-        assert self.engine is not None
-        return [group.cache for group in self.engine.groups]
-
-    def _lengths(self, tensors: Iterable[Tensor]) -> list[int]:
-        """Keys of the sequences of the group whose cache is among the tensors; none if no group's is."""
-        assert self.engine is not None
-        found = {_storage(tensor) for tensor in tensors}
-        for group in self.engine.groups:
-            if found & {_storage(one) for one in _tensors(group.cache.keys, group.cache.values)}:
-                return lengths(group)
-        return []
-
-    def _watch(self, operator: Operator) -> None:
-        tensors = _tensors(operator.args, operator.kwargs)
-        if operator.name in self.costs:
-            names = [argument.name for argument in operator.func._schema.arguments]
-            given = dict(zip(names, operator.args, strict=False)) | operator.kwargs
-            cost = self.costs[operator.name](given, self._lengths(tensors))
-        else:
-            cost = plain_cost(operator)
-            if operator.name not in (*GATHERS, *SCATTERS, *OVERWRITES) and cost.launches:
-                cost = replace(
-                    cost,
-                    weights=sum(tensor_bytes(one) for one in tensors if _storage(one) in self.weights),
-                    keys=sum(tensor_bytes(one) for one in tensors if _storage(one) in self.keys),
-                )
-        self.round.work.setdefault(operator.phase, Work()).add(cost, self.gpu)
+WARM = 3
+"""Steps until all is recorded that will be replayed."""
 
 
 def needed_weights(model: Wallaroo, task: str) -> float:
@@ -276,7 +58,7 @@ def measure(
     first = meter.step()
     prefill = dict(engine.counts)
     served = sum(group.active for group in engine.groups)
-    for _ in range(3):
+    for _ in range(WARM):
         meter.step()
     rows = [row for group in engine.groups for row in group.members if row is not None]
     steps = rows[0].steps
@@ -320,6 +102,7 @@ def measure(
         "h2d_per_prefill_forward": first.to_device("prefill") / prefill["prefill_forwards"],
         "host_waits_of_admission": len(refill.waits()),
         "host_waits_of_results": len(ended.waits()),
+        "prompt_tokens": prefill["prefill_tokens"],
         "prefill_forwards": prefill["prefill_forwards"],
         "prefill_tokens_per_forward": prefill["prefill_tokens"] / prefill["prefill_forwards"],
         "step_milliseconds": 1e3 * work.least_seconds,
@@ -327,3 +110,80 @@ def measure(
         "seconds": seconds,
         "predicted_images_per_second": served / sum(seconds.values()),
     }
+
+
+def dry_run(
+    config: ModelConfig, gpu: Gpu, side: int, images: Sequence[int] = IMAGES, **given: Any
+) -> dict[str, Any]:
+    """The dry run of `wallaroo bench engine --dry-run`: random weights of a model's shapes, bfloat16, guided
+    square pictures.
+
+    Args:
+        config: the model.
+        gpu: whose rates turn counts into times.
+        side: of the pictures in pixels.
+        images: how many are asked for at once, in turn.
+        given: engine options that replace those chosen for the GPU's memory.
+
+    Returns:
+        `by_images`: see `measure`, by number of pictures; `one_image_alone`: the same for one picture in
+        groups of one row; `predicted_images_per_second` by number; of the other counts the worst.
+    """
+    meter, size = Meter(gpu), Size(side, side)
+    with meter.device:
+        model = random_model(config, ("generate",), torch.device("cuda"), torch.bfloat16)
+        by_images = {count: measure(meter, model, count, size, **given) for count in images}
+        alone = measure(meter, model, 1, size, group_rows=1, **given)
+    found = list(by_images.values())
+    full = [one for one in found if one["prompt_tokens"] >= MIN_PREFILLED] or found
+    return {
+        "model": config.name,
+        "size": f"{side}x{side}",
+        "gpu": gpu.name,
+        "computed": f"computed, not measured; {assumptions(gpu)}",
+        "launches_per_step": max(one["launches_per_step"] for one in [*found, alone]),
+        "kv_bytes_ratio": max(one["kv_bytes_ratio"] for one in [*found, alone]),
+        "weight_bytes_ratio": max(one["weight_bytes_ratio"] for one in [*found, alone]),
+        "host_syncs": max(one["host_syncs"] for one in [*found, alone]),
+        "h2d_per_admission": max(one["h2d_per_admission"] for one in [*found, alone]),
+        "prefill_tokens_per_forward": min(one["prefill_tokens_per_forward"] for one in full),
+        "predicted_images_per_second": {
+            str(count): one["predicted_images_per_second"] for count, one in by_images.items()
+        },
+        "predicted_seconds_of_one_image_alone": 1 / alone["predicted_images_per_second"],
+        "by_images": {str(count): one for count, one in by_images.items()},
+        "one_image_alone": alone,
+    }
+
+
+COLUMNS = {
+    "group_rows": "rows a group",
+    "launches_per_step": "launches a step",
+    "kv_bytes_ratio": "keys read / needed",
+    "weight_bytes_ratio": "weights read / needed",
+    "host_syncs": "host waits a step",
+    "h2d_per_admission": "copies an admission",
+    "launches_per_admission": "launches an admitted row",
+    "prefill_tokens_per_forward": "tokens a prefill forward",
+    "host_waits_of_admission": "host waits an admission",
+    "host_waits_of_results": "host waits a result",
+    "step_milliseconds": "ms a step",
+    "predicted_images_per_second": "images/s",
+}
+
+
+def to_text(report: dict[str, Any]) -> str:
+    """A dry run's report as a Markdown table, a column a number of pictures."""
+    columns = {f"{count}": one for count, one in report["by_images"].items()}
+    columns["1 alone"] = report["one_image_alone"]
+    lines = [
+        f"{report['model']}, {report['size']}, guided, {report['computed']}",
+        "",
+        "| pictures at once | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for key, title in COLUMNS.items():
+        lines.append(f"| {title} | " + " | ".join(f"{one[key]:.4g}" for one in columns.values()) + " |")
+    seconds = report["predicted_seconds_of_one_image_alone"]
+    lines += ["", f"One picture alone, in groups of one row: {seconds:.3g} s, computed, not measured."]
+    return "\n".join(lines)

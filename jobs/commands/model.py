@@ -216,14 +216,39 @@ def bench() -> None:
 )
 @click.option("--slots", type=int, default=32, metavar="N", help="Pictures decoded at once (default 32).")
 @click.option("--rounds", type=int, default=5, metavar="N", help="Rounds to take medians of (default 5).")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default cuda where there is one.")
+@click.option("--dry-run", is_flag=True, help="Count without a GPU what --device cuda would do.")
+@click.option("--gpu", default="H200", metavar="NAME", help="Of --dry-run: H200 (default), H100, A100, L40S.")
+@click.option("--bandwidth", type=float, metavar="TB/S", help="Of --dry-run: what the GPU's memory reaches.")
+@click.option("--flops", type=float, metavar="TFLOP/S", help="Of --dry-run: what it reaches in 16 bits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def bench_engine(model: str, slots: int, rounds: int, as_json: bool) -> int:
+def bench_engine(
+    model: str,
+    slots: int,
+    rounds: int,
+    device: str | None,
+    dry_run: bool,
+    gpu: str,
+    bandwidth: float | None,
+    flops: float | None,
+    as_json: bool,
+) -> int:
     """Time the engine, with random weights, beside the plain loop over Hugging Face's modules, at batch 1
     and at the same batch, and count its work. The same as python -m wallaroo.model.bench, which has more
     options and runs where Ray is absent.
+
+    With --dry-run the engine runs on a made-up CUDA device, which needs a C++ compiler and no GPU. Kernel
+    launches, bytes, copies and waits are counted; times and images/s are computed from them, not measured.
+
+    \b
+      wallaroo bench engine --model 7b --device cuda --dry-run --gpu H100
     """
     from wallaroo.model.bench import main
 
-    given = ["--model", model, "--slots", str(slots), "--rounds", str(rounds)]
-    main([*given, *(["--json"] if as_json else [])])
+    given = ["--model", model, "--slots", str(slots), "--rounds", str(rounds), "--gpu", gpu]
+    values = {"--device": device, "--bandwidth": bandwidth, "--flops": flops}
+    for name, value in values.items():
+        given += [] if value is None else [name, str(value)]
+    flags = {"--json": as_json, "--dry-run": dry_run}
+    main(given + [name for name, on in flags.items() if on])
     return OK

@@ -238,10 +238,10 @@ class FakeCuda(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _on_host(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        pin = name == "aten::_pin_memory" or kwargs.get("pin_memory")
+        pin = name in ("aten::pin_memory", "aten::_pin_memory") or kwargs.get("pin_memory")
         if name == "aten::is_pinned":
             return self.is_pinned(args[0])
-        if name == "aten::_pin_memory":
+        if name in ("aten::pin_memory", "aten::_pin_memory"):
             made = args[0].clone()
         else:
             made = func(*args, **(kwargs | {"pin_memory": False} if pin else kwargs))
@@ -272,6 +272,9 @@ class FakeCuda(TorchDispatchMode):
             self.recording.append(operator)
             return
         self.now.operators += 1
+        self._start(operator)
+
+    def _start(self, operator: Operator) -> None:
         if self.watch:
             self.watch(operator)
 
@@ -279,7 +282,7 @@ class FakeCuda(TorchDispatchMode):
         """All operators of a recording, as one launch of the host."""
         self.now.replays += 1
         for operator in tape:
-            self._watch(operator)
+            self._start(operator)
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         """One operator, since which kernels it becomes is chosen where there is a GPU."""
