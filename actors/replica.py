@@ -108,6 +108,18 @@ class _Queue:
         return len(self.ordinary) + len(self.suspects)
 
 
+def joined(before: str, after: str) -> str:
+    """The environment of rows of which some were made before a change of it and some after."""
+    if before == after:
+        return after
+    old, new = json.loads(before), json.loads(after)
+    both = {
+        name: value if value == old["shapes"][name] else f"{old['shapes'][name]}, then {value}"
+        for name, value in new["shapes"].items()
+    }
+    return json.dumps(new | {"shapes": both}, sort_keys=True)
+
+
 class _Meter:
     """Counts what an engine does, in sums that go out every GAUGE_SECONDS."""
 
@@ -197,6 +209,7 @@ class Replica:
         """
         if self._refusal is not None:
             raise self._refusal
+        before = self.environment
         table = from_ipc(row["requests"])
         rows = table.column("row").to_pylist()
         start = Start()
@@ -213,7 +226,7 @@ class Replica:
             "outcomes": b"" if start.stopping else to_ipc(outcomes_table(call.outcomes)),
             "replica": self.name,
             "attempts": start.attempt,
-            "environment": self.environment,
+            "environment": joined(before, self.environment),
         }
 
     async def _may_begin(self, call: _Call) -> Start:
@@ -283,7 +296,10 @@ class Replica:
                 f"install a torch that is built for its driver, or choose the device cpu."
             )
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        model = load(checkpoint(), task, device, dtype)
+        folder = checkpoint()
+        started = time.perf_counter()
+        model = load(folder, task, device, dtype)
+        print(f"{self.name}: model loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
         library = {} if weights is None else {"weights": quantise(model, weights)}
         if device == "cpu":
             chosen = EngineOptions(**options)
@@ -291,23 +307,26 @@ class Replica:
             torch.set_num_threads(threads)
         else:
             free, _ = torch.cuda.mem_get_info()
-            chosen = gpu_options(model.config, free, dtype.itemsize, **options)
+            chosen = gpu_options(model.config, free, dtype.itemsize, task, **options)
         engine = Engine(model, task, chosen)
-        self.environment = json.dumps(
-            {
-                "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
-                "threads": threads,
-                "shapes": engine.options.shapes(torch.device(device), dtype) | library,
-            },
-            sort_keys=True,
-        )
+        self._constants = {
+            "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
+            "threads": threads,
+        }
+        self._library = library
+        self._note_environment(engine)
         return engine
+
+    def _note_environment(self, engine: "Engine") -> None:
+        values = self._constants | {"shapes": engine.shapes() | self._library}
+        self.environment = json.dumps(values, sort_keys=True)
 
     def _turn(self, engine: "Engine") -> None:
         """Feeds the engine and gives its results back, for ever."""
         at_work: dict[Hashable, tuple[_Waiting, datetime, float]] = {}
         waiting = _Queue()
         meter = _Meter(engine, self.name)
+        halvings = 0
         while True:
             if self._inbox.empty() and not (engine.pending or waiting):
                 meter.say(0)  # it waits for rows now, and would say nothing until they come
@@ -322,6 +341,9 @@ class Replica:
             done = []
             round_started = time.perf_counter()
             results = engine.step()
+            if engine.counts["halvings"] != halvings:
+                halvings = engine.counts["halvings"]
+                self._note_environment(engine)
             meter.round(time.perf_counter() - round_started, self._inbox.qsize() + len(waiting))
             for result in results:
                 one, started_at, started = at_work.pop(result.key)

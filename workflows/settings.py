@@ -295,6 +295,19 @@ class RunConfig:
     slots: int | None = option(
         None, "cluster.slots", whole(1), "Rows that a replica decodes at once (default: as many as fit)."
     )
+    # Part of what rounds a result, like `threads`.
+    group_rows: int | None = option(
+        None,
+        "cluster.group_rows",
+        whole(1),
+        "Rows per decode step of a GPU (default: the most that fit); few rows lower the latency.",
+    )
+    no_cuda_graphs: bool = option(
+        False,
+        "cluster.no_cuda_graphs",
+        SWITCH,
+        "Run decode steps on GPUs without CUDA graphs; slower, for debugging.",
+    )
     device: str = option(
         "auto",
         "cluster.device",

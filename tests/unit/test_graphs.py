@@ -144,8 +144,9 @@ def requests(count: int, seed: int, longest: int = LONGEST_PROMPT) -> list[Reque
         sampling = Sampling(
             cfg=float(rng.choice([1.0, 2.0, 4.0])),
             temperature=float(rng.choice([0.0, 0.8, 1.0])),
-            top_k=int(rng.choice([0, 1, 20, 1000])),
-            top_p=float(rng.choice([0.9, 1.0, 1.0, 1.0])),
+            # The first rows, with which steps are recorded, have no filter.
+            top_k=int(rng.choice([0, 1, 20, 1000])) if key >= 20 else 0,
+            top_p=float(rng.choice([0.9, 1.0, 1.0, 1.0])) if key >= 20 else 1.0,
         )
         prompt = text_prompt(rng, int(rng.integers(5, longest)))
         size = sizes[rng.integers(len(sizes))]

@@ -38,7 +38,7 @@ def restore_size(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-def environment(device: str, threads: int, shapes: Mapping[str, int]) -> dict[str, Any]:
+def environment(device: str, threads: int, shapes: Mapping[str, int | str]) -> dict[str, Any]:
     """What may change a picture by rounding only; its `digest` stands in every row.
 
     device: the device's model name, `cpu` or that of the GPU. threads: CPU threads of the engine.

@@ -63,9 +63,15 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
     """
     slots = config.slots or SLOTS[device]
     calls = 1 + math.ceil(slots * shards / rows)
-    options: dict[str, Any] = {"cfg_interval": config.cfg_interval}
-    if config.slots is not None:
-        options["slots"] = config.slots
+    options: dict[str, Any] = {
+        "cfg_interval": config.cfg_interval,
+        "graphs": not config.no_cuda_graphs,
+        "prompt_tokens": config.max_prompt_tokens,
+        "max_new_tokens": config.max_new_tokens,
+    }
+    for name in ("slots", "group_rows"):
+        if getattr(config, name) is not None:
+            options[name] = getattr(config, name)
     size = min(config.replicas[1], shards)
     return Pool(device, size, calls, shards, config.threads, options, config.weights, kind)
 
