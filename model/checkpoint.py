@@ -8,6 +8,7 @@
 Knows nothing of object stores: who has a checkpoint elsewhere fetches the listed files first.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -225,16 +226,21 @@ def load(
     """The model of a checkpoint folder, with the parts that `task` needs (all by default).
 
     dtype: of decoder, vision tower, heads and adapters, float32 by default; the image tokenizer is
-    float32 always. Weights go from the mapped files into place tensor by tensor. Raises InputError as
-    `check` does.
+    float32 always. Weights go from the mapped files into place, on a CPU tensor by tensor, to a GPU by
+    several readers. Raises InputError as `check` does.
     """
     import torch
 
     config = check(folder, task)
     model = empty_model(config, task, device, torch.float32 if dtype is None else dtype)
-    places = disk_tensors(model)
+    places, files = disk_tensors(model), _tensors(folder)
+    if torch.device(device).type == "cuda":
+        from wallaroo.model.cuda.loading import fill
+
+        fill(places, files, functools.partial(open_shard, framework="pt"))
+        return model.eval()
     with torch.no_grad():
-        for file, names in _tensors(folder).items():
+        for file, names in files.items():
             with open_shard(file, "pt") as shard:
                 for name in names:
                     if name in places:

@@ -374,6 +374,22 @@ def test_with_one_group_left_lack_of_memory_is_an_error(model: Wallaroo) -> None
         list(engine.run(REQUESTS[:2]))
 
 
+def test_a_single_group_without_memory_becomes_a_smaller_one_where_options_name_any(
+    model: Wallaroo, expected: dict[int, Result]
+) -> None:
+    """The environment's shapes tell it; rows are those of an engine that began with the smaller group."""
+    requests = REQUESTS[:30]
+    options = EngineOptions(slots=8, group_rows=8, smaller=(4,))
+    engine = Engine(model, "generate", options)
+    with Exhausted(500), pytest.warns(RuntimeWarning, match="a group has 4 rows now"):
+        results = list(engine.run(requests))
+    assert (engine.slots, engine.options.smaller) == (4, ())
+    assert engine.shapes() == EngineOptions(group_rows=4).shapes(torch.device("cpu"), torch.float32)
+    assert_same({result.key: result for result in results}, serve(model, requests, slots=4, group_rows=4))
+    with Exhausted(50), pytest.raises(torch.OutOfMemoryError):
+        list(engine.run(requests))  # there is nothing left to give up
+
+
 @pytest.mark.parametrize(
     "sampling, interval",
     [
