@@ -1,10 +1,10 @@
 """Weights from mapped files to a GPU: several readers, each with a little pinned memory of its own.
 
-No weight is twice on the host: what a reader takes from a file goes through its pinned memory, a chunk at a time.
+No weight is twice on the host: what a reader takes from a file goes through its pinned memory in chunks.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,8 +25,8 @@ Opened = Callable[[Path], AbstractContextManager[Any]]
 
 
 def fill(
-    places: dict[str, Tensor],
-    files: dict[Path, Sequence[str]],
+    places: Mapping[str, Tensor],
+    files: Mapping[Path, Sequence[str]],
     opened: Opened,
     chunk_bytes: int = CHUNK_BYTES,
     task_bytes: int = TASK_BYTES,
@@ -60,7 +60,7 @@ def fill(
             pass
 
 
-def _parted(names: Sequence[str], places: dict[str, Tensor], most: int) -> Iterator[list[str]]:
+def _parted(names: Sequence[str], places: Mapping[str, Tensor], most: int) -> Iterator[list[str]]:
     """Names in runs of up to `most` bytes, or of one tensor."""
     some: list[str] = []
     size = 0

@@ -32,9 +32,10 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 class Streams:
-    """The streams of one engine: `main` for the decoder and, of lower priority, `side` for pictures.
+    """The streams of one engine: `main` for the decoder and, of lower priority, `side` for pictures; and the
+    names under which a profile shows what the engine does.
 
-    On a CPU both are None, and contexts and waits do nothing.
+    On a CPU both streams are None, and contexts and waits do nothing.
     """
 
     def __init__(self, device: torch.device):
@@ -46,6 +47,10 @@ class Streams:
             self.main, self.side = (torch.cuda.Stream(device, priority=priority) for priority in (-1, 0))
             # The model was loaded on the stream that is current now.
             self.main.wait_stream(torch.cuda.current_stream(device))
+
+    def phase(self, name: str) -> AbstractContextManager:
+        """What runs in this context stands under a name in a profile."""
+        return contextlib.nullcontext() if self.main is None else torch.profiler.record_function(name)
 
     def on_main(self) -> AbstractContextManager:
         """What runs in this context runs on `main`."""

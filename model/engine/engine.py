@@ -240,13 +240,15 @@ class Engine:
                 return self._prefill(only_full=True)
             while not all(pending.prefix for pending in row.prefixes):
                 self._prefill(only_full=False)
-            group.admit(row)
+            with self.streams.phase("admit"):
+                group.admit(row)
             self.waiting.popleft()
             self.prefill.release(row.prefixes)
             row.prefixes.clear()
 
     def _prefill(self, only_full: bool) -> None:
-        self.prefill.step(itertools.islice(self.waiting, self.options.group_rows), only_full)
+        with self.streams.phase("prefill"):
+            self.prefill.step(itertools.islice(self.waiting, self.options.group_rows), only_full)
 
     def _group_with_room(self, row: Row) -> Group | None:
         """A free slot in a group of the row's kind; the kind may change only while a group is empty,

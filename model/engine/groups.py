@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wallaroo.model.attention import BACKENDS, KEY_BLOCK, Visible
 from wallaroo.model.cuda import ops
+from wallaroo.model.cuda.graphs import Recorder
 from wallaroo.model.cuda.transfer import to_host
 from wallaroo.model.decoder import Layer, packed, product_in_float32, rope
 from wallaroo.model.engine.requests import Row
@@ -160,25 +161,33 @@ class Group:
         for row in rows:
             row.step += 1
         self.active_before = len(rows)
-        self.updates.send()
+        streams = self.engine.streams
+        with streams.phase("admit"):
+            self.updates.send()
         # Nobody needs what comes after a last token; where all rows are at theirs, it is not computed.
         fed = any(row.step < row.steps for row in rows)
-        if fed and self.recorder is not None:
-            nucleus = self.filters.nucleus
-            if nucleus not in self.recorded:
-                # Nothing in it may depend on how long the rows are: the capacity bounds them all.
-                filters = Filters(self.engine.vocabulary, nucleus)
-                work = functools.partial(self._advance, filters, True, self.cache.capacity)
-                self.recorded[nucleus] = self.recorder(work)
-            self.recorded[nucleus]()
-        else:
-            # Where all rows are at the end of a line, which is not drawn, the tokens before stand in.
-            drawn = self.engine.options.trace or any(row.step % row.line for row in rows)
-            longest = max(row.length - row.steps + row.step for row in rows)
-            self._advance(self.filters if drawn else None, fed, longest)
+        with streams.phase("decode"):
+            if fed and self.recorder is not None:
+                self._recorded(self.recorder)()
+            else:
+                # Where all rows are at the end of a line, which is not drawn, the tokens before stand in.
+                drawn = self.engine.options.trace or any(row.step % row.line for row in rows)
+                longest = max(row.length - row.steps + row.step for row in rows)
+                self._advance(self.filters if drawn else None, fed, longest)
         self.engine.counts["forwards"] += fed
         self.engine.counts["null_steps"] += fed * self.nulls
-        return self._finished()
+        with streams.phase("results"):
+            return self._finished()
+
+    def _recorded(self, recorder: Recorder) -> Callable[[], None]:
+        """The recording that serves the rows that are there."""
+        nucleus = self.filters.nucleus
+        if nucleus not in self.recorded:
+            # Nothing in it may depend on how long the rows are: the capacity bounds them all.
+            filters = Filters(self.engine.vocabulary, nucleus)
+            work = functools.partial(self._advance, filters, True, self.cache.capacity)
+            self.recorded[nucleus] = recorder(work)
+        return self.recorded[nucleus]
 
     def _advance(self, filters: Filters | None, fed: bool, longest: int) -> None:
         """A token in every slot, drawn if there are filters; `longest` bounds the keys."""

@@ -82,7 +82,7 @@ class Pictures:
         # The last line has no line end; whatever stands in its place is cut off with the others.
         grids = [picture.tokens[: height * line].view(height, line)[:, :width] for picture in pictures]
         grids += grids[:1] * (self.options.vq_slice - len(grids))
-        with self.streams.beside():
+        with self.streams.phase("tokenizer"), self.streams.beside():
             tokens = torch.stack(grids)
             pixels = None
             if self.options.decode_vq:
