@@ -67,7 +67,9 @@ def _attend_plain(
     q[there] = turned
     longest = keys.shape[2] * KEY_BLOCK
     limits = seen.unsqueeze(1)
-    _cache_attention_plain(q.unsqueeze(1), keys, values, torch.arange(n), limits, longest, out.unsqueeze(1))
+    _cache_attention_plain(
+        q.unsqueeze(1), keys, values, torch.arange(n, device=qkv.device), limits, longest, out.unsqueeze(1)
+    )
 
 
 def _attend_launch(
@@ -85,7 +87,7 @@ def _attend_launch(
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "DIM": dim, "SPLIT": SPLIT}
     tile = max(MIN_TILE, padded(group))
     kernels.attend_split[n * kv_heads, splits](
-        qkv, cos, sin, seen, keys, values, sums, tops, masses, qkv.stride(0), *_layout(keys), _scale(dim),
+        qkv, cos, sin, seen, keys, values, sums, tops, masses, qkv.shape[1], *_layout(keys), _scale(dim),
         **shape, TILE=tile, BLOCK=BLOCK, num_warps=4, num_stages=_stages(qkv.dtype),
     )  # fmt: skip
     kernels.attend_combine[n * kv_heads, group](seen, sums, tops, masses, out, splits, **shape, num_warps=1)
@@ -154,7 +156,7 @@ def _rotate_and_store_launch(
 
     (tokens, heads, dim), kv_heads = out.shape, keys.shape[1]
     kernels.rotate_and_store[(tokens,)](
-        qkv, cos, sin, rows, places, keys, values, out, qkv.stride(0), *_layout(keys),
+        qkv, cos, sin, rows, places, keys, values, out, qkv.shape[1], *_layout(keys),
         HEADS=heads, KV_HEADS=kv_heads, TILE=padded(heads + kv_heads), DIM=dim, num_warps=8,
     )  # fmt: skip
 

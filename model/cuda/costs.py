@@ -103,5 +103,5 @@ COSTS: dict[str, Callable[[Arguments, list[int]], Cost]] = {
     "wallaroo::draw": _draw,
     "wallaroo::feed": _feed,
 }
-"""Work of a call, by operator. Functions take its arguments by name, and the keys of each sequence of the group
-that the call is for, the new token's included; an empty list where it is for no group."""
+"""Work of a call, by operator. Functions take the call's arguments by name, and the keys of each sequence of
+the group that it is for, the new token's included; an empty list where it is for no group."""

@@ -26,8 +26,15 @@ OPERATORS: dict[str, Operator] = {}
 _LIBRARY = torch.library.Library("wallaroo", "DEF")
 
 
-def _on_device(launch: Callable[..., None], *args: Any) -> None:
-    """Triton takes the current device, which need not be that of the tensors."""
+STRIDED = "keys", "values"
+"""Arguments whose strides kernels look at; all others must be contiguous."""
+
+
+def _launched(launch: Callable[..., None], names: list[str], *args: Any) -> None:
+    for name, arg in zip(names, args, strict=True):
+        if isinstance(arg, torch.Tensor) and name not in STRIDED and not arg.is_contiguous():
+            raise ValueError(f"{name} has strides {arg.stride()}, but must be contiguous; copy it first.")
+    # Triton takes the current device, which need not be that of the tensors.
     with torch.cuda.device_of(args[0]):
         launch(*args)
 
@@ -43,10 +50,12 @@ def register(schema: str, plain: Callable[..., None], launch: Callable[..., None
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(f"{schema} -> ()")
+    arguments = getattr(torch.ops.wallaroo, name).default._schema.arguments
+    launched = functools.partial(_launched, launch, [argument.name for argument in arguments])
     _LIBRARY.impl(name, plain, "CPU")
-    _LIBRARY.impl(name, functools.partial(_on_device, launch), "CUDA")
+    _LIBRARY.impl(name, launched, "CUDA")
     torch.library.register_fake(f"wallaroo::{name}", lambda *_: None, lib=_LIBRARY)
-    OPERATORS[f"wallaroo::{name}"] = Operator(plain, launch, launches)
+    OPERATORS[f"wallaroo::{name}"] = Operator(plain, launched, launches)
 
 
 def padded(size: int) -> int:

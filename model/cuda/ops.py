@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from wallaroo.model.attention import KEY_BLOCK
 from wallaroo.model.cuda.attention import attend, cache_attention, rotate_and_store
 from wallaroo.model.cuda.layers import add_rms_norm, guide, rms_norm, swiglu
 from wallaroo.model.cuda.operators import OPERATORS
@@ -36,11 +37,18 @@ LAUNCHES = {name: operator.launches for name, operator in OPERATORS.items()}
 
 @functools.cache
 def refusal(device: torch.device) -> str:
-    """Why the kernels cannot run on a CUDA device; empty if they can, which one call shows."""
+    """Why the kernels cannot run on a CUDA device; empty if they can.
+
+    Attention with the head sizes of the 7B, which needs the most of a GPU, is tried.
+    """
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return "the GPU is older than compute capability {}.{}".format(*MIN_CAPABILITY)
     try:
-        swiglu(torch.zeros(1, 32, device=device))
+        cache = torch.zeros(1, 4, 1, KEY_BLOCK, 128, device=device, dtype=torch.bfloat16)
+        turn, q = cache.new_ones(1, 64), cache.new_zeros(1, 1, 28, 128)
+        one = torch.ones(1, device=device, dtype=torch.int64)
+        attend(cache.new_zeros(1, (28 + 2 * 4) * 128), turn, turn, one, cache, cache)
+        cache_attention(q, cache, cache, one - 1, one.view(1, 1), 1)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler, a driver or a library that does not fit

@@ -73,7 +73,6 @@ def draw(
     taken,
     token,
     tokens,
-    stride,
     steps,
     least,
     SIZE: tl.constexpr,
@@ -85,7 +84,7 @@ def draw(
     The k-th largest logit is found two bits at a time, by counting the logits at or above three bounds.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
+    logits += row * SIZE
     offsets = tl.arange(0, BLOCK)
     k = tl.load(top_k + row)
     step = tl.load(taken + row)

@@ -70,11 +70,11 @@ def _draw_launch(
     from wallaroo.model.cuda import step_kernels as kernels
 
     rows, size = logits.shape
-    assert uniform.is_contiguous() and tokens.is_contiguous() and uniform.shape == tokens.shape
+    assert uniform.shape == tokens.shape
     assert size < 1 << 21, "the sampler counts with 21 bits"
     block = min(DRAW_BLOCK, padded(size))
     kernels.draw[(rows,)](
-        logits, temperature, top_k, uniform, advance, taken, token, tokens, logits.stride(0), tokens.shape[1],
+        logits, temperature, top_k, uniform, advance, taken, token, tokens, tokens.shape[1],
         MIN_TEMPERATURE, SIZE=size, BLOCK=block, CHUNKS=padded(-(-size // block)), num_warps=8,
     )  # fmt: skip
 
