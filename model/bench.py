@@ -328,7 +328,7 @@ def print_dry_run(options: argparse.Namespace, sides: Sequence[int]) -> None:
     Raises InputError if no device can be made up in this process, or the GPU or its rates are unknown.
     """
     # Here, not above: it needs much of torch that nothing else does.
-    from wallaroo.model.cuda.fake import missing
+    from wallaroo.model.cuda.fake_runtime import missing
     from wallaroo.model.dry_run import dry_run, to_text
 
     if options.device != "cuda":

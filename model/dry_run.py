@@ -115,8 +115,7 @@ def measure(
 def dry_run(
     config: ModelConfig, gpu: Gpu, side: int, images: Sequence[int] = IMAGES, **given: Any
 ) -> dict[str, Any]:
-    """The dry run of `wallaroo bench engine --dry-run`: random weights of a model's shapes, bfloat16, guided
-    square pictures.
+    """Counts and computed times of guided square pictures, by random weights of a model's shapes in bfloat16.
 
     Args:
         config: the model.
@@ -126,64 +125,69 @@ def dry_run(
         given: engine options that replace those chosen for the GPU's memory.
 
     Returns:
-        `by_images`: see `measure`, by number of pictures; `one_image_alone`: the same for one picture in
-        groups of one row; `predicted_images_per_second` by number; of the other counts the worst.
+        `chosen`: see `measure`, by number of pictures, in the groups that a run chooses for the GPU;
+        `fitting`: the same in groups of as many rows as pictures, which `--group-rows` asks for;
+        `predicted_images_per_second` of these by number; of all other counts the worst.
     """
     meter, size = Meter(gpu), Size(side, side)
     with meter.device:
         model = random_model(config, ("generate",), torch.device("cuda"), torch.bfloat16)
-        by_images = {count: measure(meter, model, count, size, **given) for count in images}
-        alone = measure(meter, model, 1, size, group_rows=1, **given)
-    found = list(by_images.values())
+        chosen = {str(count): measure(meter, model, count, size, **given) for count in images}
+        fitting = {
+            count: one
+            if one["group_rows"] == one["images"]
+            else measure(meter, model, one["images"], size, one["images"], **given)
+            for count, one in chosen.items()
+        }
+    found = [*chosen.values(), *fitting.values()]
     full = [one for one in found if one["prompt_tokens"] >= MIN_PREFILLED] or found
+    worst = ("launches_per_step", "kv_bytes_ratio", "weight_bytes_ratio", "host_syncs", "h2d_per_admission")
     return {
         "model": config.name,
         "size": f"{side}x{side}",
         "gpu": gpu.name,
         "computed": f"computed, not measured; {assumptions(gpu)}",
-        "launches_per_step": max(one["launches_per_step"] for one in [*found, alone]),
-        "kv_bytes_ratio": max(one["kv_bytes_ratio"] for one in [*found, alone]),
-        "weight_bytes_ratio": max(one["weight_bytes_ratio"] for one in [*found, alone]),
-        "host_syncs": max(one["host_syncs"] for one in [*found, alone]),
-        "h2d_per_admission": max(one["h2d_per_admission"] for one in [*found, alone]),
+        **{key: max(one[key] for one in found) for key in worst},
         "prefill_tokens_per_forward": min(one["prefill_tokens_per_forward"] for one in full),
         "predicted_images_per_second": {
-            str(count): one["predicted_images_per_second"] for count, one in by_images.items()
+            count: one["predicted_images_per_second"] for count, one in fitting.items()
         },
-        "predicted_seconds_of_one_image_alone": 1 / alone["predicted_images_per_second"],
-        "by_images": {str(count): one for count, one in by_images.items()},
-        "one_image_alone": alone,
+        "predicted_seconds_of_one_image": 1 / fitting["1"]["predicted_images_per_second"]
+        if "1" in fitting
+        else None,
+        "chosen": chosen,
+        "fitting": fitting,
     }
 
 
-COLUMNS = {
+ROWS = {
     "group_rows": "rows a group",
     "launches_per_step": "launches a step",
     "kv_bytes_ratio": "keys read / needed",
     "weight_bytes_ratio": "weights read / needed",
     "host_syncs": "host waits a step",
-    "h2d_per_admission": "copies an admission",
+    "h2d_per_admission": "copies to the device an admission",
     "launches_per_admission": "launches an admitted row",
-    "prefill_tokens_per_forward": "tokens a prefill forward",
     "host_waits_of_admission": "host waits an admission",
     "host_waits_of_results": "host waits a result",
+    "prefill_tokens_per_forward": "tokens a prefill forward",
     "step_milliseconds": "ms a step",
     "predicted_images_per_second": "images/s",
 }
 
 
 def to_text(report: dict[str, Any]) -> str:
-    """A dry run's report as a Markdown table, a column a number of pictures."""
-    columns = {f"{count}": one for count, one in report["by_images"].items()}
-    columns["1 alone"] = report["one_image_alone"]
+    """A dry run's report as a Markdown table, a column a number of pictures and rows of a group."""
+    columns = dict(report["chosen"])
+    columns |= {f"{n} fitting": one for n, one in report["fitting"].items() if one is not columns[n]}
     lines = [
         f"{report['model']}, {report['size']}, guided, {report['computed']}",
         "",
-        "| pictures at once | " + " | ".join(columns) + " |",
+        "| pictures at once | " + " | ".join(str(one["images"]) for one in columns.values()) + " |",
         "|---|" + "---|" * len(columns),
     ]
-    for key, title in COLUMNS.items():
+    for key, title in ROWS.items():
         lines.append(f"| {title} | " + " | ".join(f"{one[key]:.4g}" for one in columns.values()) + " |")
-    seconds = report["predicted_seconds_of_one_image_alone"]
-    lines += ["", f"One picture alone, in groups of one row: {seconds:.3g} s, computed, not measured."]
+    if seconds := report["predicted_seconds_of_one_image"]:
+        lines += ["", f"One picture in a group of one row: {seconds:.3g} s, computed, not measured."]
     return "\n".join(lines)

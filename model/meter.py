@@ -29,18 +29,6 @@ LAUNCHES = {
 }
 """Kernels that torch starts for an operator where they are more than one."""
 
-FREE = (
-    "aten::empty",
-    "aten::new_empty",
-    "aten::detach",
-    "aten::_unsafe_view",
-    "aten::lift_fresh",
-    "aten::alias",
-    "aten::resize_",
-    "aten::set_",
-)
-"""Operators that start none, beside views."""
-
 GATHERS = ("aten::index", "aten::index_select", "aten::embedding", "aten::gather")
 """Operators that read of their first argument what they give back."""
 
@@ -127,8 +115,6 @@ def plain_cost(operator: Operator) -> Cost:
     """Work of an operator of torch: its arguments read and its results written once, but for operators that
     read or write parts of a tensor."""
     name, out = operator.name, operator.out
-    if name.startswith(FREE):
-        return Cost(launches=0)
     schema = operator.func._schema.arguments
     given = [
         operator.args[i] if i < len(operator.args) else operator.kwargs.get(argument.name)
@@ -226,7 +212,7 @@ class Meter:
             cost = self.costs[operator.name](given, self._lengths(tensors))
         else:
             cost = plain_cost(operator)
-            if operator.name not in (*GATHERS, *SCATTERS, *OVERWRITES) and cost.launches:
+            if operator.name not in (*GATHERS, *SCATTERS, *OVERWRITES):
                 cost = replace(
                     cost,
                     weights=sum(tensor_bytes(one) for one in tensors if _storage(one) in self.weights),

@@ -13,7 +13,7 @@ OPERATOR_SECONDS = 14e-6
 """Host time of an operator of torch outside a graph."""
 REPLAY_SECONDS = 30e-6
 """Host time of the replay of a graph."""
-PRECISIONS = {"half": 1.0, "tf32": 1 / 3, "float32": 1 / 15}
+PRECISIONS = {"half": 1.0, "tf32": 1 / 2, "float32": 1 / 15}
 """Rate of arithmetic in a type over that in bfloat16."""
 
 
@@ -119,6 +119,6 @@ def assumptions(gpu: Gpu) -> str:
     """One line on what the computed times take for granted."""
     return (
         f"{gpu.name}: {gpu.bandwidth / 1e12:.3g} TB/s and {gpu.flops / 1e12:.3g} TFLOP/s reached "
-        f"(a third of it by convolutions in TF32), {LAUNCH_SECONDS * 1e6:.2g} us a launch in a graph, "
+        f"(half of it in TF32), {LAUNCH_SECONDS * 1e6:.2g} us a launch in a graph, "
         f"{OPERATOR_SECONDS * 1e6:.2g} us an operator outside"
     )

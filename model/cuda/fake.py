@@ -5,16 +5,9 @@ time, memory) is not here. Knows nothing of the engine.
 """
 
 import contextlib
-import ctypes
-import functools
-import os
-import subprocess
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,14 +16,7 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GUARD = """
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-static c10::impl::DeviceGuardImplRegistrar registrar(
-    c10::DeviceType::CUDA, new c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>());
-"""
-"""What a torch without CUDA lacks to take tensors of that device through its dispatcher."""
-
-COMPILERS = "g++", "c++", "clang++"
+from wallaroo.model.cuda.fake_runtime import missing, stand_ins
 
 READ_BY_HOST = (
     "aten::_local_scalar_dense",
@@ -44,6 +30,18 @@ READ_BY_HOST = (
 )
 """Operators whose result, or its shape, the host needs before it can go on; others by name below."""
 
+
+ALLOCATIONS = (
+    "aten::empty",
+    "aten::new_empty",
+    "aten::detach",
+    "aten::_unsafe_view",
+    "aten::lift_fresh",
+    "aten::alias",
+    "aten::resize_",
+    "aten::set_",
+)
+"""Operators that start no kernel, beside views."""
 
 WHOLE = ("aten::_fused_rms_norm",)
 """Operators that are made of others, but have a kernel of their own on CUDA."""
@@ -88,42 +86,6 @@ class Seen:
             setattr(self, name, getattr(self, name) + value)
 
 
-@functools.cache
-def missing() -> str:
-    """Why there can be no such device in this process; empty if there can."""
-    try:
-        if torch.backends.cuda.is_built():
-            torch._C._ensureCUDADeviceGuardSet()
-        else:
-            _register_guard()
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"a C++ compiler with torch's headers is needed, but {error}"
-    return ""
-
-
-@functools.cache
-def _register_guard() -> None:
-    base = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        source, made = Path(folder, "guard.cpp"), Path(folder, "guard.so")
-        source.write_text(GUARD)
-        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-        options = ["-shared", "-fPIC", "-std=c++20", abi, "-I", str(base / "include")]
-        link = ["-L", str(base / "lib"), "-lc10"]
-        wanted = os.environ.get("CXX")
-        problem: Exception = FileNotFoundError("none was found")
-        for compiler in (wanted,) if wanted else COMPILERS:
-            try:
-                command = [compiler, *options, str(source), "-o", str(made), *link]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
-            except FileNotFoundError as error:
-                problem = error
-            else:
-                ctypes.CDLL(str(made))
-                return
-        raise problem
-
-
 class FakeCuda(TorchDispatchMode):
     """Inside `with FakeCuda() as device:` the device `cuda` exists.
 
@@ -163,7 +125,7 @@ class FakeCuda(TorchDispatchMode):
         reason = missing()
         if reason:
             raise RuntimeError(f"no CUDA device can be made up here: {reason}")
-        for owner, name, value in _stand_ins(self):
+        for owner, name, value in stand_ins(self):
             self._stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         # `torch.tensor` makes its numbers on the host, then asks the dispatcher for the copy.
@@ -262,7 +224,7 @@ class FakeCuda(TorchDispatchMode):
 
     def _counted(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = self._run(func, *args, **kwargs)
-        if not func.is_view:
+        if not func.is_view and not func._schema.name.startswith(ALLOCATIONS):
             self._watch(Operator(func, args, kwargs, out, self.phases[-1] if self.phases else ""))
         return out
 
@@ -353,114 +315,3 @@ def _reads(func: Any, name: str, args: Any, kwargs: Any) -> str:
     if short == "repeat_interleave" and kwargs.get("output_size") is None:
         return "repetitions counted on the device"
     return ""
-
-
-# -- torch.cuda ---------------------------------------------------------------------------------------
-
-
-class _Stream:
-    """Order is not modelled: whatever was begun counts as done."""
-
-    def __init__(self, device: Any = None, priority: int = 0, **_: Any):
-        self.device, self.priority = torch.device("cuda:0"), priority
-        self.cuda_stream = 0
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or torch.cuda.Event()
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
-
-def _stand_ins(device: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
-    """What reaches past the dispatcher: module, name, and what stands there meanwhile."""
-
-    class Event:
-        def __init__(self, *_: Any, **__: Any): ...
-
-        def record(self, stream: Any = None) -> None: ...
-
-        def wait(self, stream: Any = None) -> None: ...
-
-        def query(self) -> bool:
-            return True
-
-        def synchronize(self) -> None:
-            device.wait("an event")
-
-    class Graph:
-        def __init__(self, *_: Any, **__: Any):
-            self.tape: list[Operator] | None = None
-
-        def capture_begin(self, *_: Any, **__: Any) -> None:
-            if device.recording is not None:
-                raise RuntimeError("a recording is going on already")
-            device.recording = []
-
-        def capture_end(self) -> None:
-            self.tape, device.recording = device.recording, None
-
-        def replay(self) -> None:
-            assert self.tape is not None, "replayed before it was recorded"
-            device.replay(self.tape)
-
-        def reset(self) -> None:
-            self.tape = None
-
-        def pool(self) -> tuple[int, int]:
-            return (0, 1)
-
-    @contextlib.contextmanager
-    def graph(made: Graph, *_: Any, **__: Any) -> Iterator[None]:
-        made.capture_begin()
-        try:
-            yield
-        finally:
-            made.capture_end()
-
-    @contextlib.contextmanager
-    def stream(_: Any) -> Iterator[None]:
-        yield
-
-    main = _Stream()
-    properties = SimpleNamespace(
-        name="NVIDIA H200", major=9, minor=0, total_memory=device.memory, multi_processor_count=132
-    )
-    values: dict[str, Any] = {
-        "Stream": _Stream,
-        "Event": Event,
-        "CUDAGraph": Graph,
-        "graph": graph,
-        "graph_pool_handle": lambda: (0, 1),
-        "stream": stream,
-        "current_stream": lambda *_: main,
-        "default_stream": lambda *_: main,
-        "set_stream": lambda *_: None,
-        "synchronize": lambda *_: device.wait("a synchronisation"),
-        "empty_cache": lambda: None,
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "is_available": lambda: True,
-        "is_current_stream_capturing": lambda: device.recording is not None,
-        "mem_get_info": lambda *_: (device.memory, device.memory),
-        "memory_allocated": lambda *_: 0,
-        "memory_reserved": lambda *_: 0,
-        "max_memory_allocated": lambda *_: 0,
-        "reset_peak_memory_stats": lambda *_: None,
-        "get_device_capability": lambda *_: (9, 0),
-        "get_device_name": lambda *_: properties.name,
-        "get_device_properties": lambda *_: properties,
-        "device": lambda *_: contextlib.nullcontext(),
-        "_lazy_init": lambda: None,
-    }
-    for name, value in values.items():
-        yield torch.cuda, name, value
-    # Small constants would be computed with for real, which needs the device.
-    yield fake_tensor, "CONSTANT_NUMEL_LIMIT", -1
