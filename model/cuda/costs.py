@@ -92,6 +92,12 @@ def _feed(given: Arguments, lengths: list[int]) -> Cost:
     return Cost(read=_size(x, weight) + few, written=written, weights=_size(weight))
 
 
+def _group_norm(given: Arguments, lengths: list[int]) -> Cost:
+    x, weights = given["x"], _size(given["weight"], given["bias"])
+    # Once for the sums, of which little is left, and once for the result.
+    return Cost(launches=3, read=2 * _size(x) + weights, written=_size(given["out"]), weights=weights)
+
+
 COSTS: dict[str, Callable[[Arguments, list[int]], Cost]] = {
     "wallaroo::attend": _attend,
     "wallaroo::rotate_and_store": _rotate_and_store,
@@ -102,6 +108,7 @@ COSTS: dict[str, Callable[[Arguments, list[int]], Cost]] = {
     "wallaroo::guide": _guide,
     "wallaroo::draw": _draw,
     "wallaroo::feed": _feed,
+    "wallaroo::group_norm": _group_norm,
 }
 """Work of a call, by operator. Functions take the call's arguments by name, and the keys of each sequence of
 the group that it is for, the new token's included; an empty list where it is for no group."""

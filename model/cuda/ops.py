@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wallaroo.model.attention import KEY_BLOCK
 from wallaroo.model.cuda.attention import attend, cache_attention, rotate_and_store
+from wallaroo.model.cuda.group_norm import group_norm
 from wallaroo.model.cuda.layers import add_rms_norm, guide, rms_norm, swiglu
 from wallaroo.model.cuda.operators import OPERATORS
 from wallaroo.model.cuda.steps import Fed, draw, feed
@@ -24,6 +25,7 @@ __all__ = [
     "decode_layers",
     "draw",
     "feed",
+    "group_norm",
     "guide",
     "prefill_layers",
     "refusal",

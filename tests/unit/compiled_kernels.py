@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for a GPU that need not be there: `python tests/unit/compiled_kernels.py 90`.
+"""Compiles every Triton kernel for a GPU that need not be there: `compiled_kernels.py 90 bfloat16`.
 
 Prints a JSON object a kernel and type: bytes of shared memory, registers and spilled bytes a thread, and
 whether tensor cores are used. Not a test itself, since Triton must not be imported for its interpreter.
@@ -31,11 +31,11 @@ N, BLOCKS, STEPS = 4, 17, 1055
 def arguments(dtype):
     """A call of each operator with the sizes of the 7B, as `(name, arguments)`."""
 
-    def some(*shape):
-        return torch.empty(shape, dtype=dtype)
+    def some(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def whole(*shape):
-        return torch.empty(shape, dtype=torch.int64)
+        return some(*shape, dtype=torch.int64)
 
     cache = some(N, KV_HEADS, BLOCKS, KEY_BLOCK, DIM)
     turns = some(N, DIM // 2)
@@ -52,16 +52,21 @@ def arguments(dtype):
     yield "rms_norm", (hidden, row, 1e-6, hidden)
     yield "add_rms_norm", (hidden, hidden, row, 1e-6, hidden)
     yield "swiglu", (some(N, 2 * WIDE), some(N, WIDE))
-    yield "guide", (hidden, torch.empty(2, 1), whole(2), some(2, HIDDEN))
+    yield "guide", (hidden, some(2, 1, dtype=torch.float32), whole(2), some(2, HIDDEN))
+    ints, numbers = whole(N), some(N, dtype=torch.float32)
     for vocabulary in 16384, 152064:
-        logits, uniform = torch.empty(N, vocabulary), torch.empty(N, STEPS, dtype=torch.float64)
-        ints = whole(N)
-        yield "draw", (logits, torch.empty(N), ints, uniform, ints, ints, ints, whole(N, STEPS))
-    ints = whole(N)
+        logits, uniform = (
+            some(N, vocabulary, dtype=torch.float32),
+            some(N, STEPS, dtype=torch.float64),
+        )
+        yield "draw", (logits, numbers, ints, uniform, ints, ints, ints, whole(N, STEPS))
     for line_end in row, None:
         few = (ints, some(16384, HIDDEN), line_end, ints, ints, ints, ints, ints, ints)
         made = (hidden, hidden, turns, turns, ints)
-        yield "feed", (*few, torch.empty(DIM // 2), row, 1e-6, *made)
+        yield "feed", (*few, some(DIM // 2, dtype=torch.float32), row, 1e-6, *made)
+    for pixels, channels in (512 * 512, 128), (32 * 32, 512):
+        pictures, weight = some(N, pixels, channels), some(channels)
+        yield "group_norm", (pictures, weight, weight, 32, 1e-6, True, pictures)
 
 
 def launches(dtype):
@@ -107,9 +112,9 @@ def resources(code):
     return int(found["REG"]), int(found["LOCAL"])
 
 
-def main(capability):
+def main(capability, *types):
     seen = set()
-    for dtype in torch.bfloat16, torch.float32:
+    for dtype in (getattr(torch, name) for name in types):
         for kernel, given, constants, options in launches(dtype):
             code = compiled(kernel, given, constants, options, capability)
             if code.hash in seen:
@@ -132,4 +137,4 @@ def main(capability):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

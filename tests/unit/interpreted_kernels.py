@@ -197,6 +197,42 @@ def test_guide(size):
     assert torch.equal(alone[-1][0], launched[-1][0])
 
 
+# -- pictures -------------------------------------------------------------------------------------------
+
+
+def pictures(pixels, channels):
+    """Arguments of `group_norm` for two pictures whose channels are far from 0."""
+    x = torch.randn(2, pixels, channels) * 2 + torch.randn(channels) * 100
+    return x, torch.rand(channels) + 0.5, torch.randn(channels), 32, 1e-6, True, torch.empty_like(x)
+
+
+def test_group_norm():
+    for pixels, channels in (600, 128), (130, 512):
+        x, *rest, out = pictures(pixels, channels)
+        exact = torch.nn.functional.group_norm(x.double().mT, 32, *(one.double() for one in rest[:2]), 1e-6)
+        plain, launched = both("group_norm", x, *rest, out)
+        assert_equal(plain, launched)
+        expected = torch.nn.functional.silu(exact).mT
+        torch.testing.assert_close(launched[-1].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm_of_a_picture_is_the_same_in_any_company():
+    x, *rest, out = pictures(70, 256)
+    _, launched = both("group_norm", x, *rest, out)
+    alone = both("group_norm", x[[1]], *rest, out[[1]])[1]
+    assert torch.equal(alone[-1][0], launched[-1][1])
+
+
+@pytest.mark.parametrize("swish", [True, False])
+def test_group_norm_of_a_layer(swish):
+    norm = torch.nn.GroupNorm(4, 24)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 24, 5, 7).contiguous(memory_format=torch.channels_last)
+    made, expected = ops.group_norm(norm, x, swish), norm(x)
+    torch.testing.assert_close(made, torch.nn.functional.silu(expected) if swish else expected)
+    assert made.stride() == x.stride()
+
+
 # -- from step to step ----------------------------------------------------------------------------------
 
 

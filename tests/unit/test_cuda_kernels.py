@@ -39,23 +39,30 @@ def test_kernels_equal_the_plain_code(tmp_path):
     assert " passed" in said and "skipped" not in said
 
 
-@pytest.mark.parametrize(("capability", "shared"), [(80, 163), (89, 99), (90, 227), (100, 227)])
-def test_kernels_compile(capability, shared, tmp_path):
+@pytest.mark.parametrize(
+    ("capability", "shared", "types"),
+    [
+        (80, 163, ["bfloat16"]),
+        (89, 99, ["bfloat16"]),
+        (90, 227, ["bfloat16", "float32"]),
+        (100, 227, ["bfloat16"]),
+    ],
+)
+def test_kernels_compile(capability, shared, types, tmp_path):
     """shared: KiB that a program can have there."""
-    said = run("tests/unit/compiled_kernels.py", str(capability), tmp_path=tmp_path)
+    said = run("tests/unit/compiled_kernels.py", str(capability), *types, tmp_path=tmp_path)
     kernels = [json.loads(line) for line in said.splitlines()]
     names = {
         *("attend_split", "attend_combine", "attend_runs", "rotate_and_store", "rms_norm", "add_rms_norm"),
-        *("swiglu", "guide", "draw", "feed"),
+        *("swiglu", "guide", "draw", "feed", "group_sums", "group_scales", "group_apply"),
     }
-    for kind in "bfloat16", "float32":
-        assert {kernel["kernel"] for kernel in kernels if kernel["type"] == kind} >= names - {"draw"}
     assert {kernel["kernel"] for kernel in kernels} == names
+    assert {kernel["type"] for kernel in kernels} == set(types)
     for kernel in kernels:
         assert kernel["shared"] <= shared << 10, kernel
         assert kernel["spilled"] == 0, kernel
-        if kernel["type"] == "bfloat16":
-            assert kernel["tensor_cores"] == (kernel["kernel"] in ("attend_split", "attend_runs")), kernel
+        multiplies = kernel["kernel"] in ("attend_split", "attend_runs") and kernel["type"] == "bfloat16"
+        assert kernel["tensor_cores"] == multiplies, kernel
 
 
 def test_every_operator_has_a_cost():
