@@ -4,6 +4,7 @@ Knows nothing of slots, prompts or layers.
 """
 
 import functools
+import importlib
 import importlib.util
 import math
 import warnings
@@ -225,6 +226,7 @@ def _fastest(device: torch.device) -> str:
     if importlib.util.find_spec("flash_attn") is None:
         return "sdpa"
     try:
+        importlib.import_module("flash_attn")
         q, cached = (torch.zeros(shape, device=device, dtype=torch.bfloat16) for shape in _FLASH_SHAPES)
         for visible in (
             Visible.decode(torch.ones(1, dtype=torch.int64, device=device), 1),

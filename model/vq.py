@@ -9,6 +9,7 @@ pixels of the published model bit for bit, which fused activations and attention
 enough to move one uint8 value in 600 by a level.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -213,14 +214,15 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
-    def prepare_for_cuda(self) -> None:
-        """Lays the decoder's weights out for pictures whose channels lie together, as tensor cores take them.
-
-        The results differ from those before in their last bits.
-        """
-        for module in self.decoder.modules():
+    def for_cuda(self) -> "VQModel":
+        """The same model, but its decoder has weights of its own, laid out for pictures whose channels lie
+        together, as tensor cores take them."""
+        made = copy.copy(self)
+        made._modules = self._modules | {"decoder": copy.deepcopy(self.decoder)}
+        for module in made.decoder.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        return made
 
     def codebook(self) -> Tensor:
         """The entries, each of length 1: [C, 8]."""

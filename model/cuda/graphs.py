@@ -15,8 +15,8 @@ class Recorder(Protocol):
     """Makes recordings of functions without arguments or result.
 
     Such a function works in place, on tensors that exist before and after it, and takes no decision on the
-    host. What the recorder gives back does the same, again and again; `clear` says that the tensors have
-    been replaced, and that what was recorded with the old ones is not called any more.
+    host. What the recorder gives back does the same, again and again. `clear` says that what has been
+    recorded is not called any more, before it is dropped.
     """
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]: ...
@@ -29,11 +29,15 @@ class GraphRecorder:
 
     `clear` also leaves the pool: torch may still count uses of a pool whose graphs are gone, and then refuses
     to record with it. Works on the stream that is current, which must not be the default one.
+
+    Args:
+        failures: Why recording failed, of this recorder and others that have the same list. After one failure
+            none of them records.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, failures: list[str] | None = None) -> None:
         self.pool: Any = None
-        self.refused = False
+        self.failures = [] if failures is None else failures
 
     def __call__(self, function: Callable[[], None]) -> "Graph":
         if self.pool is None:
@@ -41,12 +45,14 @@ class GraphRecorder:
         return Graph(function, self)
 
     def clear(self) -> None:
+        # Replays may be under way.
+        torch.cuda.synchronize()
         self.pool = None
 
 
 class Graph:
     """A recorded function. The first call runs it as it is, since libraries set themselves up and kernels are
-    compiled then; the second records it. After a failure all functions of the recorder run as they are."""
+    compiled then; the second records it. Where that fails, it always runs as it is."""
 
     def __init__(self, function: Callable[[], None], recorder: GraphRecorder):
         self.function, self.recorder, self.pool = function, recorder, recorder.pool
@@ -54,7 +60,7 @@ class Graph:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        if self.warm and self.graph is None and not self.recorder.refused:
+        if self.warm and self.graph is None and not self.recorder.failures:
             self._record()
         self.warm = True
         if self.graph is None:
@@ -80,9 +86,9 @@ class Graph:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.recorder.refused = True
             torch.cuda.set_stream(stream)
             reason = str(error.__context__ or error).partition("\n")[0]
+            self.recorder.failures.append(reason)
             warnings.warn(
                 f"decode steps run without CUDA graphs, which could not be recorded: {reason}",
                 RuntimeWarning,

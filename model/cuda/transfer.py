@@ -45,8 +45,12 @@ class Streams:
         if device.type == "cuda":
             # A lower number is a higher priority; 0 is the lowest.
             self.main, self.side = (torch.cuda.Stream(device, priority=priority) for priority in (-1, 0))
-            # The model was loaded on the stream that is current now.
-            self.main.wait_stream(torch.cuda.current_stream(device))
+
+    def begin(self) -> None:
+        """Both streams wait for what the current one has been given: the model, and what was made of it."""
+        for stream in (self.main, self.side):
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream(stream.device))
 
     def phase(self, name: str) -> AbstractContextManager:
         """What runs in this context stands under a name in a profile."""

@@ -1,6 +1,7 @@
 """The engine itself: which rows decode, and what happens to them before and after."""
 
 import dataclasses
+import functools
 import itertools
 import warnings
 from collections import Counter, deque
@@ -64,7 +65,7 @@ class Engine:
         self.backend = self.options.attention or default_backend(device, model.dtype)
         graphs = self.options.graphs and device.type == "cuda"
         if new_recorder is None and graphs and not self.options.trace:
-            new_recorder = GraphRecorder
+            new_recorder = functools.partial(GraphRecorder, [])
         # Blocks of keys are counted by the host.
         self.new_recorder = None if self.backend == "block" else new_recorder
         self.reserves = self.new_recorder is not None or device.type == "cuda"
@@ -87,8 +88,6 @@ class Engine:
                 self.line_end = embed(torch.tensor(ids[END_OF_LINE], device=device))
                 self.stops = []
             self.stop_ids = torch.tensor(self.stops, dtype=torch.int64, device=device)
-        if device.type == "cuda" and model.vq is not None:
-            model.vq.prepare_for_cuda()
         self.prefill = Prefill(model, self.options, self.backend, self.counts)
         self.pictures = Pictures(model, self.options, self.streams, self.counts)
         self.lossless = self.options.cfg_interval == ALWAYS
@@ -98,6 +97,7 @@ class Engine:
         self.waiting: deque[Row] = deque()
         self.done: list[Result] = []
         self.pending = 0
+        self.streams.begin()
 
     def _pack(self) -> None:
         """Lays out the weights for groups of the size that the options have now."""
@@ -199,6 +199,8 @@ class Engine:
             stacklevel=3,
         )
         started = [row.request for group in self.groups for row in group.members if row is not None]
+        for group in self.groups:
+            group.drop_recordings()
         self.groups.clear()
         self.prefill.reset()
         if self.model.device.type == "cuda":
@@ -259,6 +261,7 @@ class Engine:
         for index, group in enumerate(self.groups):
             if not group.active:
                 # What it holds goes before the new one takes as much.
+                group.drop_recordings()
                 del self.groups[index], group
                 self.groups.insert(index, self._group(row))
                 return self.groups[index]

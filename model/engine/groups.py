@@ -118,15 +118,19 @@ class Group:
         if self.cache.capacity < row.length or missing > 0:
             self.updates.send()
             # They were made with the tensors that are replaced now.
-            self.recorded.clear()
-            if self.recorder is not None:
-                self.recorder.clear()
+            self.drop_recordings()
         self.cache.grow(row.length)
         if missing > 0:
             self.uniform, self.tokens, self.forced = (
                 torch.cat((tensor, tensor.new_zeros(self.rows, missing)), dim=1)
                 for tensor in (self.uniform, self.tokens, self.forced)
             )
+
+    def drop_recordings(self) -> None:
+        """Gives up the recorded steps and their memory."""
+        if self.recorder is not None:
+            self.recorder.clear()
+        self.recorded.clear()
 
     def admit(self, row: Row) -> None:
         """Puts a row whose prompts are ready into a free slot."""

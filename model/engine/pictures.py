@@ -53,6 +53,9 @@ class Pictures:
 
     def __init__(self, model: Wallaroo, options: EngineOptions, streams: Streams, counts: Counter[str]):
         self.model, self.options, self.streams, self.counts = model, options, streams, counts
+        self.vq = None
+        if options.decode_vq and model.vq is not None:
+            self.vq = model.vq.for_cuda() if model.device.type == "cuda" else model.vq
         self.ready: dict[Size, list[_Picture]] = {}
         self.slices: deque[_Slice] = deque()
 
@@ -85,11 +88,10 @@ class Pictures:
         with self.streams.phase("tokenizer"), self.streams.beside():
             tokens = torch.stack(grids)
             pixels = None
-            if self.options.decode_vq:
-                assert self.model.vq is not None
+            if self.vq is not None:
                 self.counts["vq_slices"] += 1
                 with precision(self.options.vq_precision, tokens.device):
-                    pixels = to_host(to_uint8(self.model.vq.decode(tokens)))
+                    pixels = to_host(to_uint8(self.vq.decode(tokens)))
             return _Slice(pictures, to_host(tokens.to(torch.int32)), pixels, self.streams.side_event())
 
     def _end(self, made: _Slice) -> list[Result]:

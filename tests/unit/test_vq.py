@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 
+from wallaroo.model.checkpoint import TINY, load
 from wallaroo.model.config import VQConfig
-from wallaroo.model.vq import VQModel, to_float, to_uint8
+from wallaroo.model.vq import VQModel, channels_last_norm, to_float, to_uint8
 
 pytestmark = pytest.mark.numerics
 
@@ -90,3 +93,45 @@ def test_the_names_of_attention_and_resampling_levels(vq: VQModel):
         "decoder.conv_blocks.3.upsample.conv.bias",
     } <= names
     assert not any("conv_blocks.4.downsample" in name or "conv_blocks.4.upsample" in name for name in names)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 1, 1), (2, 32, 5, 3), (4, 64, 16, 16)], ids=str)
+def test_the_norm_of_channels_that_lie_together_is_the_same(shape: tuple[int, ...]):
+    torch.manual_seed(1)
+    norm = torch.nn.GroupNorm(8, shape[1], eps=1e-6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (3 * torch.randn(shape) + 1).contiguous(memory_format=torch.channels_last)
+    made = channels_last_norm(norm, x)
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(made, norm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_for_cuda_leaves_the_one_it_is_made_of_alone(vq: VQModel):
+    tokens = torch.arange(2 * 3 * 5).view(2, 3, 5)
+    expected, before = vq.decode(tokens), vq.decoder.conv_in.weight.stride()
+    made = vq.for_cuda()
+    assert made.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert vq.decoder.conv_in.weight.stride() == before
+    torch.testing.assert_close(made.decode(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tf32_moves_few_values_and_those_by_one_level():
+    """Convolutions whose inputs and weights have 10 bits after the point, as TF32 has them, on a CPU."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+    exact = load(TINY, "generate").vq
+    tf32 = copy.deepcopy(exact)
+    for module in tf32.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data = rounded(module.weight.data)
+            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+    tokens = torch.randint(0, 1024, (4, 8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours, theirs = (to_uint8(one.decode(tokens)).to(torch.float32) for one in (tf32, exact))
+    difference = ours - theirs
+    assert 0 < difference.abs().max() <= 1
+    assert 10 * torch.log10(255**2 / difference.square().mean()) > 60
