@@ -19,6 +19,7 @@ def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
 
 
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """The norm of x `(n, H)`, put into `out`."""
     out.copy_(F.rms_norm(x, x.shape[-1:], weight, eps))
 
 

@@ -19,12 +19,16 @@ pytest.importorskip("triton", reason="the GPU kernels are tested where Triton is
 
 
 def run(*command, tmp_path, **variables):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # Settings of the pytest that runs this are not those of one inside it.
-    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
+    ours |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment | variables, capture_output=True, text=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=ours | variables,
+        capture_output=True,
+        text=True,
+        timeout=550,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
