@@ -27,26 +27,37 @@ def _norm(groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=NORM_EPS)
 
 
-def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """The norm of pictures in their own layout, in fresh memory."""
-    together = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return channels_last_norm(norm, x) if x.device.type == "cuda" and together else norm(x)
-
-
-def channels_last_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """The norm of pictures whose channels lie together, which torch's own would rearrange, there and back."""
-    batch, channels, height, width = x.shape
-    grouped = x.permute(0, 2, 3, 1).view(batch, height * width, norm.num_groups, -1)
-    variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
-    scale = norm.weight.view(1, norm.num_groups, -1) * torch.rsqrt(variance + norm.eps).unsqueeze(-1)
-    shift = norm.bias.view(1, norm.num_groups, -1) - mean.unsqueeze(-1) * scale
-    return torch.addcmul(shift.view(batch, channels, 1, 1), x, scale.view(batch, channels, 1, 1))
-
-
-def _norm_swish(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def _norm_swish(norm: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(norm, ChannelsLastNorm):
+        return norm(x, swish=True)
     # The norm's result is fresh memory, so that the product may be made in place.
-    normed = _normed(norm, x)
+    normed = norm(x)
     return normed.mul_(torch.sigmoid(normed))
+
+
+class ChannelsLastNorm(nn.Module):
+    """A group norm of pictures whose channels lie together, and swish of it where that is asked for.
+
+    torch's own would rearrange them, there and back. kernels: whether it is the operator of `model.cuda`.
+    """
+
+    def __init__(self, norm: nn.GroupNorm, kernels: bool):
+        super().__init__()
+        self.norm, self.kernels = norm, kernels
+
+    def forward(self, x: Tensor, swish: bool = False) -> Tensor:
+        norm = self.norm
+        if self.kernels:
+            from wallaroo.model.cuda import ops
+
+            return ops.group_norm(norm, x, swish)
+        batch, channels, height, width = x.shape
+        grouped = x.permute(0, 2, 3, 1).view(batch, height * width, norm.num_groups, -1)
+        variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
+        scale = norm.weight.view(1, norm.num_groups, -1) * torch.rsqrt(variance + norm.eps).unsqueeze(-1)
+        shift = norm.bias.view(1, norm.num_groups, -1) - mean.unsqueeze(-1) * scale
+        normed = torch.addcmul(shift.view(batch, channels, 1, 1), x, scale.view(batch, channels, 1, 1))
+        return F.silu(normed, inplace=True) if swish else normed
 
 
 class _Residual(nn.Module):
@@ -76,7 +87,7 @@ class _Attention(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = _normed(self.norm, x)
+        normed = self.norm(x)
         query, key, value = (conv(normed).flatten(2) for conv in (self.q, self.k, self.v))
         scores = query.transpose(1, 2) @ key * query.shape[1] ** -0.5
         mixed = value @ scores.softmax(-1).transpose(1, 2)
@@ -206,6 +217,9 @@ class VQModel(nn.Module):
     how many there are: who needs equal bytes calls with one batch size.
     """
 
+    channels_last = False
+    """Whether the decoder is laid out so; see `for_cuda`."""
+
     def __init__(self, config: VQConfig):
         super().__init__()
         self.encoder = _Encoder(config)
@@ -214,14 +228,18 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
-    def for_cuda(self) -> "VQModel":
+    def for_cuda(self, kernels: bool) -> "VQModel":
         """The same model, but its decoder has weights of its own, laid out for pictures whose channels lie
-        together, as tensor cores take them."""
+        together, as tensor cores take them. kernels: whether norms are operators of `model.cuda`."""
         made = copy.copy(self)
         made._modules = self._modules | {"decoder": copy.deepcopy(self.decoder)}
-        for module in made.decoder.modules():
+        for module in list(made.decoder.modules()):
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+            for name, child in module.named_children():
+                if isinstance(child, nn.GroupNorm):
+                    setattr(module, name, ChannelsLastNorm(child, kernels))
+        made.channels_last = True
         return made
 
     def codebook(self) -> Tensor:
@@ -241,7 +259,7 @@ class VQModel(nn.Module):
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, h, w] -> pictures [B, 3, 16 h, 16 w], nominally from -1 to 1, not clamped."""
         entries = F.embedding(tokens, self.codebook()).movedim(-1, 1)
-        if entries.device.type != "cuda":
+        if not self.channels_last:
             entries = entries.contiguous()
         return self.decoder(self.post_quant_conv(entries))
 

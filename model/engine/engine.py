@@ -89,7 +89,7 @@ class Engine:
                 self.stops = []
             self.stop_ids = torch.tensor(self.stops, dtype=torch.int64, device=device)
         self.prefill = Prefill(model, self.options, self.backend, self.counts)
-        self.pictures = Pictures(model, self.options, self.streams, self.counts)
+        self.pictures = Pictures(model, self.options, self.backend, self.streams, self.counts)
         self.lossless = self.options.cfg_interval == ALWAYS
         self.most_groups = -(-self.options.slots // self.options.group_rows)
         self.groups: list[Group] = []

@@ -51,11 +51,19 @@ class _Slice:
 class Pictures:
     """Finished pictures by size, the slices on their way, and results."""
 
-    def __init__(self, model: Wallaroo, options: EngineOptions, streams: Streams, counts: Counter[str]):
+    def __init__(
+        self,
+        model: Wallaroo,
+        options: EngineOptions,
+        backend: str,
+        streams: Streams,
+        counts: Counter[str],
+    ):
         self.model, self.options, self.streams, self.counts = model, options, streams, counts
         self.vq = None
         if options.decode_vq and model.vq is not None:
-            self.vq = model.vq.for_cuda() if model.device.type == "cuda" else model.vq
+            on_cuda = model.device.type == "cuda"
+            self.vq = model.vq.for_cuda(kernels=backend == "triton") if on_cuda else model.vq
         self.ready: dict[Size, list[_Picture]] = {}
         self.slices: deque[_Slice] = deque()
 

@@ -187,7 +187,7 @@ def test_replayed_steps_make_the_pictures_of_steps_that_run(
     tapes: list[Tapes] = []
     chosen = {"attention": attention, "cfg_interval": interval}
     assert_same(serve(model, rows, tapes, **chosen), serve(model, rows, **chosen))
-    assert all(one.recordings <= 2 and one.clears == 0 for one in tapes)
+    assert all(one.recordings <= 2 for one in tapes)
     assert sum(one.replays for one in tapes) > 20 * sum(one.recordings for one in tapes) > 0
 
 

@@ -2,10 +2,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from wallaroo.model.checkpoint import TINY, load
 from wallaroo.model.config import VQConfig
-from wallaroo.model.vq import VQModel, channels_last_norm, to_float, to_uint8
+from wallaroo.model.vq import ChannelsLastNorm, VQModel, to_float, to_uint8
 
 pytestmark = pytest.mark.numerics
 
@@ -95,25 +96,29 @@ def test_the_names_of_attention_and_resampling_levels(vq: VQModel):
     assert not any("conv_blocks.4.downsample" in name or "conv_blocks.4.upsample" in name for name in names)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("shape", [(1, 32, 1, 1), (2, 32, 5, 3), (4, 64, 16, 16)], ids=str)
-def test_the_norm_of_channels_that_lie_together_is_the_same(shape: tuple[int, ...]):
+def test_the_norm_of_channels_that_lie_together_is_the_same(shape: tuple[int, ...], kernels: bool):
     torch.manual_seed(1)
-    norm = torch.nn.GroupNorm(8, shape[1], eps=1e-6)
+    norm = torch.nn.GroupNorm(8, shape[1], eps=1e-6).requires_grad_(False)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     x = (3 * torch.randn(shape) + 1).contiguous(memory_format=torch.channels_last)
-    made = channels_last_norm(norm, x)
-    assert made.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(made, norm(x), rtol=1e-5, atol=1e-5)
+    together = ChannelsLastNorm(norm, kernels)
+    for made, expected in ((together(x), norm(x)), (together(x, swish=True), F.silu(norm(x)))):
+        assert made.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_model_for_cuda_leaves_the_one_it_is_made_of_alone(vq: VQModel):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_the_model_for_cuda_leaves_the_one_it_is_made_of_alone(vq: VQModel, kernels: bool):
     tokens = torch.arange(2 * 3 * 5).view(2, 3, 5)
-    expected, before = vq.decode(tokens), vq.decoder.conv_in.weight.stride()
-    made = vq.for_cuda()
+    expected, before = vq.decode(tokens), str(vq.decoder)
+    made = vq.for_cuda(kernels)
     assert made.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert vq.decoder.conv_in.weight.stride() == before
+    assert vq.decoder.conv_in.weight.is_contiguous() and str(vq.decoder) == before
     torch.testing.assert_close(made.decode(tokens), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(vq.decode(tokens), expected)
 
 
 def test_tf32_moves_few_values_and_those_by_one_level():
