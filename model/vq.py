@@ -60,6 +60,18 @@ class ChannelsLastNorm(nn.Module):
         return F.silu(normed, inplace=True) if swish else normed
 
 
+def _channels_last(part: nn.Module, kernels: bool) -> nn.Module:
+    """A copy of a part of the model, with other weights in convolutions only and with other norms."""
+    if isinstance(part, nn.GroupNorm):
+        return ChannelsLastNorm(part, kernels)
+    made = copy.copy(part)
+    made._modules = {name: child and _channels_last(child, kernels) for name, child in part._modules.items()}
+    if isinstance(part, nn.Conv2d):
+        weight = part.weight.detach().contiguous(memory_format=torch.channels_last)
+        made._parameters = part._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
+    return made
+
+
 class _Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int, groups: int):
         super().__init__()
@@ -232,13 +244,7 @@ class VQModel(nn.Module):
         """The same model, but its decoder has weights of its own, laid out for pictures whose channels lie
         together, as tensor cores take them. kernels: whether norms are operators of `model.cuda`."""
         made = copy.copy(self)
-        made._modules = self._modules | {"decoder": copy.deepcopy(self.decoder)}
-        for module in list(made.decoder.modules()):
-            if isinstance(module, nn.Conv2d):
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-            for name, child in module.named_children():
-                if isinstance(child, nn.GroupNorm):
-                    setattr(module, name, ChannelsLastNorm(child, kernels))
+        made._modules = self._modules | {"decoder": _channels_last(self.decoder, kernels)}
         made.channels_last = True
         return made
 
