@@ -80,6 +80,28 @@ def test_attend(model):
     assert_equal(*both("attend", *given))
 
 
+def test_attention_in_half_precision():
+    """Of float16, which the interpreter multiplies rightly: as near to float32 as its own rounding allows."""
+    heads, _, dim = HEADS["7B"]
+    given = [
+        one.half() if one.is_floating_point() else one for one in step([290, 70], *HEADS["7B"], blocks=5)
+    ]
+    exact = [one.float() if one.is_floating_point() else one for one in given]
+    _, launched = both("attend", *given)
+    plain, _ = both("attend", *exact)
+    for one, other in zip(launched[-3:], plain[-3:], strict=True):
+        assert one.dtype == torch.float16
+        torch.testing.assert_close(one.float(), other, rtol=2e-3, atol=2e-3)
+
+    limits, q = torch.tensor([[60, 61], [7, 8]]), torch.randn(2, 2, heads, dim).half()
+    more = given[4], given[5], torch.tensor([0, 1]), limits, 64
+    made = both("cache_attention", q, *more, torch.empty(2, 2, heads * dim).half())[1][-1]
+    keys, values, *rest = more
+    expected = torch.empty(2, 2, heads * dim)
+    expected = both("cache_attention", q.float(), keys.float(), values.float(), *rest, expected)[0][-1]
+    torch.testing.assert_close(made.float(), expected, rtol=2e-3, atol=2e-3)
+
+
 def test_attend_reads_and_writes_keys_that_are_there_alone():
     given = step([130, 0, 300], *HEADS["7B"], blocks=6)
     plain, _ = both("attend", *given)
