@@ -181,8 +181,11 @@ def packed(part: Part, rows: int) -> Part:
 
 
 def product_in_float32(linear: nn.Module, x: Tensor) -> Tensor:
-    """The product of a linear layer without bias, in float32. On CUDA it is never rounded to the type of x:
-    logits of 8 to 32 would step by a sixteenth to an eighth in bfloat16."""
+    """The product `(n, outputs)` of a linear layer without bias and x `(n, inputs)`, in float32.
+
+    On CUDA it is never rounded to the type of x: logits of 8 to 32 would step by a sixteenth to an eighth in
+    bfloat16.
+    """
     weight = cast(Tensor, linear.weight)
     if x.device.type == "cuda" and x.dtype != torch.float32:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)

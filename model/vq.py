@@ -36,7 +36,7 @@ def _norm_swish(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class ChannelsLastNorm(nn.Module):
-    """A group norm of pictures whose channels lie together, and swish of it where that is asked for.
+    """A group norm of pictures `[B, C, H, W]` whose channels lie together, with swish where it is asked for.
 
     torch's own would rearrange them, there and back. kernels: whether it is the operator of `model.cuda`.
     """
@@ -46,6 +46,7 @@ class ChannelsLastNorm(nn.Module):
         self.norm, self.kernels = norm, kernels
 
     def forward(self, x: Tensor, swish: bool = False) -> Tensor:
+        """The norm of x [B, C, H, W], and swish of it."""
         norm = self.norm
         if self.kernels:
             from wallaroo.model.cuda import ops

@@ -16,8 +16,11 @@ AHEAD = 4
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor with the numbers of an array: on a CPU the array's own memory where it can be written, on CUDA
-    one asynchronous copy from pinned memory, which torch keeps until the copy is done."""
+    """A tensor with the numbers of an array of any shape, such as `(n, m)`.
+
+    On a CPU it is the array's own memory where that can be written, on CUDA one asynchronous copy from pinned
+    memory, which torch keeps until the copy is done.
+    """
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     if device.type == "cpu":
         return tensor
@@ -27,7 +30,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """The same numbers on the host, which on CUDA are there when the stream has come so far."""
+    """The same numbers, of any shape such as `(n, m)`, on the host, once the stream has come so far."""
     return tensor.to("cpu", non_blocking=True)
 
 

@@ -20,11 +20,13 @@ from wallaroo.model.wallaroo import Wallaroo
 
 @dataclass(eq=False)
 class _Picture:
-    """A finished row, its tokens in the order of its steps, int64 on the device, and its logits if traced."""
+    """A finished row, its tokens in the order of its steps, int64 on the device, its logits if traced, and the
+    round in which it finished."""
 
     row: Row
     tokens: Tensor
     logits: np.ndarray | None
+    round: int
 
 
 @dataclass(eq=False)
@@ -51,6 +53,10 @@ class _Slice:
 class Pictures:
     """Finished pictures by size, the slices on their way, and results."""
 
+    PATIENCE = 1024
+    """Rounds that a picture waits for others of its size, about as many as a large one takes to be drawn. Then
+    its slice is filled up, so that a rare size does not hold up the rows that came with it."""
+
     def __init__(
         self,
         model: Wallaroo,
@@ -66,19 +72,21 @@ class Pictures:
             self.vq = model.vq.for_cuda(kernels=backend == "triton") if on_cuda else model.vq
         self.ready: dict[Size, list[_Picture]] = {}
         self.slices: deque[_Slice] = deque()
+        self.rounds = 0
 
     def add(self, row: Row, tokens: Tensor, logits: np.ndarray | None) -> None:
         """tokens: int64 `(steps or more,)`, one a step, on the device."""
         size = row.request.size
         assert size is not None
-        self.ready.setdefault(size, []).append(_Picture(row, tokens, logits))
+        self.ready.setdefault(size, []).append(_Picture(row, tokens, logits, self.rounds))
 
     def step(self, flush: bool) -> list[Result]:
         """Begins to decode the slices that are full, or all pictures, and gives back those that are done. A
         slice is filled up with its first picture."""
         width = self.options.vq_slice
+        self.rounds += 1
         for size, ready in self.ready.items():
-            while len(ready) >= width or (flush and ready):
+            while ready and (len(ready) >= width or flush or self.rounds - ready[0].round > self.PATIENCE):
                 self.slices.append(self._begin(size, ready[:width]))
                 del ready[:width]
         results = []

@@ -73,7 +73,7 @@ class Prefill:
                 pending.done, pending.scratch, pending.features = 0, -1, None
 
     def add(self, prompt: Prompt, semantic: np.ndarray | None, pixels: np.ndarray | None) -> PendingPrefix:
-        """The prompt of one more row, new or shared."""
+        """The prompt of one more row, new or shared; semantic and pixels as in `Request`, `(h, w, 3)`."""
         key: Hashable
         if self.options.prefix_sharing:
             digest = hashlib.sha256(prompt.ids.tobytes())

@@ -81,7 +81,7 @@ class Row:
         return self.sequences[0]
 
     def token_steps(self) -> np.ndarray:
-        """The steps so far at which a token that counts was drawn: line ends are left out."""
+        """The steps so far, `(n,)`, at which a token that counts was drawn: line ends are left out."""
         steps = np.arange(self.step or self.steps)
         return steps[steps % self.line != self.line - 1]
 

@@ -15,6 +15,7 @@ from wallaroo.model.counts import Operators, counted
 from wallaroo.model.decoder import MLP, PACKS, PackedLinear, PackedMLP, packed
 from wallaroo.model.engine.engine import Engine
 from wallaroo.model.engine.options import EngineOptions, even_threads, gpu_options
+from wallaroo.model.engine.pictures import Pictures
 from wallaroo.model.engine.requests import Request, Result
 from wallaroo.model.prompts import Prompt
 from wallaroo.model.random_inputs import MODELS, text_requests
@@ -198,6 +199,18 @@ def test_narrow_models_take_all_threads(wanted: int) -> None:
 def test_a_picture_is_the_same_wherever_it_stands_in_a_vq_slice(model: Wallaroo) -> None:
     few, many = serve(model, REQUESTS[:3], vq_slice=4), serve(model, REQUESTS[:20], vq_slice=4)
     assert_same(few, many)
+
+
+def test_a_picture_of_a_rare_size_does_not_wait_for_the_end(
+    model: Wallaroo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pictures, "PATIENCE", 12)
+    usual = [dataclasses.replace(row, size=Size(48, 48), sampling=Sampling(2.0)) for row in REQUESTS[:60]]
+    rare = dataclasses.replace(usual[0], key="rare", size=Size(32, 64))
+    engine = Engine(model, "generate", EngineOptions(slots=8, group_rows=8, vq_slice=4))
+    order = [result.key for result in engine.run([rare, *usual])]
+    assert order.index("rare") < 30
+    assert_same({"rare": serve(model, [rare])["rare"]}, serve(model, [rare, *usual], vq_slice=1))
 
 
 class ShapeRecorder(TorchDispatchMode):
