@@ -20,8 +20,10 @@ from wallaroo.model.wallaroo import Wallaroo
 
 @dataclass(eq=False)
 class _Picture:
-    """A finished row, its tokens in the order of its steps, int64 on the device, its logits if traced, and the
-    round in which it finished."""
+    """A finished row.
+
+    tokens: in the order of its steps, int64 on the device. logits: if traced. round: its last one.
+    """
 
     row: Row
     tokens: Tensor
@@ -54,8 +56,8 @@ class Pictures:
     """Finished pictures by size, the slices on their way, and results."""
 
     PATIENCE = 1024
-    """Rounds that a picture waits for others of its size, about as many as a large one takes to be drawn. Then
-    its slice is filled up, so that a rare size does not hold up the rows that came with it."""
+    """Rounds that a picture waits for others of its size, about as many as a large one is drawn in. Then its
+    slice is filled up, so that a rare size does not hold up the rows that came with it."""
 
     def __init__(
         self,
