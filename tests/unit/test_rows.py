@@ -1,6 +1,7 @@
 """What crosses into and out of a replica comes out as it went in, is counted by the watch, and is served."""
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from wallaroo.actors.replica import EXIT_DEVICE, Replica
+from wallaroo.actors.replica import EXIT_DEVICE, Replica, joined
 from wallaroo.actors.rows import (
     OUTCOMES,
     REQUESTS,
@@ -300,6 +302,43 @@ def test_a_replica_gives_every_row_back_once_as_an_engine_alone_makes_it():
             np.testing.assert_array_equal(one.tokens, result.tokens)
             np.testing.assert_array_equal(one.pixels, result.pixels)
             assert one.prompt_tokens == result.prompt_tokens and not one.error_type
+
+
+def test_rows_made_before_and_after_a_group_became_smaller_name_both_shapes():
+    shapes = {"group_rows": 128, "attention": "triton"}
+    before, after = (
+        json.dumps({"device": "H200", "threads": 1, "shapes": shapes | {"group_rows": rows}})
+        for rows in (128, 64)
+    )
+    assert joined(before, before) == before and joined(after, after) == after
+    both = json.loads(joined(before, after))
+    assert both["shapes"] == {"group_rows": "128, then 64", "attention": "triton"}
+    assert (both["device"], both["threads"]) == ("H200", 1)
+
+
+def test_a_replica_names_the_shape_that_its_engine_has_after_memory_ran_out():
+    class Lacks(Replica):
+        """Its device has no memory for the first decode step."""
+
+        def _turn(self, engine):
+            prefill, self.lacked = engine.prefill.step, False
+
+            def step(*args, **kwargs):
+                if not self.lacked:
+                    self.lacked = True
+                    raise torch.OutOfMemoryError("tried to allocate too much")
+                return prefill(*args, **kwargs)
+
+            engine.prefill.step = step
+            super()._turn(engine)
+
+    replica = Lacks(lambda: TINY, device="cpu", options={"slots": 4, "group_rows": 4, "smaller": (2,)})
+    with pytest.warns(RuntimeWarning, match="a group has 2 rows now"):
+        first = asyncio.run(replica(shard(1, [0, 1, 2])[0]))
+    second = asyncio.run(replica(shard(2, [0])[0]))
+    rows = [json.loads(answer["environment"])["shapes"]["group_rows"] for answer in (first, second)]
+    assert rows == ["4, then 2", 2]
+    assert len(outcomes(from_ipc(first["outcomes"]))) == 3
 
 
 def test_a_row_that_the_engine_refuses_is_an_error_row_beside_good_ones():
