@@ -3,6 +3,7 @@
 Knows nothing of slots, prompts or layers.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -15,6 +16,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 KEY_BLOCK = 64
 """Keys that a cache keeps together, and that `BlockAttention` takes at a time."""
@@ -121,8 +123,9 @@ class BlockAttention:
 class SdpaAttention:
     """torch's scaled_dot_product_attention over the whole capacity.
 
-    The queries of a key head stand together as one sequence. So keys are not repeated, no key head idles, and
-    with its mask torch never falls to the kernel that keeps all scores in memory.
+    The queries of a key head stand together as one sequence: keys are not repeated, and no key head idles. On
+    CUDA one kernel is named, which takes masks, goes over keys in one order and keeps no scores in memory,
+    since torch's own choice depends on the shapes.
     """
 
     def __init__(self, visible: Visible, kv_heads: int, dtype: torch.dtype):
@@ -143,7 +146,9 @@ class SdpaAttention:
                 seen = seen.expand(-1, per_key, -1, -1).flatten(1, 2).unsqueeze(1)
             self.seen = seen
         grouped = q.view(runs, tokens, kv_heads, per_key, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.seen)
+        on_cuda = q.device.type == "cuda"
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if on_cuda else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.seen)
         out = out.view(runs, kv_heads, per_key, tokens, dim).permute(0, 3, 1, 2, 4)
         return out.reshape(runs, tokens, heads * dim)
 
