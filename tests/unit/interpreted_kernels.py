@@ -15,6 +15,7 @@ from wallaroo.model.attention import KEY_BLOCK, BlockAttention, Visible
 from wallaroo.model.config import DecoderConfig
 from wallaroo.model.cuda import ops
 from wallaroo.model.cuda.operators import OPERATORS
+from wallaroo.model.cuda.steps import DRAW_BLOCK
 from wallaroo.model.decoder import Decoder, rope, rope_frequencies
 from wallaroo.model.kv_cache import KVCache
 
@@ -311,6 +312,31 @@ def test_draw_from_the_vocabularies_of_the_7b(vocabulary):
     logits = torch.randn(3, vocabulary) * 2
     logits[0, ::7] = float("-inf")
     assert_equal(*both("draw", *draw(logits, 0.9, torch.tensor([1000, 1, 40]), [0.7, 0.1, 0.999])))
+
+
+def test_draw_finds_the_last_token_kept_at_any_top_k():
+    """Logits fall, and all are about as likely, so the last token kept is drawn at the end."""
+    powers = 2.0 ** torch.arange(20, -21, -1)
+    logits = torch.cat((powers, torch.zeros(1), -powers.flip(0)))
+    count = len(logits)
+    given = draw(logits.repeat(count - 2, 1), 1e9, torch.arange(2, count), ENDS)
+    plain, launched = both("draw", *given)
+    assert_equal(plain, launched)
+    assert launched[6].tolist() == list(range(1, count - 1))
+
+
+def test_draw_at_a_border_takes_the_token_behind_it():
+    given = draw(torch.zeros(8, 8), 1.0, 0, torch.arange(8) / 8)
+    plain, launched = both("draw", *given)
+    assert_equal(plain, launched)
+    assert launched[6].tolist() == list(range(8))
+
+
+def test_greedy_draw_takes_the_first_of_equals():
+    logits = torch.zeros(1, 3 * DRAW_BLOCK)
+    logits[0, 100::DRAW_BLOCK] = 1.0
+    _, launched = both("draw", *draw(logits, 1.0, 1, 0.9))
+    assert launched[6].tolist() == [100]
 
 
 def test_draw_keeps_every_tie_with_the_last_token_kept():
