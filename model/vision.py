@@ -6,13 +6,14 @@ Knows nothing of prompts; where its embeddings go is the caller's matter.
 import dataclasses
 import itertools
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wallaroo.model.config import VisionConfig
+from wallaroo.model.cuda.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -39,8 +40,12 @@ def encode_image(
     tower: "Qwen2_5_VisionTransformerPretrainedModel", patches: Tensor, grid: tuple[int, int]
 ) -> Tensor:
     """Normalised patches [n, 1176] of one picture and their grid (h/14, w/14) -> embeddings [n / 4, H]."""
-    shape = torch.tensor([[1, *grid]], device=patches.device)
-    return tower(patches.to(tower.dtype), grid_thw=shape).pooler_output
+    # The tower reads the grid and the ends of its windows on the host, so there they stay.
+    shape = torch.tensor([[1, *grid]])
+    plan = tower_plan(cast(VisionConfig, tower.config), shape)
+    for name in ("position_ids", "window_index"):
+        plan[name] = to_device(plan[name].numpy(), patches.device)
+    return tower(patches.to(tower.dtype), grid_thw=shape, **plan).pooler_output
 
 
 BY_LENGTH = "flash_by_length"

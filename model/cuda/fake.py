@@ -189,7 +189,12 @@ class FakeCuda(TorchDispatchMode):
                 return True
             if name == "aten::nonzero":
                 return self._run(torch.empty, (0, args[0].dim()), dtype=torch.int64, device="cuda")
-        return self._counted(func, args, kwargs)
+        try:
+            return self._counted(func, args, kwargs)
+        except fake_tensor.DynamicOutputShapeException:
+            raise Waited(
+                f"{reason or name}: the shape of what follows is known to a real device only"
+            ) from None
 
     def _phase(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         if "enter" in name:
