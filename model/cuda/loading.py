@@ -4,6 +4,7 @@ No weight is twice on the host: what a reader takes from a file goes through its
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -46,18 +47,29 @@ def fill(
         for some in _parted([name for name in names if name in places], places, task_bytes)
     ]
 
-    def read(task: tuple[Path, list[str]]) -> None:
-        file, names = task
-        reader = _Reader(next(iter(places.values())).device, chunk_bytes)
-        with opened(file) as shard:
-            for name in names:
-                reader.copy(shard.get_tensor(name), places[name])
+    device = next(iter(places.values())).device
+    # Taking from a deque is atomic.
+    waiting = deque(tasks)
+
+    def read(_: int) -> None:
+        reader = _Reader(device, chunk_bytes)
+        while waiting:
+            try:
+                file, names = waiting.popleft()
+            except IndexError:  # another reader was faster
+                break
+            with opened(file) as shard:
+                for name in names:
+                    reader.copy(shard.get_tensor(name), places[name])
         reader.finish()
 
     with ThreadPoolExecutor(READERS, "weights") as pool:
         # All are asked for, so that the first error is raised here.
-        for _ in pool.map(read, tasks):
+        for _ in pool.map(read, range(READERS)):
             pass
+    if device.type == "cuda":
+        # What the readers' streams still hold counts as free when slots are chosen.
+        torch.cuda.empty_cache()
 
 
 def _parted(names: Sequence[str], places: Mapping[str, Tensor], most: int) -> Iterator[list[str]]:
@@ -98,8 +110,10 @@ class _Reader:
             staged = self.chunks[self.turn].view(source.dtype)[: len(part)]
             staged.copy_(part)
             with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-                # Another type is made on the device.
-                into[start : start + count].copy_(staged.to(self.device, non_blocking=True))
+                if staged.dtype != into.dtype:
+                    # Made on the device, where it is quicker.
+                    staged = staged.to(self.device, non_blocking=True)
+                into[start : start + count].copy_(staged, non_blocking=True)
                 if self.stream is not None:
                     self.events[self.turn] = self.stream.record_event()
             self.turn = 1 - self.turn
