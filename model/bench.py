@@ -329,16 +329,18 @@ def print_dry_run(options: argparse.Namespace, sides: Sequence[int]) -> None:
     """
     # Here, not above: it needs much of torch that nothing else does.
     from wallaroo.model.cuda.fake_runtime import missing
-    from wallaroo.model.dry_run import dry_run, to_text
+    from wallaroo.model.dry_run import IMAGES, dry_run, to_text
 
     if options.device != "cuda":
         raise InputError(f"the device is {options.device}, but a dry run is of cuda: give --device cuda.")
+    if any(count < 1 for count in options.images or ()):
+        raise InputError(f"--images is {min(options.images)}, but must be at least 1.")
     if reason := missing():
         raise InputError(f"--dry-run cannot make up a CUDA device here: {reason}.")
     rates = (rate and rate * 1e12 for rate in (options.bandwidth, options.flops))
     gpu = find_gpu(options.gpu, *rates)
     for side in sides:
-        report = dry_run(MODELS[options.model], gpu, side)
+        report = dry_run(MODELS[options.model], gpu, side, options.images or IMAGES)
         print(json.dumps(report) if options.json else to_text(report))
 
 
@@ -360,6 +362,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--dry-run", action="store_true", help="count without a GPU what --device cuda would do, in its times"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        action="append",
+        help="of --dry-run: pictures asked for at once; may be repeated",
     )
     parser.add_argument("--gpu", default="H200", help=f"of --dry-run: {', '.join(GPUS)} (default H200)")
     parser.add_argument("--bandwidth", type=float, help="of --dry-run: TB/s that the GPU's memory reaches")

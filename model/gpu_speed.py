@@ -38,11 +38,11 @@ def warm_engine(bench: Bench, model: Wallaroo, options: EngineOptions, requests:
     else:
         few = edit_requests(model.config, 2, small)
     list(engine.run(few))
-    if options.decode_vq and requests[0].size is not None:
-        assert model.vq is not None
-        tokens = torch.zeros(options.vq_slice, *requests[0].size.grid, dtype=torch.int64, device=bench.device)
+    vq, size = engine.pictures.vq, requests[0].size
+    if vq is not None and size is not None:
+        tokens = torch.zeros(options.vq_slice, *size.grid, dtype=torch.int64, device=bench.device)
         with torch.inference_mode(), precision(options.vq_precision, bench.device):
-            model.vq.decode(tokens)
+            vq.decode(tokens)
     bench.synchronise()
     return engine
 
@@ -124,7 +124,8 @@ def tokenizer(bench: Bench) -> None:
     vq = model.vq
     assert vq is not None
     if bench.on_gpu:
-        vq.prepare_for_cuda()
+        backend = Engine(model, "generate", bench.options(bench.config)).backend
+        vq = vq.for_cuda(kernels=backend == "triton")
     grid = Size(bench.side, bench.side).grid
     generator = torch.Generator().manual_seed(0)
     codes = bench.config.vq.codebook_size

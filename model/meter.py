@@ -76,7 +76,7 @@ class Counted:
 
 
 def tensor_bytes(tensor: Tensor) -> float:
-    """Bytes of a tensor's numbers, each counted once where it is expanded."""
+    """Bytes of the numbers of a tensor `(...)`, each counted once where it is expanded."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride or not size else 1
@@ -146,8 +146,8 @@ def plain_cost(operator: Operator) -> Cost:
         )
     elif packet in flop_registry:
         flops = float(flop_registry[packet](*operator.args, **operator.kwargs, out_val=out))
-    numbers = _tensors(out)
-    if numbers and numbers[0].dtype == torch.float32:
+    numbers = [tensor for tensor in _tensors(given) if tensor.is_floating_point()]
+    if numbers and numbers[-1].dtype == torch.float32:
         convolves = name == "aten::convolution"
         backend = torch.backends.cudnn if convolves else torch.backends.cuda.matmul
         precision = "tf32" if backend.allow_tf32 else "float32"

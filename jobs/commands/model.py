@@ -219,6 +219,9 @@ def bench() -> None:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default cuda where there is one.")
 @click.option("--dry-run", is_flag=True, help="Count without a GPU what --device cuda would do.")
 @click.option("--gpu", default="H200", metavar="NAME", help="Of --dry-run: H200 (default), H100, A100, L40S.")
+@click.option(
+    "--images", type=int, multiple=True, metavar="N", help="Of --dry-run: pictures at once; repeatable."
+)
 @click.option("--bandwidth", type=float, metavar="TB/S", help="Of --dry-run: what the GPU's memory reaches.")
 @click.option("--flops", type=float, metavar="TFLOP/S", help="Of --dry-run: what it reaches in 16 bits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -229,6 +232,7 @@ def bench_engine(
     device: str | None,
     dry_run: bool,
     gpu: str,
+    images: tuple[int, ...],
     bandwidth: float | None,
     flops: float | None,
     as_json: bool,
@@ -249,6 +253,7 @@ def bench_engine(
     values = {"--device": device, "--bandwidth": bandwidth, "--flops": flops}
     for name, value in values.items():
         given += [] if value is None else [name, str(value)]
+    given += [word for count in images for word in ("--images", str(count))]
     flags = {"--json": as_json, "--dry-run": dry_run}
     main(given + [name for name, on in flags.items() if on])
     return OK
