@@ -214,8 +214,11 @@ def kernels(bench: Bench) -> None:
     start = time.perf_counter()
     serve(model, requests[:1], options)
     bench.report("seconds_to_compile", time.perf_counter() - start)
-    with Compared() as compared:
+    assert model.vq is not None
+    tokenizer, tokens = model.vq.for_cuda(kernels=True), torch.zeros(2, 16, 12, dtype=torch.int64)
+    with Compared() as compared, torch.inference_mode():
         serve(model, requests, options)
+        tokenizer.decode(tokens.to(bench.device))
     for name, far in sorted(compared.distance.items()):
         short = name.partition("::")[2]
         bench.report(f"distance_{short}", far)
