@@ -4,20 +4,27 @@ The engine itself runs, on a device whose tensors have shapes and no numbers (mo
 those of its operators; times follow from them by model/roofline.py, and are computed, not measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from wallaroo.model.config import ModelConfig, Size
+from wallaroo.model.cuda.fake_runtime import missing
 from wallaroo.model.engine.options import gpu_options
+from wallaroo.model.engine.requests import steps_of
+from wallaroo.model.errors import InputError
 from wallaroo.model.meter import Counted, Meter, tensor_bytes
-from wallaroo.model.random_inputs import random_model, text_requests
+from wallaroo.model.random_inputs import SAMPLING, random_model, text_requests
 from wallaroo.model.roofline import Gpu, assumptions
+from wallaroo.model.sampling import Sampling
 from wallaroo.model.wallaroo import Wallaroo
 
 IMAGES = (1, 16, 64, 128)
 """Pictures that are asked for at once."""
+
+MANY = 128
+"""Guided pictures that a GPU with room for them decodes at once."""
 
 MIN_PREFILLED = 1024
 """Prompt tokens from which a forward of prefill can be full."""
@@ -40,9 +47,15 @@ def free_memory(model: Wallaroo, gpu: Gpu) -> int:
 
 
 def measure(
-    meter: Meter, model: Wallaroo, images: int, size: Size, group_rows: int | None = None, **given: Any
+    meter: Meter,
+    model: Wallaroo,
+    images: int,
+    size: Size,
+    group_rows: int | None = None,
+    sampling: Sampling = SAMPLING,
+    **given: Any,
 ) -> dict[str, Any]:
-    """Counts of an engine that is asked for so many guided pictures of a size, and the times that follow.
+    """Counts of an engine that is asked for so many pictures of a size, and the times that follow.
 
     A step is looked at half-way through the pictures, an admission where a few rows end and others come.
     """
@@ -52,7 +65,7 @@ def measure(
     options = gpu_options(config, free_memory(model, gpu), model.dtype.itemsize, **given)
     engine = meter.start(model, "generate", options)
     spare = min(images, options.vq_slice)
-    requests = text_requests(config, images + spare, [size])
+    requests = text_requests(config, images + spare, [size], sampling)
     for request in requests[:images]:
         engine.submit(request)
     first = meter.step()
@@ -158,6 +171,39 @@ def dry_run(
         "chosen": chosen,
         "fitting": fitting,
     }
+
+
+def predicted_rate(
+    config: ModelConfig, gpu: Gpu, sizes: Mapping[Size, int], sampling: Sampling, **given: Any
+) -> float:
+    """Pictures a second of one GPU that makes many, computed and not measured.
+
+    The commonest size is counted, as by `measure`; others take time by their steps.
+
+    Args:
+        config: the model.
+        gpu: whose rates turn counts into times.
+        sizes: pictures to make by size.
+        sampling: of all rows; guided rows decode two sequences.
+        given: engine options that replace those chosen for the GPU's memory.
+
+    Raises:
+        InputError: no CUDA device can be made up in this process.
+    """
+    if reason := missing():
+        raise InputError(
+            f"--gpu counts on a made-up CUDA device, which there cannot be here: {reason}; give --rate."
+        )
+    common = max(sizes, key=lambda size: (sizes[size], size))
+    rows = sum(sizes.values())
+    meter = Meter(gpu)
+    with meter.device:
+        model = random_model(config, ("generate",), torch.device("cuda"), torch.bfloat16)
+        images = min(rows, MANY if sampling.guided else 2 * MANY)
+        found = measure(meter, model, images, common, sampling=sampling, **given)
+    steps = {size: steps_of(size, config.line_break) for size in sizes}
+    weighed = sum(count * steps[size] for size, count in sizes.items()) / steps[common]
+    return float(found["predicted_images_per_second"] * rows / weighed)
 
 
 ROWS = {

@@ -66,8 +66,10 @@ def text_prompt(rng: np.random.Generator, tokens: int, vocabulary: int) -> Promp
     return Prompt(ids, np.tile(np.arange(tokens, dtype=np.int32), (3, 1)), tokens)
 
 
-def text_requests(config: ModelConfig, count: int, sizes: Sequence[Size]) -> list[Request]:
-    """Guided rows with prompts of their own and one null prompt a size, sizes taken in turn."""
+def text_requests(
+    config: ModelConfig, count: int, sizes: Sequence[Size], sampling: Sampling = SAMPLING
+) -> list[Request]:
+    """Rows with prompts of their own and one null prompt a size, sizes taken in turn; guided by default."""
     rng = np.random.default_rng(0)
     vocabulary = config.decoder.vocab_size
     nulls = {size: text_prompt(rng, NULL_TOKENS, vocabulary) for size in sizes}
@@ -78,7 +80,7 @@ def text_requests(config: ModelConfig, count: int, sizes: Sequence[Size]) -> lis
             nulls[sizes[key % len(sizes)]],
             sizes[key % len(sizes)],
             key,
-            SAMPLING,
+            sampling,
         )
         for key in range(count)
     ]

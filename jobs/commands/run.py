@@ -135,7 +135,20 @@ TASK_COMMANDS = {"generate": generate, "edit": edit, "understand": understand}
     metavar="N|OUTPUT",
     help="Rows/s of one replica, or an OUTPUT to take the measured rate from; implies --estimate.",
 )
-def plan(task: str, manifest: str, output: str | None, estimate: bool, rate: str | None, **given: Any) -> int:
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    help="Compute the rate of an H200, H100, A100 or L40S instead; implies --estimate.",
+)
+def plan(
+    task: str,
+    manifest: str,
+    output: str | None,
+    estimate: bool,
+    rate: str | None,
+    gpu: str | None,
+    **given: Any,
+) -> int:
     config = configure(task, manifest, output or "", given)
     from wallaroo.jobs.progress import Display
     from wallaroo.workflows.runs.setup import plan as make
@@ -143,10 +156,10 @@ def plan(task: str, manifest: str, output: str | None, estimate: bool, rate: str
     with Display() as display:
         made = make(config, display)
     click.echo(_plan_text(made))
-    if estimate or rate:
+    if estimate or rate or gpu:
         from wallaroo.workflows.reports.estimate import estimate as reckon
 
-        click.echo("\n".join(reckon(made, config, rate).lines()))
+        click.echo("\n".join(reckon(made, config, rate, gpu).lines()))
     if output:
         click.echo(f"Written to {output}; `wallaroo {task}` with the same options uses this plan.")
     return OK
@@ -160,6 +173,7 @@ With OUTPUT the plan is written there, and the task uses it; without OUTPUT noth
   wallaroo plan generate prompts.jsonl
   wallaroo plan generate prompts.jsonl out/first --samples 4
   wallaroo plan generate prompts.jsonl --estimate --rate out/look --replicas 8
+  wallaroo plan generate prompts.jsonl --estimate --gpu H200
   wallaroo plan understand photos/
 """
 

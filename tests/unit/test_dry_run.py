@@ -1,6 +1,7 @@
 """What the engine would do on a GPU, counted: the bounds that the 7B keeps, and that waste is seen."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from wallaroo.model.errors import InputError
 from wallaroo.model.meter import Meter, lengths
 from wallaroo.model.random_inputs import MODELS, random_model, text_requests
 from wallaroo.model.roofline import GPUS, LAUNCH_SECONDS, Cost, find_gpu
+from wallaroo.workflows.plans.plan import Plan, PlanPart
+from wallaroo.workflows.reports.estimate import estimate
+from wallaroo.workflows.settings import RunConfig
 
 needs_compiler = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -128,3 +132,33 @@ def test_a_dry_run_of_a_cpu_is_refused() -> None:
     result = CliRunner().invoke(cli, ["bench", "engine", "--dry-run", "--device", "cpu"])
     assert result.exit_code != 0
     assert "give --device cuda" in str(result.exception or result.output)
+
+
+def planned(**sizes: int) -> Plan:
+    """A plan of one shard with so many rows by size, such as s96x64, and an error row."""
+    rows = sum(sizes.values()) + 1
+    by_name = {name.removeprefix("s"): count for name, count in sizes.items()}
+    part = PlanPart(0, "part.parquet", 0, 0, rows, 0, 1, rows, 1, {"size": 1}, by_name, complete=True)
+    return Plan((part,))
+
+
+@needs_compiler
+def test_an_estimate_computes_the_rate_of_a_gpu() -> None:
+    plan, config = planned(s96x96=6, s96x64=2), RunConfig("prompts.jsonl", "")
+    found = estimate(plan, config, None, "H100")
+    assert found.rate is not None and found.seconds == pytest.approx(8 / found.rate)
+    assert any("computed, not measured (H100: 3 TB/s" in line for line in found.lines())
+    slower = estimate(plan, replace(config, no_cuda_graphs=True), None, "H100")
+    assert slower.rate is not None and slower.rate < found.rate
+    small = estimate(planned(s96x64=8), config, None, "H100")
+    assert small.rate is not None and small.rate > found.rate
+
+
+def test_an_estimate_refuses_what_cannot_be_computed() -> None:
+    plan, config = planned(s96x96=1), RunConfig("prompts.jsonl", "")
+    with pytest.raises(InputError, match="--rate is 2 and --gpu is H100"):
+        estimate(plan, config, "2", "H100")
+    with pytest.raises(InputError, match=r"not for edit: give --rate"):
+        estimate(plan, replace(config, task="edit"), None, "H100")
+    with pytest.raises(InputError, match=r"the GPU is 'V100'"):
+        estimate(plan, config, None, "V100")

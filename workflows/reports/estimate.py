@@ -1,7 +1,8 @@
 """What a planned run will take: replica-hours, wall time, memory of a replica, bytes and cost.
 
 All of it follows from the plan, the checkpoint's shapes, and one number that must be measured or given: the
-rows a second of one replica. Knows nothing of how a row is made.
+rows a second of one replica; or it is computed for a GPU, by the counts of a dry run. Knows nothing of how a
+row is made.
 """
 
 import dataclasses
@@ -32,7 +33,8 @@ class Estimate:
     where it was measured, empty if it was given. replicas: most at once. seconds: wall time with all of them.
     cost: of the replica-hours, None without a price. weight_bytes: of the checkpoint's files. kv_bytes: of
     the keys and values of all slots, at most. output_bytes: of the data set; bytes_from: where a row's was
-    measured, empty if it is the bound of lossless pictures.
+    measured, empty if it is the bound of lossless pictures. computed: what a computed rate assumes, empty if
+    the rate was measured or given.
     """
 
     rows: int
@@ -46,17 +48,20 @@ class Estimate:
     kv_bytes: int
     output_bytes: int
     bytes_from: str
+    computed: str = ""
 
     def lines(self) -> list[str]:
         """The estimate for people."""
         found = []
         if self.rate is None:
             found.append(
-                "  time: unknown; give --rate, rows a second of one replica, or an output that measured it"
+                "  time: unknown; give --gpu, or --rate: rows a second of one replica, or an output that "
+                "measured it"
             )
         else:
             assert self.replica_hours is not None and self.seconds is not None
             where = f", as in {self.rate_from}" if self.rate_from else ""
+            where = f", computed, not measured ({self.computed})" if self.computed else where
             found.append(f"  rate: {self.rate:.3g} rows/s of a replica{where}")
             found.append(
                 f"  time: {self.replica_hours:.3g} replica-hours, {duration(self.seconds)} with "
@@ -73,11 +78,18 @@ class Estimate:
         return found
 
 
-def estimate(plan: Plan, config: RunConfig, rate: str | None) -> Estimate:
-    """The estimate of a plan. rate: rows/s of one replica as text, or an output of a run that measured it.
+def estimate(plan: Plan, config: RunConfig, rate: str | None, gpu: str | None = None) -> Estimate:
+    """The estimate of a plan, which is left in the output too, for the report to set beside what happened.
 
-    With an output it is left there too, for the report to set beside what happened. Raises InputError if
-    the rate is no positive number and no output that has measured one.
+    Args:
+        plan: what is to be made.
+        config: of the run.
+        rate: rows/s of one replica as text, or an output of a run that measured it.
+        gpu: name of a GPU that the rate is computed for, where none is given.
+
+    Raises:
+        InputError: the rate is no positive number and no output that has measured one, the GPU is unknown, or
+            nothing can be computed for the task.
     """
     from wallaroo.workflows.storage.checkpoints import model_path
 
@@ -85,6 +97,11 @@ def estimate(plan: Plan, config: RunConfig, rate: str | None) -> Estimate:
     folder = model_path(config.model)
     model, files = read_checkpoint(folder).config, read_files(folder)
     rows = plan.rows - plan.error_rows
+    computed = ""
+    if gpu is not None:
+        if rate is not None:
+            raise InputError(f"--rate is {rate} and --gpu is {gpu}, but only one of them can be the rate.")
+        speed, computed = _computed(gpu, plan, config, model)
     replicas = min(config.replicas[1], max(1, len(plan.shards)))
     hours = None if speed is None else rows / speed / 3600
     price = config.price_per_hour
@@ -105,6 +122,7 @@ def estimate(plan: Plan, config: RunConfig, rate: str | None) -> Estimate:
         kv_bytes=_kv_bytes(plan, config, model),
         output_bytes=round(rows * row_bytes) if row_bytes else bound,
         bytes_from=bytes_from,
+        computed=computed,
     )
     if config.output:
         data = json.dumps(dataclasses.asdict(found)).encode() + b"\n"
@@ -130,6 +148,27 @@ def _measured(rate: str | None) -> tuple[float | None, float, str]:
     if not 0 < given < float("inf"):
         raise InputError(f"the rate is {rate}, but must be more than 0 rows a second.")
     return given, 0, ""
+
+
+def _computed(gpu: str, plan: Plan, config: RunConfig, model: ModelConfig) -> tuple[float | None, str]:
+    """Rows/s of a replica on a GPU, None without rows, and what is assumed."""
+    from wallaroo.model.roofline import assumptions, find_gpu
+
+    found = find_gpu(gpu)
+    if config.task != "generate":
+        raise InputError(
+            f"--gpu is {gpu}, but rates are computed for generate, not for {config.task}: give --rate."
+        )
+    if not plan.sizes:
+        return None, ""
+    # Here, not above: it runs the engine on a made-up device, which needs torch.
+    from wallaroo.model.dry_run import predicted_rate
+
+    given = {} if config.group_rows is None else {"group_rows": config.group_rows}
+    graphs = not config.no_cuda_graphs
+    return predicted_rate(model, found, plan.sizes, config.sampling, graphs=graphs, **given), assumptions(
+        found
+    )
 
 
 def _row_bytes(output: str) -> float:
