@@ -187,7 +187,7 @@ class Compared(TorchDispatchMode):
 
 
 def distance(ours: Tensor, plain: Tensor) -> float:
-    """How far two tensors `(...)` are from each other; infinite where only one is finite."""
+    """How far two tensors `(n, ...)` are from each other; infinite where only one is finite."""
     if not ours.is_floating_point():
         return float((ours != plain).float().mean())
     ours, plain = ours.double(), plain.double()

@@ -76,7 +76,7 @@ class Counted:
 
 
 def tensor_bytes(tensor: Tensor) -> float:
-    """Bytes of the numbers of a tensor `(...)`, each counted once where it is expanded."""
+    """Bytes of the numbers of a tensor `(n, m, ...)`, each counted once where it is expanded."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride or not size else 1

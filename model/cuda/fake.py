@@ -220,7 +220,7 @@ class FakeCuda(TorchDispatchMode):
         self._pinned[tensor.untyped_storage().data_ptr()] = tensor
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        """Whether a CPU tensor `(...)` lies in pinned memory."""
+        """Whether a CPU tensor `(n, ...)` lies in pinned memory."""
         return tensor.untyped_storage().data_ptr() in self._pinned
 
     def _run(self, func: Any, *args: Any, **kwargs: Any) -> Any:
