@@ -114,7 +114,7 @@ options = st.builds(
     vq_slice=st.integers(1, 3),
     prefix_sharing=st.booleans(),
     prefix_tokens=st.sampled_from([0, 100, 16384]),
-    attention=st.sampled_from(["block", "sdpa"]),
+    attention=st.sampled_from(["block", "sdpa", "triton"]),
     trace=st.just(True),
 )
 
