@@ -22,7 +22,7 @@ from wallaroo.model.reference import Reference
 from wallaroo.model.sampling import Sampling
 from wallaroo.model.wallaroo import Wallaroo
 
-SERVERS = ("engine", "plain loop")
+SERVERS = ("engine", "engine with the operators of CUDA", "plain loop")
 
 PLAIN = Sampling(cfg=1.0, temperature=1.0, top_k=1, top_p=1.0)
 GUIDED = Sampling(cfg=3.0, temperature=1.0, top_k=1, top_p=1.0)
@@ -127,9 +127,10 @@ def tolerances(model: Wallaroo, task: str, arrays: Family) -> tuple[float, float
 
 def serve(server: str, model: Wallaroo, task: str, requests: Sequence[Request]) -> dict[tuple, Result]:
     """Key -> result with logits. The engine takes all requests at once; the plain loop texts one by one,
-    and together the pictures that share size and sampling."""
-    if server == "engine":
-        options = EngineOptions(slots=16, group_rows=4, decode_vq=False, trace=True)
+    and together the pictures that share size and sampling. On a CPU the operators of CUDA are plain torch."""
+    if server.startswith("engine"):
+        attention = None if server == "engine" else "triton"
+        options = EngineOptions(slots=16, group_rows=4, decode_vq=False, trace=True, attention=attention)
         results = list(Engine(model, task, options).run(requests))
     elif task == "understand":
         plain = Reference(model)
