@@ -43,7 +43,9 @@ for module in pkgutil.walk_packages(model.__path__, "wallaroo.model."):
 
 def module_name(path):
     """Of a file of `model/`, such as wallaroo.model.cuda.ops."""
-    return "wallaroo." + ".".join(path.relative_to(MODEL.parent).with_suffix("").parts).removesuffix(".__init__")
+    return "wallaroo." + ".".join(path.relative_to(MODEL.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
 
 
 def test_model_imports_without_ray_arrow_and_triton():

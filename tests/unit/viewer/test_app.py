@@ -182,7 +182,9 @@ def test_command_serves_until_it_is_interrupted(three, tmp_path):
 
 
 def test_missing_extra_is_named(three):
-    script = "import sys; sys.modules['uvicorn'] = None; from wallaroo.jobs.cli import main; main(sys.argv[1:])"
+    script = (
+        "import sys; sys.modules['uvicorn'] = None; from wallaroo.jobs.cli import main; main(sys.argv[1:])"
+    )
     command = [sys.executable, "-c", script, "view", "--no-open", str(three)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
