@@ -9,6 +9,7 @@ any slot and any order. Knows nothing of Ray, files or manifests; one thread at 
     groups    rows that decode together, and their step
     prefill   prompts on their way through the decoder
     pictures  from tokens to pixels
+    backends  which attention suits a device
     updates   what the host changes on the device
     options   what shapes the work, and the choice of it for a device
     requests  rows, and what becomes of them

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wallaroo.model.attention import default_backend
 from wallaroo.model.cuda.graphs import GraphRecorder, Recorder
 from wallaroo.model.cuda.transfer import Streams
 from wallaroo.model.decoder import packed, rope_frequencies
+from wallaroo.model.engine.backends import default_backend
 from wallaroo.model.engine.groups import Group, MixedGroup
 from wallaroo.model.engine.options import EngineOptions, longest_prompt, most_steps
 from wallaroo.model.engine.pictures import Pictures

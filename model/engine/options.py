@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from wallaroo.model.attention import KEY_BLOCK, default_backend
+from wallaroo.model.attention import KEY_BLOCK
 from wallaroo.model.config import SLOTS, DecoderConfig, ModelConfig, Size
+from wallaroo.model.engine.backends import default_backend
 from wallaroo.model.engine.requests import steps_of
 from wallaroo.model.sampling import ALWAYS
 

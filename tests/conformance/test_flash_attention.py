@@ -21,8 +21,8 @@ from wallaroo.model.attention import (
     SdpaAttention,
     Visible,
     causal_attention,
-    default_backend,
 )
+from wallaroo.model.engine.backends import default_backend
 
 pytestmark = pytest.mark.numerics
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from wallaroo.model import attention
 from wallaroo.model.cuda.fake import FakeCuda
 from wallaroo.model.cuda.fake_runtime import missing
 from wallaroo.model.cuda.graphs import GraphRecorder
+from wallaroo.model.engine import backends
 
 needs_fake = pytest.mark.skipif(bool(missing()), reason=missing() or "there is a device")
 
@@ -60,9 +60,9 @@ def test_a_broken_flash_attention_is_told_and_replaced(
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: of another torch')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    attention._fastest.cache_clear()
+    backends._fastest.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="flash-attn is installed but does not run: .*another torch"):
-            assert attention.default_backend(torch.device("cuda"), torch.bfloat16) == "sdpa"
+            assert backends.default_backend(torch.device("cuda"), torch.bfloat16) == "sdpa"
     finally:
-        attention._fastest.cache_clear()
+        backends._fastest.cache_clear()
