@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wallaroo.model.config import VQ_FACTOR
 from wallaroo.model.errors import InputError, did_you_mean
 
 _PARTS = {
@@ -151,6 +152,11 @@ class Recipe:
                 raise InputError(f"The recipe's lora_targets has '{target}', which no layer has{near}")
         if recipe.lora and recipe.part == "vq":
             raise InputError("The recipe has lora, but the image tokenizer has no such layers; leave it out.")
+        if recipe.size % VQ_FACTOR:
+            raise InputError(
+                f"The recipe's size is {recipe.size}, but must be a multiple of {VQ_FACTOR}, the side of an "
+                f"image token in pixels."
+            )
         if recipe.stream and recipe.part == "vq":
             raise InputError("The recipe streams rows, but the image tokenizer needs them all; leave it out.")
         if recipe.precision not in PRECISIONS:

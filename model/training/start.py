@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wallaroo.model.checkpoint import disk_tensors, empty_model, expected_shapes, load_config, mapped_tensors
+from wallaroo.model.checkpoint import (
+    check,
+    disk_tensors,
+    empty_model,
+    expected_shapes,
+    load_config,
+    mapped_tensors,
+)
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
 from wallaroo.model.training import lora
@@ -114,14 +121,14 @@ def _of_part(names: Iterable[str], part: str) -> list[str]:
 
 
 def check_start(recipe: Recipe) -> ModelConfig:
-    """The configuration of what a stage makes, once base and start have been looked at, weights apart.
+    """The configuration of what a stage makes, once base and start have been looked at, the numbers apart.
 
-    Raises InputError if base or start is no checkpoint, they differ in a tensor's shape, or a part cannot be
-    copied to another.
+    Raises InputError if base or start is no checkpoint, start lacks a tensor, they differ in a tensor's
+    shape, or a part cannot be copied to another.
     """
     config, start = stage_config(load_config(recipe.base), recipe), recipe.start or recipe.base
     mine = expected_shapes(config)
-    for name, shape in expected_shapes(load_config(start)).items():
+    for name, shape in expected_shapes(check(start)).items():
         if mine.get(name, shape) != shape:
             raise InputError(
                 f"Tensor '{name}' of {start} is {list(shape)}, but this stage needs {list(mine[name])}; "

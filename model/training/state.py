@@ -11,7 +11,7 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -193,13 +193,17 @@ class States:
         """Waits for the state that is being written, then removes those before the last two."""
         if self._pending is None:
             return
+        from torch.distributed.checkpoint.api import CheckpointException
+
         pending, self._pending = self._pending, None
         try:
             pending.result()
-        except OSError as error:
+        except (Exception, CheckpointException) as error:  # the first cause is what the disk said
+            reason = next((str(one) for one in _chain(error) if isinstance(one, OSError)), str(error))
+            last = reason.strip().splitlines()[-1]
             raise InputError(
-                f"The state cannot be written to {self.folder} ({error}); make room or rights for it."
-            ) from None
+                f"The state cannot be written to {self.folder} ({last:.200}); make room or rights for it."
+            ) from error
         if self.process.rank == 0:
             kept = {self._path(step) for step in self.steps()[:MAX_STATES]}
             for name in self.files.folders():
@@ -230,6 +234,15 @@ class States:
                     _begin(optimizer, parameter)
                     moments[names[parameter]] = dict(optimizer.state[parameter])
         return {"model": {name: one.detach() for name, one in kept.items()}, "optimizer": moments}
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, those that it arose from, and those of other processes."""
+    yield error
+    for more in (error.__cause__, error.__context__, *getattr(error, "failures", {}).values()):
+        inner = more[0] if isinstance(more, tuple) else more
+        if isinstance(inner, BaseException) and inner is not error:
+            yield from _chain(inner)
 
 
 def _say_nothing_of_one_process() -> None:

@@ -22,6 +22,8 @@ from wallaroo.model.training.recipe import Recipe
         ({"rows": {"edit": 2.5}}, "a table, each of it a whole number"),
         ({"null_smoothing": 1.5}, "null_smoothing is 1.5, but a share is at most 1"),
         ({"frozen": "vq."}, "a list, each of it a text"),
+        ({"size": 72}, "size is 72, but must be a multiple of 16"),
+        ({"part": "vq", "stream": True}, "streams rows, but the image tokenizer needs them all"),
         ({"precision": "fp8"}, "precision is 'fp8', but must be one of auto, float32, bfloat16"),
         ({"held_out": {"edit": "x"}}, "need both, so give both or neither"),
         ({"held_out": {"edit": "x"}, "validate_every": 2}, "held_out names 'edit', but must name tasks"),

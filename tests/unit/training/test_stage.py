@@ -211,3 +211,27 @@ def test_sigterm_saves_the_state_and_a_rerun_has_the_same_losses(tmp_path):
     assert [line["step"] for line in found] == list(range(1, 31))
     losses = [json.loads(line)["loss"] for line in wanted.read_text().splitlines()]
     assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-4)
+
+
+def test_no_room_for_a_state_is_one_sentence(tmp_path):
+    """A limit on the size of files stands for a full disk; the state before it stays."""
+    file = recipes(tmp_path)
+    file.write_text(file.read_text().replace("steps = 2\nsample_every = 2", "steps = 4\nsave_every = 2"))
+    program = (
+        "import resource, runpy, sys\n"
+        "from model.training import stage, state\n"
+        "begin = state.States.save\n"
+        "def save(self, step, *rest):\n"
+        "    if step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "    begin(self, step, *rest)\n"
+        "state.States.save = save\n"
+        f"sys.argv = ['model.training', {str(file)!r}, 'first']\n"
+        "runpy.run_module('model.training', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("model.training: The state cannot be written to ") and "make room" in last, last
+    assert "Traceback" not in done.stderr
+    whole = [path.parent.name for path in (tmp_path / "first" / "state").glob("*/.metadata")]
+    assert whole == ["step-00000002"]

@@ -1,15 +1,19 @@
 """What a stage begins with, and what it refuses to begin with."""
 
 import dataclasses
+import hashlib
+import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.unit.training.cases import recipe
 from wallaroo.model.checkpoint import TINY, load, load_config, save
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.stage import train
-from wallaroo.model.training.start import fresh_model, stage_config, start_model
+from wallaroo.model.training.start import check_start, fresh_model, stage_config, start_model
 
 
 def test_a_stage_has_its_own_bounds_of_pixels_and_lengths():
@@ -47,3 +51,18 @@ def test_a_part_that_cannot_be_copied_is_refused(copied):
     [(part, other)] = copied.items()
     with pytest.raises(InputError, match=f"copied has {part} = '{other}', but .* it has .*edit_image_head"):
         start_model(recipe(base=str(TINY), copied=copied))
+
+
+def test_a_start_that_lacks_a_tensor_is_refused_before_any_weight_is_read(tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(TINY, start)
+    [file] = start.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["gen_image_head.0.bias"]
+    save_file(tensors, file, {"format": "pt"})
+    listed = json.loads((start / "checkpoint.json").read_text())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    listed["files"][file.name] = {"size": file.stat().st_size, "sha256": digest}
+    (start / "checkpoint.json").write_text(json.dumps(listed))
+    with pytest.raises(InputError, match=r"does not have the tensors .*missing: gen_image_head.0.bias"):
+        check_start(recipe(base=str(TINY), start=str(start)))
