@@ -21,9 +21,10 @@ from wallaroo.model.training.log import METRICS, progress
 from wallaroo.model.training.lora import ABOUT, LORA
 from wallaroo.model.training.process import Process, process_of_group
 from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.training.result import RESULT, result
 from wallaroo.model.training.sharding import halves
 from wallaroo.model.training.sizing import Sizes, device_bytes
-from wallaroo.model.training.stage import RESULT, choose, result, run_stage
+from wallaroo.model.training.stage import choose, run_stage
 from wallaroo.model.training.start import check_start
 from wallaroo.model.training.state import STATES
 from wallaroo.workflows import storage
