@@ -3,6 +3,8 @@
 Knows nothing of rows and tasks.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,17 +28,21 @@ def entropy(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: Tensor 
     Returns:
         float32 `(n,)`.
     """
-    each = torch.as_tensor(smoothing, dtype=torch.float32, device=hidden.device).expand(len(hidden))
+    each: Sequence[Tensor | None] = [None] * -(-len(hidden) // CHUNK)
+    if isinstance(smoothing, Tensor):
+        each = smoothing.split(CHUNK)
+    elif smoothing:
+        each = torch.full((len(hidden),), smoothing, device=hidden.device).split(CHUNK)
     if len(hidden) <= CHUNK:
-        return _chunk(head, hidden, targets, each)
-    pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), each.split(CHUNK), strict=True)
+        return _chunk(head, hidden, targets, each[0] if each else None)
+    pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), each, strict=True)
     return torch.cat([checkpoint(_chunk, head, *piece, use_reentrant=False) for piece in pieces])
 
 
-def _chunk(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: Tensor) -> Tensor:
+def _chunk(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: Tensor | None) -> Tensor:
     logits = head(hidden).float()
     losses = F.cross_entropy(logits, targets, reduction="none")
-    if not bool(smoothing.any()):
+    if smoothing is None:
         return losses
     spread = logits.logsumexp(-1) - logits.mean(-1)
     return losses.lerp(spread, smoothing)
