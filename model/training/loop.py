@@ -5,7 +5,9 @@ Knows nothing of what a job learns.
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,7 +87,10 @@ def optimise(
     states = States(recipe, process, files)
     step = states.load(kept, optimizers, job)
     meter = Meter(process, job.flops_per_token)
-    ahead = batches(job, recipe, step)
+    # A GPU computes a step while the rows of the next are made, unless the image tokenizer learns, which
+    # encodes them.
+    overlapped = process.device.startswith("cuda") and recipe.part == "lm" and not recipe.learns("vq.")
+    ahead = batches(job, recipe, step, overlapped)
     bad_rows = 0
     try:
         while step < recipe.steps:
@@ -180,10 +185,14 @@ class _Pieces(torch.utils.data.Dataset[tuple[Any, ...]]):
         return self.job.batch(*divmod(index, self.accumulate))
 
 
-def batches(job: Job, recipe: Recipe, step: int) -> Iterator[tuple[Any, ...]]:
-    """The batches from a step on, made ahead by `recipe.workers` processes or, without any, when asked."""
+def batches(job: Job, recipe: Recipe, step: int, overlapped: bool = False) -> Iterator[tuple[Any, ...]]:
+    """The batches from a step on, made ahead by `recipe.workers` processes; without any by a thread, a step
+    ahead, if `overlapped`, else when asked."""
     places = range(step * recipe.accumulate, recipe.steps * recipe.accumulate)
-    return iter(
+    if overlapped and not recipe.workers:
+        yield from _overlapped(_Pieces(job, recipe.accumulate), places, recipe.accumulate)
+        return
+    yield from iter(
         torch.utils.data.DataLoader(
             _Pieces(job, recipe.accumulate),
             batch_size=None,
@@ -192,6 +201,16 @@ def batches(job: Job, recipe: Recipe, step: int) -> Iterator[tuple[Any, ...]]:
             collate_fn=_as_it_is,
         )
     )
+
+
+def _overlapped(pieces: _Pieces, places: Sequence[int], ahead: int) -> Iterator[tuple[Any, ...]]:
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        made = deque(pool.submit(pieces.__getitem__, place) for place in places[:ahead])
+        for place in places[ahead:]:
+            made.append(pool.submit(pieces.__getitem__, place))
+            yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
 
 
 def _as_it_is(batch: Any) -> Any:

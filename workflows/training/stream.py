@@ -5,6 +5,7 @@ worker reads only what its own places need, and any number of workers reads the 
 """
 
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -97,6 +98,7 @@ class Streamed:
         self.groups, self.rows, self.seed = groups, rows, seed
         self.needed, self.fits, self.kept = needed, fits, kept
         self._tables: OrderedDict[tuple[str, int], Future[pa.Table]] = OrderedDict()
+        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="rows")
         self._order = functools.lru_cache(maxsize=2 * len(rows))(self._ordered)
 
@@ -144,12 +146,14 @@ class Streamed:
 
     def _load(self, task: str, group: int) -> "Future[pa.Table]":
         key = (task, group)
-        if key not in self._tables:
-            self._tables[key] = self._pool.submit(self._read, task, group)
-        self._tables.move_to_end(key)
-        while len(self._tables) > self.kept:
-            self._tables.popitem(last=False)
-        return self._tables[key]
+        # Batches may be made in a thread of their own, samples not.
+        with self._lock:
+            if key not in self._tables:
+                self._tables[key] = self._pool.submit(self._read, task, group)
+            self._tables.move_to_end(key)
+            while len(self._tables) > self.kept:
+                self._tables.popitem(last=False)
+            return self._tables[key]
 
     def _read(self, task: str, group: int) -> pa.Table:
         path, number = self.groups[task].places[group]

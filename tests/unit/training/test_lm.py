@@ -100,16 +100,18 @@ def test_many_pictures_at_once_are_seen_as_each_alone(tokenizer):
     torch.testing.assert_close(together, wanted, rtol=0, atol=rounding(wanted, sums(tower)))
 
 
-def test_batches_made_ahead_by_other_processes_are_the_same(model, tokenizer):
+def test_batches_made_ahead_by_other_processes_or_a_thread_are_the_same(model, tokenizer):
     made = recipe(data={"edit": ""}, rows={"edit": 4}, steps=3, accumulate=2, seed=2)
     data = {"edit": rows()["edit"]}
     job = LMJob(model, tokenizer, from_memory(data, made.seed), made)
     job.rows.prepare(data)
     ahead = batches(job, dataclasses.replace(made, workers=2), 1)
-    for (theirs,), (ours,) in zip(ahead, batches(job, made, 1), strict=True):
+    overlapped = batches(job, made, 1, overlapped=True)
+    for (theirs,), (too,), (ours,) in zip(ahead, overlapped, batches(job, made, 1), strict=True):
         for name, value in vars(ours["edit"]).items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, getattr(theirs["edit"], name)), name
+                assert torch.equal(value, getattr(too["edit"], name)), name
 
 
 @pytest.mark.numerics
