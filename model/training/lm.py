@@ -224,7 +224,7 @@ class LMJob:
         self.rows = Rows(model, tokenizer, recipe)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(recipe.learns(name))
-        self.flops_per_token = Sizes(model.config, recipe, False).flops_per_token()
+        self.flops_per_token = Sizes(model.config, recipe, False, model).flops_per_token()
 
     @classmethod
     def beside(cls, job: "LMJob", source: Source, recipe: Recipe) -> "LMJob":

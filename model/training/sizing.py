@@ -15,6 +15,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.model.training import lora
 from wallaroo.model.training.losses import CHUNK
 from wallaroo.model.training.recipe import Recipe
+from wallaroo.model.wallaroo import Wallaroo
 
 RESERVE = 4_000_000_000
 """Bytes for the device's context, communication buffers and the allocator's losses."""
@@ -56,12 +57,13 @@ class Sizes:
         config: Of the model that the stage makes.
         recipe: The stage.
         half: Whether it multiplies in bfloat16.
+        model: The stage's own, if it is there already.
     """
 
-    def __init__(self, config: ModelConfig, recipe: Recipe, half: bool):
+    def __init__(self, config: ModelConfig, recipe: Recipe, half: bool, model: Wallaroo | None = None):
         self.config, self.recipe, self.half = config, recipe, half
-        self.model = empty_model(config, None, "meta", torch.float32)
-        if recipe.lora:
+        self.model = model or empty_model(config, None, "meta", torch.float32)
+        if recipe.lora and model is None:
             lora.add(self.model, recipe)
         named = dict(self.model.named_parameters())
         self.learning = sum(one.numel() for name, one in named.items() if recipe.learns(name))
