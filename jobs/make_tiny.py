@@ -21,9 +21,9 @@ from wallaroo.model.checkpoint import TINY, TOKENIZER, load, load_config, save
 from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
 from wallaroo.model.prompts import SYSTEM, TEMPLATES
 from wallaroo.model.tokenizer import QWEN_TOKENS, Tokenizer, add_control_tokens, added_tokens, build
+from wallaroo.model.training.fresh import fresh_model
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.stage import train
-from wallaroo.model.training.start import fresh_model
 from wallaroo.workflows.scenes import captions as scenes_captions
 from wallaroo.workflows.scenes import write
 

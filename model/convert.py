@@ -139,7 +139,7 @@ def convert_start(
     """Write the checkpoint that training stage 1 starts from: backbone and image tokenizer, all else new.
 
     The published code does not say how it draws image heads and adapters; here they are drawn as all new
-    parts of a stage are (`model.training.start.fresh_tensor`). One tensor is in memory at a time.
+    parts of a stage are (`wallaroo.model.training.fresh.fresh_tensor`). One tensor is in memory at a time.
 
     Args:
         backbone: Folder of Qwen2.5-VL with its weights.
@@ -155,7 +155,7 @@ def convert_start(
     """
     import torch
 
-    from wallaroo.model.training.start import fresh_tensor
+    from wallaroo.model.training.fresh import fresh_tensor
 
     decoder, vision = _architecture(Path(backbone))
     tensors = _renamed(_state_dict(vq, "model", "image tokenizer"), rename_vq)

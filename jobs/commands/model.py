@@ -198,7 +198,7 @@ def merge(stage: str, output: str, start: str, dtype: str | None) -> int:
     """
     import torch
 
-    from wallaroo.model.training.lora import merge as write
+    from wallaroo.model.training.merge import merge as write
 
     write(stage, output, start, None if dtype is None else getattr(torch, dtype))
     click.echo(output)

@@ -16,7 +16,7 @@ from wallaroo.model.checkpoint import TINY, load, load_tokenizer
 from wallaroo.model.engine import Engine, EngineOptions, Request
 from wallaroo.model.prompts import generate_prompt
 from wallaroo.model.sampling import Sampling
-from wallaroo.model.training.lora import merge
+from wallaroo.model.training.merge import merge
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.stage import train
 from wallaroo.workflows.scenes.captions import examples

@@ -14,9 +14,9 @@ from tests.unit.training.test_stage import write_rows
 from wallaroo.jobs import cli
 from wallaroo.model.checkpoint import check, load, load_config
 from wallaroo.model.config import TASKS
+from wallaroo.model.training.fresh import fresh_tensor
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.stage import train
-from wallaroo.model.training.start import fresh_tensor
 
 NEW = ("gen_image_head.", "gen_input_adapter.", "edit_image_head.", "edit_input_adapter.", "pixel_adapter.")
 

@@ -20,7 +20,7 @@ from wallaroo.jobs import cli
 from wallaroo.jobs.make_tiny import tokenizer_json
 from wallaroo.model.checkpoint import TINY, disk_tensors, load_config
 from wallaroo.model.config import VQConfig
-from wallaroo.model.training.start import fresh_model
+from wallaroo.model.training.fresh import fresh_model
 
 GOOD = {"id": "good", "prompt": "a red circle", "width": 64, "height": 96}
 

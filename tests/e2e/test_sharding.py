@@ -14,11 +14,11 @@ from tests.unit.training.cases import recipe as recipe_of
 from tests.unit.training.test_stage import write_rows
 from wallaroo.model.checkpoint import TINY, load, load_config, save
 from wallaroo.model.errors import InputError
+from wallaroo.model.training.fresh import fresh_model
 from wallaroo.model.training.meter import MEASURED
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.sizing import Sizes
 from wallaroo.model.training.stage import train
-from wallaroo.model.training.start import fresh_model
 
 STEPS = 20
 

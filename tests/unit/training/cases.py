@@ -7,10 +7,10 @@ from PIL import Image
 
 from wallaroo.model.checkpoint import TINY, load, load_tokenizer
 from wallaroo.model.training.data import from_memory
+from wallaroo.model.training.fresh import fresh_model
 from wallaroo.model.training.lm import LMJob
 from wallaroo.model.training.meter import MEASURED
 from wallaroo.model.training.recipe import Recipe
-from wallaroo.model.training.start import fresh_model
 
 
 def recipe(**values):

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tests.unit.training.cases import recipe
 from wallaroo.model.checkpoint import TINY, load, load_config, save
 from wallaroo.model.errors import InputError
+from wallaroo.model.training.fresh import fresh_model
 from wallaroo.model.training.stage import train
-from wallaroo.model.training.start import check_start, fresh_model, stage_config, start_model
+from wallaroo.model.training.start import check_start, stage_config, start_model
 
 
 def test_a_stage_has_its_own_bounds_of_pixels_and_lengths():
