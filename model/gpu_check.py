@@ -32,14 +32,15 @@ class Part(NamedTuple):
 
 PARTS = {
     "machine": Part("model.gpu_parts", "machine", 35),
-    "kernels": Part("model.gpu_parts", "kernels", 70),
+    "kernels": Part("model.gpu_parts", "kernels", 65),
     "equal-tiny": Part("model.gpu_parts", "equal_tiny", 60),
     "equal-random": Part("model.gpu_parts", "equal_random", 70),
     "speed": Part("model.gpu_speed", "speed", 115),
     "profile": Part("model.gpu_speed", "profile", 60),
-    "edit": Part("model.gpu_speed", "edit", 45),
+    "edit": Part("model.gpu_speed", "edit", 40),
     "tokenizer": Part("model.gpu_speed", "tokenizer", 25),
-    "loading": Part("model.gpu_speed", "loading", 40),
+    "lossy": Part("model.gpu_speed", "lossy", 30),
+    "loading": Part("model.gpu_speed", "loading", 30),
 }
 """What is checked and measured, in this order."""
 
