@@ -69,14 +69,33 @@ class Operators(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts["views" if func.is_view else "operators"] += 1
+        # Under inference mode operators such as `to` and `reshape` come whole, and may be a copy or nothing.
+        with self:
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
         name = str(func)
+        is_view = func.is_view or name.startswith("aten._unsafe_view")
+        self.counts["views" if is_view else "operators"] += 1
         masked = name.startswith("aten.index.") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        self.counts["synchronisations"] += masked or name.startswith(SYNCHRONISING)
+        waits = masked or name.startswith(SYNCHRONISING) or _copies_and_waits(func, args, kwargs or {})
+        self.counts["synchronisations"] += waits
         self.counts["buffers"] += name.startswith(FACTORIES)
         return func(*args, **(kwargs or {}))
+
+
+def _copies_and_waits(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is a copy between host and device that the host waits for."""
+    name = func._schema.name
+    if name == "aten::_to_copy":
+        other = torch.device(kwargs.get("device") or args[0].device)
+        return other.type != args[0].device.type and not kwargs.get("non_blocking")
+    if name == "aten::copy_":
+        waits_not = args[2] if len(args) > 2 else kwargs.get("non_blocking")
+        return args[0].device.type != args[1].device.type and not waits_not
+    return False
 
 
 def _packed_flops(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:

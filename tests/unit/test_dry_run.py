@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from wallaroo.jobs.cli import cli
 from wallaroo.model.config import Size
+from wallaroo.model.counts import Operators
 from wallaroo.model.cuda.fake_runtime import missing
 from wallaroo.model.dry_run import dry_run, measure, to_text
 from wallaroo.model.engine.options import EngineOptions
@@ -162,3 +163,19 @@ def test_an_estimate_refuses_what_cannot_be_computed() -> None:
         estimate(plan, replace(config, task="edit"), None, "H100")
     with pytest.raises(InputError, match=r"the GPU is 'V100'"):
         estimate(plan, config, None, "V100")
+
+
+def test_operators_within_others_are_counted() -> None:
+    with torch.inference_mode():
+        x = torch.zeros(4, 4)
+        for work, name, count in (
+            (lambda: x.to(torch.float64), "operators", 1),
+            (lambda: x.to(torch.float32), "operators", 0),
+            (lambda: x.reshape(16), "operators", 0),
+            (lambda: x.t().reshape(16), "operators", 1),
+            (lambda: x.to("meta"), "synchronisations", 1),
+            (lambda: x.to("meta", non_blocking=True), "synchronisations", 0),
+        ):
+            with Operators() as seen:
+                work()
+            assert seen.counts[name] == count
