@@ -25,7 +25,6 @@ from wallaroo.model.decoder import Layer, packed
 from wallaroo.model.engine.engine import Engine
 from wallaroo.model.engine.options import EngineOptions
 from wallaroo.model.engine.requests import Request
-from wallaroo.model.errors import InputError
 from wallaroo.model.random_inputs import (
     MODELS,
     PROMPT_TOKENS,
@@ -36,7 +35,7 @@ from wallaroo.model.random_inputs import (
     text_requests,
 )
 from wallaroo.model.reference import Reference
-from wallaroo.model.roofline import GPUS, find_gpu
+from wallaroo.model.roofline import GPUS
 from wallaroo.model.wallaroo import Wallaroo
 
 REPEATS = 16
@@ -322,28 +321,6 @@ def decode_steps(
         print(json.dumps(values), flush=True)
 
 
-def print_dry_run(options: argparse.Namespace, sides: Sequence[int]) -> None:
-    """Prints what a GPU would do, a report a size.
-
-    Raises InputError if no device can be made up in this process, or the GPU or its rates are unknown.
-    """
-    # Here, not above: it needs much of torch that nothing else does.
-    from wallaroo.model.cuda.fake_runtime import missing
-    from wallaroo.model.dry_run import IMAGES, dry_run, to_text
-
-    if options.device != "cuda":
-        raise InputError(f"the device is {options.device}, but a dry run is of cuda: give --device cuda.")
-    if any(count < 1 for count in options.images or ()):
-        raise InputError(f"--images is {min(options.images)}, but must be at least 1.")
-    if reason := missing():
-        raise InputError(f"--dry-run cannot make up a CUDA device here: {reason}.")
-    rates = (rate and rate * 1e12 for rate in (options.bandwidth, options.flops))
-    gpu = find_gpu(options.gpu, *rates)
-    for side in sides:
-        report = dry_run(MODELS[options.model], gpu, side, options.images or IMAGES)
-        print(json.dumps(report) if options.json else to_text(report))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints a report, or with `--json` one JSON object; with `--steps` a JSON line a cache length."""
     parser = argparse.ArgumentParser(
@@ -377,6 +354,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     sides = options.side or {"tiny": [128], "mid": [128, 256], "7b": [512]}[options.model]
     if options.dry_run:
+        # Here, not above: it needs much of torch that nothing else does.
+        from wallaroo.model.dry_run import print_dry_run
+
         print_dry_run(options, sides)
         return
     if options.steps:

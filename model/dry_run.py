@@ -4,6 +4,8 @@ The engine itself runs, on a device whose tensors have shapes and no numbers (mo
 those of its operators; times follow from them by model/roofline.py, and are computed, not measured.
 """
 
+import argparse
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +17,8 @@ from wallaroo.model.engine.options import gpu_options
 from wallaroo.model.engine.requests import steps_of
 from wallaroo.model.errors import InputError
 from wallaroo.model.meter import Counted, Meter, tensor_bytes
-from wallaroo.model.random_inputs import SAMPLING, random_model, text_requests
-from wallaroo.model.roofline import Gpu, assumptions
+from wallaroo.model.random_inputs import MODELS, SAMPLING, random_model, text_requests
+from wallaroo.model.roofline import Gpu, assumptions, find_gpu
 from wallaroo.model.sampling import Sampling
 from wallaroo.model.wallaroo import Wallaroo
 
@@ -237,3 +239,21 @@ def to_text(report: dict[str, Any]) -> str:
     if seconds := report["predicted_seconds_of_one_image"]:
         lines += ["", f"One picture in a group of one row: {seconds:.3g} s, computed, not measured."]
     return "\n".join(lines)
+
+
+def print_dry_run(options: argparse.Namespace, sides: Sequence[int]) -> None:
+    """Prints what a GPU would do, a report a size; options: those of `model.bench`.
+
+    Raises InputError if no device can be made up in this process, or the GPU or its rates are unknown.
+    """
+    if options.device != "cuda":
+        raise InputError(f"the device is {options.device}, but a dry run is of cuda: give --device cuda.")
+    if any(count < 1 for count in options.images or ()):
+        raise InputError(f"--images is {min(options.images)}, but must be at least 1.")
+    if reason := missing():
+        raise InputError(f"--dry-run cannot make up a CUDA device here: {reason}.")
+    rates = (rate and rate * 1e12 for rate in (options.bandwidth, options.flops))
+    gpu = find_gpu(options.gpu, *rates)
+    for side in sides:
+        report = dry_run(MODELS[options.model], gpu, side, options.images or IMAGES)
+        print(json.dumps(report) if options.json else to_text(report))
