@@ -32,17 +32,11 @@ CONFIG = ModelConfig(
         fullatt_block_indexes=(1,),
     ),
     vq=VQConfig(channels=8, norm_groups=4, z_channels=16, codebook_size=128),
-    sizes={"0.5": (32, 64), "1.0": (48, 48), "1.33": (64, 48)},
+    sizes={"0.5": (32, 64), "1.0": (48, 48)},
     token_ids={"<|end_of_line>|": 280, "<|im_end|>": 281, "<|endoftext|>": 282},
 )
 OPTIONS = EngineOptions(
-    slots=16,
-    group_rows=8,
-    prefill_piece=16,
-    prefill_pieces=4,
-    vq_slice=2,
-    prompt_tokens=64,
-    max_new_tokens=20,
+    slots=8, group_rows=4, prefill_piece=16, prefill_pieces=8, vq_slice=4, prompt_tokens=64, max_new_tokens=20
 )
 
 
@@ -179,7 +173,7 @@ CASES = [(task, (0.0, 1.0)) for task in ("generate", "edit", "understand")] + [(
 def test_every_row_is_served_and_the_host_waits_for_nothing(
     task: str, backend: str, interval: tuple[float, float]
 ) -> None:
-    requests = rows(task, 20)
+    requests = rows(task, 12)
     options = replace(OPTIONS, attention=backend, cfg_interval=interval)
     results: list[Result] = []
     with FakeCuda() as device:
@@ -214,7 +208,7 @@ def test_an_admission_is_one_copy_to_the_device(backend: str) -> None:
         engine = Engine(
             model_on(device, "generate"), "generate", replace(OPTIONS, attention=backend, decode_vq=False)
         )
-        for request in rows("generate", 36):
+        for request in rows("generate", 20):
             engine.submit(request)
         admitting = 0
         while engine.pending:
