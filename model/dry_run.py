@@ -215,6 +215,7 @@ ROWS = {
     "weight_bytes_ratio": "weights read / needed",
     "host_syncs": "host waits a step",
     "h2d_per_admission": "copies to the device an admission",
+    "h2d_per_prefill_forward": "copies to the device a prefill forward",
     "launches_per_admission": "launches an admitted row",
     "host_waits_of_admission": "host waits an admission",
     "host_waits_of_results": "host waits a result",
