@@ -185,6 +185,23 @@ class RunConfig:
         "Manifest column with the prompts (default prompt).",
         meaning=True,
     )
+    image_column: str | None = option(
+        None,
+        "source.image_column",
+        text("NAME"),
+        "Manifest column with the pictures (default image).",
+        tasks=PICTURE_TASKS,
+        meaning=True,
+        later=True,
+    )
+    id_column: str | None = option(
+        None,
+        "run.id_column",
+        text("NAME"),
+        "Manifest column with the ids (default id).",
+        meaning=True,
+        later=True,
+    )
     image_root: str | None = option(
         None,
         "source.root",
@@ -432,7 +449,11 @@ class RunConfig:
         Returns:
             The task, the options of the task that are declared with `meaning`, and `mode` if it is lossy.
         """
-        meaning = (one.name for one in OPTIONS.values() if one.meaning and one.serves(self.task))
+        meaning = (
+            one.name
+            for one in OPTIONS.values()
+            if one.meaning and one.serves(self.task) and not (one.later and getattr(self, one.name) is None)
+        )
         lossy = {"mode": self.mode} if self.mode != EXACT else {}
         return {"model_digest": model_digest, "task": self.task, **self._stored(meaning), **lossy}
 

@@ -30,6 +30,8 @@ class PlanSettings:
     max_prompt_tokens: int
     prompt: str | None
     prompt_column: str | None
+    image_column: str | None
+    id_column: str | None
     image_root: str | None
     allow_https: bool
     restore_size: bool
@@ -51,10 +53,10 @@ class PlanSettings:
 
     def meaning(self) -> dict[str, Any]:
         """The values that decide what a planned row is, so that all parts of a plan must share them."""
-        values = dataclasses.asdict(self)
-        return {
-            name: value for name, value in values.items() if name not in ("limit", "where", "incremental")
-        }
+        # Columns count only where they are given, as before they could be: older plans keep their meaning.
+        later = [name for name in ("image_column", "id_column") if getattr(self, name) is None]
+        left_out = ("limit", "where", "incremental", *later)
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
 
 def prompt_column(schema: pa.Schema, settings: PlanSettings) -> str:
