@@ -11,7 +11,8 @@ import numpy as np
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.manifests.discover import discover, list_pictures
+from wallaroo.workflows.manifests.discover import discover
+from wallaroo.workflows.manifests.listing import list_pictures
 from wallaroo.workflows.manifests.types import (
     Manifest,
     decode_schema,
@@ -42,7 +43,7 @@ from wallaroo.workflows.plans.passes import (
     selected_rows,
 )
 from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_plan
-from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.settings import OptionError
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
 
@@ -62,7 +63,7 @@ def make_plan(manifest: str, settings: PlanSettings, model: str, output: str | N
     checkpoint = read_checkpoint(model)
     settings.check(checkpoint.config)
     _refuse_inside(manifest, output)
-    found = discover(manifest, settings.task)
+    found = discover(manifest, settings.task, settings.image_column)
     if settings.incremental:
         return _make_increment(found, settings, model, output)
     source = ScannedManifest(found)
@@ -84,7 +85,7 @@ def existing_plan(manifest: str, settings: PlanSettings, model: str, output: str
     """
     _refuse_inside(manifest, output)
     plan = read_plan(output)
-    found = discover(manifest, settings.task)
+    found = discover(manifest, settings.task, settings.image_column)
     _check_same(plan, found, settings, read_checkpoint(model).digest)
     if settings.incremental:
         return plan if plan.rounds and not unseen(found, plan.rounds, settings).files else None
@@ -130,7 +131,7 @@ def _new_pictures(found: Manifest, known: Known, output: str) -> tuple[Manifest,
     pairs = picture_pairs(files)
     new = np.flatnonzero(known.new(pairs)[0])
     one = [write_pictures(output, [files[index] for index in new])] if len(new) else []
-    return Manifest(found.path, tuple(one), found.ignored), pairs[new]
+    return dataclasses.replace(found, files=tuple(one)), pairs[new]
 
 
 def _covers(plan: Plan, settings: PlanSettings) -> bool:
@@ -158,7 +159,7 @@ def _check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_di
     first = plan.rounds[0]
     there = first.settings | first.settings["sampling"] | {"model_digest": first.model_digest}
     here = settings.meaning() | settings.meaning()["sampling"] | {"model_digest": model_digest}
-    differing = [key for key in here if key != "sampling" and there.get(key) != here[key]]
+    differing = [key for key in {**here, **there} if key != "sampling" and there.get(key) != here.get(key)]
     if plan.incremental != settings.incremental:
         there_words, here_words = ("with", "without") if plan.incremental else ("without", "with")
         raise InputError(
@@ -166,7 +167,9 @@ def _check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_di
             f"give it as before, or give a new output."
         )
     if differing:
-        words = "; ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing)
+        words = "; ".join(
+            f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing
+        )
         raise InputError(f"The plan belongs to another run: {words}; give another output, or these values.")
     if plan.incremental:
         return
@@ -395,10 +398,11 @@ class _Increment(_Planner):
 def _pair(row: dict[str, Any], schema: str, settings: PlanSettings, when: str) -> dict[str, Any]:
     """PAIR of all rows of a piece."""
     found = []
+    column = column_names(decode_schema(schema), settings)["id"]
     for rows in considered_rows(row, schema, set(decode_schema(schema).names)):
         faults = [rows.faults.get(number, "") for number in rows.numbers]
         folder = folder_of(rows.piece.file.path)
-        found.append(row_pairs(rows.table, ids_of(rows), settings, folder, faults, when))
+        found.append(row_pairs(rows.table, ids_of(rows, column), settings, folder, faults, when))
     return {"data": np.concatenate(found).tobytes()}
 
 

@@ -9,6 +9,8 @@ import pyarrow as pa
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import RowError
 from wallaroo.model.sampling import Sampling
+from wallaroo.workflows.manifests import layouts
+from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
 from wallaroo.workflows.plans.values import size_of
 from wallaroo.workflows.settings import OptionError, RunConfig
 
@@ -59,8 +61,19 @@ class PlanSettings:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
 
+def column_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
+    """Each column that means something to the task, and what it is called in the manifest."""
+    names = {name: name for name in KNOWN_COLUMNS[settings.task]}
+    names["prompt"] = prompt_column(schema, settings)
+    names["id"] = layouts.id_column(schema.names, settings.id_column)
+    if "image" in names:
+        names["image"] = layouts.picture_column(schema.names, settings.image_column)
+    return names
+
+
 def prompt_column(schema: pa.Schema, settings: PlanSettings) -> str:
-    """The manifest column with the prompts; of an earlier run's output it may have the prefix `in_`."""
-    name = settings.prompt_column or "prompt"
+    """The column that prompts stand in. One of a run's output may be called as it is there."""
+    own = layouts.prompt_column(schema.names, settings.task, settings.prompt)
+    name = settings.prompt_column or own
     inner = f"in_{name}"
     return inner if settings.prompt_column and name not in schema.names and inner in schema.names else name
