@@ -76,11 +76,30 @@ def joined_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     if types.is_temporal(one) and types.is_temporal(other):
         return _joined_times(one, other)
     both = (one, other)
-    if any(map(types.is_decimal, both)) and any(map(types.is_floating, both)):
-        return None
+    if any(map(types.is_decimal, both)):
+        return _joined_decimals(one, other)
     if any(map(_is_text, both)) != all(map(_is_text, both)):
         return None
     return _unified(one, other)
+
+
+_DIGITS = {8: 3, 16: 5, 32: 10, 64: 20}
+"""Bits of an integer -> decimal digits that it may have."""
+
+
+def _joined_decimals(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """Integers are decimals too; floats are not, since few of them are what they seem to say."""
+    whole, scale = 0, 0
+    for kind in (one, other):
+        if types.is_integer(kind):
+            whole = max(whole, _DIGITS[kind.bit_width])
+        elif types.is_decimal(kind):
+            whole, scale = max(whole, kind.precision - kind.scale), max(scale, kind.scale)
+        else:
+            return None
+    if whole + scale > 76:
+        return None
+    return pa.decimal128(whole + scale, scale) if whole + scale <= 38 else pa.decimal256(whole + scale, scale)
 
 
 def _is_text(kind: pa.DataType) -> bool:

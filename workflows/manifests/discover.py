@@ -53,7 +53,7 @@ def discover(path: str, task: str = "generate", image_column: str | None = None)
             f"The manifest {path} cannot be read, {_absent(path)}: give a file, a folder or a pattern."
         )
     if _has_pattern(path):
-        refuse_parts(path, listing.files[0].path[: -len(listing.files[0].relative)].rstrip("/"))
+        refuse_parts(path, listing.files)
     elif _is_output(listing.files):
         return _results(path, listing.files, task)
     elif (live := live_files(path, listing.files)) is not None:

@@ -59,15 +59,27 @@ def live_files(path: str, found: Sequence[storage.FileInfo]) -> list[LiveFile] |
     return None
 
 
-def refuse_parts(pattern: str, folder: str) -> None:
+def refuse_parts(pattern: str, found: Sequence[storage.FileInfo]) -> None:
     """Raises InputError for a pattern of files in the folder of a table, stale ones among them."""
+    folders = {file.path.rpartition("/")[0] for file in found}
+    if storage.is_s3(pattern):
+        # Each costs a request, so only the one that the pattern begins with is looked at.
+        folders = {found[0].path[: -len(found[0].relative)].rstrip("/")}
+    else:
+        folders |= {above for folder in folders for above in _above(folder)}
     for kind, name in (("Delta Lake", "_delta_log"), ("Hudi", ".hoodie")):
-        log = storage.join(folder or ".", name)
-        if storage.list_files(log) if storage.is_s3(folder) else os.path.isdir(log):
-            raise InputError(
-                f"The manifest {pattern} names files of a table of {kind}, some of which may be stale: "
-                f"give the folder {folder} itself."
-            )
+        for folder in sorted(folders):
+            log = storage.join(folder, name) if folder else name
+            if storage.list_files(log) if storage.is_s3(pattern) else os.path.isdir(log):
+                raise InputError(
+                    f"The manifest {pattern} names files of a table of {kind}, some of which may be stale: "
+                    f"give the folder {folder or '.'} itself."
+                )
+
+
+def _above(folder: str) -> list[str]:
+    parts = folder.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _needs(kind: str, path: str, library: str) -> InputError:

@@ -124,12 +124,11 @@ def _with_newlines(raw: IO[bytes]) -> Iterator[bytes]:
 
 def _flat(raw: IO[bytes], path: str) -> Iterator[bytes]:
     """The outermost objects of JSON, or those in its outermost array, a line each; what else is there too."""
-    data, place, depth, start, array = b"", 0, 0, 0, False
-    begun = seen = False
+    data = raw.read(3).removeprefix(codecs.BOM_UTF8)
+    place = depth = start = 0
+    array = seen = False
     while True:
         more = raw.read(CHUNK_BYTES)
-        if not begun:
-            more, begun = more.removeprefix(codecs.BOM_UTF8), True
         data = data[start:] + more
         place, start = place - start, 0
         for match in _TOKEN.finditer(data, place):
