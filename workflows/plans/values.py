@@ -1,6 +1,5 @@
 """Values of manifest cells, checked one by one: numbers, sizes, ratios, prompts, languages."""
 
-import contextlib
 import decimal
 import functools
 import math
@@ -83,10 +82,9 @@ def integer(name: str, value: Any, kind: str, allowed: range) -> int | None:
         return None
     number = None
     text = str(value).strip() if isinstance(value, (str, float)) else ""
-    if "." in text or "e" in text:
-        with contextlib.suppress(ValueError):
-            if EXACT_FLOATS < abs(float(text)) < SEEDS * 2:
-                raise RowError(kind, f"{name} {text[:60]} {ROUNDED}; give it as an integer or as its text.")
+    is_float = re.fullmatch(r"[+-]?[0-9]{1,30}(\.[0-9]*|(\.[0-9]*)?e[+-]?[0-9]{1,3})", text, re.IGNORECASE)
+    if is_float and EXACT_FLOATS < abs(float(text)) < 2 * SEEDS:
+        raise RowError(kind, f"{name} {text} {ROUNDED}; give it as an integer or as text.")
     if isinstance(value, str):
         if re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", value):
             number = int(value.strip().partition(".")[0])
