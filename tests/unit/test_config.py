@@ -61,6 +61,8 @@ def test_every_option_reaches_its_field_from_each_origin(option, run_file):
         "run.preset": "dpg",
         "prompt.text": "make it red",
         "prompt.column": "caption",
+        "source.image_column": "photo",
+        "run.id_column": "item",
         "source.root": "pictures",
         "run.where": "prompt LIKE '%cat%'",
         "run.max_error_rate": "0.5",
