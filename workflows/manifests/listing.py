@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import DROPPED_FILE, SELECTION_FILE
 from wallaroo.workflows.storage.local import TEMPORARY, local_info
 
 _BITMAPS = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -20,10 +21,10 @@ PICTURE_SUFFIXES = (*_BITMAPS, ".avif", ".heic", ".heif")
 
 _MARKERS = re.compile(
     r"_SUCCESS|_metadata|_common_metadata|_delta_log|_change_data|_spark_metadata|_temporary|_started_\w+"
-    r"|_committed_\w+|__MACOSX|Thumbs\.db|desktop\.ini",
+    rf"|_committed_\w+|__MACOSX|Thumbs\.db|desktop\.ini|{SELECTION_FILE}|{DROPPED_FILE}",
     re.IGNORECASE,
 )
-"""Names that Spark, Delta, Databricks, Windows and macOS give to what is no data."""
+"""Names that Spark, Delta, Databricks, Windows, macOS and we give to what is no data."""
 
 MOST_KINDS = 30
 """Kinds of files that are named in the words about those passed over."""
