@@ -14,7 +14,7 @@ import pyarrow.types as types
 from wallaroo.model.errors import InputError
 
 UNFIT_MARK = b"wallaroo.types"
-"""Key of a manifest's schema metadata: a JSON object, column -> type and file that it was joined from."""
+"""Key of a manifest's schema metadata: JSON, column -> the types that it was joined from, each with a file."""
 
 
 class Unfit(ValueError):
@@ -179,8 +179,8 @@ def refuse_unfit(error: Unfit, path: str, schema: pa.Schema) -> InputError:
     """The sentence about a value that the one type of its column does not hold."""
     kind = schema.field(error.name).type
     joined = json.loads((schema.metadata or {}).get(UNFIT_MARK, b"{}")).get(error.name, [])
-    others = [f"{other} in {file}" for other, file in joined if file != path]
-    mine = next((f" is {own}," for own, file in joined if file == path), "")
+    others = [f"{other} in {file}" for other, file in joined if not path.endswith(file)]
+    mine = next((f" is {own}," for own, file in joined if path.endswith(file)), "")
     where = f", as it is {others[0]}" if others else ""
     return InputError(
         f"Column '{error.name}' of {path}{mine} has a value that {kind} cannot hold{where} "

@@ -1,6 +1,7 @@
 """One Arrow schema for all files of a manifest, and values as Arrow holds them."""
 
 import json
+import os
 import re
 from typing import Any
 
@@ -97,7 +98,12 @@ class Columns:
         marked = [name for name, seen in kinds.items() if merged_kind(seen) in ("json", "list:null")]
         marked += sorted(_json_everywhere([found.schema for _, _, found in ordered]) - {*marked})
         if several := {name: told for name, told in joined.items() if len(told) > 1}:
-            metadata[UNFIT_MARK] = json.dumps(several).encode()
+            # Where files lie is nobody's business who reads a copy of these rows.
+            paths = [path for told in several.values() for _, path in told]
+            above = os.path.commonprefix(paths)  # noqa: RUF071 - of addresses too
+            start = above.rfind("/") + 1
+            short = {n: [[kind, path[start:]] for kind, path in told] for n, told in several.items()}
+            metadata[UNFIT_MARK] = json.dumps(short).encode()
         if marked:
             metadata[JSON_MARK] = json.dumps(marked).encode()
         fields = [
