@@ -318,12 +318,14 @@ class RunConfig:
         "cluster.group_rows",
         whole(1),
         "Rows per decode step of a GPU (default: the most that fit); few rows lower the latency.",
+        later=True,
     )
     no_cuda_graphs: bool = option(
         False,
         "cluster.no_cuda_graphs",
         SWITCH,
         "Run decode steps on GPUs without CUDA graphs; slower, for debugging.",
+        later=True,
     )
     device: str = option(
         "auto",
@@ -459,7 +461,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Manifest, output, task and every option as plain JSON values."""
-        names = list(OPTIONS)
+        names = sorted(OPTIONS, key=lambda name: OPTIONS[name].later)
         # The order of keys in every run.json so far.
         names.insert(names.index("width"), names.pop(names.index("prompt")))
         names.insert(names.index("width"), names.pop(names.index("prompt_column")))

@@ -105,7 +105,7 @@ def test_defaults_in_the_help_are_true(option):
     if stated is None:
         return
     config = RunConfig("", "", task=option.tasks[0])
-    if option.name in ("image_quality", "prompt_column"):
+    if option.name in ("image_quality", "prompt_column", "image_column", "id_column"):
         assert getattr(config, option.name) is None
         return
     assert option.kind.read(stated[1]) == getattr(config, option.name)

@@ -19,6 +19,7 @@ from wallaroo.workflows.manifests.types import Manifest, ManifestFile, Piece, Sc
 from wallaroo.workflows.plans.columns import check_columns
 from wallaroo.workflows.plans.passes import ScannedManifest
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
+from wallaroo.workflows.settings import RunConfig
 
 
 def files_of(folder, *names, data=b"x"):
@@ -217,7 +218,8 @@ def test_the_imagefolder_of_hugging_face(tmp_path):
     assert [file.relative for file in manifest.files] == ["test/metadata.jsonl", "train/metadata.jsonl"]
     assert manifest.passed_over == {".csv that names no pictures": (1, "stats.csv")}
     names = column_names(
-        pa.schema([("file_name", pa.string()), ("prompt", pa.string())]), PlanSettings("edit")
+        pa.schema([("file_name", pa.string()), ("prompt", pa.string())]),
+        PlanSettings.of(RunConfig("", "", "edit")),
     )
     assert (names["image"], names["prompt"]) == ("file_name", "prompt")
 
@@ -284,14 +286,14 @@ def test_the_parquet_of_img2dataset(tmp_path, column):
     (row,) = rows_of(path, "edit")
     assert row[column] == f"{path}#{column}#0"
     schema = table.schema
-    edit = column_names(schema, PlanSettings("edit"))
+    edit = column_names(schema, PlanSettings.of(RunConfig("", "", "edit")))
     assert (edit["image"], edit["prompt"], edit["id"]) == (column, "caption", "key")
     # A caption is no question, and none is needed where the run gives an instruction.
-    assert column_names(schema, PlanSettings("understand"))["prompt"] == "prompt"
-    assert column_names(schema, PlanSettings("edit", prompt="x"))["prompt"] == "prompt"
-    generate = column_names(schema, PlanSettings())
+    assert column_names(schema, PlanSettings.of(RunConfig("", "", "understand")))["prompt"] == "prompt"
+    assert column_names(schema, PlanSettings.of(RunConfig("", "", "edit", prompt="x")))["prompt"] == "prompt"
+    generate = column_names(schema, PlanSettings.of(RunConfig("", "")))
     assert (generate["prompt"], generate["id"]) == ("caption", "key")
-    warnings = check_columns(schema, PlanSettings("edit"))
+    warnings = check_columns(schema, PlanSettings.of(RunConfig("", "", "edit")))
     assert {re.search("'(.*?)'", words)[1] for words in warnings} == {"caption", "key", column}
 
 

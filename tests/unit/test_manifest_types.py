@@ -23,6 +23,7 @@ from wallaroo.workflows.manifests.where import Filter
 from wallaroo.workflows.outputs.schema import json_columns, result_schema
 from wallaroo.workflows.plans.columns import carried_schema
 from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.settings import RunConfig
 
 
 def load(path, task="generate"):
@@ -39,7 +40,7 @@ def load(path, task="generate"):
             assert not batch.faults and batch.table.schema.equals(schema)
             rows += batch.table.to_pylist()
     # What a plan and a result can hold.
-    result_schema(carried_schema(schema, PlanSettings(task)))
+    result_schema(carried_schema(schema, PlanSettings.of(RunConfig("", "", task))))
     return schema, rows
 
 

@@ -144,7 +144,7 @@ def test_the_json_of_imgedit_is_a_manifest_of_edit_alone(tmp_path):
     path.write_text(json.dumps({"1082": entry}))
     assert load(path)[1] == [{**entry, "id": "1082", "image": "a/1.jpg"}]
     with pytest.raises(InputError, match="no column 'prompt': it has 1082"):
-        check_columns(load(path, "generate")[0], PlanSettings())
+        check_columns(load(path, "generate")[0], PlanSettings.of(RunConfig("", "")))
     for text in ('{"a": {"id": 1}, "b": 1}', '{"a": {'):
         path.write_text(text)
         with pytest.raises(InputError, match="is not an object of keys"):

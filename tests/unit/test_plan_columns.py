@@ -11,7 +11,6 @@ import pytest
 from wallaroo.jobs.config import resolve
 from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.errors import InputError, RowError
-from wallaroo.model.sampling import Sampling
 from wallaroo.workflows.manifests.types import ManifestFile, Piece
 from wallaroo.workflows.plans.columns import carried_schema, check_columns, plan_schema
 from wallaroo.workflows.plans.increments import row_pairs
@@ -19,6 +18,7 @@ from wallaroo.workflows.plans.passes import considered_rows, ids_of
 from wallaroo.workflows.plans.rows import derived_seed, plan_rows
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.plans.values import is_absent
+from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.sources.embedded import Cell, parse_cell, read_cells, with_column
 
 CONFIG = load_config(TINY)
@@ -26,9 +26,7 @@ TOKENIZER = load_tokenizer(TINY)
 
 
 def plan(table, task="generate", **options):
-    if task == "understand":
-        options.setdefault("sampling", Sampling(cfg=1.0, top_k=1))
-    settings = PlanSettings(task=task, **options)
+    settings = PlanSettings.of(RunConfig("", "", task=task, **options))
     table = pa.table(table) if isinstance(table, dict) else table
     check_columns(table.schema, settings)
     planned = plan_rows(table, settings, CONFIG, TOKENIZER, origin="m", folder="/data")
@@ -112,7 +110,7 @@ def test_ids_of_the_named_column_are_compared(tmp_path):
 def test_a_growing_manifest_looks_at_the_named_pictures(tmp_path):
     (tmp_path / "a.png").write_bytes(b"1")
     table = pa.table({"photo": ["a.png"], "prompt": ["x"]})
-    settings = PlanSettings(task="edit", image_column="photo")
+    settings = PlanSettings.of(RunConfig("", "", task="edit", image_column="photo"))
 
     def pairs(when):
         return row_pairs(table, ["i"], settings, str(tmp_path), [""], when).tolist()
@@ -228,16 +226,16 @@ def test_older_plans_and_outputs_keep_their_digests():
     assert Piece.from_json(Piece(file, 0, 1, 2, 3).to_json()) == Piece(file, 0, 1, 2, 3)
     later = ManifestFile("/a", "a", "parquet", 3, "e", True, "jpg", "edit", (("x", None, "string"),))
     assert ManifestFile(**json.loads(json.dumps(later.to_values()))) == later
-    assert not {"image_column", "id_column"} & set(PlanSettings().meaning())
-    assert PlanSettings(id_column="x").meaning()["id_column"] == "x"
+    assert not {"image_column", "id_column"} & set(PlanSettings.of(RunConfig("", "")).meaning())
+    assert PlanSettings.of(RunConfig("", "", id_column="x")).meaning()["id_column"] == "x"
 
 
 def test_the_options_of_a_run_name_columns():
-    flags = {"source.image_column": "photo", "run.id_column": "item"}
+    flags = {"image_column": "photo", "id_column": "item"}
     config = resolve("edit", "m", "o", flags, environment={})
     assert (config.image_column, config.id_column) == ("photo", "item")
     plain = resolve("edit", "m", "o", {}, environment={})
     assert not {"image_column", "id_column"} & set(plain.config_digest_fields("x"))
     assert config.config_digest_fields("x")["image_column"] == "photo"
     with pytest.raises(InputError, match="image_column is for edit and understand"):
-        resolve("generate", "m", "o", {"source.image_column": "photo"}, environment={})
+        resolve("generate", "m", "o", {"image_column": "photo"}, environment={})
