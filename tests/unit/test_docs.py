@@ -94,7 +94,7 @@ def test_every_command_exists_with_its_flags():
 
 
 def test_every_flag_exists():
-    source = (ROOT / "model" / "bench.py").read_text()
+    source = "".join((ROOT / "model" / name).read_text() for name in ("bench.py", "gpu_check.py"))
     known = all_flags() | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
     named = {(page.name, code.split()[0]) for page in PAGES for code in inline_code(page) if code[:2] == "--"}
     assert len(named) > 50

@@ -13,6 +13,7 @@ import pytest
 from pyiceberg.catalog.memory import InMemoryCatalog
 
 from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
 from wallaroo.workflows.manifests import lake
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.listing import in_words
@@ -64,6 +65,16 @@ def test_partitions_of_a_delta_table_keep_their_types(tmp_path):
     assert rows == table.to_pylist()
     assert (schema.field("n").type, schema.field("day").type) == (pa.int64(), pa.date32())
     assert schema.field("ok").type == pa.bool_()
+
+
+def test_a_delta_table_on_s3(tmp_path, s3):
+    deltalake.write_deltalake(tmp_path / "t", prompts("a", "b", n=[1, 2]), partition_by=["n"])
+    deltalake.DeltaTable(tmp_path / "t").delete("prompt = 'a'")
+    for file in storage.list_files(str(tmp_path / "t")):
+        storage.write_atomic(f"{s3}/t/{file.relative}", storage.read_bytes(file.path))
+    assert load(f"{s3}/t")[1] == [{"prompt": "b", "n": 2}]
+    with pytest.raises(InputError, match=r"may be stale: give the folder s3://.*/t itself"):
+        discover(f"{s3}/t/*/*.parquet")
 
 
 @pytest.mark.parametrize(

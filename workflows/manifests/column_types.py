@@ -14,7 +14,7 @@ import pyarrow.types as types
 from wallaroo.model.errors import InputError
 
 UNFIT_MARK = b"wallaroo.types"
-"""Key of a manifest's schema metadata: JSON, column -> the types it was joined from, each with a file."""
+"""Key of a schema's metadata: JSON, column -> the types that it is joined from, each with a file."""
 
 
 class Unfit(ValueError):

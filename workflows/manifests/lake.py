@@ -103,7 +103,8 @@ def _delta(path: str, files: Mapping[str, storage.FileInfo]) -> list[LiveFile]:
     except ImportError:
         raise _needs("Delta Lake", path, "deltalake") from None
     try:
-        table = DeltaTable(path)
+        # The AWS variables lead it to S3, as all else; an endpoint of one's own may be http://.
+        table = DeltaTable(path, storage_options={"allow_http": "true"} if storage.is_s3(path) else None)
         mode = table.metadata().configuration.get("delta.columnMapping.mode", "none")
         deleted = _rows(table.deletion_vectors())
         actions = _rows(table.get_add_actions(flatten=True))
