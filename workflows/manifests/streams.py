@@ -24,6 +24,8 @@ from wallaroo.workflows.manifests.types import ManifestFile
 LINE_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 20
 _HEAD_BYTES = 64 << 10
+_COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+"""Suffix of a compressed file -> its first bytes."""
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{}]', re.DOTALL)
 """A text, a bracket, or the quote of a text whose end is not read yet."""
@@ -66,6 +68,9 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
         for step in steps:
             raw = step(raw)
         head = raw.read(_HEAD_BYTES)
+    for suffix, magic in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise InputError(f"{file.path} is compressed, but its name does not end in {suffix}: rename it.")
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         raise InputError(f"{file.path} is UTF-32: save it as UTF-8.")
     encoding = _UTF16.get(head[:2])
