@@ -186,5 +186,8 @@ def local_ray(s3_server: S3Server) -> Iterator[None]:
     """
     from wallaroo.workflows.cluster import connected
 
-    with connected(cpus=12):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        # Workers import stages and replicas of tests; the working directory is not on their path.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        with connected(cpus=12):
+            yield

@@ -219,14 +219,14 @@ def test_no_room_for_a_state_is_one_sentence(tmp_path):
     file.write_text(file.read_text().replace("steps = 2\nsample_every = 2", "steps = 4\nsave_every = 2"))
     program = (
         "import resource, runpy, sys\n"
-        "from model.training import stage, state\n"
+        "from wallaroo.model.training import stage, state\n"
         "begin = state.States.save\n"
         "def save(self, step, *rest):\n"
         "    if step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "    begin(self, step, *rest)\n"
         "state.States.save = save\n"
-        f"sys.argv = ['model.training', {str(file)!r}, 'first']\n"
-        "runpy.run_module('model.training', run_name='__main__')\n"
+        f"sys.argv = ['training', {str(file)!r}, 'first']\n"
+        "runpy.run_module('wallaroo.model.training', run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
