@@ -215,6 +215,7 @@ def export(format: str, output: str, dest: str, embed_metadata: bool, image_urls
     \b
       files         pictures named by id and metadata.jsonl, Hugging Face's imagefolder
       webdataset    tar shards of pictures, prompts and metadata
+      img2dataset   the same with the names and keys of img2dataset
       geneval       the tree that GenEval's evaluator reads
       dpg           grids of four samples for DPG-Bench
       imgedit       KEY.png for ImgEdit's evaluator

@@ -266,29 +266,82 @@ def _no_file_name(name: str) -> str:
 
 
 def _webdataset(results: Results, sink: Sink, count: _Count, options: _Options) -> None:
-    """A tar a shard: for every row its picture, its prompt as `txt` and the rest as `json`.
+    """`shard-*.tar`, with keys that tell the rows' ids."""
+    # Readers take what follows the first dot for the suffix.
+    _tars(results, sink, options, "shard-{:08d}.tar", lambda row, *_: _stem(row, count, dots=False))
+    count.exported = results.ok
 
-    A shard without a picture gives an empty tar, so that the numbers have no gaps.
+
+def _img2dataset(results: Results, sink: Sink, count: _Count, options: _Options) -> None:
+    """`*.tar`, with keys of five digits for the tar and four for the row in it."""
+    _tars(results, sink, options, "{:05d}.tar", lambda _, tar, row: f"{tar:05d}{row:04d}", captions=True)
+    count.exported = results.ok
+
+
+def _tars(
+    results: Results,
+    sink: Sink,
+    options: _Options,
+    name: str,
+    key_of: Callable[[Row, int, int], str],
+    captions: bool = False,
+) -> None:
+    """A tar per shard: of every row its picture, its prompt as `txt` and the rest as `json`.
+
+    Hugging Face's loader takes the types of all samples from the first five of the first tar. So each
+    `json` has the same keys and types, and a shard without pictures gives no tar; the numbers have no gaps.
+
+    Args:
+        name: Format of a tar's name, for its number.
+        key_of: Row, numbers of the tar and of the row in it -> stem of its files.
+        captions: Write key and prompt into the `json` by the names that img2dataset has for them.
     """
-    for shard, rows in itertools.groupby(results.rows(), key=lambda row: row.values["shard"]):
+
+    def facts_of(row: Row, key: str) -> dict[str, Any]:
+        facts = {"key": key, "caption": row.values["prompt"] or ""} if captions else {}
+        facts |= _picture_facts(row)
+        return facts | results.carried_values(row, facts, text=True)
+
+    uneven: set[str] = set()
+    for row in filter(lambda row: row.ok, results.rows(pictures=False)):
+        uneven |= {name for name, value in facts_of(row, "").items() if _typeless(value)}
+    results.forget()
+    tars = 0
+    for _, rows in itertools.groupby(results.rows(), key=lambda row: row.values["shard"]):
         buffer = io.BytesIO()
+        inner = 0
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for row in filter(lambda row: row.ok, rows):
-                # Readers take what follows the first dot for the suffix.
-                stem = _stem(row, count, dots=False)
-                facts = _picture_facts(row)
-                facts |= results.carried_values(row, facts)
+                key = key_of(row, tars, inner)
+                facts = {name: _even(value, name in uneven) for name, value in facts_of(row, key).items()}
                 for suffix, data in (
                     (SUFFIXES[row.values["mime_type"]], _picture(row, options)),
                     ("txt", (row.values["prompt"] or "").encode()),
                     ("json", json_line(facts)),
                 ):
-                    member = tarfile.TarInfo(f"{stem}.{suffix}")
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-                count.exported += 1
-        data = buffer.getvalue()
-        sink.put(f"shard-{shard:08d}.tar", functools.partial(bytes, data), len(data))
+                inner += 1
+        if inner:
+            data = buffer.getvalue()
+            sink.put(name.format(tars), functools.partial(bytes, data), len(data))
+            tars += 1
+
+
+def _typeless(value: Any) -> bool:
+    """Whether JSON does not tell this value's type as it tells that of others of its column."""
+    return value is None or (isinstance(value, int) and not -(1 << 63) <= value < 1 << 63)
+
+
+def _even(value: Any, uneven: bool) -> Any:
+    """A value in the one type of its column: text where values are nested, or others are absent."""
+    if value is None:
+        return ""
+    nested = isinstance(value, (dict, list))
+    return (
+        json.dumps(value, ensure_ascii=False) if nested or (uneven and not isinstance(value, str)) else value
+    )
 
 
 def _geneval(results: Results, sink: Sink, count: _Count, options: _Options) -> None:
@@ -444,6 +497,7 @@ class _Format(NamedTuple):
 FORMATS = {
     "files": _Format(_files, ("generate", "edit")),
     "webdataset": _Format(_webdataset, ("generate", "edit")),
+    "img2dataset": _Format(_img2dataset, ("generate", "edit")),
     "geneval": _Format(_geneval, ("generate",)),
     "dpg": _Format(_dpg, ("generate",), why="a grid takes four pictures of a prompt, of one square size"),
     "imgedit": _Format(_imgedit, ("edit",), why="a key has one picture, which is that of sample 0"),

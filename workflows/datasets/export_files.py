@@ -56,14 +56,14 @@ class Row(NamedTuple):
 
 
 class Results:
-    """The rows of a finished output. errors: how many error rows have been met.
+    """The rows of a finished output. ok, errors: how many rows of the kind have been met.
 
     Raises InputError if it is none, or lacks a shard.
     """
 
     def __init__(self, output: str):
         run = read_run(output)
-        self.output, self.errors = output, 0
+        self.output, self.ok, self.errors = output, 0, 0
         self.plan = read_plan(output)
         self.task = str(run["config"].get("task", "generate"))
         done = list_done(output)
@@ -83,6 +83,7 @@ class Results:
         before: dict[str, Any] | None = None
         waiting: Row | None = None
         for values, picture, number in self._stored(pictures):
+            self.ok += values["status"] == "ok"
             self.errors += values["status"] != "ok"
             follows = before is not None and place(values) == (*place(before)[:2], before["sample"] + 1)
             if waiting is not None:
@@ -90,6 +91,10 @@ class Results:
             before, waiting = values, Row(values, picture, number, follows, False)
         if waiting is not None:
             yield waiting
+
+    def forget(self) -> None:
+        """Starts to count anew, for a format that goes over the rows twice."""
+        self.ok = self.errors = 0
 
     def _stored(self, pictures: bool) -> Iterator[tuple[dict[str, Any], bytes | None, int]]:
         position: dict[int, int] = {}
@@ -135,11 +140,12 @@ class Results:
     ) -> dict[str, Any]:
         """The carried columns of a row as JSON values, by their new names; one that is taken gets `in_`.
 
-        text: JSON text and nested values stay, or become, text.
+        text: JSON text and nested values stay, or become, text. Arrow gives every struct all fields of its
+        type, so a null field of a struct counts as absent; in JSON text null stays, which the manifest had.
         """
         found: dict[str, Any] = {}
         for field in self.carried:
-            value = row.values[field.name]
+            value = _without_absent(row.values[field.name], field.type)
             marked = field.name in self.marked and value is not None
             value = json_again(value) if marked and not text else jsonable(value)
             if text and value is not None and _nested(field.type):
@@ -149,6 +155,23 @@ class Results:
                 name = f"in_{name}"
             found[name] = value
         return found
+
+
+def _without_absent(value: Any, kind: pa.DataType) -> Any:
+    """A value of an Arrow type, without the null fields of its structs."""
+    if value is None or not pa.types.is_nested(kind):
+        return value
+    if pa.types.is_struct(kind):
+        return {
+            field.name: _without_absent(value[field.name], field.type)
+            for field in kind
+            if value[field.name] is not None
+        }
+    if pa.types.is_map(kind):
+        return [(key, _without_absent(item, kind.item_type)) for key, item in value]
+    if hasattr(kind, "value_type"):
+        return [_without_absent(item, kind.value_type) for item in value]
+    return value
 
 
 def place(values: Mapping[str, Any]) -> tuple[str, int, int]:
