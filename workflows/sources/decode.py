@@ -185,8 +185,8 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         for mode in (image.mode, "RGB"):
             if (transform := _transform(profile, mode)) is not None:
                 try:
-                    return ImageCms.applyTransform(image.convert(mode), transform)
-                except (ImageCms.PyCMSError, ValueError):
+                    return transform.apply(image.convert(mode))
+                except ValueError:
                     break
     return image if image.mode == "RGB" else image.convert("RGB")
 
