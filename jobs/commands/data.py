@@ -218,8 +218,13 @@ def export(format: str, output: str, dest: str, embed_metadata: bool, image_urls
       img2dataset   the same with the names and keys of img2dataset
       geneval       the tree that GenEval's evaluator reads
       dpg           grids of four samples for DPG-Bench
+      dpg-single    the single samples, a folder per sample number
+      wise          PROMPT_ID.png for WISE's evaluator
+      t2i-compbench samples/PROMPT_NUMBER.png for T2I-CompBench
       imgedit       KEY.png for ImgEdit's evaluator
+      gedit         results and sources in GEdit-Bench's tree
       jsonl         questions and answers, of `understand`
+      vlmevalkit    a table of predictions, of `understand`
       openai-batch  result lines of OpenAI's batch API
 
     OUTPUT and DEST may be s3://bucket/key. Re-run to resume; files that exist are kept.

@@ -32,6 +32,7 @@ from wallaroo.workflows.datasets.export_rows import (
     source_facts,
     stem_of,
 )
+from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.values import json_line, jsonable
 from wallaroo.workflows.settings import OptionError
 
@@ -53,7 +54,8 @@ class ExportSummary:
 
     what: an ok row gives. exported: ok rows that are in DEST now. errors: error rows, which are not.
     left_out: ok rows that the format has no place for, and why. unchanged: files, among `files`, that were
-    there as they should be. renamed: rows whose id made no safe file name.
+    there as they should be. renamed: rows whose id made no safe file name. misses: files that an evaluator
+    looks for and that are not there, of which missed are the first.
     """
 
     dest: str
@@ -65,6 +67,8 @@ class ExportSummary:
     files: int
     unchanged: int
     renamed: int
+    misses: int
+    missed: tuple[str, ...]
 
     def text(self) -> str:
         """The summary as a sentence or a few."""
@@ -79,6 +83,10 @@ class ExportSummary:
             parts.append(f"{_number(self.left_out, 'ok row')} left out, since {self.why}")
         if self.renamed:
             parts.append(f"{_number(self.renamed, 'name')} with a hash, since the id is no safe file name")
+        if self.misses:
+            more = self.misses - len(self.missed)
+            names = ", ".join(self.missed) + (f" and {_number(more, 'more file')}" if more else "")
+            parts.append(f"the evaluator will miss {names}")
         return "; ".join(parts) + "."
 
 
@@ -103,8 +111,8 @@ def export(
         raise OptionError(f"format is '{form}', but must be one of {', '.join(FORMATS)}{hint}")
     if image_urls is not None and form != "openai-batch":
         raise OptionError(f"image_urls is for openai-batch, but format is '{form}': leave it out.")
-    if embed_metadata and form == "jsonl":
-        raise OptionError("embed_metadata is for pictures, but format 'jsonl' has none: leave it out.")
+    if embed_metadata and FORMATS[form].what != "picture":
+        raise OptionError(f"embed_metadata is for pictures, but format '{form}' has none: leave it out.")
     chosen = FORMATS[form]
     results = Results(output)
     if results.task not in chosen.tasks:
@@ -112,6 +120,10 @@ def export(
         raise InputError(
             f"format '{form}' is for {' and '.join(chosen.tasks)}, but {output} is of {results.task}: "
             f"choose one of {fit}."
+        )
+    if results.task in TEXT_TASKS and (embed_metadata or image_urls is not None):
+        raise OptionError(
+            "embed_metadata and image_urls are for pictures, but the results are texts: leave them out."
         )
     _refuse_inside(output, dest)
     count = Count()
@@ -127,6 +139,8 @@ def export(
         sink.files,
         sink.unchanged,
         count.renamed,
+        count.misses,
+        tuple(count.missed),
     )
 
 
@@ -273,10 +287,19 @@ FORMATS = {
     "dpg": _Format(
         export_benchmarks.dpg, ("generate",), why="a grid takes four pictures of a prompt, of one square size"
     ),
+    "dpg-single": _Format(export_benchmarks.dpg_single, ("generate",)),
+    "wise": _Format(
+        export_benchmarks.wise, ("generate",), why="a prompt has one picture, which is that of sample 0"
+    ),
+    "t2i-compbench": _Format(export_benchmarks.t2i_compbench, ("generate",)),
+    "gedit": _Format(
+        export_benchmarks.gedit, ("edit",), why="a key has one picture, which is that of sample 0"
+    ),
     "imgedit": _Format(
         export_benchmarks.imgedit, ("edit",), why="a key has one picture, which is that of sample 0"
     ),
     "jsonl": _Format(_jsonl, ("understand",), "answer"),
-    "openai-batch": _Format(openai_batch, ("generate", "edit")),
+    "vlmevalkit": _Format(export_benchmarks.vlmevalkit, ("understand",), "answer"),
+    "openai-batch": _Format(openai_batch, ("generate", "edit", "understand")),
 }
 """Every format by its name on the command line."""

@@ -131,6 +131,12 @@ class Results:
             # One picture at a time becomes an object of Python's.
             yield values, (images[index].as_py() or {}).get("bytes") if images is not None else None
 
+    def own_value(self, row: Row, name: str, default: Any = None) -> Any:
+        """What a column of the manifest holds, by its name there; `default` if it is absent or null."""
+        found = [field.name for field in self.carried if own_name(field.name) == name]
+        value = row.values[found[0]] if found else None
+        return default if value is None else value
+
     def carried_values(
         self,
         row: Row,
@@ -155,6 +161,12 @@ class Results:
                 name = f"in_{name}"
             found[name] = value
         return found
+
+
+def own_name(name: str) -> str:
+    """The name that a carried column had in the manifest."""
+    own = name.removeprefix("in_")
+    return own if own in RESULT_NAMES else name
 
 
 def _without_absent(value: Any, kind: pa.DataType) -> Any:

@@ -4,7 +4,7 @@ Knows nothing of any format.
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,10 @@ from wallaroo.workflows.outputs.values import jsonable
 SUFFIXES = {MIME_TYPES["png"]: "png", MIME_TYPES["webp"]: "webp", MIME_TYPES["jpeg"]: "jpg"}
 
 
+NAMED_FILES = 10
+"""Missing files that a summary names."""
+
+
 class Options(NamedTuple):
     embed: bool
     image_urls: str | None
@@ -26,9 +30,19 @@ class Options(NamedTuple):
 
 @dataclass
 class Count:
+    """What an export has done so far. missed: the first files that it has no picture for; misses: of all."""
+
     exported: int = 0
     left_out: int = 0
     renamed: int = 0
+    misses: int = 0
+    missed: list[str] = field(default_factory=list)
+
+    def miss(self, name: str) -> None:
+        """Notes a file that an evaluator will look for in vain."""
+        self.misses += 1
+        if len(self.missed) < NAMED_FILES:
+            self.missed.append(name)
 
 
 # Rows
@@ -94,11 +108,11 @@ def bytes_of(row: Row) -> bytes:
     return row.picture
 
 
-def picture_of(row: Row, options: Options, png: bool = False) -> bytes:
-    """The file of a row's picture; its very bytes, unless it must be PNG and is not, or get metadata."""
+def picture_of(row: Row, options: Options, form: str | None = None) -> bytes:
+    """The file of a row's picture; its very bytes, unless it must be of another format, or get metadata."""
     data = bytes_of(row)
-    if png and row.values["mime_type"] != MIME_TYPES["png"]:
-        data = encode_image(pixels_of(row), "png")[0]
+    if form is not None and row.values["mime_type"] != MIME_TYPES[form]:
+        data = encode_image(pixels_of(row), form)[0]
     return embed(data, packet_of(row)) if options.embed else data
 
 
