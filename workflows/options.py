@@ -61,6 +61,8 @@ class Option:
         tasks: The tasks that have it.
         meaning: Whether it may change what a row holds, beyond rounding. Such options are part of an output's
             `config_digest`.
+        later: Whether it was added after version 0.1.0. `run.json` has it last, and `config_digest` has it
+            only where it is given, so that older outputs keep theirs.
         run_only: Whether the Python functions, which have no output folder, lack it.
         stored: Where it stands in `run.json`, with a dot for a key within a key.
         name: Of the field of RunConfig.
@@ -72,6 +74,7 @@ class Option:
     help: str
     tasks: tuple[str, ...] = TASKS
     meaning: bool = False
+    later: bool = False
     run_only: bool = False
     stored: str = ""
     name: str = ""

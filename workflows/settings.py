@@ -185,6 +185,23 @@ class RunConfig:
         "Manifest column with the prompts (default prompt).",
         meaning=True,
     )
+    image_column: str | None = option(
+        None,
+        "source.image_column",
+        text("NAME"),
+        "Manifest column with the pictures (default image).",
+        tasks=PICTURE_TASKS,
+        meaning=True,
+        later=True,
+    )
+    id_column: str | None = option(
+        None,
+        "run.id_column",
+        text("NAME"),
+        "Manifest column with the ids (default id).",
+        meaning=True,
+        later=True,
+    )
     image_root: str | None = option(
         None,
         "source.root",
@@ -301,12 +318,14 @@ class RunConfig:
         "cluster.group_rows",
         whole(1),
         "Rows per decode step of a GPU (default: the most that fit); few rows lower the latency.",
+        later=True,
     )
     no_cuda_graphs: bool = option(
         False,
         "cluster.no_cuda_graphs",
         SWITCH,
         "Run decode steps on GPUs without CUDA graphs; slower, for debugging.",
+        later=True,
     )
     device: str = option(
         "auto",
@@ -432,13 +451,17 @@ class RunConfig:
         Returns:
             The task, the options of the task that are declared with `meaning`, and `mode` if it is lossy.
         """
-        meaning = (one.name for one in OPTIONS.values() if one.meaning and one.serves(self.task))
+        meaning = (
+            one.name
+            for one in OPTIONS.values()
+            if one.meaning and one.serves(self.task) and not (one.later and getattr(self, one.name) is None)
+        )
         lossy = {"mode": self.mode} if self.mode != EXACT else {}
         return {"model_digest": model_digest, "task": self.task, **self._stored(meaning), **lossy}
 
     def to_dict(self) -> dict[str, Any]:
         """Manifest, output, task and every option as plain JSON values."""
-        names = list(OPTIONS)
+        names = sorted(OPTIONS, key=lambda name: OPTIONS[name].later)
         # The order of keys in every run.json so far.
         names.insert(names.index("width"), names.pop(names.index("prompt")))
         names.insert(names.index("width"), names.pop(names.index("prompt_column")))

@@ -61,6 +61,8 @@ def test_every_option_reaches_its_field_from_each_origin(option, run_file):
         "run.preset": "dpg",
         "prompt.text": "make it red",
         "prompt.column": "caption",
+        "source.image_column": "photo",
+        "run.id_column": "item",
         "source.root": "pictures",
         "run.where": "prompt LIKE '%cat%'",
         "run.max_error_rate": "0.5",
@@ -103,7 +105,7 @@ def test_defaults_in_the_help_are_true(option):
     if stated is None:
         return
     config = RunConfig("", "", task=option.tasks[0])
-    if option.name in ("image_quality", "prompt_column"):
+    if option.name in ("image_quality", "prompt_column", "image_column", "id_column"):
         assert getattr(config, option.name) is None
         return
     assert option.kind.read(stated[1]) == getattr(config, option.name)

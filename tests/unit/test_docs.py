@@ -94,11 +94,28 @@ def test_every_command_exists_with_its_flags():
 
 
 def test_every_flag_exists():
-    source = (ROOT / "model" / "bench.py").read_text()
+    source = "".join((ROOT / "model" / name).read_text() for name in ("bench.py", "gpu_check.py"))
     known = all_flags() | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
     named = {(page.name, code.split()[0]) for page in PAGES for code in inline_code(page) if code[:2] == "--"}
     assert len(named) > 50
     assert not {(page, flag) for page, flag in named if flag.partition("=")[0] not in known}
+
+
+def test_every_flag_in_a_message_exists():
+    """Remedies in sentences of the code name flags; so do its docstrings."""
+    foreign = {"--repo-type", "--local-dir"}  # of `hf download`
+    named = {}
+    for folder in ("wallaroo", "jobs", "workflows", "actors", "model"):
+        for file in (ROOT / folder).rglob("*.py"):
+            if file.name in ("bench.py", "gpu_check.py", "dry_run.py"):
+                continue  # commands of their own
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![\w{-])", node.value):
+                        named[flag] = file
+    assert len(named) > 30
+    unknown = {flag: str(file) for flag, file in named.items() if flag not in all_flags() | foreign}
+    assert not unknown
 
 
 def test_every_key_of_a_run_file_exists():

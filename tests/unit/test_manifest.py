@@ -60,13 +60,18 @@ def test_a_folder_is_all_its_files_in_order(tmp_path):
         path.write_bytes(b"x")
     found = discover(str(tmp_path))
     assert [(file.relative, file.format) for file in found.files] == [
+        ("_tmp/e.csv", "csv"),
         ("a/c.jsonl", "jsonl"),
         ("a/d.PARQUET", "parquet"),
         ("b.csv", "csv"),
     ]
-    assert found.ignored == ("README.md",)
+    assert found.passed_over == {
+        ".md": (1, "README.md"),
+        "hidden": (1, ".hidden.csv"),
+        "marker": (1, "_SUCCESS"),
+    }
     pattern = discover(f"{tmp_path}/**/*.csv")
-    assert [file.relative for file in pattern.files] == ["b.csv"]
+    assert [file.relative for file in pattern.files] == ["_tmp/e.csv", "b.csv"]
     single = discover(str(tmp_path / "a" / "c.jsonl"))
     assert [file.relative for file in single.files] == ["c.jsonl"]
 
@@ -87,18 +92,16 @@ def test_a_fresh_copy_is_the_same_manifest(tmp_path):
         ("absent", "there is no such file or folder"),
         ("empty", "the folder is empty"),
         ("*.csv", "no file matches it"),
-        ("other", r"no Parquet, CSV or JSON Lines file, only such as 'x\.txt'"),
-        ("a.json", r"one object a line and name the file \.jsonl"),
-        ("a.tsv", r"suffix '\.tsv'.*convert it"),
+        ("other", r"no Parquet, CSV or JSON Lines file, only such as 'x\.bin'"),
+        ("a.xlsx", r"suffix '\.xlsx'.*convert it"),
         ("out", r"is the output of a run.*errors\.jsonl"),
     ],
 )
 def test_what_is_no_manifest_is_refused(tmp_path, path, words):
     for name in (
         "empty/",
-        "other/x.txt",
-        "a.json",
-        "a.tsv",
+        "other/x.bin",
+        "a.xlsx",
         "out/run.json",
         "out/data/shard-00000000.parquet",
     ):
@@ -156,7 +159,9 @@ def test_a_csv_row_with_a_fault_harms_no_other(tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ("prompt\nx\n".encode("utf-16"), "not valid UTF-8"),
+        ("提示\nx\n".encode("gbk"), "not valid UTF-8"),
+        ("prompt\nx\n".encode("utf-16-le"), "UTF-16 without a mark"),
+        ("prompt\nx\n".encode("utf-32"), "is UTF-32"),
         (b"prompt,a,a\n1,2,3\n", "two columns named 'a'"),
         (b'"prompt\nx\n', "header of .* is not valid CSV"),
         ((",".join(f"c{i}" for i in range(1001)) + "\n").encode(), "more than 1000 columns"),
@@ -328,7 +333,7 @@ def test_extension_types_are_refused(tmp_path):
     table = pa.table(
         {
             "prompt": ["a"],
-            "x": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"1" * 16], pa.binary(16))),
+            "x": pa.ExtensionArray.from_storage(pa.opaque(pa.binary(), "x", "y"), pa.array([b"1"])),
         }
     )
     with pytest.raises(InputError, match=r"'x' .* extension type"):

@@ -96,8 +96,8 @@ def test_a_folder_of_pictures_is_a_manifest(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
     found = discover(str(tmp_path), "understand")
-    assert found.ignored == ("notes.txt",)
-    wanted = [{"id": name, "image": str(tmp_path / name)} for name in ("a/c.JPG", "b.png")]
+    assert found.passed_over == {".txt": (1, "notes.txt"), "hidden": (1, ".hidden.png")}
+    wanted = [{"id": name, "image": str(tmp_path / name)} for name in ("_x/d.png", "a/c.JPG", "b.png")]
     assert load(tmp_path)[1] == wanted
     assert load(f"{tmp_path}/*.png")[1] == [{"id": "b.png", "image": str(tmp_path / "b.png")}]
     assert load(tmp_path / "b.png")[1] == [{"id": "b.png", "image": str(tmp_path / "b.png")}]
@@ -108,7 +108,8 @@ def test_a_folder_of_pictures_is_a_manifest(tmp_path):
     # What names pictures comes before the pictures that it names.
     (tmp_path / "rows.jsonl").write_text('{"image": "b.png"}\n')
     found = discover(str(tmp_path), "edit")
-    assert ([file.relative for file in found.files], found.ignored) == (["rows.jsonl"], ("notes.txt",))
+    assert [file.relative for file in found.files] == ["rows.jsonl"]
+    assert found.passed_over == {".txt": (1, "notes.txt"), "hidden": (1, ".hidden.png")}
 
 
 @pytest.mark.parametrize(
@@ -142,9 +143,9 @@ def test_the_json_of_imgedit_is_a_manifest_of_edit_alone(tmp_path):
     entry = {"id": "a/1.jpg", "prompt": "make it red", "edit_type": "color"}
     path.write_text(json.dumps({"1082": entry}))
     assert load(path)[1] == [{**entry, "id": "1082", "image": "a/1.jpg"}]
-    with pytest.raises(InputError, match="write one object a line"):
-        discover(str(path), "generate")
-    for text in ('[{"id": 1}]', '{"a": 1}', "{"):
+    with pytest.raises(InputError, match="no column 'prompt': it has 1082"):
+        check_columns(load(path, "generate")[0], PlanSettings.of(RunConfig("", "")))
+    for text in ('{"a": {"id": 1}, "b": 1}', '{"a": {'):
         path.write_text(text)
         with pytest.raises(InputError, match="is not an object of keys"):
             load(path)

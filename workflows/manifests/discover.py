@@ -8,62 +8,180 @@ from collections.abc import Sequence
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.manifests.types import FORMATS, Manifest, ManifestFile
+from wallaroo.workflows.manifests.lake import Partition, hive_partition, live_files, refuse_parts
+from wallaroo.workflows.manifests.layouts import has_pictures
+from wallaroo.workflows.manifests.listing import (
+    Counter,
+    Listing,
+    captions,
+    is_pattern,
+    is_picture,
+    list_manifest,
+    suffix_kind,
+    visible,
+)
+from wallaroo.workflows.manifests.parquet_files import open_parquet
+from wallaroo.workflows.manifests.streams import is_object_of_objects
+from wallaroo.workflows.manifests.text_files import first_columns
+from wallaroo.workflows.manifests.types import COMPRESSED, FORMATS, OTHER_FORMATS, Manifest, ManifestFile
 from wallaroo.workflows.outputs.layout import DATA_FOLDER, RUN_FILE, shard_number
+from wallaroo.workflows.storage.paths import hub_remedy
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-"""Files of a folder that are taken for pictures."""
 HASHED_BYTES = 64 << 20
+PEEKED_FILES = 100
+"""Tables in a folder of pictures that are opened to see whether they name pictures."""
 
 
-def discover(path: str, task: str = "generate") -> Manifest:
+def discover(path: str, task: str = "generate", image_column: str | None = None) -> Manifest:
     """The files of a manifest: a file, all of a folder at any depth, or what matches a pattern.
 
-    Hidden files and folders, and names that begin with `_`, are left out. A task that starts from
-    pictures takes some, if nothing names them, and the output of a finished run. Raises InputError if
-    there is no such manifest, it has no file of a known format, or it is the output of a run.
+    Hidden files, markers and what is of no known format are passed over, and counted. A task that starts
+    from pictures takes some, if nothing names them, and the output of a finished run. image_column: the
+    column that names or holds pictures, if the run gives one. Raises InputError if there is no such
+    manifest, it has no file of a known format, or it is the output of a run.
     """
     pictures = task in PICTURE_TASKS
     single = storage.info(path)
     if single is not None:
         if pictures and is_picture(path):
-            return _picture_manifest(path, [single])
-        imgedit = task == "edit" and path.lower().endswith(".json")
-        form = "imgedit" if imgedit else _format(path)
-        return Manifest(path, (_manifest_file(single, form, pictures),))
-    if re.search(r"[*?\[]", path):
-        found, what = storage.match_files(path), "no file matches it"
-    else:
-        folder = path if storage.is_s3(path) else os.path.realpath(path)
-        found, what = storage.list_files(folder), "there is no such file or folder"
-        if not storage.is_s3(path) and os.path.isdir(folder):
-            what = "the folder is empty"
-        if _is_output(found):
-            return _results(path, found, task)
-    visible = [file for file in found if not re.search(r"(^|/)[._]", file.relative)]
-    files = [(file, FORMATS.get(os.path.splitext(file.relative)[1].lower())) for file in visible]
-    known = tuple(_manifest_file(file, form, pictures) for file, form in files if form)
-    others = [file for file, form in files if not form]
-    shown = [file for file in others if pictures and is_picture(file.relative)]
-    ignored = tuple(file.relative for file in others if file not in shown)
-    if shown and not known:
-        return _picture_manifest(path, shown, ignored)
-    if not known:
-        if ignored:
-            what = f"it has no Parquet, CSV or JSON Lines file, only such as '{ignored[0]}'"
-        raise InputError(f"The manifest {path} cannot be read, {what}: give a file, a folder or a pattern.")
-    return Manifest(path, known, ignored)
+            return _picture_manifest(path, [single], [])
+        return Manifest(path, (_manifest_file(single, _format(path), task, image_column),))
+    listing = list_manifest(path)
+    if not listing.files:
+        raise InputError(
+            f"The manifest {path} cannot be read, {_absent(path)}: give a file, a folder or a pattern."
+        )
+    if _has_pattern(path):
+        refuse_parts(path, listing.files)
+    elif _is_output(listing.files):
+        return _results(path, listing.files, task)
+    elif (live := live_files(path, listing.files)) is not None:
+        return _table(path, listing, [(one.file, one.partition) for one in live], task, image_column)
+    return _folder(path, listing, task, image_column)
+
+
+def _absent(path: str) -> str:
+    if _has_pattern(path):
+        return "no file matches it"
+    if not storage.is_s3(path):
+        if os.path.isdir(path):
+            return "the folder is empty"
+        name = os.path.relpath(path)
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not os.path.exists(os.path.dirname(path)):
+            remedy = hub_remedy(f"datasets/{name}").rstrip(".")
+            return f"there is no such file or folder (if a data set of the hub is meant, {remedy})"
+    return "there is no such file or folder"
+
+
+def _has_pattern(path: str) -> bool:
+    """Whether the path is a pattern and not the name of a folder."""
+    if not is_pattern(path) or (not storage.is_s3(path) and os.path.isdir(path)):
+        return False
+    return not (storage.is_s3(path) and storage.list_files(path))
+
+
+def _folder(path: str, listing: Listing, task: str, image_column: str | None) -> Manifest:
+    """The manifest of a folder or pattern that is none of a kind of its own."""
+    pictures = task in PICTURE_TASKS
+    files, passed = visible(listing)
+    chosen = [file for file in files if format_of(file.relative, FORMATS)]
+    shown = [file for file in files if is_picture(file.relative)] if pictures else []
+    notes: list[str] = []
+    if shown and chosen:
+        named = _that_name_pictures(chosen, task, image_column)
+        for file in set(chosen) - set(named):
+            passed.add(f"{suffix_kind(file.relative)} that names no pictures", file.relative)
+        chosen = named
+    if not chosen and not shown:
+        chosen = [file for file in files if format_of(file.relative, OTHER_FORMATS) == "json"]
+    texts = [file for file in files if format_of(file.relative, OTHER_FORMATS) == "lines"]
+    taken = {*chosen, *shown}
+    if not chosen and shown:
+        stems = {os.path.splitext(file.relative)[0] for file in shown} if texts else set()
+        told = {file for name, file in captions(texts).items() if name in stems}
+        taken |= told
+        _count(files, taken, passed)
+        if told:
+            few = len(shown) - len(told)
+            more = f", {few:,} have none" if few else ""
+            notes.append(f"Texts beside pictures of the same name are their captions: {len(told):,}{more}.")
+        return _picture_manifest(path, shown, sorted(told, key=lambda file: file.relative), passed, notes)
+    if not chosen and texts and not pictures and not any(is_picture(file.relative) for file in files):
+        _count(files, set(texts), passed)
+        return _prompts_manifest(path, texts, passed)
+    if not chosen:
+        _count(files, set(), passed)
+        kind = min(passed.kinds.values(), key=lambda entry: entry[1], default=(0, ""))
+        example = files[0].relative if files else kind[1]
+        raise InputError(
+            f"The manifest {path} cannot be read, it has no Parquet, CSV or JSON Lines file, only such as "
+            f"'{example}': give a file, a folder or a pattern."
+        )
+    _count(files, taken, passed)
+    known = [
+        _manifest_file(
+            file,
+            format_of(file.relative, FORMATS | OTHER_FORMATS),
+            task,
+            image_column,
+            hive_partition(file.relative),
+        )
+        for file in chosen
+    ]
+    return Manifest(path, tuple(known), passed.kinds, tuple(notes))
+
+
+def _count(files: Sequence[storage.FileInfo], taken: set[storage.FileInfo], passed: Counter) -> None:
+    """Counts what is not taken and is not counted yet, by its suffix."""
+    for file in files:
+        if file not in taken and not format_of(file.relative, FORMATS):
+            passed.add(suffix_kind(file.relative), file.relative)
+
+
+def _that_name_pictures(
+    tables: Sequence[storage.FileInfo], task: str, image_column: str | None
+) -> list[storage.FileInfo]:
+    """Those of the tables in a folder of pictures that name these; those of Hugging Face alone, if any."""
+    if len(tables) > PEEKED_FILES:
+        return list(tables)
+    named = [
+        file
+        for file in tables
+        if has_pictures(_columns(_manifest_file(file, format_of(file.relative, FORMATS), task)), image_column)
+    ]
+    metadata = [file for file in named if re.match(r"(.*/)?metadata\.\w+$", file.relative)]
+    return metadata or named
+
+
+def _columns(file: ManifestFile) -> list[str] | None:
+    """Columns of a table; None if it cannot be read, which is then told where all of it is."""
+    try:
+        if file.format == "parquet":
+            with open_parquet(file) as parquet:
+                return parquet.schema_arrow.names
+        return first_columns(file)
+    except Exception:
+        return None
+
+
+def format_of(name: str, known: dict[str, str]) -> str:
+    """The format that a name's suffix stands for; empty if there is none."""
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix in COMPRESSED:
+        inner = known.get(os.path.splitext(stem)[1], "")
+        return "" if inner == "parquet" else inner
+    return known.get(suffix, "")
 
 
 def _format(path: str) -> str:
+    if form := format_of(path, FORMATS | OTHER_FORMATS):
+        return form
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in FORMATS:
-        return FORMATS[suffix]
-    if suffix == ".json":
-        raise InputError(f"The manifest {path} is JSON: write one object a line and name the file .jsonl.")
+    known = ", ".join([*FORMATS, *OTHER_FORMATS])
     raise InputError(
-        f"The manifest {path} has the suffix '{suffix}', but only {', '.join(FORMATS)} are read: convert it."
+        f"The manifest {path} has the suffix '{suffix}', but only {known} are read (those of text also with "
+        f"{' or '.join(COMPRESSED)} behind): convert it."
     )
 
 
@@ -92,37 +210,78 @@ def _results(path: str, files: Sequence[storage.FileInfo], task: str) -> Manifes
     return Manifest(path, tuple(_manifest_file(file, "results") for file in shards))
 
 
-def is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURE_SUFFIXES)
+def _table(
+    path: str,
+    listing: Listing,
+    live: Sequence[tuple[storage.FileInfo, Partition]],
+    task: str,
+    image_column: str | None,
+) -> Manifest:
+    """The manifest of a lake table: its live files alone."""
+    files, passed = visible(listing)
+    taken = {file for file, _ in live}
+    for file in files:
+        if file not in taken:
+            stale = bool(format_of(file.relative, FORMATS))
+            passed.add("that the table no longer has" if stale else suffix_kind(file.relative), file.relative)
+    known = [_manifest_file(file, "parquet", task, image_column, partition) for file, partition in live]
+    return Manifest(path, tuple(known), passed.kinds)
 
 
 def _picture_manifest(
-    path: str, files: Sequence[storage.FileInfo], ignored: tuple[str, ...] = ()
+    path: str,
+    files: Sequence[storage.FileInfo],
+    told: Sequence[storage.FileInfo],
+    passed: Counter | None = None,
+    notes: Sequence[str] = (),
 ) -> Manifest:
-    """One file stands for all pictures, which are many and have one row each."""
+    """One file stands for all pictures and their captions, which are many and have one row each."""
+    one = _standing_for(path, "pictures", [*files, *told])
+    return Manifest(path, (one,), passed.kinds if passed else {}, tuple(notes))
+
+
+def _prompts_manifest(path: str, files: Sequence[storage.FileInfo], passed: Counter) -> Manifest:
+    """One file stands for all texts of a folder, each of which is a prompt."""
+    if len(files) == 1:
+        text = storage.read_bytes(files[0].path)
+        if len(text.strip().splitlines()) > 1:
+            raise InputError(
+                f"The manifest {path} has one text of several lines, {files[0].relative}: give "
+                f"{files[0].path} itself if each line is a prompt."
+            )
+    return Manifest(path, (_standing_for(path, "prompts", files),), passed.kinds)
+
+
+def _standing_for(path: str, form: str, files: Sequence[storage.FileInfo]) -> ManifestFile:
     names = json.dumps([[file.relative, file.size, file.etag] for file in files])
     etag = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    size = sum(file.size for file in files)
-    return Manifest(path, (ManifestFile(path, "pictures", "pictures", size, etag),), ignored)
+    return ManifestFile(path, form, form, sum(file.size for file in files), etag)
 
 
-def list_pictures(path: str) -> list[storage.FileInfo]:
-    """The pictures of such a manifest, looked for anew."""
-    single = storage.info(path)
-    if single is not None:
-        return [single]
-    if re.search(r"[*?\[]", path):
-        found = storage.match_files(path)
-    else:
-        found = storage.list_files(path if storage.is_s3(path) else os.path.realpath(path))
-    visible = (file for file in found if not re.search(r"(^|/)[._]", file.relative))
-    return [file for file in visible if is_picture(file.relative)]
-
-
-def _manifest_file(file: storage.FileInfo, form: str, pictures: bool = False) -> ManifestFile:
+def _manifest_file(
+    file: storage.FileInfo,
+    form: str,
+    task: str = "generate",
+    image_column: str | None = None,
+    partition: Partition = (),
+) -> ManifestFile:
     etag = file.etag
     if not storage.is_s3(file.path) and file.size <= HASHED_BYTES:
         # A copy or a fresh checkout is the same manifest, though its files are newer.
         with storage.explained(file.path), open(file.path, "rb") as stream:
             etag = hashlib.file_digest(stream, "sha256").hexdigest()[:32]
-    return ManifestFile(file.path, file.relative, form, file.size, etag, pictures and form == "parquet")
+    cells = task in PICTURE_TASKS and form == "parquet"
+    made = ManifestFile(
+        path=file.path,
+        relative=file.relative,
+        format=form,
+        size=file.size,
+        etag=etag,
+        cells=cells,
+        column=(image_column or "") if cells else "",
+        task=task if task in PICTURE_TASKS and form in ("json", "jsonl") else "",
+        partition=partition,
+    )
+    if task == "edit" and file.path.lower().endswith(".json") and is_object_of_objects(made):
+        return ManifestFile(file.path, file.relative, "imgedit", file.size, etag)
+    return made

@@ -1,5 +1,6 @@
-"""Manifests of other kinds: ImgEdit's JSON, folders of pictures, outputs of a run."""
+"""Manifests of other kinds: ImgEdit's JSON, folders of pictures or of texts, outputs of a run."""
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ import pyarrow.parquet as pq
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.manifests.discover import list_pictures
+from wallaroo.workflows.manifests.layouts import CAPTION
+from wallaroo.workflows.manifests.listing import captions, is_picture, list_manifest, list_pictures, visible
 from wallaroo.workflows.manifests.parquet_files import open_parquet, parquet_batches
 from wallaroo.workflows.manifests.schema import is_text, kind_of, mended, text_table, to_table
 from wallaroo.workflows.manifests.text_files import is_deep
@@ -26,6 +28,9 @@ from wallaroo.workflows.manifests.types import (
 from wallaroo.workflows.outputs.layout import shard_name, shard_number
 from wallaroo.workflows.outputs.schema import JSON_MARK, TEXT_TASKS, json_columns, lacking
 from wallaroo.workflows.sources.embedded import COLUMN, Cell
+
+TEXT_BYTES = 1 << 20
+"""Most bytes of a text that is a caption or a prompt."""
 
 
 def _imgedit_rows(file: ManifestFile) -> list[dict[str, Any]]:
@@ -60,21 +65,87 @@ def read_imgedit(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
 
 
 def scan_pictures(file: ManifestFile) -> Scan:
-    count = len(list_pictures(file.path))
+    """One row a picture; with a column `caption` if any has a text of the same name beside it."""
+    pictures, told = _pictures(file)
+    fields = [("id", pa.string()), (COLUMN, pa.string())]
+    fields += [(CAPTION, pa.string())] if told else []
+    return Scan(_pieces(file, len(pictures)), pa.schema(fields))
+
+
+def _pieces(file: ManifestFile, count: int) -> list[Piece]:
     starts = range(0, count, PIECE_ROWS)
-    pieces = [Piece(file, start, min(PIECE_ROWS, count - start), start, start) for start in starts]
-    return Scan(pieces, pa.schema([("id", pa.string()), (COLUMN, pa.string())]))
+    return [Piece(file, start, min(PIECE_ROWS, count - start), start, start) for start in starts]
+
+
+def _pictures(file: ManifestFile) -> tuple[list[storage.FileInfo], dict[str, storage.FileInfo]]:
+    """The pictures that a file stands for, and the texts beside them by what stands before their suffix."""
+    if storage.exists(file.path):
+        return list_pictures(file.path), {}
+    files = visible(list_manifest(file.path))[0]
+    texts = captions(files)
+    pictures = [one for one in files if is_picture(one.relative)]
+    stems = {os.path.splitext(one.relative)[0] for one in pictures} if texts else set()
+    return pictures, {stem: text for stem, text in texts.items() if stem in stems}
 
 
 def read_pictures(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
-    files = list_pictures(piece.file.path)[piece.first_row : piece.first_row + piece.rows]
+    files, told = _pictures(piece.file)
+    files = files[piece.first_row : piece.first_row + piece.rows]
     for start in range(0, len(files), BATCH_ROWS):
         few = files[start : start + BATCH_ROWS]
         faults: dict[int, str] = {}
-        for row, one in enumerate(few, piece.first_row + start):
+        columns: dict[str, list[str | None]] = {
+            "id": [mended(one.relative) for one in few],
+            COLUMN: [mended(one.path) for one in few],
+            CAPTION: [None] * len(few),
+        }
+        for row, one in enumerate(few):
+            text = told.get(os.path.splitext(one.relative)[0])
             if not is_text(one.path):
-                faults[row] = "has a name that is not valid UTF-8"
-        columns = {"id": [mended(one.relative) for one in few], COLUMN: [mended(one.path) for one in few]}
+                faults[piece.first_row + start + row] = "has a name that is not valid UTF-8"
+            elif text is not None and CAPTION in schema.names:
+                columns[CAPTION][row], fault = _text_of(text)
+                if fault:
+                    faults[piece.first_row + start + row] = f"has a caption that {fault}"
+        arrays = [pa.array(columns[field.name], field.type) for field in schema]
+        yield Batch(piece.first_row + start, to_table(arrays, schema, len(few)), faults)
+
+
+def _text_of(file: storage.FileInfo) -> tuple[str, str]:
+    """What a small text file says, and what is wrong with it."""
+    if file.size > TEXT_BYTES:
+        return "", f"has {file.size:,} bytes, more than {TEXT_BYTES:,}"
+    data = storage.read_bytes(file.path)
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        return data.decode(encoding).strip(), ""
+    except UnicodeDecodeError:
+        return mended(data.decode(encoding, "replace")), "is not valid UTF-8"
+
+
+def scan_prompts(file: ManifestFile) -> Scan:
+    """One row a text of a folder; its id is its name without the suffix."""
+    schema = pa.schema([("id", pa.string()), ("prompt", pa.string())])
+    return Scan(_pieces(file, len(_texts(file))), schema)
+
+
+def _texts(file: ManifestFile) -> list[storage.FileInfo]:
+    files = visible(list_manifest(file.path))[0]
+    return sorted(captions(files).values(), key=lambda one: one.relative)
+
+
+def read_prompts(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    files = _texts(piece.file)[piece.first_row : piece.first_row + piece.rows]
+    for start in range(0, len(files), BATCH_ROWS):
+        few = files[start : start + BATCH_ROWS]
+        faults, columns = {}, {"id": [mended(os.path.splitext(one.relative)[0]) for one in few]}
+        if "prompt" in schema.names:
+            columns["prompt"] = []
+            for row, one in enumerate(few, piece.first_row + start):
+                text, fault = _text_of(one)
+                columns["prompt"].append(text)
+                if fault:
+                    faults[row] = fault
         arrays = [pa.array(columns[field.name], field.type) for field in schema]
         yield Batch(piece.first_row + start, to_table(arrays, schema, len(few)), faults)
 

@@ -1,5 +1,6 @@
 """Rows of Parquet files, row group by row group."""
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import pyarrow.parquet as pq
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.column_types import converted, is_json, plain_type
+from wallaroo.workflows.manifests.layouts import picture_column
 from wallaroo.workflows.manifests.schema import is_text, mended, to_table
 from wallaroo.workflows.manifests.types import (
     BATCH_ROWS,
@@ -20,7 +23,8 @@ from wallaroo.workflows.manifests.types import (
     Scan,
     check_width,
 )
-from wallaroo.workflows.sources.embedded import COLUMN, Cell
+from wallaroo.workflows.outputs.schema import JSON_MARK, json_columns
+from wallaroo.workflows.sources.embedded import COLUMN, Cell, with_column
 
 REPEATED_BYTES = 256 << 20
 REPEATED_TIMES = 100
@@ -83,10 +87,9 @@ def scan_parquet(file: ManifestFile) -> Scan:
         for name in schema.names:
             if schema.names.count(name) > 1:
                 raise InputError(f"{file.path} has two columns named '{name}': rename one.")
-        for field in schema:
-            _refuse_extension(field, field.name, file)
         if file.cells:
             schema = _with_references(schema, file)
+        schema = _plain(schema, file)
         pieces, first, start, rows, size = [], 0, 0, 0, 0
         for group in range(metadata.num_row_groups):
             rows += metadata.row_group(group).num_rows
@@ -101,7 +104,8 @@ def scan_parquet(file: ManifestFile) -> Scan:
 
 def _with_references(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
     """The schema of a file whose pictures are read as references to their rows, if it holds any."""
-    index = schema.get_field_index(COLUMN)
+    name = picture_column(schema.names, file.column)
+    index = schema.get_field_index(name)
     if index < 0 or _is_named(schema.field(index).type):
         return schema
     kind = schema.field(index).type
@@ -109,10 +113,10 @@ def _with_references(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
         kind = next((field.type for field in kind if field.name == "bytes"), kind)
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)):
         raise InputError(
-            f"Column '{COLUMN}' of {file.path} is {schema.field(index).type}, but must hold paths, bytes or "
+            f"Column '{name}' of {file.path} is {schema.field(index).type}, but must hold paths, bytes or "
             f"structs of bytes and path: convert it."
         )
-    return schema.set(index, pa.field(COLUMN, pa.string()))
+    return schema.set(index, pa.field(name, pa.string()))
 
 
 def _is_named(kind: pa.DataType) -> bool:
@@ -122,14 +126,26 @@ def _is_named(kind: pa.DataType) -> bool:
     return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
-def _refuse_extension(field: pa.Field, name: str, file: ManifestFile) -> None:
-    if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
-        raise InputError(
-            f"Column '{name}' of {file.path} has an Arrow extension type, which is not read: "
-            f"store it as a plain type, or leave it out."
-        )
-    for index in range(field.type.num_fields):
-        _refuse_extension(field.type.field(index), name, file)
+def _plain(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
+    """The schema with the types in which values are handed on; JSON is marked as such."""
+    fields, marked = [], json_columns(schema)
+    for field in schema:
+        try:
+            if b"ARROW:extension:name" in (field.metadata or {}):
+                raise ValueError
+            kind = plain_type(field.type)
+        except ValueError:
+            raise InputError(
+                f"Column '{field.name}' of {file.path} has an Arrow extension type, which is not read: "
+                f"store it as a plain type, or leave it out."
+            ) from None
+        if is_json(field.type):
+            marked |= {field.name}
+        fields.append(field.with_type(kind))
+    metadata = dict(schema.metadata or {})
+    if marked:
+        metadata[JSON_MARK] = json.dumps(sorted(marked)).encode()
+    return pa.schema(fields, metadata=metadata)
 
 
 def read_parquet(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
@@ -137,20 +153,22 @@ def read_parquet(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
     with open_parquet(piece.file) as parquet:
         theirs = parquet.schema_arrow
         names = [name for name in schema.names if name in theirs.names]
-        referred = piece.file.cells and COLUMN in names and not _is_named(theirs.field(COLUMN).type)
-        names = [name for name in names if not (referred and name == COLUMN)]
+        picture = picture_column(theirs.names, piece.file.column)
+        referred = piece.file.cells and picture in names and not _is_named(theirs.field(picture).type)
+        names = [name for name in names if not (referred and name == picture)]
         groups = range(piece.start, min(piece.stop, parquet.metadata.num_row_groups))
         for chunk in parquet_batches(piece.file, parquet, names, row, groups):
             table, faults = _mended_columns(pa.Table.from_batches([chunk]), row)
             columns = [
-                table.column(field.name).cast(field.type)
+                converted(table.column(field.name), field.name, field.type)
                 if field.name in names
                 else pa.nulls(chunk.num_rows, field.type)
                 for field in schema
             ]
             if referred:
-                cells = [str(Cell(piece.file.path, row + index)) for index in range(chunk.num_rows)]
-                columns[schema.names.index(COLUMN)] = pa.array(cells)
+                place = piece.file.path if picture == COLUMN else with_column(piece.file.path, picture)
+                cells = [str(Cell(place, row + index)) for index in range(chunk.num_rows)]
+                columns[schema.names.index(picture)] = pa.array(cells, schema.field(picture).type)
             # A batch without columns still has rows.
             yield Batch(row, to_table(columns, schema, chunk.num_rows), faults)
             row += chunk.num_rows

@@ -1,22 +1,28 @@
 """Manifest files scanned and read piece by piece, whatever their format."""
 
+import dataclasses
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.column_types import Unfit, refuse_unfit
 from wallaroo.workflows.manifests.other_formats import (
     read_imgedit,
     read_pictures,
+    read_prompts,
     read_results,
     scan_imgedit,
     scan_pictures,
+    scan_prompts,
     scan_results,
 )
 from wallaroo.workflows.manifests.parquet_files import open_parquet, read_parquet, scan_parquet
-from wallaroo.workflows.manifests.text_files import read_text, scan_csv, scan_jsonl
+from wallaroo.workflows.manifests.text_files import read_text, scan_csv, scan_lines
 from wallaroo.workflows.manifests.types import Batch, ManifestFile, Piece, Scan
 from wallaroo.workflows.sources.embedded import is_result
 
@@ -29,13 +35,40 @@ def scan(file: ManifestFile) -> Scan:
     scans = {
         "parquet": scan_parquet,
         "csv": scan_csv,
-        "jsonl": scan_jsonl,
+        "tsv": scan_csv,
+        "jsonl": scan_lines,
+        "json": scan_lines,
+        "lines": scan_lines,
         "imgedit": scan_imgedit,
         "results": scan_results,
         "pictures": scan_pictures,
+        "prompts": scan_prompts,
     }
     with _readable(file), storage.explained(file.path):
-        return scans[_format_within(file)](file)
+        return _with_partition(scans[_format_within(file)](file), file)
+
+
+def _with_partition(found: Scan, file: ManifestFile) -> Scan:
+    """With the columns that the file's folders tell, where it has none of that name itself."""
+    for name, _, kind in file.partition:
+        if found.schema is None:
+            found.kinds.setdefault(name, {"str"})
+        elif name not in found.schema.names:
+            found = dataclasses.replace(
+                found, schema=found.schema.append(pa.field(name, pa.type_for_alias(kind)))
+            )
+    return found
+
+
+def _partitioned(batch: Batch, file: ManifestFile) -> Batch:
+    table = batch.table
+    for name, value, kind in file.partition:
+        index = table.schema.get_field_index(name)
+        if index >= 0 and value is not None:
+            field = table.schema.field(index)
+            constant = pa.scalar(value).cast(pa.type_for_alias(kind)).cast(field.type)
+            table = table.set_column(index, field, pc.coalesce(table.column(index), constant))
+    return batch._replace(table=table)
 
 
 def _format_within(file: ManifestFile) -> str:
@@ -58,8 +91,12 @@ class _readable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FileNotFoundError):
             raise InputError(f"{self.file.path} vanished while it was read: start again.") from error
-        if isinstance(error, (pa.ArrowException, OSError, UnicodeDecodeError)):
+        if isinstance(error, (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError)):
             words = str(error).strip().split("\n", 1)[0][:200]
+            if isinstance(error, pa.ArrowNotImplementedError):
+                raise InputError(
+                    f"{self.file.path} has something that pyarrow does not read ({words}): convert it."
+                ) from error
             raise InputError(
                 f"{self.file.path} is not a readable {self.file.format} file ({words}): repair or remove it."
             ) from error
@@ -80,12 +117,16 @@ def read(piece: Piece, schema: pa.Schema, columns: Iterable[str] | None = None) 
         "imgedit": read_imgedit,
         "results": read_results,
         "pictures": read_pictures,
+        "prompts": read_prompts,
     }
     with _readable(piece.file), storage.explained(piece.file.path):
         batches = readers.get(_format_within(piece.file), read_text)
-        for batch in batches(piece, schema):
-            count += batch.table.num_rows
-            yield batch
+        try:
+            for batch in batches(piece, schema):
+                count += batch.table.num_rows
+                yield _partitioned(batch, piece.file) if piece.file.partition else batch
+        except Unfit as error:
+            raise refuse_unfit(error, piece.file.path, schema) from error
     if count != piece.rows:
         raise InputError(
             f"{piece.file.path} has {count} rows where it had {piece.rows}, so it changed while it was read: "

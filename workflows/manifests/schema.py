@@ -1,12 +1,14 @@
 """One Arrow schema for all files of a manifest, and values as Arrow holds them."""
 
 import json
+import os
 import re
 from typing import Any
 
 import pyarrow as pa
 
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.manifests.column_types import UNFIT_MARK, Unfit, joined_type
 from wallaroo.workflows.manifests.types import Scan
 from wallaroo.workflows.outputs.schema import JSON_MARK, json_columns
 
@@ -16,18 +18,23 @@ def kind_of(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, list):
-        inner = merged_kind({kind_of(item) for item in value})
+        inner = merged_kind({kind_of(item).replace("nan", "float") for item in value})
         return "json" if inner == "json" or inner.startswith("list:") else f"list:{inner}"
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
         return "int" if abs(value) <= 2**53 else "long" if -(2**63) <= value < 2**63 else "json"
+    if isinstance(value, float) and value != value:
+        return "nan"
     return {float: "float", str: "str"}.get(type(value), "json")
 
 
 def merged_kind(kinds: set[str]) -> str:
     """The one kind that all values of these kinds have without loss; `json` if there is none."""
     kinds = kinds - {"null"}
+    if "nan" in kinds:
+        # It is how pandas says "nothing", and a number only beside numbers.
+        kinds = kinds - {"nan"} if kinds - {"nan", "int", "float"} else kinds - {"nan"} | {"float"}
     if len(kinds) <= 1:
         return next(iter(kinds), "null")
     if kinds <= {"int", "float"}:
@@ -75,9 +82,13 @@ class Columns:
             for name, seen in found.kinds.items():
                 kinds.setdefault(name, set()).update(seen)
         types: dict[str, tuple[pa.DataType, str]] = {}
+        joined: dict[str, list[list[str]]] = {}
         metadata: dict[bytes, bytes] = {}
         for _, path, found in ordered:
             for name, arrow in self._types(found, kinds).items():
+                told = joined.setdefault(name, [])
+                if str(arrow) not in [kind for kind, _ in told] and not pa.types.is_null(arrow):
+                    told.append([str(arrow), path])
                 if name in types:
                     arrow = self._together(name, types[name], arrow, path)
                 types[name] = (arrow, path)
@@ -85,8 +96,14 @@ class Columns:
                 features = (found.schema.metadata or {}).get(b"huggingface")
                 metadata |= {b"huggingface": features} if features and not metadata else {}
         marked = [name for name, seen in kinds.items() if merged_kind(seen) in ("json", "list:null")]
-        for _, _, found in ordered:
-            marked += sorted(json_columns(found.schema) - {*marked}) if found.schema is not None else []
+        marked += sorted(_json_everywhere([found.schema for _, _, found in ordered]) - {*marked})
+        if several := {name: told for name, told in joined.items() if len(told) > 1}:
+            # Where files lie is nobody's business who reads a copy of these rows.
+            paths = [path for told in several.values() for _, path in told]
+            above = os.path.commonprefix(paths)  # noqa: RUF071 - of addresses too
+            start = above.rfind("/") + 1
+            short = {n: [[kind, path[start:]] for kind, path in told] for n, told in several.items()}
+            metadata[UNFIT_MARK] = json.dumps(short).encode()
         if marked:
             metadata[JSON_MARK] = json.dumps(marked).encode()
         fields = [
@@ -104,16 +121,25 @@ class Columns:
 
     @staticmethod
     def _together(name: str, before: tuple[pa.DataType, str], arrow: pa.DataType, path: str) -> pa.DataType:
-        if before[0] == arrow:
-            return arrow
-        two = [pa.schema([(name, before[0])]), pa.schema([(name, arrow)])]
-        try:
-            return pa.unify_schemas(two, promote_options="permissive").field(0).type
-        except pa.ArrowException:
-            raise InputError(
-                f"Column '{name}' is {before[0]} in {before[1]} but {arrow} in {path}: "
-                f"give it one type in all files."
-            ) from None
+        kind = joined_type(before[0], arrow)
+        if kind is None:
+            hint = "give it one type in all files."
+            if pa.types.is_timestamp(arrow) or pa.types.is_timestamp(before[0]):
+                hint = "give all its values a time zone, or none."
+            raise InputError(f"Column '{name}' is {before[0]} in {before[1]} but {arrow} in {path}: {hint}")
+        return kind
+
+
+def _json_everywhere(schemas: list[pa.Schema | None]) -> set[str]:
+    """Columns that hold JSON text in some file, and plain text in none."""
+    marked: set[str] = set()
+    plain: set[str] = set()
+    for schema in schemas:
+        if schema is not None:
+            mine = json_columns(schema)
+            marked |= mine
+            plain |= {one.name for one in schema if one.name not in mine and not pa.types.is_null(one.type)}
+    return marked - plain
 
 
 def _arrow_type(kind: str) -> pa.DataType:
@@ -132,9 +158,14 @@ def text_table(values: list[dict[str, Any]], schema: pa.Schema, marked: frozense
     columns = []
     for field in schema:
         column = [row.get(field.name) for row in values]
+        if not pa.types.is_floating(field.type):
+            column = [None if value != value else value for value in column]  # NaN
         if field.name in marked:
             column = [None if value is None else json.dumps(value, ensure_ascii=False) for value in column]
-        columns.append(pa.array(column, field.type))
+        try:
+            columns.append(pa.array(column, field.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise Unfit(field.name, str(error).strip().split("\n", 1)[0]) from error
     return to_table(columns, schema, len(values))
 
 

@@ -1,17 +1,17 @@
-"""Rows of CSV and JSON Lines, with byte offsets, so that a file can be read in pieces."""
+"""Rows of CSV, TSV, JSON and plain lines, with byte offsets, so that a file can be read in pieces."""
 
 import csv
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
 from wallaroo.model.errors import InputError
-from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.batch_requests import is_request, row_of
 from wallaroo.workflows.manifests.schema import is_text, kind_of, mended, text_table
+from wallaroo.workflows.manifests.streams import LINE_BYTES, is_compressed, open_text
 from wallaroo.workflows.manifests.types import (
     BATCH_ROWS,
     PIECE_BYTES,
@@ -24,10 +24,9 @@ from wallaroo.workflows.manifests.types import (
 )
 from wallaroo.workflows.outputs.schema import json_columns
 
-REQUESTS_URL = "/v1/images/generations"
-"""Where lines of OpenAI's batch format must be for, to be taken as rows."""
-LINE_BYTES = 64 << 20
 FIELD_CHARACTERS = 1 << 20
+COMPRESSED_TIMES = 8
+"""A piece of a compressed file is so many times as large as others."""
 DEEPEST = 100
 """Lists and objects within each other, in a value of JSON; what goes beyond has no sense, and no end."""
 
@@ -75,11 +74,12 @@ def _line(file: IO[bytes], path: str) -> bytes:
     return line
 
 
-def _csv_rows(file: IO[bytes], path: str, start: int) -> Iterator[_Row]:
-    """Rows of a CSV stream that stands at byte `start`. Blank lines are none."""
+def _csv_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[_Row]:
+    """Rows of a CSV or TSV stream that stands at byte `start`. Blank lines are none."""
     csv.field_size_limit(FIELD_CHARACTERS)
-    lines = _Lines(file, path, start)
-    reader = csv.reader(lines, strict=True)
+    lines = _Lines(stream, file.path, start)
+    delimiter = "\t" if file.format == "tsv" else ","
+    reader = csv.reader(lines, strict=True, delimiter=delimiter)
     while True:
         begin = lines.position
         lines.mark()
@@ -90,18 +90,18 @@ def _csv_rows(file: IO[bytes], path: str, start: int) -> Iterator[_Row]:
         except csv.Error as error:
             if lines.position > lines.first_stop:
                 # A quote that is never closed: give up its line only, not all that follow it.
-                file.seek(lines.first_stop)
-                lines = _Lines(file, path, lines.first_stop)
-                reader = csv.reader(lines, strict=True)
-            yield _Row(begin, lines.position, None, f"is not valid CSV ({error})")
+                stream.seek(lines.first_stop)
+                lines = _Lines(stream, file.path, lines.first_stop)
+                reader = csv.reader(lines, strict=True, delimiter=delimiter)
+            yield _Row(begin, lines.position, None, f"is not valid {file.format.upper()} ({error})")
             continue
         if fields:
             yield _Row(begin, lines.position, fields, "")
 
 
-def _csv_header(file: ManifestFile, stream: IO[bytes]) -> _Row | None:
+def csv_header(file: ManifestFile, stream: IO[bytes]) -> _Row | None:
     """The first row of a CSV file, its names checked; None if the file is empty."""
-    first = next(_csv_rows(stream, file.path, 0), None)
+    first = next(_csv_rows(stream, file, 0), None)
     if first is None:
         return None
     if first.fault:
@@ -117,12 +117,12 @@ def _csv_header(file: ManifestFile, stream: IO[bytes]) -> _Row | None:
 
 
 def scan_csv(file: ManifestFile) -> Scan:
-    with storage.open_source(file.path) as stream:
-        header = _csv_header(file, stream)
+    with open_text(file) as stream:
+        header = csv_header(file, stream)
         if header is None:
             return Scan([])
         stream.seek(header.stop)
-        rows = _csv_rows(stream, file.path, header.stop)
+        rows = _csv_rows(stream, file, header.stop)
         pieces = list(_pieces(file, rows, header.stop, header.values))
     return Scan(pieces, kinds={name: {"str"} for name in header.values})
 
@@ -141,20 +141,29 @@ def _csv_values(row: _Row, header: tuple[str, ...]) -> tuple[dict[str, Any], str
     return values, ""
 
 
-def _jsonl_rows(file: IO[bytes], path: str, start: int) -> Iterator[_Row]:
-    """Rows of a JSON Lines stream that stands at byte `start`; values is a dict. Blank lines are none."""
+def _line_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[_Row]:
+    """Rows of a stream that stands at byte `start`, one a line; values is a dict. Blank lines are none."""
     while True:
-        line = _line(file, path)
+        line = _line(stream, file.path)
         if not line:
             return
         begin, start = start, start + len(line)
         if begin == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.isspace() and line:
-            yield _Row(begin, start, *_json_object(line))
+            values = _prompt(line) if file.format == "lines" else _json_object(line, file.task)
+            yield _Row(begin, start, *values)
 
 
-def _json_object(line: bytes) -> tuple[dict[str, Any], str]:
+def _prompt(line: bytes) -> tuple[dict[str, Any], str]:
+    """A line that is a prompt, and what is wrong with it."""
+    try:
+        return {"prompt": line.decode().strip()}, ""
+    except UnicodeDecodeError:
+        return {"prompt": line.decode(errors="replace").strip()}, "is not valid UTF-8"
+
+
+def _json_object(line: bytes, task: str) -> tuple[dict[str, Any], str]:
     """The object on a line, as far as it can be read, and what is wrong with it."""
     fault = ""
     try:
@@ -170,8 +179,8 @@ def _json_object(line: bytes) -> tuple[dict[str, Any], str]:
         return {}, fault or f"is not valid JSON ({words})"
     if not isinstance(value, dict):
         return {}, fault or f"is a JSON {_json_name(value)}, not an object"
-    if "custom_id" in value and isinstance(value.get("body"), dict):
-        value, wrong = _request(value)
+    if is_request(value):
+        value, wrong = row_of(value, task)
         fault = fault or wrong
     if "\\u" in text and not is_text(again := json.dumps(value, ensure_ascii=False)):
         value = json.loads(mended(again))
@@ -189,27 +198,12 @@ def is_deep(value: Any) -> bool:
     return any(isinstance(one, dict | list) for one in level)
 
 
-def _request(line: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A line of OpenAI's batch format as a row: its body, with the names of our columns."""
-    body, row = line["body"], {"id": line["custom_id"]}
-    row |= {name: value for name, value in body.items() if name not in ("id", "n", "size")}
-    if body.get("n") is not None:
-        row["samples"] = body["n"]
-    size = body.get("size")
-    if size not in (None, "auto"):
-        # The sizes of their models are not those of ours, so the nearest ratio is taken.
-        row["aspect_ratio"] = re.sub(r"^(\d+)x(\d+)$", r"\1:\2", size) if isinstance(size, str) else size
-    if line.get("url") != REQUESTS_URL:
-        return row, f"is a request to {json.dumps(line.get('url'))}, but only {REQUESTS_URL} is served"
-    return row, ""
-
-
 def _json_name(value: Any) -> str:
     names = {bool: "truth value", int: "number", float: "number", str: "string", list: "array"}
     return names.get(type(value), "null")
 
 
-def scan_jsonl(file: ManifestFile) -> Scan:
+def scan_lines(file: ManifestFile) -> Scan:
     kinds: dict[str, set[str]] = {}
 
     def noted(rows: Iterable[_Row]) -> Iterator[_Row]:
@@ -219,8 +213,8 @@ def scan_jsonl(file: ManifestFile) -> Scan:
             check_width(file, kinds)  # type: ignore[arg-type]
             yield row
 
-    with storage.open_source(file.path) as stream:
-        pieces = list(_pieces(file, noted(_jsonl_rows(stream, file.path, 0)), 0))
+    with open_text(file) as stream:
+        pieces = list(_pieces(file, noted(_line_rows(stream, file, 0)), 0))
     return Scan(pieces, kinds=kinds)
 
 
@@ -229,9 +223,11 @@ def _pieces(
 ) -> Iterator[Piece]:
     first = count = 0
     stop = start
+    # To read from the middle of a compressed file all before it is decompressed too.
+    times = COMPRESSED_TIMES if is_compressed(file) else 1
     for row in rows:
         count, stop = count + 1, row.stop
-        if count >= PIECE_ROWS or stop - start >= PIECE_BYTES:
+        if count >= PIECE_ROWS * times or stop - start >= PIECE_BYTES * times:
             yield Piece(file, first, count, start, stop, header)
             first, start, count = first + count, stop, 0
     if count:
@@ -241,7 +237,7 @@ def _pieces(
 def read_text(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
     marked = json_columns(schema)
     row, values, faults = piece.first_row, [], {}
-    with storage.open_source(piece.file.path, piece.start) as stream:
+    with open_text(piece.file, piece.start) as stream:
         for number, (found, fault) in enumerate(_text_values(piece, stream), piece.first_row):
             values.append(found)
             if fault:
@@ -254,13 +250,23 @@ def read_text(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
 
 
 def _text_values(piece: Piece, stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], str]]:
-    if piece.file.format == "csv":
-        for row in _csv_rows(stream, piece.file.path, piece.start):
+    if piece.file.format in ("csv", "tsv"):
+        for row in _csv_rows(stream, piece.file, piece.start):
             if row.start >= piece.stop:
                 return
             yield _csv_values(row, piece.header)
     else:
-        for row in _jsonl_rows(stream, piece.file.path, piece.start):
+        for row in _line_rows(stream, piece.file, piece.start):
             if row.start >= piece.stop:
                 return
             yield row.values, row.fault
+
+
+def first_columns(file: ManifestFile) -> list[str]:
+    """Names of the columns of a file, as far as its first row tells."""
+    with open_text(file) as stream:
+        if file.format in ("csv", "tsv"):
+            header = csv_header(file, stream)
+            return list(header.values) if header else []
+        first = next(_line_rows(stream, file, 0), None)
+        return list(first.values) if first else []

@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,19 @@ import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 
-FORMATS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+"""Suffix -> format of the files that are a manifest wherever they lie."""
+OTHER_FORMATS = {".json": "json", ".txt": "lines"}
+"""The same for files that are one where they are named, or nothing else is there."""
+COMPRESSED = (".gz", ".zst")
+"""Suffixes that may stand behind those of text."""
 PIECE_ROWS = 65_536
 PIECE_BYTES = 64 << 20
 """A piece ends when it has so many rows or bytes; of a Parquet file it has at least one row group."""
@@ -23,9 +35,11 @@ MAX_COLUMNS = 1000
 class ManifestFile:
     """One file of a manifest. relative: path below the manifest. size: bytes. etag: of its contents.
 
-    format: one of FORMATS, or `results` (a shard of a run's output), `pictures` (a folder or pattern of
-    them, path being its own) or `imgedit`. cells: whether pictures in its column `image` are given as
-    references to their rows.
+    format: one of FORMATS or OTHER_FORMATS, or `results` (a shard of a run's output), `pictures` (a folder
+    or pattern of them, path being its own), `prompts` (a folder of texts) or `imgedit`. cells: whether
+    pictures in its column of pictures are given as references to their rows. column: name of that column,
+    if the run gives one. task: of the run, where rows are read by it. partition: columns whose values
+    stand in the names of folders: name, value as text, and Arrow type.
     """
 
     path: str
@@ -34,15 +48,35 @@ class ManifestFile:
     size: int
     etag: str
     cells: bool = False
+    column: str = ""
+    task: str = ""
+    partition: tuple[tuple[str, str | None, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        # JSON has no tuples.
+        object.__setattr__(self, "partition", tuple(map(tuple, self.partition)))
+
+    def to_values(self) -> dict[str, Any]:
+        """Plain JSON values. Fields that say nothing are left out, as those were that did not exist yet."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if value or key not in _LATER_FIELDS}
+
+
+_LATER_FIELDS = ("column", "task", "partition")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a manifest, sorted by relative path, and those in its folder that are none of it."""
+    """The files of a manifest, sorted by relative path.
+
+    passed_over: kind of the other files beside them -> how many, and the name of one. notes: what
+    somebody should be told of how the files are read.
+    """
 
     path: str
     files: tuple[ManifestFile, ...]
-    ignored: tuple[str, ...] = ()
+    passed_over: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def identity(self) -> list[list[Any]]:
         """Relative path, size and etag of every file: what must be the same for a plan to go on."""
@@ -65,7 +99,7 @@ class Piece:
     header: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(dataclasses.asdict(self) | {"file": self.file.to_values()})
 
     @classmethod
     def from_json(cls, text: str) -> "Piece":

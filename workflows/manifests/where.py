@@ -1,6 +1,9 @@
 """The SQL condition of `--where`, which chooses rows of a manifest."""
 
 import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +14,8 @@ from wallaroo.workflows.settings import OptionError
 class Filter:
     """Rows of a manifest for which an SQL expression over its columns holds, by DuckDB.
 
-    The expression sees the rows alone: no file, network, environment or extension.
+    The expression sees the rows alone: no file, network, environment or extension. DuckDB takes no notice
+    of upper and lower case; where two columns differ in nothing else, a name must be that of one of them.
     """
 
     def __init__(self, expression: str, schema: pa.Schema):
@@ -19,9 +23,13 @@ class Filter:
         import duckdb
 
         self.expression, self.error = expression, duckdb.Error
-        # A name of our own for the row number; a manifest cannot be relied on not to use any one name.
-        names = {name.lower() for name in schema.names}
-        self.number = next(name for name in map("row_{}".format, itertools.count()) if name not in names)
+        # Names of our own; a manifest cannot be relied on not to use any one name.
+        taken = {name.lower() for name in schema.names}
+        free = (name for name in map("row_{}".format, itertools.count()) if name not in taken)
+        self.number = next(free)
+        lower = [name.lower() for name in schema.names]
+        twins = [name for name in schema.names if lower.count(name.lower()) > 1]
+        self.aliases = dict(zip(twins, free, strict=False))
         self.database = duckdb.connect(
             config={
                 "enable_external_access": False,
@@ -32,22 +40,69 @@ class Filter:
                 "threads": 1,
             }
         )
+        self.condition = self._exact(expression) if twins else expression
         self.matches(schema.empty_table())
 
     def matches(self, table: pa.Table) -> np.ndarray:
         """bool [rows]: for which rows the expression is true. Raises InputError as above."""
         numbers = np.arange(table.num_rows)
+        table = table.rename_columns([self.aliases.get(name, name) for name in table.column_names])
         self.database.register("manifest", table.append_column(self.number, pa.array(numbers)))
-        query = f"SELECT {self.number} FROM manifest WHERE (\n{self.expression}\n)"
+        query = self._query(self.condition)
         try:
             if len(self.database.extract_statements(query)) != 1:
                 raise self.error("it is more than one expression")
             chosen = self.database.execute(query).fetchnumpy()[self.number]
         except self.error as error:
-            words = str(error).strip().split("\n", 1)[0]
-            raise OptionError(
-                f"where is '{self.expression}', which DuckDB refuses ({words}): correct it."
-            ) from None
+            raise self._refused(str(error).strip().split("\n", 1)[0]) from None
         mask = np.zeros(table.num_rows, dtype=bool)
         mask[chosen] = True
         return mask
+
+    def _query(self, condition: str) -> str:
+        return f"SELECT {self.number} FROM manifest WHERE (\n{condition}\n)"
+
+    def _refused(self, words: str) -> OptionError:
+        return OptionError(f"where is '{self.expression}', which DuckDB refuses ({words}): correct it.")
+
+    def _exact(self, expression: str) -> str:
+        """The expression with the names of columns that have twins replaced by ours.
+
+        DuckDB's own parser says where they stand, so that texts and comments are none.
+        """
+        query = self._query(expression).encode()
+        try:
+            ((tree,),) = self.database.execute("SELECT json_serialize_sql(?)", [query.decode()]).fetchall()
+        except self.error as error:
+            raise self._refused(str(error).strip().split("\n", 1)[0]) from None
+        found = json.loads(tree)
+        if found["error"]:
+            raise self._refused(str(found.get("error_message")).strip().split("\n", 1)[0])
+        lower = {name.lower() for name in self.aliases}
+        places = []
+        for node in _columns(found):
+            names = node["column_names"]
+            index = 1 if len(names) > 1 and names[0].lower() == "manifest" else 0
+            if names[index].lower() not in lower:
+                continue
+            if names[index] not in self.aliases:
+                twins = [name for name in self.aliases if name.lower() == names[index].lower()]
+                raise self._refused(f"'{names[index]}' may be {' or '.join(twins)}, which differ in case")
+            quoted = (f'"{name}"' for name in (self.aliases[names[index]], *names[index + 1 :]))
+            places.append((node["query_location"], node["query_location_length"], ".".join(quoted)))
+        for start, length, text in sorted(places, reverse=True):
+            query = query[:start] + text.encode() + query[start + length :]
+        head, tail = self._query("\0").encode().split(b"\0")
+        return query[len(head) : len(query) - len(tail)].decode()
+
+
+def _columns(tree: Any) -> Iterator[dict[str, Any]]:
+    """All references to columns in a statement as DuckDB serialises it, but for the chosen number."""
+    if isinstance(tree, dict):
+        if tree.get("class") == "COLUMN_REF":
+            yield tree
+        for inner in tree.values():
+            yield from _columns(inner)
+    elif isinstance(tree, list):
+        for inner in tree:
+            yield from _columns(inner)

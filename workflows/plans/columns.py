@@ -6,9 +6,8 @@ import re
 import pyarrow as pa
 
 from wallaroo.model.errors import InputError, did_you_mean
-from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
 from wallaroo.workflows.outputs.schema import JSON_MARK, RESULT_NAMES, SOURCE_TYPE, json_columns
-from wallaroo.workflows.plans.settings import PlanSettings, prompt_column
+from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.sources.embedded import COLUMN
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
@@ -48,15 +47,17 @@ MAX_SHORT = 3
 
 def known_columns(schema: pa.Schema, settings: PlanSettings) -> tuple[str, ...]:
     """The columns of a manifest that mean something, all others being carried through."""
-    return (prompt_column(schema, settings), *KNOWN_COLUMNS[settings.task][1:])
+    return tuple(column_names(schema, settings).values())
 
 
 def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     """Warnings about columns that look like misspelt ones. Raises InputError if one is missing."""
     known = known_columns(schema, settings)
-    needed = [COLUMN] if settings.task in PICTURE_TASKS else []
+    names = column_names(schema, settings)
+    needed = [names[COLUMN]] if settings.task in PICTURE_TASKS else []
+    needed += [names["id"]] if settings.id_column else []
     if settings.prompt_column or (settings.task != "understand" and settings.prompt is None):
-        needed.append(known[0])
+        needed.append(names["prompt"])
     for column in needed:
         if column in schema.names:
             continue
@@ -71,7 +72,15 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
             if column == "prompt" and settings.task in PICTURE_TASKS:
                 hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
         raise InputError(f"The manifest has no column '{column}'{hint}")
-    warnings = []
+    warnings = [
+        f"Column '{actual}' is taken for the {name} of a row, as its layout is known; "
+        f"--{name}-column names another."
+        for name, actual in names.items()
+        if name in ("prompt", COLUMN, "id")
+        and actual not in (name, f"in_{name}")
+        and actual in schema.names
+        and getattr(settings, f"{name}_column") is None
+    ]
     absent = [column for column in known if column not in schema.names]
     for name in schema.names:
         # A short name is near to too many.

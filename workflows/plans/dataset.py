@@ -17,7 +17,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows.plans.columns import carried_schema, check_columns
 from wallaroo.workflows.plans.layout import shard_rows
 from wallaroo.workflows.plans.rows import plan_rows, row_ids, sample_counts
-from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.sources.embedded import COLUMN
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
 from wallaroo.workflows.tasks import PICTURE_TASKS
@@ -119,7 +119,7 @@ def _numbered(batch: pa.Table, schema: pa.Schema) -> tuple[pa.Table, list[int]]:
 def _count(batch: pa.Table, schema: pa.Schema, settings: PlanSettings) -> pa.Table:
     """Of every row its number, how many planned rows it gives, and 16 bytes in place of its id."""
     table, numbers = _numbered(batch, schema)
-    ids, _ = row_ids(table, ORIGIN, numbers)
+    ids, _ = row_ids(table, ORIGIN, numbers, column_names(schema, settings)["id"])
     return pa.table(
         {
             "number": pa.array(numbers, pa.int64()),
@@ -157,8 +157,9 @@ def _plan(
     )
     if settings.task in PICTURE_TASKS:
         # There is no file that a plan could refer to.
+        names = column_names(schema, settings)
         takes = np.repeat(np.arange(len(numbers)), [starts[one + 1] - starts[one] for one in numbers])
-        planned = planned.append_column(COLUMN, table.column(COLUMN).take(pa.array(takes)))
+        planned = planned.append_column(COLUMN, table.column(names[COLUMN]).take(pa.array(takes)))
     ids = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in numbers])
     shards = pa.array(ids // size)
     planned = planned.set_column(0, planned.schema.field(0), pa.array(ids))

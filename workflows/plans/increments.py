@@ -5,6 +5,7 @@ no round has seen is a new row, the next version of its id. Nothing of a source 
 round leaves its pairs beside the plan, as `plan/known-<digest>.parquet`. Knows nothing of Ray and of parts.
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -23,8 +24,8 @@ from wallaroo.workflows.outputs.layout import PLAN_FOLDER
 from wallaroo.workflows.outputs.schema import json_columns
 from wallaroo.workflows.plans.columns import carried_schema, known_columns
 from wallaroo.workflows.plans.plan import Round
-from wallaroo.workflows.plans.settings import PlanSettings
-from wallaroo.workflows.sources.embedded import COLUMN, parse_cell
+from wallaroo.workflows.plans.settings import PlanSettings, column_names
+from wallaroo.workflows.sources.embedded import COLUMN, parse_cell, split_column
 from wallaroo.workflows.sources.references import SourceOptions, locate, parts_of
 
 PAIR = np.dtype([("id_high", "u8"), ("id_low", "u8"), ("row_high", "u8"), ("row_low", "u8")])
@@ -101,10 +102,11 @@ def row_pairs(
     """
     allowed = SourceOptions(settings.image_root or folder, https=settings.allow_https)
     pairs = np.empty(len(ids), PAIR)
+    picture = column_names(table.schema, settings).get(COLUMN, COLUMN)
     for index, (name, values, fault) in enumerate(zip(ids, table.to_pylist(), faults, strict=True)):
         # A column that comes later, and is empty in this row, does not make another row of it.
         said = sorted((key, value) for key, value in values.items() if value is not None)
-        source = _source(values.get(COLUMN), allowed, when) if COLUMN in values else None
+        source = _source(values.get(picture), allowed, when) if picture in values else None
         pairs[index] = (*_digest(name), *_digest(repr((said, fault, source))))
     return pairs
 
@@ -121,7 +123,7 @@ def _source(reference: Any, allowed: SourceOptions, when: str) -> tuple[str, int
         if data is not None or path is None:
             return None
         cell = parse_cell(path)
-        place = locate(cell.path if cell else path, allowed)
+        place = locate(split_column(cell.path)[0] if cell else path, allowed)
     except RowError:
         return None
     if storage.is_s3(place):
@@ -151,7 +153,7 @@ def unseen(manifest: Manifest, rounds: Sequence[Round], settings: PlanSettings) 
         for file, identity in zip(manifest.files, manifest.identity(), strict=True)
         if (changing and file.format not in ("results", "pictures")) or tuple(identity) not in seen
     ]
-    return Manifest(manifest.path, tuple(files), manifest.ignored)
+    return dataclasses.replace(manifest, files=tuple(files))
 
 
 def picture_pairs(files: Sequence[storage.FileInfo]) -> np.ndarray:

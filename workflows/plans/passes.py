@@ -1,6 +1,5 @@
 """Passes over a manifest by Ray Data: its files scanned, its rows chosen, counted and identified."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -12,6 +11,7 @@ import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.listing import in_words
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
 from wallaroo.workflows.manifests.types import (
@@ -26,7 +26,7 @@ from wallaroo.workflows.manifests.where import Filter
 from wallaroo.workflows.plans.increments import joined_schema
 from wallaroo.workflows.plans.plan import Round
 from wallaroo.workflows.plans.rows import row_ids, sample_counts
-from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.plans.settings import PlanSettings, column_names
 
 MAX_BLOCKS = 256
 Task = Callable[..., dict[str, Any]]
@@ -77,14 +77,14 @@ class ScannedManifest:
         """rounds: those before, whose schema this one must share; settings: of the plan, with rounds."""
         self.manifest, self.rounds, self.settings = manifest, rounds, settings
         self.warnings: list[str] = []
-        if manifest.ignored:
-            more = f" and {len(manifest.ignored) - 1} more" if len(manifest.ignored) > 1 else ""
-            self.warnings.append(f"Not read as a manifest: {manifest.ignored[0]}{more}.")
+        if manifest.passed_over:
+            self.warnings.append(in_words(manifest.passed_over))
+        self.warnings += manifest.notes
 
     @functools.cached_property
     def _scanned(self) -> tuple[list[Piece], pa.Schema]:
         files = self.manifest.files
-        items = [{"index": i, "file": json.dumps(dataclasses.asdict(file))} for i, file in enumerate(files)]
+        items = [{"index": i, "file": json.dumps(file.to_values())} for i, file in enumerate(files)]
         columns, pieces = Columns(), {}
         for index, answer, _ in each(items, _scan):
             found = Scan.from_json(answer["scan"], files[index])
@@ -170,14 +170,15 @@ def counted(
     earlier round come before all of this one.
     """
     names = set(source.schema.names)
-    if not names & {"id", "samples"} and all(file.format == "parquet" for file in source.manifest.files):
+    id_name = column_names(source.schema, settings)["id"]
+    if not names & {id_name, "samples"} and all(file.format == "parquet" for file in source.manifest.files):
         # The footers have told all there is to know.
         return RowCounts(source.sums(selected) * settings.samples, {})
     outputs = np.zeros(len(source.pieces), np.int64)
-    considered = selected | taken if "id" in names else selected
+    considered = selected | taken if id_name in names else selected
     ends = np.cumsum([0, *source.sums(considered)])
-    # Without an `id` column ids are places in files, which no two rows share.
-    hashes = np.empty(ends[-1] if "id" in names else 0, np.uint64)
+    # Without a column of ids they are places in files, which no two rows share.
+    hashes = np.empty(ends[-1] if id_name in names else 0, np.uint64)
     constants = {"schema": encode_schema(source.schema), "settings": settings}
     for index, answer, data in each(source.items(considered, selected), _count, **constants):
         outputs[index] = answer["outputs"]
@@ -258,18 +259,19 @@ class _Rows(NamedTuple):
         return self._replace(rows=self.rows[start:stop], table=self.table.slice(start, stop - start))
 
 
-def ids_of(rows: _Rows) -> list[str]:
-    return row_ids(rows.table, rows.piece.file.relative, rows.numbers)[0]
+def ids_of(rows: _Rows, column: str) -> list[str]:
+    return row_ids(rows.table, rows.piece.file.relative, rows.numbers, column)[0]
 
 
 def _count(row: dict[str, Any], schema: str, settings: PlanSettings) -> dict[str, Any]:
     """Planned rows that the selected rows of a piece give, and 8 bytes of a hash of every id considered."""
     selected = unpack_bits(row["selected"], Piece.from_json(row["piece"]).rows)
     outputs, hashes = 0, []
-    for rows in considered_rows(row, schema, {"id", "samples"}):
+    column = column_names(decode_schema(schema), settings)["id"]
+    for rows in considered_rows(row, schema, {column, "samples"}):
         counts = sample_counts(rows.table, settings, rows.numbers, rows.faults)
         outputs += int(counts[selected[rows.rows]].sum())
-        hashes += [hashlib.blake2b(one.encode(), digest_size=8).digest() for one in ids_of(rows)]
+        hashes += [hashlib.blake2b(one.encode(), digest_size=8).digest() for one in ids_of(rows, column)]
     return {"outputs": outputs, "data": b"".join(hashes)}
 
 
@@ -277,8 +279,9 @@ def _identify(row: dict[str, Any], schema: str, settings: PlanSettings) -> dict[
     """The rows whose ranks (among those considered) are asked for, as _IDENTITY."""
     ranks = np.frombuffer(row["ranks"], np.int64)
     found, seen = [], 0
-    for rows in considered_rows(row, schema, {"id", "samples"}):
-        counts, ids = sample_counts(rows.table, settings, rows.numbers, rows.faults), ids_of(rows)
+    column = column_names(decode_schema(schema), settings)["id"]
+    for rows in considered_rows(row, schema, {column, "samples"}):
+        counts, ids = sample_counts(rows.table, settings, rows.numbers, rows.faults), ids_of(rows, column)
         for rank in ranks[(ranks >= seen) & (ranks < seen + len(ids))] - seen:
             both = np.frombuffer(hashlib.blake2b(ids[rank].encode(), digest_size=16).digest(), np.uint64)
             found.append((*both, rows.rows[rank], counts[rank]))

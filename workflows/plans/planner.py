@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import json
-import os
 import secrets
 from typing import Any
 
@@ -11,13 +10,15 @@ import numpy as np
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.manifests.discover import discover, list_pictures
+from wallaroo.workflows.manifests.discover import discover
+from wallaroo.workflows.manifests.listing import list_pictures
 from wallaroo.workflows.manifests.types import (
     Manifest,
     decode_schema,
     encode_schema,
 )
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER
+from wallaroo.workflows.plans.checks import check_same, refuse_inside
 from wallaroo.workflows.plans.columns import carried_schema, check_columns
 from wallaroo.workflows.plans.increments import (
     PAIR,
@@ -42,7 +43,7 @@ from wallaroo.workflows.plans.passes import (
     selected_rows,
 )
 from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_plan
-from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.settings import OptionError
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
 
@@ -61,14 +62,14 @@ def make_plan(manifest: str, settings: PlanSettings, model: str, output: str | N
     """
     checkpoint = read_checkpoint(model)
     settings.check(checkpoint.config)
-    _refuse_inside(manifest, output)
-    found = discover(manifest, settings.task)
+    refuse_inside(manifest, output)
+    found = discover(manifest, settings.task, settings.image_column)
     if settings.incremental:
         return _make_increment(found, settings, model, output)
     source = ScannedManifest(found)
     while True:
         plan = read_plan(output) if output else Plan()
-        _check_same(plan, source.manifest, settings, checkpoint.digest)
+        check_same(plan, source.manifest, settings, checkpoint.digest)
         if _covers(plan, settings):
             return plan
         try:
@@ -82,10 +83,10 @@ def existing_plan(manifest: str, settings: PlanSettings, model: str, output: str
 
     None where there is more to plan, or only reading the manifest could tell. Raises as `make_plan`.
     """
-    _refuse_inside(manifest, output)
+    refuse_inside(manifest, output)
     plan = read_plan(output)
-    found = discover(manifest, settings.task)
-    _check_same(plan, found, settings, read_checkpoint(model).digest)
+    found = discover(manifest, settings.task, settings.image_column)
+    check_same(plan, found, settings, read_checkpoint(model).digest)
     if settings.incremental:
         return plan if plan.rounds and not unseen(found, plan.rounds, settings).files else None
     return plan if _covers(plan, settings) else None
@@ -104,7 +105,7 @@ def _make_increment(found: Manifest, settings: PlanSettings, model: str, output:
         raise OptionError("incremental is set, but there is no output to go on from: give OUTPUT.")
     while True:
         plan = read_plan(output)
-        _check_same(plan, found, settings, read_checkpoint(model).digest)
+        check_same(plan, found, settings, read_checkpoint(model).digest)
         known, left = read_known(output, plan.rounds), unseen(found, plan.rounds, settings)
         identity, pairs = left.identity(), None
         if any(file.format == "pictures" for file in left.files):
@@ -130,7 +131,7 @@ def _new_pictures(found: Manifest, known: Known, output: str) -> tuple[Manifest,
     pairs = picture_pairs(files)
     new = np.flatnonzero(known.new(pairs)[0])
     one = [write_pictures(output, [files[index] for index in new])] if len(new) else []
-    return Manifest(found.path, tuple(one), found.ignored), pairs[new]
+    return dataclasses.replace(found, files=tuple(one)), pairs[new]
 
 
 def _covers(plan: Plan, settings: PlanSettings) -> bool:
@@ -139,53 +140,6 @@ def _covers(plan: Plan, settings: PlanSettings) -> bool:
         return False
     taken = np.logical_or.reduce([one.selected for one in plan.rounds])
     return bool(taken[: settings.limit].all())
-
-
-def _refuse_inside(manifest: str, output: str | None) -> None:
-    """An output within the manifest would be read as a part of it the next time."""
-    if output is None or storage.is_s3(manifest) != storage.is_s3(output):
-        return
-    ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (manifest, output)]
-    folder, inner = (path.rstrip("/") + "/" for path in ends)
-    if inner.startswith(folder):
-        raise InputError(f"The output {output} lies in the manifest {manifest}: choose another place.")
-
-
-def _check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_digest: str) -> None:
-    """Raises InputError, naming what differs, unless the plan there is of this manifest and settings."""
-    if not plan.rounds:
-        return
-    first = plan.rounds[0]
-    there = first.settings | first.settings["sampling"] | {"model_digest": first.model_digest}
-    here = settings.meaning() | settings.meaning()["sampling"] | {"model_digest": model_digest}
-    differing = [key for key in here if key != "sampling" and there.get(key) != here[key]]
-    if plan.incremental != settings.incremental:
-        there_words, here_words = ("with", "without") if plan.incremental else ("without", "with")
-        raise InputError(
-            f"The plan there was made {there_words} --incremental, but this run is {here_words}: "
-            f"give it as before, or give a new output."
-        )
-    if differing:
-        words = "; ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in differing)
-        raise InputError(f"The plan belongs to another run: {words}; give another output, or these values.")
-    if plan.incremental:
-        return
-    old = {name: tuple(rest) for name, *rest in first.manifest}
-    new = {name: tuple(rest) for name, *rest in manifest.identity()}
-    changes = [
-        f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        for what, names in (
-            ("lacks", sorted(old.keys() - new.keys())),
-            ("has the new", sorted(new.keys() - old.keys())),
-            ("has the changed", sorted(name for name in old.keys() & new.keys() if old[name] != new[name])),
-        )
-        if names
-    ]
-    if changes:
-        raise InputError(
-            f"The manifest {manifest.path} is not the one that was planned, since it {', '.join(changes)}: "
-            f"give another output, or the manifest as it was."
-        )
 
 
 class _Planner:
@@ -395,10 +349,11 @@ class _Increment(_Planner):
 def _pair(row: dict[str, Any], schema: str, settings: PlanSettings, when: str) -> dict[str, Any]:
     """PAIR of all rows of a piece."""
     found = []
+    column = column_names(decode_schema(schema), settings)["id"]
     for rows in considered_rows(row, schema, set(decode_schema(schema).names)):
         faults = [rows.faults.get(number, "") for number in rows.numbers]
         folder = folder_of(rows.piece.file.path)
-        found.append(row_pairs(rows.table, ids_of(rows), settings, folder, faults, when))
+        found.append(row_pairs(rows.table, ids_of(rows, column), settings, folder, faults, when))
     return {"data": np.concatenate(found).tobytes()}
 
 

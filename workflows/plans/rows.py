@@ -13,18 +13,18 @@ from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import RowError, did_you_mean
 from wallaroo.model.prompts import DEFAULT_QUESTION, LANGUAGES, detect_language
 from wallaroo.model.tokenizer import Tokenizer
-from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
 from wallaroo.workflows.outputs.schema import SOURCE_TYPE, json_columns
 from wallaroo.workflows.plans.columns import (
     PLAN_FIELDS,
     carried_names,
     carried_schema,
-    known_columns,
     plan_schema,
 )
-from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.plans.values import (
+    EXACT_FLOATS,
     INT32,
+    ROUNDED,
     SEEDS,
     check_sampling,
     in_words,
@@ -60,16 +60,19 @@ def said(text: str) -> Any:
         return text
 
 
-def row_ids(table: pa.Table, origin: str, numbers: Sequence[int]) -> tuple[list[str], dict[int, RowError]]:
+def row_ids(
+    table: pa.Table, origin: str, numbers: Sequence[int], column: str = "id"
+) -> tuple[list[str], dict[int, RowError]]:
     """The id of every row, and errors by row number where the manifest gives none that can be used.
 
-    Without an `id` column, or in such a row, it is the origin and the number of the row in it.
+    column: of ids. Without it, or in such a row, it is the origin and the number of the row in it.
     """
-    given = _column(table, "id")
+    given = _column(table, column)
     if given is None:
         return [f"{origin}:{number}" for number in numbers], {}
     ids, errors = [], {}
     for number, value in zip(numbers, given, strict=True):
+        rounded = isinstance(value, float) and abs(value) > EXACT_FLOATS
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         bad = value is None or isinstance(value, (bool, bytes, list, dict)) or value != value
@@ -77,6 +80,9 @@ def row_ids(table: pa.Table, origin: str, numbers: Sequence[int]) -> tuple[list[
         if not text.strip():
             shown = "is missing" if value is None else f"is {in_words(value)}, but must be text or a number"
             errors[number] = RowError("id", f"id {shown}; give every row an id, or leave the column out.")
+            text = f"{origin}:{number}"
+        elif rounded:
+            errors[number] = RowError("id", f"id {text} {ROUNDED}; give ids as text or integers.")
             text = f"{origin}:{number}"
         ids.append(text)
     return ids, errors
@@ -132,9 +138,9 @@ def plan_rows(
     """
     numbers = range(table.num_rows) if numbers is None else numbers
     faults = faults or {}
-    ids, errors = row_ids(table, origin, numbers)
+    known = column_names(table.schema, settings)
+    ids, errors = row_ids(table, origin, numbers, known["id"])
     counts = sample_counts(table, settings, numbers, faults, duplicates)
-    known = dict(zip(KNOWN_COLUMNS[settings.task], known_columns(table.schema, settings), strict=True))
     given = {name: _column(table, column) for name, column in known.items()}
     present = {name: values for name, values in given.items() if values is not None and name != "id"}
     allowed = SourceOptions(settings.image_root or folder, https=settings.allow_https)
@@ -180,11 +186,10 @@ def plan_rows(
     return pa.Table.from_arrays(arrays, schema=plan_schema(carried, settings.task))
 
 
-def _seed(row: dict[str, Any], run_seed: int, row_id: str, version: int, sample: int) -> int | None:
+def _seed(row: dict[str, Any], run_seed: int, row_id: str, version: int, sample: int) -> int:
     if row["seed"] is not None:
         return (row["seed"] + sample) % SEEDS
-    if row["status"] == "error":
-        return None
+    # Error rows too: one null among integers, and pandas makes floats of all of them.
     return derived_seed(run_seed, row_id, version, sample)
 
 

@@ -9,6 +9,8 @@ import pyarrow as pa
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import RowError
 from wallaroo.model.sampling import Sampling
+from wallaroo.workflows.manifests import layouts
+from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
 from wallaroo.workflows.plans.values import size_of
 from wallaroo.workflows.settings import OptionError, RunConfig
 
@@ -30,6 +32,8 @@ class PlanSettings:
     max_prompt_tokens: int
     prompt: str | None
     prompt_column: str | None
+    image_column: str | None
+    id_column: str | None
     image_root: str | None
     allow_https: bool
     restore_size: bool
@@ -51,14 +55,25 @@ class PlanSettings:
 
     def meaning(self) -> dict[str, Any]:
         """The values that decide what a planned row is, so that all parts of a plan must share them."""
-        values = dataclasses.asdict(self)
-        return {
-            name: value for name, value in values.items() if name not in ("limit", "where", "incremental")
-        }
+        # Columns count only where they are given, as before they could be: older plans keep their meaning.
+        later = [name for name in ("image_column", "id_column") if getattr(self, name) is None]
+        left_out = ("limit", "where", "incremental", *later)
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+
+
+def column_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
+    """Each column that means something to the task, and what it is called in the manifest."""
+    names = {name: name for name in KNOWN_COLUMNS[settings.task]}
+    names["prompt"] = prompt_column(schema, settings)
+    names["id"] = layouts.id_column(schema.names, settings.id_column)
+    if "image" in names:
+        names["image"] = layouts.picture_column(schema.names, settings.image_column)
+    return names
 
 
 def prompt_column(schema: pa.Schema, settings: PlanSettings) -> str:
-    """The manifest column with the prompts; of an earlier run's output it may have the prefix `in_`."""
-    name = settings.prompt_column or "prompt"
+    """The column that prompts stand in. One of a run's output may be called as it is there."""
+    own = layouts.prompt_column(schema.names, settings.task, settings.prompt)
+    name = settings.prompt_column or own
     inner = f"in_{name}"
     return inner if settings.prompt_column and name not in schema.names and inner in schema.names else name

@@ -12,6 +12,11 @@ from wallaroo.model.sampling import Sampling
 
 SEEDS = 2**63
 INT32 = range(-(2**31), 2**31)
+EXACT_FLOATS = 2**53
+"""Integers beyond it are rounded where they are floats."""
+ROUNDED = "is a float beyond 2^53, so it may be rounded (as pandas does to integers beside an empty cell)"
+_NOTHING = frozenset({"nan", "<na>", "none", "null", "na", "n/a", "nat"})
+"""Words that pandas and others write, in any case, where there is no value."""
 
 
 def is_finite(value: float | None) -> float | None:
@@ -65,7 +70,10 @@ def check_sampling(cfg: float, temperature: float, top_k: float, top_p: float) -
 
 
 def is_absent(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    """Whether an optional value says nothing: null, NaN, or a text that is empty or a word for these."""
+    if isinstance(value, str):
+        return not value.strip() or value.strip().lower() in _NOTHING
+    return value is None or (isinstance(value, (float, decimal.Decimal)) and value != value)
 
 
 def integer(name: str, value: Any, kind: str, allowed: range) -> int | None:
@@ -73,6 +81,10 @@ def integer(name: str, value: Any, kind: str, allowed: range) -> int | None:
     if is_absent(value):
         return None
     number = None
+    text = str(value).strip() if isinstance(value, (str, float)) else ""
+    is_float = re.fullmatch(r"[+-]?[0-9]{1,30}(\.[0-9]*|(\.[0-9]*)?e[+-]?[0-9]{1,3})", text, re.IGNORECASE)
+    if is_float and EXACT_FLOATS < abs(float(text)) < 2 * SEEDS:
+        raise RowError(kind, f"{name} {text} {ROUNDED}; give it as an integer or as text.")
     if isinstance(value, str):
         if re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", value):
             number = int(value.strip().partition(".")[0])

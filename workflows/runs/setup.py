@@ -86,7 +86,7 @@ def planned_run(
     if config.output:
         found = existing_plan(config.manifest, settings, config.model, config.output)
     else:
-        discover(config.manifest, config.task)  # tells in a moment that there is none
+        discover(config.manifest, config.task, config.image_column)  # tells in a moment that there is none
     if found is None:
         connect(config, stack, report, stop)
         report(Progress(waiting="planning"))

@@ -3,13 +3,14 @@
     /data/cats.parquet#17                        row 17 of the file, counted from 0
     s3://bucket/out/data/shard-00000003.parquet#817    of the output of a run: the row whose row_id is 817
 
-The picture stands in the column `image`: bytes, or a struct of bytes and path. Knows nothing of what is
-done with it.
+The picture stands in the column `image`: bytes, or a struct of bytes and path. Another column is named
+behind the file, as in `/data/cats.parquet#jpg#17`. Knows nothing of what is done with it.
 """
 
 import re
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +25,9 @@ BATCH_ROWS = 8
 
 
 class Cell(NamedTuple):
-    """One picture. path: of its file. row: number of its row in the file, or its row_id in an output."""
+    """One picture. path: of its file, with the column unless it is `image`. row: number of its row in the
+    file, or its row_id in an output.
+    """
 
     path: str
     row: int
@@ -35,8 +38,19 @@ class Cell(NamedTuple):
 
 def parse_cell(text: str) -> Cell | None:
     """The cell that a reference names; None if it names anything else."""
-    match = re.fullmatch(r"(.+\.(?:parquet|pq))#([0-9]{1,18})", text, re.IGNORECASE | re.DOTALL)
+    match = re.fullmatch(r"(.+\.(?:parquet|pq)(?:#[^/#]+)?)#([0-9]{1,18})", text, re.IGNORECASE | re.DOTALL)
     return Cell(match[1], int(match[2])) if match else None
+
+
+def with_column(path: str, column: str) -> str:
+    """What stands for a file in its cells if the pictures are in this column."""
+    return path if column == COLUMN else f"{path}#{quote(column, safe='')}"
+
+
+def split_column(path: str) -> tuple[str, str]:
+    """File and column of what `with_column` gives."""
+    match = re.fullmatch(r"(.+\.(?:parquet|pq))#([^/#]+)", path, re.IGNORECASE | re.DOTALL)
+    return (match[1], unquote(match[2])) if match else (path, COLUMN)
 
 
 def is_result(schema: pa.Schema) -> bool:
@@ -51,6 +65,7 @@ def read_cells(path: str, rows: Collection[int]) -> Iterator[tuple[int, Any]]:
     corrupt.
     """
     missing = set(rows)
+    path, column = split_column(path)
     with storage.explained(path):
         filesystem, inner = storage.parquet_filesystem(path)
         try:
@@ -58,8 +73,8 @@ def read_cells(path: str, rows: Collection[int]) -> Iterator[tuple[int, Any]]:
                 filesystem.open_input_file(inner) as file,
                 pq.ParquetFile(file, page_checksum_verification=True) as parquet,
             ):
-                if COLUMN in parquet.schema_arrow.names:
-                    for row, value in _cells(parquet, missing):
+                if column in parquet.schema_arrow.names:
+                    for row, value in _cells(parquet, missing, column):
                         missing.discard(row)
                         yield row, value
         except FileNotFoundError:
@@ -73,7 +88,7 @@ def read_cells(path: str, rows: Collection[int]) -> Iterator[tuple[int, Any]]:
         yield row, RowError("image", f"{path} has no picture in row {row}: correct the reference.")
 
 
-def _cells(parquet: pq.ParquetFile, wanted: Collection[int]) -> Iterator[tuple[int, Any]]:
+def _cells(parquet: pq.ParquetFile, wanted: Collection[int], column: str) -> Iterator[tuple[int, Any]]:
     if is_result(parquet.schema_arrow):
         numbers = parquet.read(columns=["row_id"]).column("row_id").to_pylist()
     else:
@@ -85,7 +100,7 @@ def _cells(parquet: pq.ParquetFile, wanted: Collection[int]) -> Iterator[tuple[i
         if any(start <= place < stop for place in places):
             place = start
             for batch in parquet.iter_batches(
-                BATCH_ROWS, row_groups=[group], columns=[COLUMN], use_threads=False
+                BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False
             ):
                 for value in batch.column(0):
                     if place in places:

@@ -146,8 +146,8 @@ def locate(path: str, options: SourceOptions) -> str:
 def _leaves(path: str) -> RowError:
     return RowError(
         "image",
-        f"{shown(path)} leads out of the manifest's folder, which the run does not allow: give an absolute "
-        "path, or allow it.",
+        f"{shown(path)} leads out of the manifest's folder, which the run does not allow: give its absolute "
+        "path.",
     )
 
 

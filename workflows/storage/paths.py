@@ -27,8 +27,17 @@ def is_s3(path: str) -> bool:
     if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         return False
     if scheme != "s3":
+        if found := re.match(r"(?:hf://|https?://(?:huggingface\.co|hf-mirror\.com)/)(.+)", path):
+            raise InputError(f"{path} is not read from the hub: {hub_remedy(found[1])}")
         raise InputError(f"{scheme}:// is not known: give a local path or s3://bucket/key.")
     return True
+
+
+def hub_remedy(name: str) -> str:
+    """How to come by what is on the Hugging Face hub under a name such as `datasets/ORG/NAME/...`."""
+    kind = "--repo-type dataset " if name.startswith("datasets/") else ""
+    name = "/".join(name.removeprefix("datasets/").split("@", 1)[0].split("/")[:2])
+    return f"download it with `hf download {name} {kind}--local-dir FOLDER`, then give FOLDER."
 
 
 def absolute_path(path: str) -> str:

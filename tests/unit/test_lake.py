@@ -1,0 +1,199 @@
+"""Tables of Delta Lake, Iceberg and Hudi: their live rows alone, or one sentence."""
+
+import datetime
+import json
+import re
+import shutil
+import sys
+
+import deltalake
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyiceberg.catalog.memory import InMemoryCatalog
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.manifests import lake
+from wallaroo.workflows.manifests.discover import discover
+from wallaroo.workflows.manifests.listing import in_words
+from wallaroo.workflows.manifests.read import read, scan
+from wallaroo.workflows.manifests.schema import Columns
+
+
+def load(path):
+    manifest = discover(str(path))
+    columns, scans, rows = Columns(), [scan(file) for file in manifest.files], []
+    for number, (file, seen) in enumerate(zip(manifest.files, scans, strict=True)):
+        columns.add(number, file.path, seen)
+    schema = columns.schema()
+    for seen in scans:
+        for piece in seen.pieces:
+            rows += [row for batch in read(piece, schema) for row in batch.table.to_pylist()]
+    return schema, sorted(rows, key=lambda row: row["prompt"])
+
+
+def prompts(*words, **columns):
+    return pa.table({"prompt": list(words), **columns})
+
+
+# Delta Lake
+
+
+def test_the_live_rows_of_a_delta_table(tmp_path):
+    path = tmp_path / "t"
+    deltalake.write_deltalake(path, prompts("a", "b", n=[1, 2]))
+    deltalake.write_deltalake(path, prompts("c", n=[3]), mode="append")
+    deltalake.DeltaTable(path).delete("prompt = 'a'")
+    assert load(path)[1] == [{"prompt": "b", "n": 2}, {"prompt": "c", "n": 3}]
+    manifest = discover(str(path))
+    assert len(manifest.files) == 2 and manifest.passed_over["that the table no longer has"][0] == 1
+    assert "that the table no longer has" in in_words(manifest.passed_over)
+    deltalake.write_deltalake(path, prompts("d", n=[4]), mode="overwrite")
+    assert load(path)[1] == [{"prompt": "d", "n": 4}]
+    assert discover(str(path)).identity() != manifest.identity()
+    # A copy is the same manifest.
+    shutil.copytree(path, tmp_path / "copy")
+    assert discover(str(tmp_path / "copy")).identity() == discover(str(path)).identity()
+
+
+def test_partitions_of_a_delta_table_keep_their_types(tmp_path):
+    days = [datetime.date(2024, 1, 2), datetime.date(2024, 1, 3), None]
+    table = prompts("a", "b", "c", n=[1, 2, None], day=days, ok=[True, False, None], s=["x y", "é/=", None])
+    deltalake.write_deltalake(tmp_path / "t", table, partition_by=["n", "day", "ok", "s"])
+    schema, rows = load(tmp_path / "t")
+    assert rows == table.to_pylist()
+    assert (schema.field("n").type, schema.field("day").type) == (pa.int64(), pa.date32())
+    assert schema.field("ok").type == pa.bool_()
+
+
+def test_a_delta_table_on_s3(tmp_path, s3):
+    deltalake.write_deltalake(tmp_path / "t", prompts("a", "b", n=[1, 2]), partition_by=["n"])
+    deltalake.DeltaTable(tmp_path / "t").delete("prompt = 'a'")
+    for file in storage.list_files(str(tmp_path / "t")):
+        storage.write_atomic(f"{s3}/t/{file.relative}", storage.read_bytes(file.path))
+    assert load(f"{s3}/t")[1] == [{"prompt": "b", "n": 2}]
+    with pytest.raises(InputError, match=r"may be stale: give the folder s3://.*/t itself"):
+        discover(f"{s3}/t/*/*.parquet")
+
+
+@pytest.mark.parametrize(
+    ("configuration", "words"),
+    [({"delta.columnMapping.mode": "name"}, "names columns otherwise"), ({}, "lacks part-")],
+)
+def test_a_delta_table_that_its_files_do_not_tell_is_refused(tmp_path, configuration, words):
+    path = tmp_path / "t"
+    deltalake.write_deltalake(path, prompts("a"))
+    if configuration:
+        log = path / "_delta_log" / f"{0:020}.json"
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        for line in lines:
+            if "metaData" in line:
+                line["metaData"]["configuration"] = configuration
+                schema = json.loads(line["metaData"]["schemaString"])
+                for number, field in enumerate(schema["fields"], 1):
+                    field["metadata"] = {
+                        "delta.columnMapping.id": number,
+                        "delta.columnMapping.physicalName": field["name"],
+                    }
+                line["metaData"]["schemaString"] = json.dumps(schema)
+            if "protocol" in line:
+                line["protocol"] = {"minReaderVersion": 2, "minWriterVersion": 5}
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        next(path.glob("*.parquet")).unlink()
+    with pytest.raises(InputError, match=words) as caught:
+        discover(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_log_is_named(tmp_path):
+    deltalake.write_deltalake(tmp_path, prompts("a"))
+    next((tmp_path / "_delta_log").glob("*.json")).write_text("{")
+    with pytest.raises(InputError, match="is a table of Delta Lake that cannot be read"):
+        discover(str(tmp_path))
+
+
+@pytest.mark.parametrize("library", ["deltalake", "pyiceberg"])
+def test_without_the_library_the_sentence_says_how_to_get_it(tmp_path, monkeypatch, library):
+    kind, log = (
+        ("_delta_log/0.json", "Delta Lake")
+        if library == "deltalake"
+        else ("metadata/v1.metadata.json", "Iceberg")
+    )
+    for name in (kind, "part-0.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    for name in (library, f"{library}.exceptions", f"{library}.table"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=re.escape("pip install 'wallaroo-batch[lake]'")) as caught:
+        discover(str(tmp_path))
+    assert f"table of {log}" in str(caught.value)
+
+
+# Iceberg
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    made = InMemoryCatalog("test", warehouse=f"file://{tmp_path}/warehouse")
+    made.create_namespace("n")
+    return made
+
+
+def test_the_live_rows_of_an_iceberg_table(tmp_path, catalog):
+    table = catalog.create_table("n.t", schema=prompts("a").schema)
+    table.append(prompts("a", "b"))
+    table.append(prompts("c"))
+    path = tmp_path / "warehouse" / "n" / "t"
+    assert [row["prompt"] for row in load(path)[1]] == ["a", "b", "c"]
+    table.delete("prompt == 'a'")
+    assert [row["prompt"] for row in load(path)[1]] == ["b", "c"]
+    assert discover(str(path)).passed_over["that the table no longer has"][0] == 1
+    table.overwrite(prompts("d"))
+    assert [row["prompt"] for row in load(path)[1]] == ["d"]
+
+
+def test_an_iceberg_table_whose_columns_were_renamed_or_moved_is_refused(tmp_path, catalog):
+    table = catalog.create_table("n.t", schema=prompts("a", x=["y"]).schema)
+    table.append(prompts("a", x=["y"]))
+    path = tmp_path / "warehouse" / "n" / "t"
+    (tmp_path / "moved").mkdir()
+    shutil.move(path, tmp_path / "moved" / "t")
+    with pytest.raises(InputError, match="is a table of Iceberg that cannot be read"):
+        discover(str(tmp_path / "moved" / "t"))
+    shutil.move(tmp_path / "moved" / "t", path)
+    with table.update_schema() as update:
+        update.rename_column("x", "z")
+    with pytest.raises(InputError, match="names or has columns otherwise"):
+        discover(str(path))
+
+
+# Others, and tables further down
+
+
+def test_hudi_is_refused(tmp_path):
+    (tmp_path / ".hoodie").mkdir()
+    (tmp_path / ".hoodie" / "hoodie.properties").write_text("")
+    pq.write_table(prompts("a"), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"is a table of Hudi.*folder of Parquet files"):
+        discover(str(tmp_path))
+
+
+def test_a_table_within_a_manifest_is_refused(tmp_path):
+    deltalake.write_deltalake(tmp_path / "in" / "t", prompts("a"))
+    with pytest.raises(InputError, match=r"in/t is a table of Delta Lake within the manifest"):
+        discover(str(tmp_path))
+    for pattern in ("in/t/*.parquet", "in/t/**/*.parquet"):
+        with pytest.raises(InputError, match=r"may be stale: give the folder .*in/t itself"):
+            discover(f"{tmp_path}/{pattern}")
+    with pytest.raises(InputError, match=r"give the folder .*in/t itself"):
+        discover(f"{tmp_path}/in/*/*.parquet")
+
+
+def test_logs_are_told_by_their_paths():
+    names = ["_delta_log/00.json", "a/_delta_log/_commits/x", "metadata/00001-a.metadata.json", ".hoodie/x"]
+    found = [next(kind for kind, log in lake._LOGS.items() if log.fullmatch(name)) for name in names]
+    assert found == ["Delta Lake", "Delta Lake", "Iceberg", "Hudi"]
+    for name in ("metadata.jsonl", "metadata/x.json", "my_delta_log/x", "a.hoodie/x", "_delta_log"):
+        assert not any(log.fullmatch(name) for log in lake._LOGS.values())

@@ -1,0 +1,241 @@
+"""Columns by other names, values that are absent, rounded seeds and ids, and what stays as it was."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from wallaroo.jobs.config import resolve
+from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
+from wallaroo.model.errors import InputError, RowError
+from wallaroo.workflows.manifests.types import ManifestFile, Piece
+from wallaroo.workflows.plans.columns import carried_schema, check_columns, plan_schema
+from wallaroo.workflows.plans.increments import row_pairs
+from wallaroo.workflows.plans.passes import considered_rows, ids_of
+from wallaroo.workflows.plans.rows import derived_seed, plan_rows
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.plans.values import is_absent
+from wallaroo.workflows.settings import RunConfig
+from wallaroo.workflows.sources.embedded import Cell, parse_cell, read_cells, with_column
+
+CONFIG = load_config(TINY)
+TOKENIZER = load_tokenizer(TINY)
+
+
+def plan(table, task="generate", **options):
+    settings = PlanSettings.of(RunConfig("", "", task=task, **options))
+    table = pa.table(table) if isinstance(table, dict) else table
+    check_columns(table.schema, settings)
+    planned = plan_rows(table, settings, CONFIG, TOKENIZER, origin="m", folder="/data")
+    assert planned.schema.equals(plan_schema(carried_schema(table.schema, settings), task))
+    return planned.to_pylist()
+
+
+# Columns by other names
+
+
+def test_columns_that_the_run_names():
+    table = {
+        "item_id": ["a", "b"],
+        "picture": ["x.png", "y.png"],
+        "text": ["p", "q"],
+        "id": [1, 2],
+        "image": ["u", "v"],
+    }
+    rows = plan(table, "edit", prompt_column="text", image_column="picture", id_column="item_id")
+    assert [(row["id"], row["prompt"], row["source"]["uri"]) for row in rows] == [
+        ("a", "p", "/data/x.png"),
+        ("b", "q", "/data/y.png"),
+    ]
+    # What has the name of a column of results is carried under another one.
+    assert [(row["in_id"], row["in_image"]) for row in rows] == [(1, "u"), (2, "v")]
+    assert not {"item_id", "picture", "text"} & set(rows[0])
+    for option in ("image_column", "id_column"):
+        with pytest.raises(InputError, match="no column 'pictur'; did you mean 'picture'"):
+            plan(table, "edit", prompt="x", **{option: "pictur"})
+
+
+def test_layouts_name_their_own_columns():
+    parquet = {
+        "key": ["0", "1"],
+        "caption": ["a cat", "a dog"],
+        "url": ["u"] * 2,
+        "jpg": ["/m.parquet#jpg#0"] * 2,
+    }
+    (row, _) = plan(parquet, "edit")
+    assert (row["id"], row["prompt"], row["source"]) == (
+        "0",
+        "a cat",
+        {"uri": "/m.parquet#jpg", "row_id": 0} | {name: None for name in ("sha256", "width", "height")},
+    )
+    (row, _) = plan(parquet, "edit", prompt="make it red")
+    assert (row["prompt"], row["caption"]) == ("make it red", "a cat")
+    (row, _) = plan(parquet, "understand")
+    assert row["caption"] == "a cat" and row["prompt"] != "a cat"
+    (row,) = plan({"id": ["a.png"], "image": ["/a.png"], "caption": ["make it red"]}, "edit")
+    assert row["prompt"] == "make it red"
+    (row,) = plan({"file_name": ["a.png"], "prompt": ["x"]}, "edit")
+    assert (row["id"], row["source"]["uri"]) == ("m:0", "/data/a.png")
+    # What has more than one meaning needs to be named.
+    for table in ({"caption": ["x"]}, {"id": ["a"], "caption": ["x"]}, {"key": ["a"], "text": ["x"]}):
+        with pytest.raises(InputError, match="no column 'prompt'"):
+            plan(table)
+
+
+def test_pictures_in_another_column_are_found_again(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [b"no"], "jpg": [b"yes"], "a/b#1": [b"odd"]}), path)
+    for column, value in (("image", b"no"), ("jpg", b"yes"), ("a/b#1", b"odd")):
+        cell = parse_cell(str(Cell(with_column(path, column), 0)))
+        assert dict(read_cells(cell.path, [cell.row])) == {0: value}
+    (found,) = dict(read_cells(with_column(path, "none"), [0])).values()
+    assert isinstance(found, RowError)
+
+
+def test_ids_of_the_named_column_are_compared(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"item": ["x", "y"], "prompt": ["a", "b"]}), path)
+    piece = Piece(ManifestFile(str(path), "a.parquet", "parquet", 1, ""), 0, 2, 0, 1)
+    schema = pa.schema([("item", pa.string()), ("prompt", pa.string())])
+    from wallaroo.workflows.manifests.types import encode_schema
+
+    row = {"piece": piece.to_json(), "bits": b"\xff"}
+    (rows,) = considered_rows(row, encode_schema(schema), {"item"})
+    assert ids_of(rows, "item") == ["x", "y"] and ids_of(rows, "id") == ["a.parquet:0", "a.parquet:1"]
+
+
+def test_a_growing_manifest_looks_at_the_named_pictures(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"1")
+    table = pa.table({"photo": ["a.png"], "prompt": ["x"]})
+    settings = PlanSettings.of(RunConfig("", "", task="edit", image_column="photo"))
+
+    def pairs(when):
+        return row_pairs(table, ["i"], settings, str(tmp_path), [""], when).tolist()
+
+    before = pairs("one")
+    assert pairs("two") == before
+    (tmp_path / "a.png").write_bytes(b"22")
+    assert pairs("three") != before
+
+
+# What is absent
+
+NOTHING = [None, "", " ", float("nan"), "NaN", "nan", "<NA>", "None", "null", "N/A"]
+
+
+@pytest.mark.parametrize(
+    "name", ["samples", "seed", "cfg", "temperature", "top_k", "top_p", "width", "aspect_ratio"]
+)
+def test_an_optional_value_may_be_nothing(name):
+    (plain,) = plan({"prompt": ["a cat"]})
+    for value in NOTHING:
+        (row,) = plan({"prompt": ["a cat"], name: pa.array([value])})
+        assert row == plain, value
+
+
+def test_nothing_is_said_of_language_and_question():
+    for value in NOTHING:
+        (row,) = plan(
+            {"image": ["a"], "prompt": pa.array([value]), "language": pa.array([value])}, "understand"
+        )
+        assert row["status"] == "planned" and row["language"] == "en" and "<" not in row["prompt"]
+    # A prompt of `generate` is needed, and such a word may be one.
+    assert plan({"prompt": ["NaN"]})[0]["prompt"] == "NaN"
+    assert [is_absent(value) for value in (0, False, "0", "none of it", b"")] == [False] * 5
+
+
+def test_files_of_pandas_with_empty_cells(tmp_path):
+    frame = pd.DataFrame(
+        {"prompt": ["a", "b"], "samples": [2, None], "cfg": [None, 2.5], "language": ["zh", None]}
+    )
+    frame.to_parquet(tmp_path / "a.parquet")
+    rows = plan(pq.read_table(tmp_path / "a.parquet").drop_columns([]))
+    assert [(row["sample"], row["cfg"], row["language"]) for row in rows] == [
+        (0, 3.0, "zh"),
+        (1, 3.0, "zh"),
+        (0, 2.5, "en"),
+    ]
+
+
+# Seeds and ids that pandas rounded
+
+
+def test_seeds_survive_pandas():
+    given = pd.DataFrame(
+        {"prompt": ["a", "b"], "id": ["x", "y"], "seed": pd.array([2**62 + 1, None], "Int64")}
+    )
+    rows = plan(pa.Table.from_pandas(given, preserve_index=False))
+    assert [row["seed"] for row in rows] == [2**62 + 1, derived_seed(0, "y", 0, 0)]
+    rounded = pa.Table.from_pandas(given.assign(seed=[float(2**62 + 1), np.nan]), preserve_index=False)
+    one, two = plan(rounded)
+    assert (one["error_type"], two["status"]) == ("seed", "planned")
+    assert "beyond 2^53" in one["error_message"] and "\n" not in one["error_message"]
+    # As text too, however it is written; what is exact is taken.
+    for value in ("4.611686018427388e+18", "4611686018427387904.0", "1e17"):
+        assert plan({"prompt": ["a"], "seed": [value]})[0]["error_type"] == "seed"
+    for value in (float(2**53), "9007199254740992.0", str(2**62 + 1), 2**63 - 1):
+        (row,) = plan({"prompt": ["a"], "seed": [value]})
+        assert row["seed"] == (int(value) if not isinstance(value, str) else int(value.split(".")[0]))
+
+
+def test_no_planned_row_lacks_a_seed(tmp_path):
+    table = {
+        "prompt": ["a", "", "c", "d", "e"],
+        "id": ["1", "2", "3", None, "5"],
+        "seed": pa.array(["7", "8", "wrong", None, "-1"]),
+    }
+    rows = plan(table, samples=2)
+    assert {row["status"] for row in rows} == {"planned", "error"}
+    assert all(isinstance(row["seed"], int) for row in rows)
+    assert [row["seed"] for row in rows[:4]] == [7, 8, 8, 9]
+    # pandas keeps such a column whole.
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    assert pd.read_parquet(tmp_path / "p.parquet")["seed"].dtype == np.int64
+
+
+def test_ids_that_were_rounded_are_refused():
+    rows = plan({"prompt": ["a", "b", "c"], "id": [float(2**60), 5.0, 2.5]})
+    assert [row["error_type"] for row in rows] == ["id", "", ""]
+    assert [row["id"] for row in rows] == ["m:0", "5", "2.5"] and "beyond 2^53" in rows[0]["error_message"]
+    assert plan({"prompt": ["a"], "id": [2**60 + 1]})[0]["id"] == str(2**60 + 1)
+
+
+# What stays as it was
+
+
+def test_older_plans_and_outputs_keep_their_digests():
+    file = ManifestFile("/a.csv", "a.csv", "csv", 3, "e")
+    assert json.loads(Piece(file, 0, 1, 2, 3, ("prompt",)).to_json()) == {
+        "file": {
+            "path": "/a.csv",
+            "relative": "a.csv",
+            "format": "csv",
+            "size": 3,
+            "etag": "e",
+            "cells": False,
+        },
+        "first_row": 0,
+        "rows": 1,
+        "start": 2,
+        "stop": 3,
+        "header": ["prompt"],
+    }
+    assert Piece.from_json(Piece(file, 0, 1, 2, 3).to_json()) == Piece(file, 0, 1, 2, 3)
+    later = ManifestFile("/a", "a", "parquet", 3, "e", True, "jpg", "edit", (("x", None, "string"),))
+    assert ManifestFile(**json.loads(json.dumps(later.to_values()))) == later
+    assert not {"image_column", "id_column"} & set(PlanSettings.of(RunConfig("", "")).meaning())
+    assert PlanSettings.of(RunConfig("", "", id_column="x")).meaning()["id_column"] == "x"
+
+
+def test_the_options_of_a_run_name_columns():
+    flags = {"image_column": "photo", "id_column": "item"}
+    config = resolve("edit", "m", "o", flags, environment={})
+    assert (config.image_column, config.id_column) == ("photo", "item")
+    plain = resolve("edit", "m", "o", {}, environment={})
+    assert not {"image_column", "id_column"} & set(plain.config_digest_fields("x"))
+    assert config.config_digest_fields("x")["image_column"] == "photo"
+    with pytest.raises(InputError, match="image_column is for edit and understand"):
+        resolve("generate", "m", "o", {"image_column": "photo"}, environment={})

@@ -1,0 +1,204 @@
+"""Tables of Delta Lake, Iceberg and Hudi: which of the files in their folders are live.
+
+The table's own library reads its log, where it is installed; the rows are read as those of any Parquet file.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+Partition = tuple[tuple[str, str | None, str], ...]
+"""Columns whose values are told beside a file: name, value as text, Arrow type."""
+
+_LOGS = {
+    "Delta Lake": re.compile(r"(.*?)(?:^|/)_delta_log/.+"),
+    "Iceberg": re.compile(r"(.*?)(?:^|/)metadata/[^/]*\.metadata\.json"),
+    "Hudi": re.compile(r"(.*?)(?:^|/)\.hoodie/.+"),
+}
+"""Kind of table -> paths of files that only such a table has; the group is the table's folder."""
+
+
+class LiveFile(NamedTuple):
+    """A file of a table that its present version has."""
+
+    file: storage.FileInfo
+    partition: Partition
+
+
+def live_files(path: str, found: Sequence[storage.FileInfo]) -> list[LiveFile] | None:
+    """The live files of the table that a folder is; None if it is none.
+
+    found: all files of the folder. Raises InputError where the folder holds a table further down, or the
+    table needs more than its files, or its library is not installed.
+    """
+    for kind, log in _LOGS.items():
+        match = next((match for file in found if (match := log.fullmatch(file.relative))), None)
+        if match is None:
+            continue
+        if match[1]:
+            raise InputError(
+                f"{storage.join(path, match[1])} is a table of {kind} within the manifest {path}: "
+                f"give the table itself as the manifest."
+            )
+        if kind == "Hudi":
+            raise InputError(
+                f"{path} is a table of Hudi, whose live rows only Hudi knows: write the rows that are wanted "
+                f"to a folder of Parquet files, and give that."
+            )
+        files = {file.relative: file for file in found}
+        live = (_delta if kind == "Delta Lake" else _iceberg)(path, files)
+        return sorted(live, key=lambda one: one.file.relative)
+    return None
+
+
+def refuse_parts(pattern: str, found: Sequence[storage.FileInfo]) -> None:
+    """Raises InputError for a pattern of files in the folder of a table, stale ones among them."""
+    folders = {file.path.rpartition("/")[0] for file in found}
+    if storage.is_s3(pattern):
+        # Each costs a request, so only the one that the pattern begins with is looked at.
+        folders = {found[0].path[: -len(found[0].relative)].rstrip("/")}
+    else:
+        folders |= {above for folder in folders for above in _above(folder)}
+    for kind, name in (("Delta Lake", "_delta_log"), ("Hudi", ".hoodie")):
+        for folder in sorted(folders):
+            log = storage.join(folder, name) if folder else name
+            if storage.list_files(log) if storage.is_s3(pattern) else os.path.isdir(log):
+                raise InputError(
+                    f"The manifest {pattern} names files of a table of {kind}, some of which may be stale: "
+                    f"give the folder {folder or '.'} itself."
+                )
+
+
+def _above(folder: str) -> list[str]:
+    parts = folder.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _needs(kind: str, path: str, library: str) -> InputError:
+    return InputError(
+        f"{path} is a table of {kind}, which is read by {library}: install it with "
+        f"`pip install 'wallaroo-batch[lake]'`, or write the rows to a folder of Parquet files."
+    )
+
+
+def _failed(kind: str, path: str, error: Exception) -> InputError:
+    words = str(error).strip().split("\n", 1)[0][:200]
+    return InputError(
+        f"{path} is a table of {kind} that cannot be read ({words}): repair it, or give a copy."
+    )
+
+
+def _delta(path: str, files: Mapping[str, storage.FileInfo]) -> list[LiveFile]:
+    try:
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError
+    except ImportError:
+        raise _needs("Delta Lake", path, "deltalake") from None
+    try:
+        # The AWS variables lead it to S3, as all else; an endpoint of one's own may be http://.
+        table = DeltaTable(path, storage_options={"allow_http": "true"} if storage.is_s3(path) else None)
+        mode = table.metadata().configuration.get("delta.columnMapping.mode", "none")
+        deleted = _rows(table.deletion_vectors())
+        actions = _rows(table.get_add_actions(flatten=True))
+        columns = pa.schema(table.schema().to_arrow())
+    except (DeltaError, OSError, ValueError) as error:
+        raise _failed("Delta Lake", path, error) from error
+    if deleted or mode != "none":
+        why = "marks rows of its files as deleted" if deleted else "names columns otherwise than its files do"
+        raise InputError(
+            f"{path} is a table of Delta Lake that {why}: write its rows to a new table, or to a folder of "
+            f"Parquet files."
+        )
+    live = []
+    for action in actions:
+        name = action["path"] if action["path"] in files else unquote(action["path"])
+        if name not in files:
+            raise InputError(f"{path} lacks {name}, which its Delta log names: restore it.")
+        partition = tuple(
+            _value(key.removeprefix("partition."), value, columns)
+            for key, value in action.items()
+            if key.startswith("partition.")
+        )
+        live.append(LiveFile(files[name], partition))
+    return live
+
+
+def _rows(found: Any) -> list[dict[str, Any]]:
+    return pa.table(found).to_pylist()
+
+
+def _value(name: str, value: Any, columns: pa.Schema) -> tuple[str, str | None, str]:
+    """A value of a partition. Types that have no short name stay text."""
+    kind = str(columns.field(name).type)
+    if value is None:
+        return name, None, kind if kind in _PLAIN else "string"
+    text = str(value).lower() if kind == "bool" else str(value)
+    return name, text, kind if kind in _PLAIN else "string"
+
+
+_PLAIN = {"string", "bool", "int8", "int16", "int32", "int64", "float", "double", "date32[day]"}
+
+
+def _iceberg(path: str, files: Mapping[str, storage.FileInfo]) -> list[LiveFile]:
+    try:
+        from pyiceberg.exceptions import NoSuchTableError
+        from pyiceberg.table import StaticTable
+    except ImportError:
+        raise _needs("Iceberg", path, "pyiceberg") from None
+    try:
+        table = StaticTable.from_metadata(storage.join(path, _newest(files)))
+        schemas = table.metadata.schemas
+        tasks = list(table.scan().plan_files())
+    except (NoSuchTableError, OSError, ValueError) as error:
+        raise _failed("Iceberg", path, error) from error
+    names = {field.field_id: field.name for field in table.schema().fields}
+    moved = any(names.get(field.field_id) != field.name for one in schemas for field in one.fields)
+    why = "names or has columns otherwise than some of its files do" if moved else ""
+    if any(task.delete_files for task in tasks):
+        why = "marks rows of its files as deleted"
+    elif any(task.file.file_format.name != "PARQUET" for task in tasks):
+        why = "has files other than Parquet"
+    if why:
+        raise InputError(
+            f"{path} is a table of Iceberg that {why}: write its rows to a new table, or to a folder of "
+            f"Parquet files."
+        )
+    live = []
+    for task in tasks:
+        name = task.file.file_path.removeprefix(table.metadata.location).lstrip("/")
+        if name not in files:
+            raise InputError(
+                f"{path} lacks {task.file.file_path}, which its Iceberg metadata names: restore it, or give "
+                f"the table where it was written."
+            )
+        live.append(LiveFile(files[name], ()))
+    return live
+
+
+def _newest(files: Mapping[str, storage.FileInfo]) -> str:
+    """The metadata of the present version: `v3.metadata.json` or `00003-UUID.metadata.json`."""
+    numbered = [
+        (int(match[1]), name)
+        for name in files
+        if (match := re.fullmatch(r"metadata/v?(\d+)(?:-[^/]*)?(?:\.gz)?\.metadata\.json", name))
+    ]
+    return max(numbered)[1] if numbered else max(name for name in files if name.endswith(".metadata.json"))
+
+
+def hive_partition(relative: str) -> Partition:
+    """Columns of the folders that are named as Hive does: `language=zh/part-0.parquet`."""
+    found: dict[str, str | None] = {}
+    for part in relative.split("/")[:-1]:
+        name, mark, value = part.partition("=")
+        if mark and name and not name.startswith("."):
+            value = unquote(value)
+            found[unquote(name)] = None if value == HIVE_NULL else value
+    return tuple((name, value, "string") for name, value in found.items())

@@ -1,0 +1,249 @@
+"""The files of a folder or pattern, links followed, and what of them no manifest is made of.
+
+Knows names and links, not what is in a file.
+"""
+
+import fnmatch
+import functools
+import glob
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import DROPPED_FILE, SELECTION_FILE
+from wallaroo.workflows.storage.local import TEMPORARY, local_info
+
+_BITMAPS = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PICTURE_SUFFIXES = (*_BITMAPS, ".avif", ".heic", ".heif")
+"""Files of a folder that are taken for pictures."""
+
+_MARKERS = re.compile(
+    r"_SUCCESS|_metadata|_common_metadata|_delta_log|_change_data|_spark_metadata|_temporary|_started_\w+"
+    rf"|_committed_\w+|__MACOSX|Thumbs\.db|desktop\.ini|{SELECTION_FILE}|{DROPPED_FILE}",
+    re.IGNORECASE,
+)
+"""Names that Spark, Delta, Databricks, Windows, macOS and we give to what is no data."""
+
+MOST_KINDS = 30
+"""Kinds of files that are named in the words about those passed over."""
+
+PassedOver = Mapping[str, tuple[int, str]]
+"""Kind of file -> how many, and the name of one of them."""
+
+
+class Listing(NamedTuple):
+    """What was found. passed_over: links and special files, which are no files to read."""
+
+    files: list[storage.FileInfo]
+    passed_over: PassedOver
+
+
+class Counter:
+    """Counts what is passed over, by kind; of each kind the first name in order is kept."""
+
+    def __init__(self, earlier: PassedOver | None = None):
+        self.kinds = dict(earlier or {})
+
+    def add(self, kind: str, name: str) -> None:
+        count, first = self.kinds.get(kind, (0, name))
+        self.kinds[kind] = (count + 1, min(first, name))
+
+
+def is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def is_pattern(path: str) -> bool:
+    return bool(re.search(r"[*?\[]", path))
+
+
+def list_manifest(path: str) -> Listing:
+    """All files of a folder, or those that match a pattern; none if there are none.
+
+    A folder whose name looks like a pattern is a folder first. Links to folders are followed, each folder
+    being read once.
+    """
+    if storage.is_s3(path):
+        files = storage.list_files(path)
+        return Listing(files or _matched_s3(path), {})
+    if os.path.isdir(path):
+        return _walk(os.path.realpath(path))
+    return _matched(path) if is_pattern(path) else Listing([], {})
+
+
+def _matched_s3(pattern: str) -> list[storage.FileInfo]:
+    if not is_pattern(pattern):
+        return []
+    found = storage.match_files(pattern)
+    parts = pattern.split("/")
+    for count in range(len(parts) - 1, 2, -1):
+        # A folder of that name may be meant literally, and the pattern be what follows.
+        prefix = "/".join(parts[:count])
+        if not found and is_pattern(prefix):
+            literal = "s3://" + glob.escape(prefix.removeprefix("s3://"))
+            found = storage.match_files("/".join([literal, *parts[count:]]))
+    return found
+
+
+def _matched(pattern: str) -> Listing:
+    folder, rest = os.path.dirname(pattern), [os.path.basename(pattern)]
+    while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        rest.insert(0, os.path.basename(folder))
+        folder = os.path.dirname(folder)
+    if "**" not in rest:
+        return Listing(storage.match_files(os.path.join(glob.escape(folder), *rest)), {})
+    # Python's own search follows links in circles, at worst for ever.
+    listing = _walk(folder or ".")
+    files = [file for file in listing.files if _fits(tuple(file.relative.split("/")), tuple(rest))]
+    return Listing(files, {})
+
+
+@functools.lru_cache(maxsize=1024)
+def _fits(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    """Whether a path matches a pattern, part by part, as a shell with `**` has it."""
+    if not patterns:
+        return not parts
+    first, hidden = patterns[0], bool(parts) and parts[0].startswith(".")
+    if first == "**":
+        deeper = bool(parts) and not hidden and _fits(parts[1:], patterns)
+        return deeper or _fits(parts, patterns[1:]) or (len(patterns) == 1 and len(parts) == 1 and not hidden)
+    if not parts or (hidden and not first.startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(parts[0], first) and _fits(parts[1:], patterns[1:])
+
+
+def _walk(root: str) -> Listing:
+    """All files below a local folder. Linked folders come last, so that a folder keeps its own name."""
+    found: list[storage.FileInfo] = []
+    passed = Counter()
+    seen: set[tuple[int, int]] = set()
+    folders, links = [""], list[str]()
+    above = {_identity(root)} | {_identity(folder) for folder in _parents(root)}
+    while folders or links:
+        linked = not folders
+        relative = folders.pop() if folders else links.pop(links.index(min(links)))
+        folder = os.path.join(root, relative)
+        try:
+            with storage.explained(folder):
+                own = _identity(folder)
+                if linked and own in above:
+                    passed.add("link that leads back", relative)
+                    continue
+                if own in seen:
+                    passed.add("link to a folder that is read already", relative)
+                    continue
+                seen.add(own)
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        _sort(entry, relative, found, folders, links, passed)
+        except FileNotFoundError:
+            continue  # gone since it was listed
+    found.sort(key=lambda file: file.relative)
+    return Listing(found, passed.kinds)
+
+
+def _sort(
+    entry: "os.DirEntry[str]",
+    folder: str,
+    found: list[storage.FileInfo],
+    folders: list[str],
+    links: list[str],
+    passed: Counter,
+) -> None:
+    """Puts an entry of a folder where it belongs."""
+    if entry.name.startswith(TEMPORARY):
+        return
+    relative = f"{folder}/{entry.name}" if folder else entry.name
+    try:
+        if entry.is_dir():
+            if not entry.is_symlink():
+                folders.append(relative)
+            elif kind := unread(relative):
+                passed.add(kind, relative)
+            else:
+                links.append(relative)
+        elif entry.is_file():
+            found.append(local_info(entry.path, relative))
+        elif entry.is_symlink():
+            passed.add("link to nowhere", relative)
+        elif os.path.lexists(entry.path):
+            passed.add("pipe, socket or device", relative)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if not entry.is_symlink():
+            raise
+        passed.add("link to nowhere", f"{relative} ({error.strerror})")
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _parents(folder: str) -> list[str]:
+    folder, parents = os.path.realpath(folder), []
+    while folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+        parents.append(folder)
+    return parents
+
+
+def unread(relative: str) -> str:
+    """The kind of a file that no manifest is made of, whatever its suffix; empty for all others."""
+    parts = relative.split("/")
+    if any(_MARKERS.fullmatch(part) for part in parts):
+        return "marker"
+    return "hidden" if any(part.startswith(".") for part in parts) else ""
+
+
+def visible(listing: Listing) -> tuple[list[storage.FileInfo], Counter]:
+    """The files that a manifest may be made of, and all others counted."""
+    passed, files = Counter(listing.passed_over), []
+    for file in listing.files:
+        if kind := unread(file.relative):
+            passed.add(kind, file.relative)
+        else:
+            files.append(file)
+    return files, passed
+
+
+def suffix_kind(name: str) -> str:
+    """How a file with a suffix of no meaning is counted."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
+
+
+def in_words(passed_over: PassedOver) -> str:
+    """One sentence about all that is passed over; empty if nothing is."""
+    if not passed_over:
+        return ""
+    ordered = sorted(passed_over.items(), key=lambda entry: (-entry[1][0], entry[0]))
+    words = [
+        f"{count:,} {kind} ({_shown(name)})" if count == 1 else f"{count:,} {kind} (such as {_shown(name)})"
+        for kind, (count, name) in ordered[:MOST_KINDS]
+    ]
+    rest = [count for _, (count, _) in ordered[MOST_KINDS:]]
+    words += [f"{sum(rest):,} of {len(rest)} other kinds"] if rest else []
+    total = sum(count for count, _ in passed_over.values())
+    return f"Not read as a manifest, {total:,} of the files there: {', '.join(words)}."
+
+
+def _shown(name: str) -> str:
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    return text if len(text) <= 80 else f"…{text[-79:]}"
+
+
+def list_pictures(path: str) -> list[storage.FileInfo]:
+    """The pictures of a manifest that is a picture, a folder of pictures or a pattern, looked for anew."""
+    single = storage.info(path)
+    if single is not None:
+        return [single]
+    return [file for file in visible(list_manifest(path))[0] if is_picture(file.relative)]
+
+
+def captions(files: Sequence[storage.FileInfo]) -> dict[str, storage.FileInfo]:
+    """Text files by what stands before `.txt` in their relative path."""
+    return {file.relative[:-4]: file for file in files if file.relative.lower().endswith(".txt")}

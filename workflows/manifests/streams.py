@@ -1,0 +1,230 @@
+"""Text files as UTF-8 with a row a line, whatever they are stored as.
+
+Compressed files are decompressed, UTF-16 and CR line ends are translated, and a JSON array, or objects that
+are printed over several lines, become one line each. What such a stream gives depends on the file's bytes
+alone, so that a place in it is a place in the file.
+"""
+
+import codecs
+import functools
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import IO, Any
+
+import pyarrow as pa
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.types import ManifestFile
+
+LINE_BYTES = 64 << 20
+CHUNK_BYTES = 1 << 20
+_HEAD_BYTES = 64 << 10
+_COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+"""Suffix of a compressed file -> its first bytes."""
+_UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{}]', re.DOTALL)
+"""A text, a bracket, or the quote of a text whose end is not read yet."""
+
+
+@contextmanager
+def open_text(file: ManifestFile, start: int = 0) -> Iterator[IO[bytes]]:
+    """The stream of a text file from byte `start` on; it can be sought. Raises FileNotFoundError."""
+    with ExitStack() as stack:
+        steps = _steps(file)[1]
+        if not steps:
+            yield stack.enter_context(storage.open_source(file.path, start))
+            return
+
+        def opened() -> IO[bytes]:
+            stream = stack.enter_context(storage.open_source(file.path))
+            for step in steps:
+                stream = step(stream)
+            return stream
+
+        with io.BufferedReader(_Reopened(opened), CHUNK_BYTES) as stream:
+            stream.seek(start)
+            yield stream
+
+
+def is_compressed(file: ManifestFile) -> bool:
+    return file.path.lower().endswith((".gz", ".zst"))
+
+
+@functools.lru_cache(maxsize=64)
+def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[bytes]]]]:
+    """What has to be done to a file, told by its name and its first bytes (also returned)."""
+    steps: list[Callable[[IO[bytes]], IO[bytes]]] = []
+    name = file.path.lower()
+    if name.endswith(".gz"):
+        steps.append(_gunzip)
+    elif name.endswith(".zst"):
+        steps.append(lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd")))
+    with storage.open_source(file.path) as raw:
+        for step in steps:
+            raw = step(raw)
+        head = raw.read(_HEAD_BYTES)
+    for suffix, magic in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise InputError(f"{file.path} is compressed, but its name does not end in {suffix}: rename it.")
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise InputError(f"{file.path} is UTF-32: save it as UTF-8.")
+    encoding = _UTF16.get(head[:2])
+    if encoding:
+        steps.append(lambda raw: _stream(_decoded(raw, encoding)))
+        head = head[: len(head) // 2 * 2].decode(encoding, "replace").encode()
+    elif b"\0" in head[:4]:
+        raise InputError(
+            f"{file.path} has NUL bytes, as UTF-16 without a mark at its start has: save it as UTF-8."
+        )
+    if b"\r" in head and b"\n" not in head:
+        steps.append(lambda raw: _stream(_with_newlines(raw)))
+        head = head.replace(b"\r", b"\n")
+    if file.format in ("jsonl", "json") and _is_document(head, file.format):
+        steps.append(lambda raw: _stream(_flat(raw, file.path)))
+    return head, steps
+
+
+def _gunzip(raw: IO[bytes]) -> IO[bytes]:
+    return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+
+
+def is_object_of_objects(file: ManifestFile) -> bool:
+    """Whether a JSON file is one object whose values are objects, as ImgEdit's is."""
+    head = _steps(file)[0].removeprefix(codecs.BOM_UTF8)
+    return bool(re.match(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\{', head))
+
+
+def _is_document(head: bytes, form: str) -> bool:
+    """Whether JSON is an array of objects, or objects over several lines, and not an object a line."""
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    line = head.partition(b"\n")[0].strip()
+    if line in (b"{", b"[") or re.match(rb"\[\s*\{", head):
+        return True
+    if form == "jsonl" or not line.startswith(b"{"):
+        return form == "json"
+    try:
+        json.loads(line)
+    except ValueError:
+        return True  # over several lines, or broken
+    return False
+
+
+def _decoded(raw: IO[bytes], encoding: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)("replace")
+    raw.read(2)
+    while data := raw.read(CHUNK_BYTES):
+        yield decoder.decode(data).encode("utf-8", "replace")
+    yield decoder.decode(b"", True).encode("utf-8", "replace")
+
+
+def _with_newlines(raw: IO[bytes]) -> Iterator[bytes]:
+    while data := raw.read(CHUNK_BYTES):
+        yield data.replace(b"\r", b"\n")
+
+
+def _flat(raw: IO[bytes], path: str) -> Iterator[bytes]:
+    """The outermost objects of JSON, or those in its outermost array, a line each; what else is there too."""
+    data = raw.read(3).removeprefix(codecs.BOM_UTF8)
+    place = depth = start = 0
+    array = seen = False
+    while True:
+        more = raw.read(CHUNK_BYTES)
+        data = data[start:] + more
+        place, start = place - start, 0
+        for match in _TOKEN.finditer(data, place):
+            token = match[0]
+            if token == b'"':
+                place = match.start()
+                break
+            place = match.end()
+            if token in (b"[", b"{"):
+                if token == b"[" and not (depth or array or seen or data[start : match.start()].strip()):
+                    array, start = True, place
+                    continue
+                seen = True
+                depth += 1
+            elif token in (b"]", b"}"):
+                if depth == 0 and token == b"]" and array:
+                    yield from _lines(data[start : match.start()])
+                    array, start = False, place
+                    continue
+                depth -= 1
+                if depth <= 0:
+                    yield from _lines(data[start:place])
+                    depth, start = 0, place
+        if not more:
+            # What follows is cut off, or was never JSON.
+            yield from _lines(data[start:])
+            return
+        if len(data) - start > LINE_BYTES:
+            raise InputError(
+                f"{path} has a JSON object of more than {LINE_BYTES >> 20} MiB: check its format."
+            )
+
+
+def _lines(text: bytes) -> Iterator[bytes]:
+    text = re.sub(rb"[\r\n]+", b" ", text).strip(b" \t,")
+    if text:
+        yield text + b"\n"
+
+
+def _stream(pieces: Iterator[bytes]) -> IO[bytes]:
+    return io.BufferedReader(_Pieces(pieces), CHUNK_BYTES)  # type: ignore[return-value]
+
+
+class _Pieces(io.RawIOBase):
+    """A stream of the bytes that are made one piece after the other."""
+
+    def __init__(self, pieces: Iterator[bytes]):
+        self.pieces, self.rest = pieces, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest:
+            piece = next(self.pieces, None)
+            if piece is None:
+                return 0
+            self.rest = memoryview(piece)
+        data, self.rest = self.rest[: len(buffer)], self.rest[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _Reopened(io.RawIOBase):
+    """A stream that goes back by being read again from its beginning."""
+
+    def __init__(self, opened: Callable[[], IO[bytes]]):
+        self.opened, self.stream, self.place = opened, opened(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:
+            offset += self.place
+        elif whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("its end is not known")
+        if offset < self.place:
+            self.stream, self.place = self.opened(), 0
+        while self.place < offset and (data := self.stream.read(min(CHUNK_BYTES, offset - self.place))):
+            self.place += len(data)
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)

@@ -1,0 +1,58 @@
+"""What must hold before a manifest is planned into an output: another place, and the same run as before."""
+
+import os
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.types import Manifest
+from wallaroo.workflows.plans.plan import Plan
+from wallaroo.workflows.plans.settings import PlanSettings
+
+
+def refuse_inside(manifest: str, output: str | None) -> None:
+    """An output within the manifest would be read as a part of it the next time."""
+    if output is None or storage.is_s3(manifest) != storage.is_s3(output):
+        return
+    ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (manifest, output)]
+    folder, inner = (path.rstrip("/") + "/" for path in ends)
+    if inner.startswith(folder):
+        raise InputError(f"The output {output} lies in the manifest {manifest}: choose another place.")
+
+
+def check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_digest: str) -> None:
+    """Raises InputError, naming what differs, unless the plan there is of this manifest and settings."""
+    if not plan.rounds:
+        return
+    first = plan.rounds[0]
+    there = first.settings | first.settings["sampling"] | {"model_digest": first.model_digest}
+    here = settings.meaning() | settings.meaning()["sampling"] | {"model_digest": model_digest}
+    differing = [key for key in {**here, **there} if key != "sampling" and there.get(key) != here.get(key)]
+    if plan.incremental != settings.incremental:
+        there_words, here_words = ("with", "without") if plan.incremental else ("without", "with")
+        raise InputError(
+            f"The plan there was made {there_words} --incremental, but this run is {here_words}: "
+            f"give it as before, or give a new output."
+        )
+    if differing:
+        words = "; ".join(
+            f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing
+        )
+        raise InputError(f"The plan belongs to another run: {words}; give another output, or these values.")
+    if plan.incremental:
+        return
+    old = {name: tuple(rest) for name, *rest in first.manifest}
+    new = {name: tuple(rest) for name, *rest in manifest.identity()}
+    changes = [
+        f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for what, names in (
+            ("lacks", sorted(old.keys() - new.keys())),
+            ("has the new", sorted(new.keys() - old.keys())),
+            ("has the changed", sorted(name for name in old.keys() & new.keys() if old[name] != new[name])),
+        )
+        if names
+    ]
+    if changes:
+        raise InputError(
+            f"The manifest {manifest.path} is not the one that was planned, since it {', '.join(changes)}: "
+            f"give another output, or the manifest as it was."
+        )
