@@ -77,16 +77,24 @@ def _number(count: int, word: str) -> str:
 
 
 def export(
-    output: str, dest: str, form: str, *, embed_metadata: bool = False, image_urls: str | None = None
+    output: str,
+    dest: str,
+    form: str,
+    *,
+    embed_metadata: bool = False,
+    image_urls: str | None = None,
+    overwrite: bool = False,
 ) -> ExportSummary:
     """Writes the ok rows of a finished run to the folder `dest` in a format of FORMATS.
 
     output, dest: local or `s3://`. embed_metadata: write prompt, seed, model digest and IPTC's digital
     source type into every picture file, whose pixels stay as they are. image_urls: for `openai-batch`,
     write pictures as files to `dest`/images, and into the lines their URLs below this one, instead of
-    base64. Only files of the export's own names are written, and none is removed.
+    base64. Only files of the export's own names are written, and none is removed. overwrite: replace files
+    that have other content, and write beside files that no export of this format makes.
     Raises OptionError for a format or option that does not exist, InputError if the output is not
-    finished, is of another task than the format, or cannot be read.
+    finished, is of another task than the format, or cannot be read, and without overwrite if DEST holds
+    such files.
     """
     if form not in FORMATS:
         hint = did_you_mean(form, FORMATS) or "."
@@ -104,8 +112,10 @@ def export(
             f"choose one of {fit}."
         )
     _refuse_inside(output, dest)
+    if not overwrite:
+        _refuse_foreign(dest, form)
     count = _Count()
-    with Sink(dest) as sink:
+    with Sink(dest, overwrite) as sink:
         chosen.write(results, sink, count, _Options(embed_metadata, image_urls))
     return ExportSummary(
         dest,
@@ -127,6 +137,16 @@ def _refuse_inside(output: str, dest: str) -> None:
     folder, inner = (path.rstrip("/") + "/" for path in ends)
     if inner.startswith(folder):
         raise InputError(f"DEST {dest} lies in {output}, whose files are the run's: choose another place.")
+
+
+def _refuse_foreign(dest: str, form: str) -> None:
+    names = re.compile(FORMATS[form].names)
+    found = storage.find_files(dest, lambda name: not names.fullmatch(name), 1)
+    if found:
+        raise InputError(
+            f"{dest} holds {found[0]:.100}, which no export of the format '{form}' writes: "
+            f"choose another DEST, or --overwrite to write beside it."
+        )
 
 
 class _Options(NamedTuple):
@@ -433,21 +453,26 @@ def _datum(row: Row, sink: Sink, count: _Count, options: _Options) -> dict[str, 
 
 
 class _Format(NamedTuple):
-    """write: makes the files. tasks: whose outputs it is for. what: it holds. why: rows are left out."""
+    """write: makes the files. names: pattern of theirs. tasks: whose outputs it is for. what: it holds.
+    why: rows are left out."""
 
     write: Callable[[Results, Sink, _Count, _Options], None]
+    names: str
     tasks: tuple[str, ...]
     what: str = "picture"
     why: str = ""
 
 
+_PICTURE = r"[\w@.-]+\.(png|webp|jpg)"
 FORMATS = {
-    "files": _Format(_files, ("generate", "edit")),
-    "webdataset": _Format(_webdataset, ("generate", "edit")),
-    "geneval": _Format(_geneval, ("generate",)),
-    "dpg": _Format(_dpg, ("generate",), why="a grid takes four pictures of a prompt, of one square size"),
-    "imgedit": _Format(_imgedit, ("edit",), why="a key has one picture, which is that of sample 0"),
-    "jsonl": _Format(_jsonl, ("understand",), "answer"),
-    "openai-batch": _Format(_openai_batch, ("generate", "edit")),
+    "files": _Format(_files, rf"metadata\.jsonl|{_PICTURE}", ("generate", "edit")),
+    "webdataset": _Format(_webdataset, r"shard-\d{8,}\.tar", ("generate", "edit")),
+    "geneval": _Format(_geneval, r"\d{5,}/(metadata\.jsonl|samples/\d{4,}\.png)", ("generate",)),
+    "dpg": _Format(
+        _dpg, _PICTURE, ("generate",), why="a grid takes four pictures of a prompt, of one square size"
+    ),
+    "imgedit": _Format(_imgedit, _PICTURE, ("edit",), why="a key has one picture, which is that of sample 0"),
+    "jsonl": _Format(_jsonl, r"answers\.jsonl", ("understand",), "answer"),
+    "openai-batch": _Format(_openai_batch, rf"results\.jsonl|images/{_PICTURE}", ("generate", "edit")),
 }
 """Every format by its name on the command line."""

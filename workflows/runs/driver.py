@@ -17,6 +17,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import choose_device
 from wallaroo.workflows.outputs.layout import SUCCESS_FILE, list_done
 from wallaroo.workflows.outputs.lock import OutputLock
+from wallaroo.workflows.outputs.run_file import find_run
 from wallaroo.workflows.outputs.run_log import RunLog
 from wallaroo.workflows.outputs.shards import map_shards
 from wallaroo.workflows.plans.plan import Plan
@@ -67,9 +68,10 @@ def run(
     config = with_absolute_paths(config)
     stop = stop or Stop(config.grace, config.deadline)
     report = on_progress or (lambda progress: None)
+    there = find_run(config.output)
     with ExitStack() as stack:
         lock = stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
-        planned = planned_run(config, stack, report, stop)
+        planned = planned_run(config, there, stack, report, stop)
         if is_finished(config.output, planned) and not config.retry_errors:
             return summary_of(config, started, before=planned.rows)
         # The storage has answered, so that it is not its address that is wrong.

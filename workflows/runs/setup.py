@@ -16,10 +16,10 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import connected
 from wallaroo.workflows.manifests.discover import discover
-from wallaroo.workflows.outputs.layout import REPORT_FILE, RUN_FILE
+from wallaroo.workflows.outputs.layout import REPORT_FILE
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.rows import RunConstants
-from wallaroo.workflows.outputs.run_file import put_run
+from wallaroo.workflows.outputs.run_file import check_run, find_run, put_run
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.outputs.values import digest
@@ -67,21 +67,29 @@ def plan(config: RunConfig, on_progress: Callable[[Progress], None] | None = Non
     Raises as `run` does.
     """
     config = with_absolute_paths(config)
+    run = find_run(config.output) if config.output else None
     with ExitStack() as stack:
         if config.output:
             stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
-        return planned_run(config, stack, on_progress or (lambda progress: None))
+        return planned_run(config, run, stack, on_progress or (lambda progress: None))
 
 
 def planned_run(
-    config: RunConfig, stack: ExitStack, report: Callable[[Progress], None], stop: Stop | None = None
+    config: RunConfig,
+    run: dict[str, Any] | None,
+    stack: ExitStack,
+    report: Callable[[Progress], None],
+    stop: Stop | None = None,
 ) -> Plan:
-    """The plan of a run, made if need be; Ray is only connected for that."""
+    """The plan of a run, made if need be; Ray is only connected for that.
+
+    run: what the output's `run.json` says, None if it has none yet.
+    """
     meaning = meaning_of(config)
     settings = PlanSettings.of(config)
     settings.check(read_checkpoint(config.model).config)
-    if config.output and storage.exists(storage.join(config.output, RUN_FILE)):
-        put_run(config.output, meaning, config.to_dict())
+    if run is not None:
+        check_run(config.output, run, meaning)
     found = None
     if config.output:
         found = existing_plan(config.manifest, settings, config.model, config.output)
@@ -93,7 +101,7 @@ def planned_run(
         found = make_plan(config.manifest, settings, config.model, config.output or None)
         for warning in found.warnings:
             log.warning(warning)
-    if config.output:
+    if config.output and run is None:
         put_run(config.output, meaning, config.to_dict())
     return found
 
