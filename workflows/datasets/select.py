@@ -37,41 +37,47 @@ def select(source: str, dest: str, rules: Rules, overwrite: bool = False) -> Sel
     rules.check()
     rows = OutputRows(source) if storage.exists(storage.join(source, RUN_FILE)) else ManifestRows(source)
     look = Look(rows, rules)
-    repeated = _claim(source, dest, rules, overwrite)
+    claim = _claim(source, dest, rules, overwrite)
     found = look.all()
     decided = decide(found, rules)
-    return _write(rows, dest, rules, found, decided, look.messages, repeated)
+    return _write(rows, dest, rules, found, decided, look.messages, claim)
 
 
-def _claim(source: str, dest: str, rules: Rules, overwrite: bool) -> bool:
-    """Makes sure that dest is new, of this very selection, or of one that did not end; whether it is one."""
+def _claim(source: str, dest: str, rules: Rules, overwrite: bool) -> dict[str, Any]:
+    """Makes sure that dest is new, of this very selection, or of one that did not end.
+
+    Returns:
+        What `_selection.json` says from now on: `settings`, and `shared` if files of others are beside it.
+    """
     if storage.is_s3(source) == storage.is_s3(dest):
         ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (source, dest)]
         outer, inner = (path.rstrip("/") + "/" for path in ends)
         if inner.startswith(outer):
             raise InputError(f"{dest} lies in {source}, and would be taken for a part of it: choose another.")
     path = storage.join(dest, SELECTION_FILE)
-    settings = {"source": source, "rules": asdict(rules)}
-    repeated = storage.exists(path)
-    found = [] if overwrite else storage.find_files(dest, lambda name: True, 1)
-    if found and not repeated:
-        raise InputError(
-            f"{dest} is not empty and no selection of rows, it holds {found[0]:.100}: "
-            f"give a new folder, or --overwrite to write beside it."
-        )
-    if found:
+    claim: dict[str, Any] = {"settings": {"source": source, "rules": asdict(rules)}}
+    found = storage.find_files(dest, lambda name: True, 1)
+    there: dict[str, Any] = {}
+    if found and storage.exists(path):
         try:
             there = dict(json.loads(storage.read_bytes(path)))
         except (ValueError, TypeError, RecursionError):
             raise InputError(f"{path} is damaged: give a new folder.") from None
         # Of one that was cut short nothing is of use to anybody.
-        if "result" in there and there.get("settings") != settings:
+        if "result" in there and there.get("settings") != claim["settings"] and not overwrite:
             raise InputError(
                 f"{dest} holds another selection ({json.dumps(there.get('settings'))[:200]}): "
                 f"give a new folder, the same rules, or --overwrite."
             )
-    storage.write_atomic(path, json.dumps({"settings": settings}, indent=2).encode() + b"\n")
-    return repeated
+    elif found and not overwrite:
+        raise InputError(
+            f"{dest} is not empty and no selection of rows, it holds {found[0]:.100}: "
+            f"give a new folder, or --overwrite to write beside it."
+        )
+    if found and (not there or there.get("shared")):
+        claim["shared"] = True
+    storage.write_atomic(path, json.dumps(claim, indent=2).encode() + b"\n")
+    return claim
 
 
 def _write(
@@ -81,7 +87,7 @@ def _write(
     found: Found,
     decided: Decided,
     messages: Mapping[int, str],
-    repeated: bool,
+    claim: Mapping[str, Any],
 ) -> Selection:
     names = sorted(rules.split) or [DEFAULT_FOLDER]
     written = set()
@@ -108,7 +114,7 @@ def _write(
         with storage.write_stream(storage.join(dest, DROPPED_FILE)) as stream:
             while data := lines.read(storage.COPY_BYTES):
                 stream.write(data)
-    for stale in storage.list_files(dest) if repeated else ():
+    for stale in storage.list_files(dest) if "shared" not in claim else ():
         # Of an earlier selection; files of other names are not ours.
         if _WRITTEN.fullmatch(stale.relative) and stale.relative not in written:
             storage.delete(stale.path)
@@ -123,7 +129,7 @@ def _write(
         failures=sum(count for reason, count in reasons.items() if reason in FAILURES),
     )
     put_card(dest, _card(rows, rules, selection))
-    document = {"settings": {"source": rows.path, "rules": asdict(rules)}, "result": asdict(selection)}
+    document = {**claim, "result": asdict(selection)}
     storage.write_atomic(storage.join(dest, SELECTION_FILE), json.dumps(document, indent=2).encode() + b"\n")
     return selection
 
