@@ -73,21 +73,24 @@ def run(
         lock = stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
         planned = planned_run(config, there, stack, report, stop)
         if is_finished(config.output, planned) and not config.retry_errors:
-            return summary_of(config, started, before=planned.rows)
+            return summary_of(config, started, before=planned.rows, made=0)
         # The storage has answered, so that it is not its address that is wrong.
         stack.enter_context(storage.patience())
         connect(config, stack, report, stop)
         device = choose_device(config.device)
-        check_gpus(config, device)
+        if device == "cuda":
+            import ray
+
+            check_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
         storage.remove_leftovers(config.output)
         run_log = stack.enter_context(RunLog(config.output, config.to_dict()))
         with stop.patience():
-            before = _make_missing(config, planned, device, replica, lock, run_log, report, stop)
+            before, made = _make_missing(config, planned, device, replica, lock, run_log, report, stop)
         lock.check()
         finish(config.output, planned)
         run_log.end("finished")
         write_report(config.output)
-    return summary_of(config, started, before)
+    return summary_of(config, started, before, made)
 
 
 def _make_missing(
@@ -99,8 +102,12 @@ def _make_missing(
     run_log: RunLog,
     report: Callable[[Progress], None],
     stop: Stop,
-) -> int:
-    """Makes the rows that are not there, or are to be made again, and returns how many there were before."""
+) -> tuple[int, int]:
+    """Makes the rows that are not there, or are to be made again.
+
+    Returns:
+        How many there were before, and how many were made ok.
+    """
     import ray
     import ray.data
 
@@ -125,7 +132,7 @@ def _make_missing(
             known.errors = dict(Counter(known.errors) - Counter(kinds))
     before = known.rows
     if not (missing or again):
-        return before
+        return before, 0
     if again:
         # From now on it is not what was finished: a run that is cut off goes on, and finishes it anew.
         storage.delete(storage.join(config.output, SUCCESS_FILE))
@@ -215,7 +222,7 @@ def _make_missing(
             "The rows were made in %d environments, which may round differently; the report counts them.",
             len(known.environments),
         )
-    return before
+    return before, made.ok
 
 
 def _waiting(config: RunConfig, pool: Pool, seconds: float) -> str:
