@@ -1,10 +1,14 @@
 """What somebody reads who does not know the commands yet."""
 
 import logging
+import math
 
 import pytest
+from safetensors import safe_open
 
+from wallaroo.jobs import cli
 from wallaroo.jobs.commands import run as commands
+from wallaroo.model.checkpoint import TINY
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.runs.setup import check_gpus
 from wallaroo.workflows.settings import RunConfig, RunSummary
@@ -63,3 +67,31 @@ def test_gpus_that_are_not_there_are_told_with_what_to_do(caplog):
     with caplog.at_level(logging.WARNING):
         check_gpus(remote, 0)
     assert "The cluster at 10.0.0.1:6379 has no GPU now" in caplog.text and "--device cpu" in caplog.text
+
+
+def test_a_model_is_shown_from_its_folder(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["models", "show", "tiny"])
+    lines = capsys.readouterr().out.splitlines()
+    with safe_open(TINY / "model.safetensors", "np") as file:
+        names = list(file.keys())
+        numbers = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    assert left.value.code == 0
+    assert lines[0] == "tiny: tiny, for generate, edit, understand"
+    assert f"  parameters  {numbers:,} in {len(names)} tensors" in lines[3]
+    assert (
+        lines[6].startswith("  sizes       64x96, 64x128, 96x64, ") and "128x112 (width x height" in lines[6]
+    )
+    # 64 tokens of two branches, 4 layers of 2 heads of 32 numbers, keys and values.
+    kilobytes = 64 * 2 * 4 * 2 * 32 * 2 * 4 // 1024
+    words = (
+        f"{numbers * 4 / 2**20:.3g} MiB of weights (float32); a guided picture takes up to {kilobytes} KiB"
+    )
+    assert lines[7].startswith(f"  on cpu      {words}")
+    assert f"(bfloat16); a guided picture takes up to {kilobytes // 2} KiB" in lines[8]
+
+
+def test_a_folder_that_is_no_model_is_shown_as_none(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["models", "show", str(tmp_path)])
+    assert left.value.code == 1 and "is not a checkpoint" in capsys.readouterr().err
