@@ -677,9 +677,13 @@ def test_an_export_that_was_cut_off_is_repeated(outputs, tmp_path, form):
     before = {name: (tmp_path / "dest" / name).stat().st_mtime_ns for name in names}
     if names:
         (tmp_path / "dest" / names[0]).write_bytes(whole[names[0]][:-1] + b"?")
-    summary = export(str(tmp_path / "out"), str(tmp_path / "dest"), form)
+        with pytest.raises(InputError, match=r"exists with other content .* --overwrite"):
+            export(str(tmp_path / "out"), str(tmp_path / "dest"), form)
+        assert tree(tmp_path / "dest")[names[0]].endswith(b"?")
+    summary = export(str(tmp_path / "out"), str(tmp_path / "dest"), form, overwrite=True)
     assert tree(tmp_path / "dest") == whole
     assert summary.unchanged == max(0, len(names) - 1)
+    assert export(str(tmp_path / "out"), str(tmp_path / "dest"), form).unchanged == len(whole)
     assert all((tmp_path / "dest" / name).stat().st_mtime_ns == before[name] for name in names[1:])
 
 
@@ -735,7 +739,7 @@ def test_the_command_tells_what_it_did(outputs, tmp_path, capsys):
     code, said = run("files", tmp_path / "out", tmp_path / "dest")
     assert code == 3
     assert said == (f"1 picture exported to {tmp_path}/dest, 2 files; 1 error row with nothing to export.\n")
-    code, said = run("files", tmp_path / "all", tmp_path / "dest", "--embed-metadata")
+    code, said = run("files", tmp_path / "all", tmp_path / "dest", "--embed-metadata", "--overwrite")
     assert code == 0 and DIGITAL_SOURCE_TYPE.encode() in (tmp_path / "dest" / "a.png").read_bytes()
     assert run("file", tmp_path / "all", tmp_path / "dest")[0] == 2
     assert run("files", tmp_path / "absent", tmp_path / "dest")[0] == 1

@@ -95,16 +95,24 @@ def _number(count: int, word: str) -> str:
 
 
 def export(
-    output: str, dest: str, form: str, *, embed_metadata: bool = False, image_urls: str | None = None
+    output: str,
+    dest: str,
+    form: str,
+    *,
+    embed_metadata: bool = False,
+    image_urls: str | None = None,
+    overwrite: bool = False,
 ) -> ExportSummary:
     """Writes the ok rows of a finished run to the folder `dest` in a format of FORMATS.
 
     output, dest: local or `s3://`. embed_metadata: write prompt, seed, model digest and IPTC's digital
     source type into every picture file, whose pixels stay as they are. image_urls: for `openai-batch`,
     write pictures as files to `dest`/images, and into the lines their URLs below this one, instead of
-    base64. Only files of the export's own names are written, and none is removed.
+    base64. Only files of the export's own names are written, and none is removed. overwrite: replace files
+    that have other content, and write beside files that no export of this format makes.
     Raises OptionError for a format or option that does not exist, InputError if the output is not
-    finished, is of another task than the format, or cannot be read.
+    finished, is of another task than the format, or cannot be read, and without overwrite if DEST holds
+    such files.
     """
     if form not in FORMATS:
         hint = did_you_mean(form, FORMATS) or "."
@@ -126,8 +134,10 @@ def export(
             "embed_metadata and image_urls are for pictures, but the results are texts: leave them out."
         )
     _refuse_inside(output, dest)
+    if not overwrite:
+        _refuse_foreign(dest, form)
     count = Count()
-    with Sink(dest) as sink:
+    with Sink(dest, overwrite) as sink:
         chosen.write(results, sink, count, Options(embed_metadata, image_urls))
     return ExportSummary(
         dest,
@@ -151,6 +161,16 @@ def _refuse_inside(output: str, dest: str) -> None:
     folder, inner = (path.rstrip("/") + "/" for path in ends)
     if inner.startswith(folder):
         raise InputError(f"DEST {dest} lies in {output}, whose files are the run's: choose another place.")
+
+
+def _refuse_foreign(dest: str, form: str) -> None:
+    names = re.compile(FORMATS[form].names)
+    found = storage.find_files(dest, lambda name: not names.fullmatch(name), 1)
+    if found:
+        raise InputError(
+            f"{dest} holds {found[0]:.100}, which no export of the format '{form}' writes: "
+            f"choose another DEST, or --overwrite to write beside it."
+        )
 
 
 # Formats
@@ -271,35 +291,55 @@ def _jsonl(results: Results, sink: Sink, count: Count, options: Options) -> None
 
 
 class _Format(NamedTuple):
-    """write: makes the files. tasks: whose outputs it is for. what: it holds. why: rows are left out."""
+    """write: makes the files. names: pattern of theirs. tasks: whose outputs it is for. what: it holds.
+    why: rows are left out."""
 
     write: Callable[[Results, Sink, Count, Options], None]
+    names: str
     tasks: tuple[str, ...]
     what: str = "picture"
     why: str = ""
 
 
+_PICTURE = r"[\w@.-]+\.(png|webp|jpg)"
+_EXACT = r"[^/]+\.png"
 FORMATS = {
-    "files": _Format(_files, ("generate", "edit")),
-    "webdataset": _Format(_webdataset, ("generate", "edit")),
-    "img2dataset": _Format(_img2dataset, ("generate", "edit")),
-    "geneval": _Format(export_benchmarks.geneval, ("generate",)),
+    "files": _Format(_files, rf"metadata\.jsonl|{_PICTURE}", ("generate", "edit")),
+    "webdataset": _Format(_webdataset, r"shard-\d{8,}\.tar", ("generate", "edit")),
+    "img2dataset": _Format(_img2dataset, r"\d{5,}\.tar", ("generate", "edit")),
+    "geneval": _Format(
+        export_benchmarks.geneval, r"\d{5,}/(metadata\.jsonl|samples/\d{4,}\.png)", ("generate",)
+    ),
     "dpg": _Format(
-        export_benchmarks.dpg, ("generate",), why="a grid takes four pictures of a prompt, of one square size"
+        export_benchmarks.dpg,
+        _EXACT,
+        ("generate",),
+        why="a grid takes four pictures of a prompt, of one square size",
     ),
-    "dpg-single": _Format(export_benchmarks.dpg_single, ("generate",)),
+    "dpg-single": _Format(export_benchmarks.dpg_single, rf"\d+/{_EXACT}", ("generate",)),
     "wise": _Format(
-        export_benchmarks.wise, ("generate",), why="a prompt has one picture, which is that of sample 0"
+        export_benchmarks.wise,
+        r"\d+\.png",
+        ("generate",),
+        why="a prompt has one picture, which is that of sample 0",
     ),
-    "t2i-compbench": _Format(export_benchmarks.t2i_compbench, ("generate",)),
+    "t2i-compbench": _Format(export_benchmarks.t2i_compbench, rf"samples/{_EXACT}", ("generate",)),
     "gedit": _Format(
-        export_benchmarks.gedit, ("edit",), why="a key has one picture, which is that of sample 0"
+        export_benchmarks.gedit,
+        rf"fullset/[^/]+/[^/]+/{_EXACT}",
+        ("edit",),
+        why="a key has one picture, which is that of sample 0",
     ),
     "imgedit": _Format(
-        export_benchmarks.imgedit, ("edit",), why="a key has one picture, which is that of sample 0"
+        export_benchmarks.imgedit,
+        _EXACT,
+        ("edit",),
+        why="a key has one picture, which is that of sample 0",
     ),
-    "jsonl": _Format(_jsonl, ("understand",), "answer"),
-    "vlmevalkit": _Format(export_benchmarks.vlmevalkit, ("understand",), "answer"),
-    "openai-batch": _Format(openai_batch, ("generate", "edit", "understand")),
+    "jsonl": _Format(_jsonl, r"answers\.jsonl", ("understand",), "answer"),
+    "vlmevalkit": _Format(export_benchmarks.vlmevalkit, r"predictions\.tsv", ("understand",), "answer"),
+    "openai-batch": _Format(
+        openai_batch, rf"results\.jsonl|images/{_PICTURE}", ("generate", "edit", "understand")
+    ),
 }
 """Every format by its name on the command line."""

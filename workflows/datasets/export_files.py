@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -118,7 +118,7 @@ class Results:
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{shard_path(self.output, shard)} cannot be read ({str(error).splitlines()[0]}): "
-                f"delete it and start the run again."
+                f"move it elsewhere and start the run again."
             ) from error
 
     def _group(
@@ -202,10 +202,13 @@ def _nested(kind: pa.DataType) -> bool:
 
 
 class Sink:
-    """Writes files below a folder, some at once; leaves those alone that are already as they should be."""
+    """Writes files below a folder, some at once; leaves those alone that are already as they should be.
 
-    def __init__(self, dest: str):
-        self.dest, self.files, self.unchanged = dest, 0, 0
+    Raises InputError for a file that has other bytes, unless it may overwrite.
+    """
+
+    def __init__(self, dest: str, overwrite: bool = False):
+        self.dest, self.overwrite, self.files, self.unchanged = dest, overwrite, 0, 0
         # The first look at a place must not be that of several threads, which would share a half-made client.
         storage.info(storage.join(dest, "metadata.jsonl"))
         self._pool = ThreadPoolExecutor(WRITERS)
@@ -224,7 +227,7 @@ class Sink:
     def put(self, relative: str, make: Callable[[], bytes], size: int) -> None:
         """Writes what `make()` returns, in a thread; size: memory that this takes until it is done, bytes."""
         path = storage.join(self.dest, relative)
-        self._waiting.append((size, self._pool.submit(_write, path, make)))
+        self._waiting.append((size, self._pool.submit(_write, path, make, self.overwrite)))
         while len(self._waiting) > 2 * WRITERS or sum(taken for taken, _ in self._waiting) > WAITING_BYTES:
             self._take()
 
@@ -236,27 +239,55 @@ class Sink:
     @contextlib.contextmanager
     def stream(self, relative: str) -> Iterator[Any]:
         """A file that is written bit by bit, and is there when all others are."""
-        with storage.write_stream(storage.join(self.dest, relative)) as stream:
-            yield stream
-            while self._waiting:
-                self._take()
+        path = storage.join(self.dest, relative)
+        if not self.overwrite and storage.exists(path):
+            with storage.open_source(path) as there:
+                yield _Same(path, there)
+                if there.read(1):
+                    raise _other_bytes(path)
+                while self._waiting:
+                    self._take()
+            self.unchanged += 1
+        else:
+            with storage.write_stream(path) as stream:
+                yield stream
+                while self._waiting:
+                    self._take()
         self.files += 1
 
 
-def _write(path: str, make: Callable[[], bytes]) -> bool:
+class _Same:
+    """A file that is written once more: each piece is compared with what is there."""
+
+    def __init__(self, path: str, there: IO[bytes]):
+        self._path, self._there = path, there
+
+    def write(self, data: bytes) -> None:
+        if self._there.read(len(data)) != data:
+            raise _other_bytes(self._path)
+
+
+def _write(path: str, make: Callable[[], bytes], overwrite: bool) -> bool:
     """Writes a file unless it is there already with these bytes; says whether it did."""
     data = make()
     found = storage.info(path)
-    if found is not None and found.size == len(data):
-        if storage.is_s3(path):
-            # The etag of an object that came in one piece; with any other it is only written again.
-            same = found.etag == hashlib.md5(data, usedforsecurity=False).hexdigest()
-        else:
-            same = storage.read_bytes(path) == data
+    if found is not None:
+        # The etag of an object that came in one piece spares its reading.
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        same = found.size == len(data) and (found.etag == md5 or storage.read_bytes(path) == data)
         if same:
             return False
+        if not overwrite:
+            raise _other_bytes(path)
     storage.write_atomic(path, data)
     return True
+
+
+def _other_bytes(path: str) -> InputError:
+    return InputError(
+        f"{path} exists with other content than this export gives it: "
+        f"choose another DEST, or --overwrite to replace it."
+    )
 
 
 # Names
