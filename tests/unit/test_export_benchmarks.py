@@ -17,6 +17,7 @@ from tests.unit.test_export import make, ok, pixels, planned, tree, with_columns
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.datasets.export import export
 from wallaroo.workflows.settings import OptionError
+from wallaroo.workflows.sources.embedded import with_column
 
 
 def exported(tmp_path, form, **options):
@@ -162,8 +163,8 @@ def test_prompts_that_are_no_file_names_are_refused(outputs, tmp_path, prompt):
 # GEdit-Bench
 
 
-def gedit_output(outputs, tmp_path, in_parquet=True, samples=1, errors=(), language="instruction_language"):
-    """A run over GEdit-Bench's columns, its sources in a Parquet file or as files."""
+def gedit_output(outputs, tmp_path, place="image", samples=1, errors=(), language="instruction_language"):
+    """A run over GEdit-Bench's columns, its sources as files or in a column of a Parquet file."""
     sources = [outputs.picture(70 + number, 24, 40) for number in range(4)]
     files = []
     for number, source in enumerate(sources):
@@ -172,12 +173,12 @@ def gedit_output(outputs, tmp_path, in_parquet=True, samples=1, errors=(), langu
         files.append(data.getvalue())
         (tmp_path / f"{number}.png").write_bytes(files[-1])
     cells = tmp_path / "gedit.parquet"
-    pq.write_table(pa.table({"image": [{"bytes": data, "path": "x"} for data in files]}), cells)
+    pq.write_table(pa.table({place or "image": [{"bytes": data, "path": "x"} for data in files]}), cells)
 
     def edit(row):
         number = int(row["id"][1:])
-        where = {"uri": str(cells), "row_id": number}
-        if not in_parquet:
+        where = {"uri": with_column(str(cells), place), "row_id": number}
+        if not place:
             where = {"uri": str(tmp_path / f"{number}.png"), "row_id": None}
         sha256 = hashlib.sha256(files[number]).hexdigest()
         facts = {"task_type": ["subject-add", "tone_transfer"][number % 2], "key": f"{number:032x}"}
@@ -195,10 +196,10 @@ def gedit_output(outputs, tmp_path, in_parquet=True, samples=1, errors=(), langu
     return sources, make(outputs, tmp_path / "out", tables, task="edit", image_format="webp")
 
 
-@pytest.mark.parametrize("in_parquet", [True, False])
+@pytest.mark.parametrize("place", ["image", "input_image", "a/b #1", ""])
 @pytest.mark.parametrize("language", ["instruction_language", ""])
-def test_gedit_finds_results_and_their_sources(outputs, tmp_path, in_parquet, language):
-    sources, rows = gedit_output(outputs, tmp_path, in_parquet, language=language)
+def test_gedit_finds_results_and_their_sources(outputs, tmp_path, place, language):
+    sources, rows = gedit_output(outputs, tmp_path, place, language=language)
     summary = exported(tmp_path, "gedit")
     assert (summary.exported, summary.files, summary.misses) == (4, 8, 0)
     for number, row in enumerate(rows):
@@ -219,7 +220,7 @@ def test_gedit_takes_sample_0_and_names_what_is_missing(outputs, tmp_path):
 
 
 def test_gedit_refuses_other_sources_and_other_manifests(outputs, tmp_path):
-    gedit_output(outputs, tmp_path, in_parquet=False)
+    gedit_output(outputs, tmp_path, place="")
     Image.fromarray(np.zeros((24, 40, 3), np.uint8)).save(tmp_path / "2.png")
     with pytest.raises(InputError, match=r"2\.png has changed since it was edited"):
         exported(tmp_path, "gedit")

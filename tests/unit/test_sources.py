@@ -23,9 +23,10 @@ from tests.pictures import base, real_pictures, save, write_pictures
 from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.config import ModelConfig, Size
 from wallaroo.model.errors import RowError
-from wallaroo.workflows.outputs.rows import restore_size
+from wallaroo.workflows.outputs.rows import RunConstants, restore_size
 from wallaroo.workflows.plans.rows import plan_rows
 from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.runs.requests import load_requests
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.sources import decode as sources_decode
 from wallaroo.workflows.sources import fetch as sources_fetch
@@ -329,6 +330,16 @@ def test_a_plan_keeps_the_text_of_a_picture_and_its_results_do_not():
     found = [fetch(row["source"]["uri"], SourceOptions("/m")) for row in rows[:2]]
     assert [one.data for one in found] == [data, data]
     assert [one.uri for one in found] == ["data:", "data:image/jpeg"]
+
+    broken = f"data:image/png;base64,{text[:60]}"
+    table = pa.table({"image": [*texts[:2], broken], "prompt": ["what?"] * 3})
+    plan = plan_rows(table, asked, load_config(TINY), load_tokenizer(TINY), folder="/m")
+    run = RunConstants("understand", "m" * 64, "c" * 64)
+    loaded, requests = load_requests(plan, str(TINY), run, SourceOptions("/m"))
+    assert len(requests) == 2
+    uris = [source["uri"] for source in loaded.column("source").to_pylist()]
+    assert uris == ["data:", "data:image/jpeg", "data:image/png"]
+    assert loaded.column("error_type").to_pylist() == ["", "", "image"]
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPG_large", "png", ""])
