@@ -74,6 +74,7 @@ for command in (
     model.convert,
     model.train,
     model.merge,
+    model.models,
     model.bench,
     completion,
 ):

@@ -510,7 +510,7 @@ class RunSummary:
     """How a run ended.
 
     rows: output rows planned; ok, errors: of these, as they now stand in the output.
-    before: rows that were there already when the run started.
+    before: rows that were there already when the run started. made: pictures or texts that it made.
     seconds: wall time of this run.
     """
 
@@ -519,4 +519,5 @@ class RunSummary:
     ok: int
     errors: int
     before: int
+    made: int
     seconds: float

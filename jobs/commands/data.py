@@ -28,6 +28,7 @@ def prompts() -> None:
 @click.option("--templates", "more", metavar="FILE", help="More templates, one per line.")
 @click.option("--sample", type=int, metavar="N", help="Write a random sample of N combinations.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of --sample (default 0).")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 def expand(
     templates: tuple[str, ...],
     output: str,
@@ -36,6 +37,7 @@ def expand(
     more: str | None,
     sample: int | None,
     seed: int,
+    overwrite: bool,
 ) -> int:
     """Write a manifest of every TEMPLATE with every combination of values to OUTPUT.
 
@@ -48,9 +50,12 @@ def expand(
     aspect_ratio, ...) that no template uses becomes a column. {{ and }} are literal braces. An id depends
     only on the values of its row, so lists may grow.
     """
+    from wallaroo.workflows import storage
     from wallaroo.workflows.manifests.expand import expand as write
     from wallaroo.workflows.manifests.expand import read_list
 
+    if not overwrite and storage.exists(output):
+        raise click.UsageError(f"{output} exists already: name another file, or --overwrite to replace it.")
     values = {name: text.split(",") for name, text in map(_pair, lists)}
     values |= {name: read_list(path) for name, path in map(_pair, files)}
     texts = [*templates, *(read_list(more) if more else [])]
@@ -78,6 +83,7 @@ def data() -> None:
     is_flag=True,
     help="Mostly edits of one of two objects, and questions instead of captions, for training.",
 )
+@click.option("--overwrite", is_flag=True, help="Write into a folder that is not empty.")
 def shapes(
     output: str,
     rows: int,
@@ -87,6 +93,7 @@ def shapes(
     square: int | None,
     lines: bool,
     hard: bool,
+    overwrite: bool,
 ) -> int:
     """Draw scenes of one to three objects and write them to the folder OUTPUT: train/ and held-out/, each
     with generate.parquet, edit.parquet and understand.parquet, which are manifests of those tasks.
@@ -109,7 +116,7 @@ def shapes(
             f"--square is {square}, but must be a multiple of {VQ_FACTOR} of at least {least}."
         )
     sizes = [Size(square, square)] if square else load_config(TINY if model == "tiny" else model).size_list()
-    for path in write(output, rows, held_out, seed, sizes, lines, hard):
+    for path in write(output, rows, held_out, seed, sizes, lines, hard, overwrite):
         click.echo(path)
     return OK
 
@@ -140,6 +147,7 @@ def shapes(
 @click.option(
     "--group", default="id", metavar="COLUMN", help="Column to use in place of id for --best-of and --split."
 )
+@click.option("--overwrite", is_flag=True, help="Replace another selection, or write beside other files.")
 def select(
     source: str,
     dest: str,
@@ -149,6 +157,7 @@ def select(
     near: int | None,
     shares: str | None,
     group: str,
+    overwrite: bool,
 ) -> int:
     """Copy selected rows of SOURCE to the new folder DEST.
 
@@ -178,7 +187,7 @@ def select(
             split[name] = float(share)
         except ValueError:
             raise click.UsageError(f"the share of {name} is '{share}', but must be a number.") from None
-    found = copy(source, dest, Rules(filter_, best_of, scores, near, split, group))
+    found = copy(source, dest, Rules(filter_, best_of, scores, near, split, group), overwrite)
     words = [f"{found.rows:,} rows: {found.kept:,} kept"]
     words += [f"{count:,} dropped ({reason})" for reason, count in found.dropped.items()]
     click.echo(", ".join(words))
@@ -209,19 +218,31 @@ def _pair(text: str) -> tuple[str, str]:
     metavar="URL",
     help="For openai-batch: write pictures to DEST/images, and URLs under this one into the lines.",
 )
-def export(format: str, output: str, dest: str, embed_metadata: bool, image_urls: str | None) -> int:
+@click.option(
+    "--overwrite", is_flag=True, help="Replace files that differ, and write beside files of other tools."
+)
+def export(
+    format: str, output: str, dest: str, embed_metadata: bool, image_urls: str | None, overwrite: bool
+) -> int:
     """Write the ok rows of OUTPUT to DEST in the format of another tool.
 
     \b
       files         pictures named by id and metadata.jsonl, Hugging Face's imagefolder
       webdataset    tar shards of pictures, prompts and metadata
+      img2dataset   the same with the names and keys of img2dataset
       geneval       the tree that GenEval's evaluator reads
       dpg           grids of four samples for DPG-Bench
+      dpg-single    the single samples, a folder per sample number
+      wise          PROMPT_ID.png for WISE's evaluator
+      t2i-compbench samples/PROMPT_NUMBER.png for T2I-CompBench
       imgedit       KEY.png for ImgEdit's evaluator
+      gedit         results and sources in GEdit-Bench's tree
       jsonl         questions and answers, of `understand`
+      vlmevalkit    a table of predictions, of `understand`
       openai-batch  result lines of OpenAI's batch API
 
-    OUTPUT and DEST may be s3://bucket/key. Re-run to resume; files that exist are kept.
+    OUTPUT and DEST may be s3://bucket/key. Re-run to resume. A file with other content, or of another kind,
+    is refused without --overwrite; none is deleted.
 
     \b
       wallaroo export files out/first pictures --embed-metadata
@@ -232,6 +253,8 @@ def export(format: str, output: str, dest: str, embed_metadata: bool, image_urls
     """
     from wallaroo.workflows.datasets.export import export as write
 
-    summary = write(output, dest, format, embed_metadata=embed_metadata, image_urls=image_urls)
+    summary = write(
+        output, dest, format, embed_metadata=embed_metadata, image_urls=image_urls, overwrite=overwrite
+    )
     click.echo(summary.text())
     return ERROR_ROWS if summary.errors or summary.left_out else OK

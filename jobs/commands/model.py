@@ -2,7 +2,7 @@
 
 import click
 
-from wallaroo.jobs.terminal import OK, Group
+from wallaroo.jobs.terminal import OK, Group, printable
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.stopping import Stop
 
@@ -202,6 +202,26 @@ def merge(stage: str, output: str, start: str, dtype: str | None) -> int:
 
     write(stage, output, start, None if dtype is None else getattr(torch, dtype))
     click.echo(output)
+    return OK
+
+
+@click.group(cls=Group, short_help="Look at checkpoints.")
+def models() -> None:
+    """Look at checkpoints."""
+
+
+@models.command(short_help="Show what a checkpoint is and takes.")
+@click.argument("model", help="Checkpoint folder, local or s3://, or tiny.")
+def show(model: str) -> int:
+    """Show tasks, sizes, layout, parameters, digest and memory by device of MODEL. Reads no weights.
+
+    \b
+      wallaroo models show tiny
+      wallaroo models show checkpoints/wallaroo-7b
+    """
+    from wallaroo.workflows.reports.models import describe
+
+    click.echo(printable("\n".join(describe(model))))
     return OK
 
 

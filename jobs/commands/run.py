@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wallaroo.jobs.options import RunCommand, configure, run_options
-from wallaroo.jobs.terminal import ERROR_ROWS, OK, RUN_EXIT_CODES
+from wallaroo.jobs.terminal import ERROR_ROWS, OK, RUN_EXIT_CODES, printable
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.stopping import RunStopped, Stop
 
@@ -140,6 +140,11 @@ TASK_COMMANDS = {"generate": generate, "edit": edit, "understand": understand}
     metavar="NAME",
     help="Compute the rate of an H200, H100, A100 or L40S instead; implies --estimate.",
 )
+@click.option(
+    "--errors",
+    metavar="FILE",
+    help="Write all rows that are refused as JSON lines, with reason and place in the manifest.",
+)
 def plan(
     task: str,
     manifest: str,
@@ -147,15 +152,32 @@ def plan(
     estimate: bool,
     rate: str | None,
     gpu: str | None,
+    errors: str | None,
     **given: Any,
 ) -> int:
     config = configure(task, manifest, output or "", given)
     from wallaroo.jobs.progress import Display
+    from wallaroo.workflows import storage
+    from wallaroo.workflows.reports.refused import Refused, first_of_each_kind, refused_rows
     from wallaroo.workflows.runs.setup import plan as make
 
+    if errors and storage.exists(errors):
+        raise click.UsageError(f"{errors} exists already: name another file.")
+    examples: dict[str, list[Refused]] = {}
+
+    def look(folder: str, found: "Plan") -> None:
+        examples.update(first_of_each_kind(refused_rows(folder, found, task), errors))
+
     with Display() as display:
-        made = make(config, display)
-    click.echo(_plan_text(made))
+        made = make(config, display, look)
+    click.echo(_plan_text(made, {kind: [one.text() for one in rows] for kind, rows in examples.items()}))
+    if errors and made.error_rows and not examples:
+        raise InputError(
+            "--errors is given, but on a cluster, and for very many rows, the plan must be kept for it: "
+            "give OUTPUT too."
+        )
+    if errors:
+        click.echo(f"  all of them: {errors}" if made.error_rows else f"  {errors} is not written: no errors")
     if estimate or rate or gpu:
         from wallaroo.workflows.reports.estimate import estimate as reckon
 
@@ -168,6 +190,9 @@ def plan(
 plan.help = f"""Decide every row of a run and count them, without making any.
 
 With OUTPUT the plan is written there, and the task uses it; without OUTPUT nothing is written. {_PATHS}
+
+The first rows of each kind of error are shown with their place in the manifest, counted from 0, except on
+a cluster without OUTPUT.
 
 \b
   wallaroo plan generate prompts.jsonl
@@ -216,15 +241,10 @@ def _run(task: str, manifest: str, output: str, scheduled: bool, on_finish: str 
 def _print_summary(config: "RunConfig", summary: "RunSummary") -> None:
     from wallaroo.workflows.outputs.layout import DATA_FOLDER
     from wallaroo.workflows.storage import join
-    from wallaroo.workflows.text import duration
 
-    made = summary.rows - summary.before
     errors = "1 error" if summary.errors == 1 else f"{summary.errors:,} errors"
     counts = f"{summary.rows:,} rows: {summary.ok:,} ok, {errors}"
-    if made:
-        click.echo(f"{counts}; {made:,} made in {duration(summary.seconds)}")
-    else:
-        click.echo(f"{counts}; all of them were finished before, so there was nothing to do")
+    click.echo(f"{counts}; {_made(config.task, summary)}")
     made_of = "texts   " if config.task == "understand" else "pictures"
     click.echo(f"  {made_of}  {join(config.output, DATA_FOLDER)}")
     click.echo(f"  report    {join(config.output, 'report.html')}")
@@ -236,8 +256,19 @@ def _print_summary(config: "RunConfig", summary: "RunSummary") -> None:
         )
 
 
-def _plan_text(plan: "Plan") -> str:
-    """Counts of a plan as a few lines for people."""
+def _made(task: str, summary: "RunSummary") -> str:
+    """What one start of a run made, in words."""
+    from wallaroo.workflows.text import duration
+
+    if summary.before == summary.rows:
+        return "all of them were finished before, so there was nothing to do"
+    noun = "text" if task == "understand" else "picture"
+    words = f"{summary.made:,} {noun}{'' if summary.made == 1 else 's'} made in {duration(summary.seconds)}"
+    return f"{words}, {summary.before:,} rows finished before" if summary.before else words
+
+
+def _plan_text(plan: "Plan", examples: dict[str, list[str]]) -> str:
+    """Counts of a plan as a few lines for people. examples: kind -> the first rows of it, in words."""
     errors = "1 error" if plan.error_rows == 1 else f"{plan.error_rows:,} errors"
     to_make = plan.rows - plan.error_rows
     lines = [f"{plan.rows:,} rows in {len(plan.shards):,} shards: {to_make:,} to make, {errors}"]
@@ -248,5 +279,7 @@ def _plan_text(plan: "Plan") -> str:
     unsized = to_make - sum(plan.sizes.values())
     if unsized:
         lines.append(f"  {unsized:,} start from pictures; their sizes are known once they are loaded")
-    lines += [f"  error rows of kind {kind}: {count:,}" for kind, count in sorted(plan.errors.items())]
+    for kind, count in sorted(plan.errors.items()):
+        lines.append(f"  error rows of kind {kind}: {count:,}")
+        lines += [f"    {printable(words)}" for words in examples.get(kind, ())]
     return "\n".join(lines)

@@ -286,7 +286,8 @@ def test_counts_agree_with_rows():
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["promt", "tag"], "no column 'prompt'; did you mean 'promt'"),
+        (["promt", "tag"], r"no column 'prompt'; did you mean 'promt'\? --prompt-column names the column"),
+        (["text"], "no column 'prompt': it has text. --prompt-column names the column of the prompts"),
         (["Prompt"], "did you mean 'Prompt'"),
         (["text", "tag"], "no column 'prompt': it has text, tag"),
         (["prompt\ttag"], "did you mean|separated by commas"),

@@ -343,7 +343,7 @@ def test_places_that_cannot_be_are_refused(pictures, tmp_path):
         select(str(pictures), str(pictures / "best"), Rules())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match=r"is not empty, but holds such as mine\.txt"):
+    with pytest.raises(InputError, match=r"is not empty and no selection of rows, it holds mine\.txt"):
         select(str(pictures), str(tmp_path / "full"), Rules())
     (pictures / "_SUCCESS").unlink()
     with pytest.raises(InputError, match="is not finished"):

@@ -1,32 +1,40 @@
 """Source pictures: where they may come from, what is made of every kind of file, and what is refused."""
 
+import base64
 import functools
 import http.server
 import io
 import os
 import re
 import ssl
+import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from tests.pictures import base, real_pictures, save, write_pictures
-from wallaroo.model.checkpoint import TINY, load_config
+from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.config import ModelConfig, Size
 from wallaroo.model.errors import RowError
-from wallaroo.workflows.outputs.rows import restore_size
+from wallaroo.workflows.outputs.rows import RunConstants, restore_size
+from wallaroo.workflows.plans.rows import plan_rows
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.runs.requests import load_requests
+from wallaroo.workflows.settings import RunConfig
+from wallaroo.workflows.sources import decode as sources_decode
 from wallaroo.workflows.sources import fetch as sources_fetch
 from wallaroo.workflows.sources import https
 from wallaroo.workflows.sources.decode import decode
 from wallaroo.workflows.sources.fetch import Fetched, fetch, fetch_many
 from wallaroo.workflows.sources.prepare import load_many, prepare
-from wallaroo.workflows.sources.references import SourceOptions, locate
+from wallaroo.workflows.sources.references import SourceOptions, identity, kept_uri, locate, parts_of
 
 PUBLISHED = ModelConfig()
 
@@ -215,6 +223,13 @@ def test_bytes_and_structs_need_no_file(tmp_path):
         ("s3://b/m/", "./x/../a.png", "s3://b/m/a.png"),
         ("s3://b/m", "/etc/a.png", "/etc/a.png"),
         ("/m", "HTTPS://host/a", "https://host/a"),
+        ("/m", "file:///etc/a%20b.png", "/etc/a b.png"),
+        ("/m", "FILE://localhost/etc/a.png", "/etc/a.png"),
+        ("s3://b/m", "file:/etc/a.png", "/etc/a.png"),
+        ("/m", "DATA:image/png;base64,AAAA", "data:image/png;base64,AAAA"),
+        ("/m", "data.png", "/m/data.png"),
+        ("/m", "9j/" + "A" * 80, "/m/9j/" + "A" * 80),
+        ("/m", "/9j/" + "A" * 30, "/9j/" + "A" * 30),
     ],
 )
 def test_a_reference_leads_to_one_place(folder, path, place):
@@ -233,8 +248,12 @@ def test_a_reference_leads_to_one_place(folder, path, place):
         ("/m", "https://host/a", "does not allow https"),
         ("/m", "http://host/a", "scheme http"),
         ("/m", "ftp://user:hunter2@host/a", "scheme ftp"),
-        ("/m", "file:///etc/passwd", "scheme file"),
-        ("/m", "gs://bucket/a", "scheme gs"),
+        ("/m", "file://other/etc/passwd", "another host"),
+        ("/m", "file://user:hunter2@other/a", "another host"),
+        ("/m", "gs://bucket/a", "scheme gs, but only paths, file://, s3://, https:// and data: are read"),
+        ("/m", "hf://datasets/a/b.png", "scheme hf"),
+        ("/m", "az://bucket/a", "scheme az"),
+        ("/m", "data:image/png;base64," + "A" * (16 << 20), "16,777,238 characters"),
         ("/m", "s3://bucket", "names no object"),
     ],
 )
@@ -243,6 +262,118 @@ def test_other_references_are_refused(folder, path, reason):
         locate(path, SourceOptions(folder))
     check_refused(caught.value, "", reason)
     assert "hunter2" not in str(caught.value)
+
+
+def check_inline(reference, data, uri, options):
+    """A reference that holds the picture gives its bytes, and no copy of them in its name."""
+    place = locate(parts_of(reference)[1], options)
+    for one in (reference, place):
+        assert fetch(one, options) == Fetched(uri, data)
+        assert len(str(identity(one))) < 5000
+    assert kept_uri(place) == uri
+    ((positions, made),) = load_many([place], "understand", load_config(TINY), options)
+    assert positions == [0] and (made.uri, made.sha256) == (uri, Fetched("", data).sha256)
+
+
+@pytest.mark.parametrize("folder", ["/m", "s3://bucket/m"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_a_picture_may_stand_in_the_text_of_a_row(form, folder):
+    data = save(Image.fromarray(base()[:40, :60]), form)
+    text, options = base64.b64encode(data).decode(), SourceOptions(folder)
+    lines = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    for one in (text, lines, text.rstrip("="), base64.urlsafe_b64encode(data).decode(), f"{text}\n"):
+        check_inline(one, data, "data:", options)
+        check_inline(f"data:image/x;charset=utf-8;base64,{one}", data, "data:image/x", options)
+        check_inline({"bytes": None, "path": one}, data, "data:", options)
+        check_inline({"bytes": one, "path": None}, data, "data:", options)
+    quoted = "".join(f"%{byte:02X}" for byte in data)
+    check_inline(f"Data:image/x,{quoted}", data, "data:image/x", options)
+    check_inline(
+        f"data:image/x;base64,{text.replace('=', '%3D').replace('+', '%2B')}", data, "data:image/x", options
+    )
+
+
+def test_broken_and_too_long_texts_of_pictures_are_refused():
+    text = base64.b64encode(save(Image.fromarray(base()[:40, :60]), "PNG")).decode()
+    options = SourceOptions("/m")
+    for reference, reason in (
+        ("data:image/png;base64", "no data after a comma"),
+        ("data:", "no data after a comma"),
+        (f"data:image/png;base64,{text[:-5]}!{text[-4:]}", "broken base64"),
+        (f"data:image/png;base64,{text}é", "broken base64"),
+        ("data:image/png;base64,A", "broken base64"),
+    ):
+        with pytest.raises(RowError) as caught:
+            fetch(reference, options)
+        check_refused(caught.value, "", reason)
+    with pytest.raises(RowError, match="The picture in the manifest has more than the allowed 1,000 bytes"):
+        fetch(text, SourceOptions("/m", most_bytes=1000))
+    for reference, reason in (
+        ("data:text/html,<html>", "HTML"),
+        ("data:image/png;base64,", "empty"),
+        ("data:image/svg+xml,%3Csvg/%3E", "HTML or XML"),
+        (text[:400], "cut short|damaged"),
+    ):
+        ((_, made),) = load_many([reference], "understand", load_config(TINY), options)
+        check_refused(made, "The picture in the manifest", reason)
+
+
+def test_a_plan_keeps_the_text_of_a_picture_and_its_results_do_not():
+    data = save(Image.fromarray(base()[:40, :60]), "JPEG")
+    text = base64.b64encode(data).decode()
+    texts = [text, f"data:image/jpeg;base64,{text}", "data:image/png"]
+    table = pa.table({"image": texts, "prompt": ["what?"] * 3})
+    asked = PlanSettings.of(RunConfig("", "", "understand"))
+    rows = plan_rows(table, asked, load_config(TINY), load_tokenizer(TINY), folder="/m").to_pylist()
+    assert [row["status"] for row in rows] == ["planned", "planned", "error"]
+    check_refused(RowError(rows[2]["error_type"], rows[2]["error_message"]), "data:image/png", "no data")
+    found = [fetch(row["source"]["uri"], SourceOptions("/m")) for row in rows[:2]]
+    assert [one.data for one in found] == [data, data]
+    assert [one.uri for one in found] == ["data:", "data:image/jpeg"]
+
+    broken = f"data:image/png;base64,{text[:60]}"
+    table = pa.table({"image": [*texts[:2], broken], "prompt": ["what?"] * 3})
+    plan = plan_rows(table, asked, load_config(TINY), load_tokenizer(TINY), folder="/m")
+    run = RunConstants("understand", "m" * 64, "c" * 64)
+    loaded, requests = load_requests(plan, str(TINY), run, SourceOptions("/m"))
+    assert len(requests) == 2
+    uris = [source["uri"] for source in loaded.column("source").to_pylist()]
+    assert uris == ["data:", "data:image/jpeg", "data:image/png"]
+    assert loaded.column("error_type").to_pylist() == ["", "", "image"]
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPG_large", "png", ""])
+def test_a_picture_is_known_by_its_content_not_by_its_suffix(tmp_path, suffix):
+    (tmp_path / f"cat.{suffix}").write_bytes(save(Image.fromarray(base()), "JPEG", quality=95))
+    ((_, made),) = load_many([f"cat.{suffix}"], "edit", load_config(TINY), SourceOptions(str(tmp_path)))
+    assert (made.prepared.height, made.prepared.width) == base().shape[:2]
+
+
+def test_pictures_of_telephones_are_read_upright_where_the_extra_is_installed():
+    pytest.importorskip("pillow_heif")
+    assert sources_decode._has_heif()
+    image = Image.fromarray(base())
+    found = np.array(decode(save(image, "HEIF", quality=-1)))
+    assert np.abs(found.astype(int) - base()).mean() <= 2
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = np.array(decode(save(image, "HEIF", quality=-1, exif=exif.tobytes())))
+    assert turned.shape[:2] == base().shape[1::-1]
+    assert np.abs(turned.astype(int) - np.rot90(base(), -1)).mean() <= 2
+    with pytest.raises(RowError, match="more than the allowed 100 pixels"):
+        decode(save(image, "HEIF"), most_pixels=100)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"heix"])
+def test_pictures_of_telephones_are_named_where_it_is_not(monkeypatch, brand):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    sources_decode._has_heif.cache_clear()
+    try:
+        with pytest.raises(RowError) as caught:
+            decode(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(100), "cat.heic")
+        check_refused(caught.value, "cat.heic", r"HEIC or HEIF picture: install wallaroo-batch\[heif\]")
+    finally:
+        sources_decode._has_heif.cache_clear()
 
 
 def test_a_relative_path_leaves_the_folder_only_if_allowed(tmp_path):

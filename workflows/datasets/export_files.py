@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -56,14 +56,14 @@ class Row(NamedTuple):
 
 
 class Results:
-    """The rows of a finished output. errors: how many error rows have been met.
+    """The rows of a finished output. ok, errors: how many rows of the kind have been met.
 
     Raises InputError if it is none, or lacks a shard.
     """
 
     def __init__(self, output: str):
         run = read_run(output)
-        self.output, self.errors = output, 0
+        self.output, self.ok, self.errors = output, 0, 0
         self.plan = read_plan(output)
         self.task = str(run["config"].get("task", "generate"))
         done = list_done(output)
@@ -83,6 +83,7 @@ class Results:
         before: dict[str, Any] | None = None
         waiting: Row | None = None
         for values, picture, number in self._stored(pictures):
+            self.ok += values["status"] == "ok"
             self.errors += values["status"] != "ok"
             follows = before is not None and place(values) == (*place(before)[:2], before["sample"] + 1)
             if waiting is not None:
@@ -90,6 +91,10 @@ class Results:
             before, waiting = values, Row(values, picture, number, follows, False)
         if waiting is not None:
             yield waiting
+
+    def forget(self) -> None:
+        """Starts to count anew, for a format that goes over the rows twice."""
+        self.ok = self.errors = 0
 
     def _stored(self, pictures: bool) -> Iterator[tuple[dict[str, Any], bytes | None, int]]:
         position: dict[int, int] = {}
@@ -113,7 +118,7 @@ class Results:
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{shard_path(self.output, shard)} cannot be read ({str(error).splitlines()[0]}): "
-                f"delete it and start the run again."
+                f"move it elsewhere and start the run again."
             ) from error
 
     def _group(
@@ -126,6 +131,12 @@ class Results:
             # One picture at a time becomes an object of Python's.
             yield values, (images[index].as_py() or {}).get("bytes") if images is not None else None
 
+    def own_value(self, row: Row, name: str, default: Any = None) -> Any:
+        """What a column of the manifest holds, by its name there; `default` if it is absent or null."""
+        found = [field.name for field in self.carried if own_name(field.name) == name]
+        value = row.values[found[0]] if found else None
+        return default if value is None else value
+
     def carried_values(
         self,
         row: Row,
@@ -135,11 +146,12 @@ class Results:
     ) -> dict[str, Any]:
         """The carried columns of a row as JSON values, by their new names; one that is taken gets `in_`.
 
-        text: JSON text and nested values stay, or become, text.
+        text: JSON text and nested values stay, or become, text. Arrow gives every struct all fields of its
+        type, so a null field of a struct counts as absent; in JSON text null stays, which the manifest had.
         """
         found: dict[str, Any] = {}
         for field in self.carried:
-            value = row.values[field.name]
+            value = _without_absent(row.values[field.name], field.type)
             marked = field.name in self.marked and value is not None
             value = json_again(value) if marked and not text else jsonable(value)
             if text and value is not None and _nested(field.type):
@@ -149,6 +161,29 @@ class Results:
                 name = f"in_{name}"
             found[name] = value
         return found
+
+
+def own_name(name: str) -> str:
+    """The name that a carried column had in the manifest."""
+    own = name.removeprefix("in_")
+    return own if own in RESULT_NAMES else name
+
+
+def _without_absent(value: Any, kind: pa.DataType) -> Any:
+    """A value of an Arrow type, without the null fields of its structs."""
+    if value is None or not pa.types.is_nested(kind):
+        return value
+    if pa.types.is_struct(kind):
+        return {
+            field.name: _without_absent(value[field.name], field.type)
+            for field in kind
+            if value[field.name] is not None
+        }
+    if pa.types.is_map(kind):
+        return [(key, _without_absent(item, kind.item_type)) for key, item in value]
+    if hasattr(kind, "value_type"):
+        return [_without_absent(item, kind.value_type) for item in value]
+    return value
 
 
 def place(values: Mapping[str, Any]) -> tuple[str, int, int]:
@@ -167,10 +202,13 @@ def _nested(kind: pa.DataType) -> bool:
 
 
 class Sink:
-    """Writes files below a folder, some at once; leaves those alone that are already as they should be."""
+    """Writes files below a folder, some at once; leaves those alone that are already as they should be.
 
-    def __init__(self, dest: str):
-        self.dest, self.files, self.unchanged = dest, 0, 0
+    Raises InputError for a file that has other bytes, unless it may overwrite.
+    """
+
+    def __init__(self, dest: str, overwrite: bool = False):
+        self.dest, self.overwrite, self.files, self.unchanged = dest, overwrite, 0, 0
         # The first look at a place must not be that of several threads, which would share a half-made client.
         storage.info(storage.join(dest, "metadata.jsonl"))
         self._pool = ThreadPoolExecutor(WRITERS)
@@ -189,7 +227,7 @@ class Sink:
     def put(self, relative: str, make: Callable[[], bytes], size: int) -> None:
         """Writes what `make()` returns, in a thread; size: memory that this takes until it is done, bytes."""
         path = storage.join(self.dest, relative)
-        self._waiting.append((size, self._pool.submit(_write, path, make)))
+        self._waiting.append((size, self._pool.submit(_write, path, make, self.overwrite)))
         while len(self._waiting) > 2 * WRITERS or sum(taken for taken, _ in self._waiting) > WAITING_BYTES:
             self._take()
 
@@ -201,27 +239,55 @@ class Sink:
     @contextlib.contextmanager
     def stream(self, relative: str) -> Iterator[Any]:
         """A file that is written bit by bit, and is there when all others are."""
-        with storage.write_stream(storage.join(self.dest, relative)) as stream:
-            yield stream
-            while self._waiting:
-                self._take()
+        path = storage.join(self.dest, relative)
+        if not self.overwrite and storage.exists(path):
+            with storage.open_source(path) as there:
+                yield _Same(path, there)
+                if there.read(1):
+                    raise _other_bytes(path)
+                while self._waiting:
+                    self._take()
+            self.unchanged += 1
+        else:
+            with storage.write_stream(path) as stream:
+                yield stream
+                while self._waiting:
+                    self._take()
         self.files += 1
 
 
-def _write(path: str, make: Callable[[], bytes]) -> bool:
+class _Same:
+    """A file that is written once more: each piece is compared with what is there."""
+
+    def __init__(self, path: str, there: IO[bytes]):
+        self._path, self._there = path, there
+
+    def write(self, data: bytes) -> None:
+        if self._there.read(len(data)) != data:
+            raise _other_bytes(self._path)
+
+
+def _write(path: str, make: Callable[[], bytes], overwrite: bool) -> bool:
     """Writes a file unless it is there already with these bytes; says whether it did."""
     data = make()
     found = storage.info(path)
-    if found is not None and found.size == len(data):
-        if storage.is_s3(path):
-            # The etag of an object that came in one piece; with any other it is only written again.
-            same = found.etag == hashlib.md5(data, usedforsecurity=False).hexdigest()
-        else:
-            same = storage.read_bytes(path) == data
+    if found is not None:
+        # The etag of an object that came in one piece spares its reading.
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        same = found.size == len(data) and (found.etag == md5 or storage.read_bytes(path) == data)
         if same:
             return False
+        if not overwrite:
+            raise _other_bytes(path)
     storage.write_atomic(path, data)
     return True
+
+
+def _other_bytes(path: str) -> InputError:
+    return InputError(
+        f"{path} exists with other content than this export gives it: "
+        f"choose another DEST, or --overwrite to replace it."
+    )
 
 
 # Names

@@ -65,7 +65,7 @@ class OutputRows:
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{self.pieces[piece]} of {self.path} cannot be read ({str(error).splitlines()[0]}): "
-                f"delete it and start its run again."
+                f"move it elsewhere and start its run again."
             ) from error
 
     def names(self, chunk: Chunk, piece: int, column: str) -> list[str]:

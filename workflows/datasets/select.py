@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -17,52 +18,66 @@ from wallaroo.workflows.datasets.decide import Decided, decide
 from wallaroo.workflows.datasets.look import Found, Look
 from wallaroo.workflows.datasets.rows import Chunk, ManifestRows, OutputRows
 from wallaroo.workflows.datasets.rules import DEFAULT_FOLDER, FAILURES, KEPT, REASONS, Rules, Selection
-from wallaroo.workflows.outputs.layout import CARD_FILE, DROPPED_FILE, RUN_FILE, SELECTION_FILE
-from wallaroo.workflows.reports.card import code, front_matter
+from wallaroo.workflows.outputs.layout import DROPPED_FILE, RUN_FILE, SELECTION_FILE
+from wallaroo.workflows.reports.card import code, front_matter, put_card
+
+_WRITTEN = re.compile(r"[^/]+/(part-\d{5,}|shard-\d{8,})\.parquet")
 
 
-def select(source: str, dest: str, rules: Rules) -> Selection:
+def select(source: str, dest: str, rules: Rules, overwrite: bool = False) -> Selection:
     """Copies the rows of `source` that the rules keep to `dest`, a folder; both are local or on S3.
 
     source: the finished output of a run, or a manifest. dest gets Parquet files with the columns of the
     source, in `data/` or a folder for each split; `_dropped.jsonl`, every other row with its reason; and
     a card. The same call gives the same files, and a call that was cut short is repeated as a whole.
-    Holds one shard, and some 40 bytes a row. Raises InputError if the source cannot be read, a column or
-    function does not exist, or dest holds anything else.
+    Holds one shard, and some 40 bytes a row. overwrite: replace another selection, and write beside other
+    files. Raises InputError if the source cannot be read, a column or function does not exist, or, without
+    overwrite, dest holds anything else.
     """
     rules.check()
     rows = OutputRows(source) if storage.exists(storage.join(source, RUN_FILE)) else ManifestRows(source)
     look = Look(rows, rules)
-    _claim(source, dest, rules)
+    claim = _claim(source, dest, rules, overwrite)
     found = look.all()
     decided = decide(found, rules)
-    return _write(rows, dest, rules, found, decided, look.messages)
+    return _write(rows, dest, rules, found, decided, look.messages, claim)
 
 
-def _claim(source: str, dest: str, rules: Rules) -> None:
-    """Makes sure that dest is new, of this very selection, or of one that did not end."""
+def _claim(source: str, dest: str, rules: Rules, overwrite: bool) -> dict[str, Any]:
+    """Makes sure that dest is new, of this very selection, or of one that did not end.
+
+    Returns:
+        What `_selection.json` says from now on: `settings`, and `shared` if files of others are beside it.
+    """
     if storage.is_s3(source) == storage.is_s3(dest):
         ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (source, dest)]
         outer, inner = (path.rstrip("/") + "/" for path in ends)
         if inner.startswith(outer):
             raise InputError(f"{dest} lies in {source}, and would be taken for a part of it: choose another.")
     path = storage.join(dest, SELECTION_FILE)
-    files = storage.list_files(dest)
-    settings = {"source": source, "rules": asdict(rules)}
-    if files and not storage.exists(path):
-        raise InputError(f"{dest} is not empty, but holds such as {files[0].relative}: give a new folder.")
-    if files:
+    claim: dict[str, Any] = {"settings": {"source": source, "rules": asdict(rules)}}
+    found = storage.find_files(dest, lambda name: True, 1)
+    there: dict[str, Any] = {}
+    if found and storage.exists(path):
         try:
             there = dict(json.loads(storage.read_bytes(path)))
         except (ValueError, TypeError, RecursionError):
             raise InputError(f"{path} is damaged: give a new folder.") from None
         # Of one that was cut short nothing is of use to anybody.
-        if "result" in there and there.get("settings") != settings:
+        if "result" in there and there.get("settings") != claim["settings"] and not overwrite:
             raise InputError(
                 f"{dest} holds another selection ({json.dumps(there.get('settings'))[:200]}): "
-                f"give a new folder, or the same rules."
+                f"give a new folder, the same rules, or --overwrite."
             )
-    storage.write_atomic(path, json.dumps({"settings": settings}, indent=2).encode() + b"\n")
+    elif found and not overwrite:
+        raise InputError(
+            f"{dest} is not empty and no selection of rows, it holds {found[0]:.100}: "
+            f"give a new folder, or --overwrite to write beside it."
+        )
+    if found and (not there or there.get("shared")):
+        claim["shared"] = True
+    storage.write_atomic(path, json.dumps(claim, indent=2).encode() + b"\n")
+    return claim
 
 
 def _write(
@@ -72,6 +87,7 @@ def _write(
     found: Found,
     decided: Decided,
     messages: Mapping[int, str],
+    claim: Mapping[str, Any],
 ) -> Selection:
     names = sorted(rules.split) or [DEFAULT_FOLDER]
     written = set()
@@ -98,8 +114,9 @@ def _write(
         with storage.write_stream(storage.join(dest, DROPPED_FILE)) as stream:
             while data := lines.read(storage.COPY_BYTES):
                 stream.write(data)
-    for stale in storage.list_files(dest):
-        if stale.relative.endswith(".parquet") and stale.relative not in written:
+    for stale in storage.list_files(dest) if "shared" not in claim else ():
+        # Of an earlier selection; files of other names are not ours.
+        if _WRITTEN.fullmatch(stale.relative) and stale.relative not in written:
             storage.delete(stale.path)
     reasons = Counter(decided.why.tolist())
     kept_rows = decided.why == KEPT
@@ -111,8 +128,8 @@ def _write(
         splits=dict(zip(names, counts, strict=True)),
         failures=sum(count for reason, count in reasons.items() if reason in FAILURES),
     )
-    storage.write_atomic(storage.join(dest, CARD_FILE), _card(rows, rules, selection).encode())
-    document = {"settings": {"source": rows.path, "rules": asdict(rules)}, "result": asdict(selection)}
+    put_card(dest, _card(rows, rules, selection))
+    document = {**claim, "result": asdict(selection)}
     storage.write_atomic(storage.join(dest, SELECTION_FILE), json.dumps(document, indent=2).encode() + b"\n")
     return selection
 

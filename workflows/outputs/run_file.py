@@ -7,9 +7,39 @@ from typing import Any
 from wallaroo.model.config import TASKS
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.outputs.layout import RUN_FILE
+from wallaroo.workflows.outputs.layout import RUN_FILE, is_early
 from wallaroo.workflows.outputs.schema import FORMAT
 from wallaroo.workflows.outputs.values import digest, flat, plain, shown
+
+MAX_NAMED = 3
+"""So many files of a folder that is no output are named."""
+
+
+def find_run(output: str) -> dict[str, Any] | None:
+    """What `run.json` says, before anything is written into a folder that may be somebody else's.
+
+    Costs one request where there is a `run.json`, and else a listing that ends at the first files that no
+    run has written.
+
+    Args:
+        output: The folder that a run is to fill, local or on S3; it may be absent.
+
+    Returns:
+        As `read_run` does; None if the folder is new, empty, or has a plan without a `run.json` yet.
+
+    Raises:
+        InputError: The folder holds other files, or a `run.json` that cannot be read.
+    """
+    document = _read(output)
+    if document is None:
+        found = storage.find_files(output, lambda name: not is_early(name), MAX_NAMED + 1)
+        if found:
+            more = " and more" if len(found) > MAX_NAMED else ""
+            raise InputError(
+                f"{output} is not empty and not the output of a run: it holds "
+                f"{', '.join(name[:100] for name in found[:MAX_NAMED])}{more}; give a new or an empty folder."
+            )
+    return document
 
 
 def put_run(output: str, fields: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
@@ -20,9 +50,22 @@ def put_run(output: str, fields: Mapping[str, Any], options: Mapping[str, Any] |
     """
     path = storage.join(output, RUN_FILE)
     document = {"format": FORMAT, "config_digest": digest(fields), "config": fields, "options": options or {}}
-    if storage.put_if_absent(path, json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"):
-        return
-    there, here = flat(read_run(output)["config"]), flat(fields)
+    if not storage.put_if_absent(path, json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"):
+        check_run(output, read_run(output), fields)
+
+
+def check_run(output: str, run: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Checks that an output is of the run with these fields.
+
+    Args:
+        output: Its folder.
+        run: What its `run.json` says.
+        fields: Plain JSON values of what may change a row by meaning.
+
+    Raises:
+        InputError: Some differ; each is named with both values.
+    """
+    there, here = flat(run["config"]), flat(fields)
     differing = [key for key in sorted({*there, *here}) if plain(there.get(key)) != plain(here.get(key))]
     if differing:
         words = "; ".join(
@@ -39,13 +82,20 @@ def read_run(output: str) -> dict[str, Any]:
 
     Raises InputError if there is none, so that this is no output of ours, or it cannot be read.
     """
+    document = _read(output)
+    if document is None:
+        raise InputError(
+            f"{output} is not the output of a run, since it has no {RUN_FILE}: give the folder of one."
+        )
+    return document
+
+
+def _read(output: str) -> dict[str, Any] | None:
     path = storage.join(output, RUN_FILE)
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
-        raise InputError(
-            f"{output} is not the output of a run, since it has no {RUN_FILE}: give the folder of one."
-        ) from None
+        return None
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -66,7 +66,9 @@ def read_success(output: str) -> dict[str, Any] | None:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): delete it and start the run again.") from None
+        raise InputError(
+            f"{path} is not JSON ({error}): move it elsewhere and start the run again."
+        ) from None
     keys = {"format", "rows", "ok", "errors", "shards", "parts"}
     if not isinstance(document, dict) or set(document) != keys or document["format"] != FORMAT:
         raise InputError(f"{path} was written by another version: use the version that made it.")
@@ -76,5 +78,5 @@ def read_success(output: str) -> dict[str, Any] | None:
     names = document["parts"]
     whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not (whole and isinstance(document["errors"], dict) and all(type(one) is int for one in numbers)):
-        raise InputError(f"{path} is damaged: delete it and start the run again.")
+        raise InputError(f"{path} is damaged: move it elsewhere and start the run again.")
     return document

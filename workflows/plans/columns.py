@@ -71,6 +71,8 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
             hint = f": it has {', '.join(schema.names[:10]) or 'none at all'}."
             if column == "prompt" and settings.task in PICTURE_TASKS:
                 hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
+        if column == "prompt" and "--prompt-column" not in hint:
+            hint += " --prompt-column names the column of the prompts."
         raise InputError(f"The manifest has no column '{column}'{hint}")
     warnings = [
         f"Column '{actual}' is taken for the {name} of a row, as its layout is known; "

@@ -5,7 +5,9 @@ Its front matter is what Hugging Face's hub and `datasets` look for, so `load_da
 nothing of how anything is counted.
 """
 
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from wallaroo.workflows.outputs.success import RowTotals
     from wallaroo.workflows.plans.plan import Plan
 
+log = logging.getLogger(__name__)
 
 MAX_FILES = 20
 MAX_LINES = 40
@@ -30,12 +33,50 @@ _WHAT = {
     "edit": "Pictures edited by instructions",
     "understand": "Answers to questions about pictures",
 }
+_SIGNATURE = "\n<!-- Written by Wallaroo Batch, which replaces it while its SHA-256 is {}. -->\n"
+"""The last line of a card. The digest is that of all before it."""
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
 def write_card(output: str, plan: "Plan", counts: "RowTotals") -> None:
     """Writes OUTPUT/README.md of a data set whose rows are all there."""
-    storage.write_atomic(storage.join(output, CARD_FILE), render_card(output, plan, counts).encode())
+    put_card(output, render_card(output, plan, counts))
+
+
+def put_card(folder: str, text: str) -> None:
+    """Writes README.md, signed by a digest of its text, unless the one there is somebody else's.
+
+    Args:
+        folder: Of a data set, local or on S3.
+        text: The card.
+    """
+    path = storage.join(folder, CARD_FILE)
+    try:
+        there = storage.read_bytes(path)
+    except FileNotFoundError:
+        there = None
+    if there is None or is_card(there):
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        storage.write_atomic(path, f"{text}{_SIGNATURE.format(digest)}".encode())
+    else:
+        log.warning(
+            f"{path} is kept, since it was written or changed by hand; "
+            f"move it elsewhere and start again to get the card of the data set."
+        )
+
+
+def is_card(data: bytes) -> bool:
+    """Whether a README.md is a card that nobody has changed, or one of version 0.1.0, which signed none."""
+    text, mark, digest = data.decode("utf-8", "replace").rpartition(_SIGNATURE.partition("{")[0])
+    if mark:
+        signed = _SIGNATURE.format(hashlib.sha256(text.encode()).hexdigest())
+        return mark + digest == signed
+    text = digest
+    return (
+        text.startswith("---\npretty_name: ")
+        and '\n- "wallaroo"\nconfigs:\n' in text
+        and re.search(r"^.* (Made|chosen) with Wallaroo Batch[;.]", text, flags=re.MULTILINE) is not None
+    )
 
 
 def render_card(output: str, plan: "Plan", counts: "RowTotals") -> str:

@@ -70,11 +70,11 @@ class Estimate:
         if self.cost is not None:
             found.append(f"  cost: {self.cost:,.2f}")
         found.append(
-            f"  memory of a replica: {_size(self.weight_bytes)} of weights as stored, "
-            f"{_size(self.kv_bytes)} of keys and values at prompts of {PROMPT_TOKENS} tokens"
+            f"  memory of a replica: {size_in_words(self.weight_bytes)} of weights as stored, "
+            f"{size_in_words(self.kv_bytes)} of keys and values at prompts of {PROMPT_TOKENS} tokens"
         )
         where = f"as in {self.bytes_from}" if self.bytes_from else "if no picture could be compressed"
-        found.append(f"  output: {_size(self.output_bytes)}, {where}")
+        found.append(f"  output: {size_in_words(self.output_bytes)}, {where}")
         return found
 
 
@@ -196,7 +196,8 @@ def _kv_bytes(plan: Plan, config: RunConfig, model: ModelConfig) -> int:
     return slots * branches * (PROMPT_TOKENS + tokens) * row
 
 
-def _size(count: float) -> str:
+def size_in_words(count: float) -> str:
+    """A number of bytes for people, in units of 1,024."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
@@ -236,5 +237,5 @@ def compare(output: str) -> list[dict[str, Any]]:
             duration(sum(one.seconds for one in records)),
         ),
         line("cost", f"{found.cost:,.2f}" if found.cost else None, f"{sum(costs):,.2f}" if costs else None),
-        line("data set", _size(found.output_bytes), _size(sum(file.size for file in files))),
+        line("data set", size_in_words(found.output_bytes), size_in_words(sum(file.size for file in files))),
     ]

@@ -53,8 +53,8 @@ def finish(output: str, plan: "Plan") -> RowTotals:
             if total.rows - before != part.rows:
                 raise InputError(
                     f"the data of {part.name} in {output} has {total.rows - before} rows, but {part.rows} "
-                    f"were planned: `wallaroo verify {output}` names the files at fault; delete them and "
-                    f"start the run again."
+                    f"were planned: `wallaroo verify {output}` names the files at fault; move them "
+                    f"elsewhere and start the run again."
                 )
         writer.flush()
         lines.seek(0)
@@ -100,7 +100,7 @@ def _read(output: str, shard: int) -> ShardTotals:
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{shard_path(output, shard)} cannot be read ({str(error).splitlines()[0]}): "
-            f"delete it and start the run again."
+            f"move it elsewhere and start the run again."
         ) from error
 
 

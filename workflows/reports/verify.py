@@ -99,7 +99,10 @@ def verify(output: str, say: Callable[[str], None] = print) -> Verdict:
         if shard is not None and shard in plan.shards:
             present.add(shard)
         elif file.relative.endswith(".parquet"):
-            fault(f"{file.path} is no file of this plan, but readers of the folder take its rows: remove it.")
+            fault(
+                f"{file.path} is no file of this plan, but readers of the folder take its rows: "
+                f"move it elsewhere."
+            )
         else:
             say(f"{file.path} is no file of a run; it does no harm.")
 
@@ -148,7 +151,7 @@ def _sentence(output: str, verdict: Verdict, plan: Plan) -> str:
     if verdict.state == "broken":
         return (
             f"{output} is broken: {verdict.faults:,} {'fault' if verdict.faults == 1 else 'faults'}; {rows}. "
-            f"Delete the files at fault and start the run again: it makes them anew."
+            f"Move the files at fault elsewhere and start the run again: it makes what is missing."
         )
     if not plan.complete:
         why = "its plan is not finished"

@@ -17,6 +17,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import choose_device
 from wallaroo.workflows.outputs.layout import SUCCESS_FILE, list_done
 from wallaroo.workflows.outputs.lock import OutputLock
+from wallaroo.workflows.outputs.run_file import find_run
 from wallaroo.workflows.outputs.run_log import RunLog
 from wallaroo.workflows.outputs.shards import map_shards
 from wallaroo.workflows.plans.plan import Plan
@@ -67,25 +68,29 @@ def run(
     config = with_absolute_paths(config)
     stop = stop or Stop(config.grace, config.deadline)
     report = on_progress or (lambda progress: None)
+    there = find_run(config.output)
     with ExitStack() as stack:
         lock = stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
-        planned = planned_run(config, stack, report, stop)
+        planned = planned_run(config, there, stack, report, stop)
         if is_finished(config.output, planned) and not config.retry_errors:
-            return summary_of(config, started, before=planned.rows)
+            return summary_of(config, started, before=planned.rows, made=0)
         # The storage has answered, so that it is not its address that is wrong.
         stack.enter_context(storage.patience())
         connect(config, stack, report, stop)
         device = choose_device(config.device)
-        check_gpus(config, device)
+        if device == "cuda":
+            import ray
+
+            check_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
         storage.remove_leftovers(config.output)
         run_log = stack.enter_context(RunLog(config.output, config.to_dict()))
         with stop.patience():
-            before = _make_missing(config, planned, device, replica, lock, run_log, report, stop)
+            before, made = _make_missing(config, planned, device, replica, lock, run_log, report, stop)
         lock.check()
         finish(config.output, planned)
         run_log.end("finished")
         write_report(config.output)
-    return summary_of(config, started, before)
+    return summary_of(config, started, before, made)
 
 
 def _make_missing(
@@ -97,8 +102,12 @@ def _make_missing(
     run_log: RunLog,
     report: Callable[[Progress], None],
     stop: Stop,
-) -> int:
-    """Makes the rows that are not there, or are to be made again, and returns how many there were before."""
+) -> tuple[int, int]:
+    """Makes the rows that are not there, or are to be made again.
+
+    Returns:
+        How many there were before, and how many were made ok.
+    """
     import ray
     import ray.data
 
@@ -123,7 +132,7 @@ def _make_missing(
             known.errors = dict(Counter(known.errors) - Counter(kinds))
     before = known.rows
     if not (missing or again):
-        return before
+        return before, 0
     if again:
         # From now on it is not what was finished: a run that is cut off goes on, and finishes it anew.
         storage.delete(storage.join(config.output, SUCCESS_FILE))
@@ -213,7 +222,7 @@ def _make_missing(
             "The rows were made in %d environments, which may round differently; the report counts them.",
             len(known.environments),
         )
-    return before
+    return before, made.ok
 
 
 def _waiting(config: RunConfig, pool: Pool, seconds: float) -> str:

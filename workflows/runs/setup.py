@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -16,10 +17,10 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import connected
 from wallaroo.workflows.manifests.discover import discover
-from wallaroo.workflows.outputs.layout import REPORT_FILE, RUN_FILE
+from wallaroo.workflows.outputs.layout import REPORT_FILE
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.rows import RunConstants
-from wallaroo.workflows.outputs.run_file import put_run
+from wallaroo.workflows.outputs.run_file import check_run, find_run, put_run
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.outputs.values import digest
@@ -34,6 +35,9 @@ from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint
 from wallaroo.workflows.storage.paths import absolute_path
 
 log = logging.getLogger(__name__)
+
+MAX_LOOKED_AT = 1_000_000
+"""Rows of a plan that is made once more to show which of them are refused."""
 
 
 def make_job(
@@ -60,28 +64,56 @@ def make_job(
     )
 
 
-def plan(config: RunConfig, on_progress: Callable[[Progress], None] | None = None) -> Plan:
+def plan(
+    config: RunConfig,
+    on_progress: Callable[[Progress], None] | None = None,
+    look: Callable[[str, Plan], None] | None = None,
+) -> Plan:
     """Plans a run and makes nothing. With an output, `run` goes on with this plan; where `output` is
     empty nothing is written.
+
+    Args:
+        config: Of the run.
+        on_progress: Called while Ray starts.
+        look: Called with a folder that has the plan's rows, if any of them are refused. Without an output
+            they are planned once more for it, into a folder of this machine that vanishes; not on a cluster,
+            whose other machines lack that folder, and not above MAX_LOOKED_AT rows.
 
     Raises as `run` does.
     """
     config = with_absolute_paths(config)
+    report = on_progress or (lambda progress: None)
+    run = find_run(config.output) if config.output else None
     with ExitStack() as stack:
         if config.output:
             stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
-        return planned_run(config, stack, on_progress or (lambda progress: None))
+        found = planned_run(config, run, stack, report)
+        if look is not None and found.error_rows:
+            if config.output:
+                look(config.output, found)
+            elif config.address is None and found.rows <= MAX_LOOKED_AT:
+                report(Progress(waiting="looking at the rows that are refused"))
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallaroo-plan-"))
+                look(folder, make_plan(config.manifest, PlanSettings.of(config), config.model, folder))
+        return found
 
 
 def planned_run(
-    config: RunConfig, stack: ExitStack, report: Callable[[Progress], None], stop: Stop | None = None
+    config: RunConfig,
+    run: dict[str, Any] | None,
+    stack: ExitStack,
+    report: Callable[[Progress], None],
+    stop: Stop | None = None,
 ) -> Plan:
-    """The plan of a run, made if need be; Ray is only connected for that."""
+    """The plan of a run, made if need be; Ray is only connected for that.
+
+    run: what the output's `run.json` says, None if it has none yet.
+    """
     meaning = meaning_of(config)
     settings = PlanSettings.of(config)
     settings.check(read_checkpoint(config.model).config)
-    if config.output and storage.exists(storage.join(config.output, RUN_FILE)):
-        put_run(config.output, meaning, config.to_dict())
+    if run is not None:
+        check_run(config.output, run, meaning)
     found = None
     if config.output:
         found = existing_plan(config.manifest, settings, config.model, config.output)
@@ -93,7 +125,7 @@ def planned_run(
         found = make_plan(config.manifest, settings, config.model, config.output or None)
         for warning in found.warnings:
             log.warning(warning)
-    if config.output:
+    if config.output and run is None:
         put_run(config.output, meaning, config.to_dict())
     return found
 
@@ -135,15 +167,26 @@ def meaning_of(config: RunConfig) -> dict[str, Any]:
     return config.config_digest_fields(known.digest)
 
 
-def check_gpus(config: RunConfig, device: str) -> None:
-    """Raises InputError if a local Ray lacks the GPUs of the fewest replicas; a cluster may yet get some."""
-    import ray
+def check_gpus(config: RunConfig, gpus: int) -> None:
+    """Tells what to do about GPUs that are not there.
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if device == "cuda" and config.address is None and gpus < config.replicas[0]:
+    Args:
+        config: Of a run on GPUs.
+        gpus: How many Ray has now.
+
+    Raises:
+        InputError: A local Ray lacks the GPUs of the fewest replicas. A cluster may yet get some, so that
+            there is only a warning.
+    """
+    if config.address is None and gpus < config.replicas[0]:
         raise InputError(
             f"{config.replicas[0]} replicas need a GPU each, but this machine has {gpus}: ask for fewer, "
             f"choose the device cpu, or give the address of a cluster."
+        )
+    if gpus == 0:
+        log.warning(
+            f"The cluster at {config.address} has no GPU now, so the run waits for one. If no autoscaler "
+            f"adds a node with GPUs, start one, or stop this run and give --device cpu."
         )
 
 
@@ -157,8 +200,8 @@ def is_finished(output: str, plan: Plan) -> bool:
     )
 
 
-def summary_of(config: RunConfig, started: float, before: int) -> RunSummary:
+def summary_of(config: RunConfig, started: float, before: int, made: int) -> RunSummary:
     success = read_success(config.output)
     assert success is not None
     rows, ok = success["rows"], success["ok"]
-    return RunSummary(config.output, rows, ok, rows - ok, before, time.monotonic() - started)
+    return RunSummary(config.output, rows, ok, rows - ok, before, made, time.monotonic() - started)

@@ -278,7 +278,7 @@ def _rows(output: str, shard: int) -> list[Mapping[str, Any]]:
     except pa.ArrowException as error:
         raise InputError(
             f"shard {shard} of {output} cannot be read ({str(error).splitlines()[0]:.200}): "
-            f"delete it and start the run again."
+            f"move its file elsewhere and start the run again."
         ) from error
 
 
@@ -293,6 +293,10 @@ def to_text(table: list[Line]) -> str:
         detail = f"  ({', '.join(shares)})" if shares else ""
         cell = f"{line.task:<11}{line.kind:<22}{line.language:<9}{line.size:<9}{line.rows:>5}"
         lines.append(f"{cell}  {100 * hits / of:5.1f} %{detail}")
+    # Every row is in one such line.
+    whole = [line for line in table if (line.language, line.size) == ("all", "all")]
+    rows, right = sum(line.rows for line in whole), sum(line.right["right"][0] for line in whole)
+    lines.append(f"in all: {right:,} of {rows:,} rows are right, {100 * right / rows:.1f} %")
     return "\n".join(lines)
 
 

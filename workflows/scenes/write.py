@@ -60,17 +60,25 @@ def write(
     sizes: list[Size],
     lines: bool = False,
     hard: bool = False,
+    overwrite: bool = False,
 ) -> list[str]:
     """Writes the data set into a folder: for each task `train/TASK.parquet` with `rows` rows, and
     `held-out/TASK.parquet` with `held_out_rows`, combinations that the former lack; gives their paths.
 
     Each file is a manifest of its task. lines: also `train/TASK.jsonl`, which
     `python -m wallaroo.model.training` reads. hard: whether the rows to train on are mostly of the kinds in
-    HARD; those held out are the same either way. Raises InputError for a number below one.
+    HARD; those held out are the same either way. overwrite: whether the folder may hold
+    files already. Raises InputError for a number below one, and for a folder that may not.
     """
     if rows < 1 or held_out_rows < 1:
         raise InputError(
             f"There would be {rows} rows and {held_out_rows} held out; ask for at least one of each."
+        )
+    found = [] if overwrite else storage.find_files(output, lambda name: True, 1)
+    if found:
+        raise InputError(
+            f"{output} is not empty, it holds {found[0]:.100}: give a new folder, or --overwrite to replace "
+            f"files of the same names."
         )
     written = []
     # No more processes than cores; they are started anew, since a fork would copy the locks of threads.

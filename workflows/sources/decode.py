@@ -1,17 +1,24 @@
 """Bytes of a source picture -> upright opaque RGB, within bounds of pixels and time."""
 
+import functools
 import io
 import time
 import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from wallaroo.model.errors import RowError
 from wallaroo.workflows.sources.references import SourceOptions
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is decoded, by Pillow's names. The many others that it knows are rare and little tested."""
+HEIF_BRANDS = frozenset(
+    ("heic", "heix", "hevc", "heim", "heis", "hevm", "hevs", "hevx", "mif1", "msf1", "mif2")
+)
+"""What a HEIF file calls itself, after `ftyp`."""
+MAX_PROFILE_BYTES = 8 << 20
+"""Of a colour profile; those of printing presses have up to 3 MiB. A longer one counts as broken."""
 ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,6 +40,10 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+# Pillow refuses a PNG file with a profile over 1 MiB, which is no reason to refuse the picture.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, MAX_PROFILE_BYTES)
 
 
 class _TooSlow(Exception):
@@ -64,15 +75,17 @@ def decode(
     most_pixels: int = SourceOptions.most_pixels,
     seconds: float = SourceOptions.decode_seconds,
 ) -> Image.Image:
-    """The picture in some bytes: RGB, 8 bits, upright as EXIF says, composed on white, its first frame.
+    """The picture in some bytes: sRGB, 8 bits, upright as EXIF says, composed on white, its first frame.
 
-    Of 16 bits the upper 8 are kept. Colour profiles are not applied.
+    Of 16 bits the upper 8 are kept. The colours of a picture with an ICC profile are converted to sRGB; a
+    profile that is broken, or of other channels than the picture, is ignored. HEIF needs pillow-heif.
     name: begins the message of the RowError("image") for what is no picture, or breaks a limit.
     """
     if not data:
         raise RowError("image", f"{name} is empty: copy it anew.")
     try:
-        with Image.open(_Timed(data, seconds), formats=FORMATS) as image:
+        formats = (*FORMATS, "HEIF") if _has_heif() else FORMATS
+        with Image.open(_Timed(data, seconds), formats=formats) as image:
             _check_pixels(image, name, most_pixels)
             if image.format in ("JPEG", "MPO"):
                 # A progressive one may go over all of its pixels again every 23 bytes.
@@ -119,6 +132,10 @@ def _unknown(data: bytes) -> str:
         return "holds HTML or XML, not a picture: check where it was copied from"
     if start.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS, not the picture itself: fetch it with `git lfs pull`"
+    if data[4:8] == b"ftyp" and data[8:12].decode("latin-1") in HEIF_BRANDS:
+        if _has_heif():
+            return "is a HEIC or HEIF file without a picture that can be read: copy it anew"
+        return "is a HEIC or HEIF picture: install wallaroo-batch[heif] on every node, or convert it"
     return f"is no picture of a common kind ({', '.join(FORMATS)}), or cut short: convert or copy it anew"
 
 
@@ -131,8 +148,20 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
+@functools.cache
+def _has_heif() -> bool:
+    """Whether Pillow reads HEIF, which it does once pillow-heif is installed and registered."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
 def _opaque(image: Image.Image, name: str) -> Image.Image:
-    """A loaded picture of any mode as RGB, composed on white where it is transparent."""
+    """A loaded picture of any mode as sRGB, composed on white where it is transparent."""
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):
         image = _eight_bits(image)
     if image.mode in ("I", "F"):
@@ -140,11 +169,63 @@ def _opaque(image: Image.Image, name: str) -> Image.Image:
             "image", f"{name} has numbers of 32 bits, whose white is not known: save it with 8 or 16 bits."
         )
     if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return _srgb(image, profile)
     layer = image if image.mode == "RGBA" else image.convert("RGBA")
+    colours = image.getchannel("L") if image.mode in ("L", "LA") else layer.convert("RGB")
     white = Image.new("RGB", image.size, "white")
-    white.paste(layer, mask=layer)
+    white.paste(_srgb(colours, profile), mask=layer.getchannel("A"))
     return white
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An opaque picture as RGB, its colours those that its ICC profile says."""
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if profile and len(profile) <= MAX_PROFILE_BYTES:
+        for mode in (image.mode, "RGB"):
+            if (transform := _transform(profile, mode)) is not None:
+                try:
+                    return transform.apply(image.convert(mode))
+                except ValueError:
+                    break
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+_CHANNELS = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
+"""Colour space of a profile -> mode of the pictures that it is for."""
+
+
+@functools.lru_cache(maxsize=8)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None if it is broken, not for pictures of this mode, or sRGB itself."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if _CHANNELS.get(source.profile.xcolor_space.strip()) != mode:
+            return None
+        transform = ImageCms.buildTransform(
+            source,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.PERCEPTUAL,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        if mode == "RGB":
+            # Most profiles are sRGB under one of many names; rounding is all that they would change.
+            before = _colours()
+            after = np.asarray(ImageCms.applyTransform(before, transform), np.int16)
+            if np.abs(after - np.asarray(before, np.int16)).max() <= 1:
+                return None
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return None
+    return transform
+
+
+@functools.cache
+def _colours() -> Image.Image:
+    """4,913 colours, evenly spread."""
+    levels = np.linspace(0, 255, 17).round().astype(np.uint8)
+    return Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(17, -1, 3))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -19,7 +19,15 @@ from wallaroo.model.errors import InputError, RowError
 from wallaroo.workflows import storage
 from wallaroo.workflows.sources import https
 from wallaroo.workflows.sources.https import shown, without_query
-from wallaroo.workflows.sources.references import Reference, SourceOptions, identity, locate, parts_of
+from wallaroo.workflows.sources.references import (
+    Reference,
+    SourceOptions,
+    identity,
+    inline_bytes,
+    kept_uri,
+    locate,
+    parts_of,
+)
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 20.0
@@ -28,7 +36,7 @@ LONGEST_PAUSE_SECONDS = 20.0
 @dataclass(frozen=True)
 class Fetched:
     """A source's bytes, and where they are from: an absolute path, an address without its query, or for
-    bytes in the manifest the path that stands beside them."""
+    bytes in the manifest the path that stands beside them, or `data:` with their type."""
 
     uri: str
     data: bytes
@@ -40,7 +48,8 @@ class Fetched:
     @property
     def name(self) -> str:
         """How messages begin that are about this source."""
-        return shown(self.uri) if self.uri else "The picture in the manifest"
+        inline = not self.uri or self.uri.startswith("data:")
+        return "The picture in the manifest" if inline else shown(self.uri)
 
 
 def fetch_many(
@@ -89,12 +98,14 @@ def fetch(
     for a web host that does not serve; InputError for a storage that does not.
     """
     data, path = parts_of(reference)
+    place = path if data is not None else locate(path, options)
+    if data is None and place.startswith("data:"):
+        data, place = inline_bytes(place), kept_uri(place)
     if data is not None:
-        fetched = Fetched(path, data)
+        fetched = Fetched(place, data)
         if len(data) > options.most_bytes:
             raise _too_many_bytes(fetched.name, options.most_bytes)
         return fetched
-    place = locate(path, options)
     most, patience = options.most_bytes, options.patience_seconds
     if place.startswith("https://"):
         uri = without_query(place)

@@ -1,9 +1,12 @@
 """References to source pictures: what a manifest may name, and where it lies. Fetches nothing."""
 
+import base64
+import binascii
 import hashlib
 import os
 import posixpath
 import re
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +16,14 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.sources.https import shown, without_query
 
 Reference = str | bytes | Mapping[str, Any] | None
-"""What stands in a manifest's `image`: a path or address, the bytes, or `{bytes, path}`."""
+"""What stands in a manifest's `image`: a path or address, a data URI or base64, the bytes, or
+`{bytes, path}`."""
+
+MAX_INLINE_CHARACTERS = 16 << 20
+"""Of a data URI or base64. A plan holds a shard of them in memory; bytes in Parquet are only referred to."""
+
+SHORTEST_BASE64 = 64
+"""Characters. A path may consist of the same letters, but none so long begins like a picture by chance."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ def identity(reference: Reference) -> Any:
         return identity(reference.get("bytes")), identity(reference.get("path"))
     if isinstance(reference, bytes):
         return hashlib.sha256(reference).digest()
-    return repr(reference)
+    text = repr(reference)
+    return text if len(text) < 4096 else hashlib.sha256(text.encode()).digest()
 
 
 def parts_of(reference: Reference) -> tuple[bytes | None, str]:
@@ -65,10 +76,21 @@ def parts_of(reference: Reference) -> tuple[bytes | None, str]:
 
 
 def locate(path: str, options: SourceOptions) -> str:
-    """Where a path of a manifest leads: an absolute local path, `s3://...` or `https://...`.
+    """Where a path of a manifest leads: an absolute local path, `s3://...`, `https://...` or `data:...`.
 
     Raises RowError("image") if the run does not allow it, or the scheme is another.
     """
+    if (inline := _data_uri(path)) is not None:
+        if len(inline) > MAX_INLINE_CHARACTERS:
+            raise RowError(
+                "image",
+                f"image is text of {len(inline):,} characters, more than the allowed "
+                f"{MAX_INLINE_CHARACTERS:,}: write the picture to a file, or its bytes into Parquet.",
+            )
+        _parts_of_uri(inline)
+        return inline
+    if local := re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).*)", path, re.IGNORECASE | re.DOTALL):
+        return urllib.parse.unquote(local[1])
     scheme, mark, rest = path.partition("://")
     if mark and scheme.isalnum():
         scheme = scheme.lower()
@@ -82,11 +104,15 @@ def locate(path: str, options: SourceOptions) -> str:
             if not rest.partition("/")[2]:
                 raise RowError("image", f"{shown(path)} names no object: give s3://bucket/key.")
             return f"s3://{rest}"
+        if scheme == "file":
+            raise RowError(
+                "image", f"{shown(without_query(path))} is of another host: give file:///path, or the path."
+            )
         if scheme != "https":
             raise RowError(
                 "image",
-                f"{shown(without_query(path))} is of the scheme {scheme}, but only paths, s3:// and "
-                "https:// are read: copy it there.",
+                f"{shown(without_query(path))} is of the scheme {scheme}, but only paths, file://, s3://, "
+                "https:// and data: are read: copy it there.",
             )
         if not options.https:
             raise RowError(
@@ -125,8 +151,60 @@ def _leaves(path: str) -> RowError:
     )
 
 
+def _data_uri(text: str) -> str | None:
+    """A data URI as it is, the base64 of a picture as one; None for any other text."""
+    if text[:5].lower() == "data:":
+        return f"data:{text[5:]}"
+    if len(text) < SHORTEST_BASE64 or not re.fullmatch(r"[A-Za-z0-9+/_\s-]+={0,2}\s*", text):
+        return None
+    try:
+        start = _from_base64("".join(text[:256].split())[:40])
+    except binascii.Error:
+        return None
+    return f"data:;base64,{text}" if _PICTURE.match(start) else None
+
+
+_PICTURE = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|....ftyp",
+    re.DOTALL,
+)
+"""How files of the formats begin that are read."""
+
+
+def _from_base64(text: str) -> bytes:
+    """Of either alphabet, with or without padding and white space."""
+    text = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
+def inline_bytes(uri: str) -> bytes:
+    """What a data URI holds. Raises RowError("image") if it is broken."""
+    header, text = _parts_of_uri(uri)
+    data = urllib.parse.unquote_to_bytes(text)
+    if not header.lower().rstrip().endswith(";base64"):
+        return data
+    try:
+        return _from_base64(data.decode("ascii"))
+    except ValueError as error:
+        raise RowError(
+            "image", f"{shown(header)} has broken base64 ({error}): encode the picture anew."
+        ) from None
+
+
+def _parts_of_uri(uri: str) -> tuple[str, str]:
+    header, mark, text = uri.partition(",")
+    if not mark:
+        raise RowError("image", f"{shown(header)} has no data after a comma: give data:image/png;base64,...")
+    return header, text
+
+
 def kept_uri(path: str) -> str:
-    """What a result says of a path or address; the query of a web address may hold a key and is left out."""
+    """What a result says of a path or address; the query of a web address may hold a key and is left out.
+
+    Of a data URI only what precedes its data.
+    """
+    if (inline := _data_uri(path)) is not None:
+        return inline[:200].partition(",")[0].partition(";")[0]
     if "://" not in path:
         return path
     return re.sub("//[^/]*@", "//", path, count=1) if path.startswith("s3://") else without_query(path)

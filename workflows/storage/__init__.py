@@ -9,6 +9,7 @@ from wallaroo.workflows.storage.errors import TooLarge, explained, refuses_path
 from wallaroo.workflows.storage.files import (
     delete,
     exists,
+    find_files,
     info,
     list_files,
     match_files,
@@ -36,6 +37,7 @@ __all__ = [
     "delete",
     "exists",
     "explained",
+    "find_files",
     "forget_clients",
     "info",
     "is_s3",

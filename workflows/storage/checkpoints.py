@@ -5,6 +5,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from wallaroo.workflows.storage.files import info, read_bytes, write_atomic
 from wallaroo.workflows.storage.paths import absolute_path, bucket_and_key, is_s3, join
 from wallaroo.workflows.storage.retries import persistent
 
+_CHECKPOINTS = "a folder that `wallaroo convert` made of the published files (docs/models.md), or tiny"
 RANGE_BYTES = 16 << 20
 RANGES_AT_ONCE = 8
 
@@ -41,7 +43,9 @@ def fetch_folder(path: str, names: Sequence[str] | None = None, cache: Path | No
     try:
         data = read_bytes(where)
     except FileNotFoundError:
-        raise InputError(f"{path} is no checkpoint, since it has no {FILE_LIST}: give its folder.") from None
+        raise InputError(
+            f"{path} is no checkpoint, since it has no {FILE_LIST}: give {_CHECKPOINTS}."
+        ) from None
     files = parse_file_list(data, where)
     folder = (cache or Path.home() / ".cache" / "wallaroo") / digest(files)
     with explained(str(folder)):
@@ -152,8 +156,17 @@ def read_files(model: str) -> dict[str, FileEntry]:
         return parse_file_list(where.read_bytes(), str(where))
     except OSError:
         raise InputError(
-            f"The model {model} is not a checkpoint, since it has no {FILE_LIST}: give the folder of one."
+            f"The model {model} is not a checkpoint, {_fault(model)}: give {_CHECKPOINTS}."
         ) from None
+
+
+def _fault(model: str) -> str:
+    """Why a local path is no checkpoint."""
+    if os.path.isdir(model):
+        return f"since it has no {FILE_LIST}"
+    named = re.fullmatch(r"[\w-]+/[\w.-]+", os.path.relpath(model))
+    hub = ", and models named as on the Hugging Face Hub are not downloaded" if named else ""
+    return f"since there is no such folder{hub}"
 
 
 def model_path(model: str) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from wallaroo.workflows.storage.local import (
     TEMPORARY,
     folder_locked,
     local_info,
+    local_names,
     replacing,
     sync,
     sync_folder,
@@ -31,7 +32,7 @@ from wallaroo.workflows.storage.local import (
 )
 from wallaroo.workflows.storage.paths import FileInfo, bucket_and_key, is_s3
 from wallaroo.workflows.storage.retries import persistent
-from wallaroo.workflows.storage.s3 import list_s3, put_conditional, uploading
+from wallaroo.workflows.storage.s3 import list_s3, put_conditional, s3_names, uploading
 
 if TYPE_CHECKING:
     import pyarrow
@@ -118,6 +119,29 @@ def list_files(folder: str) -> list[FileInfo]:
                         relative = os.path.relpath(path, folder).replace(os.sep, "/")
                         found.append(local_info(path, relative))
     return sorted(found, key=lambda file: file.relative)
+
+
+@persistent
+def find_files(folder: str, wanted: Callable[[str], bool], most: int) -> list[str]:
+    """Looks for files below a folder, and reads no more of its listing than it takes.
+
+    Args:
+        folder: Local or on S3; it may be absent.
+        wanted: Of a path relative to the folder, whether it is looked for.
+        most: So many are enough, at least 1.
+
+    Returns:
+        Their relative paths, in the order in which they were met. Locally also what is neither file nor
+        folder, and links to folders; not the temporary files of a write that was cut off.
+    """
+    found: list[str] = []
+    with explained(folder):
+        for relative in s3_names(folder) if is_s3(folder) else local_names(folder):
+            if wanted(relative):
+                found.append(relative)
+                if len(found) == most:
+                    break
+    return found
 
 
 @persistent

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from wallaroo.workflows.storage.errors import raise_unless_missing
 from wallaroo.workflows.storage.paths import FileInfo
 
 TEMPORARY = ".wallaroo-tmp-"
@@ -19,6 +20,15 @@ COPY_BYTES = 1 << 20
 def local_info(path: str, relative: str) -> FileInfo:
     found = os.stat(path)
     return FileInfo(path, relative, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
+
+
+def local_names(folder: str) -> Iterator[str]:
+    """Relative paths of all that is below a folder but folders; none if there is no folder."""
+    for root, folders, names in os.walk(folder, onerror=raise_unless_missing):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        for name in [*names, *links]:
+            if not name.startswith(TEMPORARY):
+                yield os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/")
 
 
 @contextmanager

@@ -38,6 +38,16 @@ def list_s3(folder: str) -> list[FileInfo]:
     )
 
 
+def s3_names(folder: str) -> Iterator[str]:
+    """Relative keys of the objects below a folder, a request for each 1,000 of them."""
+    bucket, key = bucket_and_key(folder)
+    prefix = key.rstrip("/") + "/" if key else ""
+    for page in s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for item in page.get("Contents", []):
+            if not item["Key"].endswith("/"):  # a folder that some tool has drawn
+                yield item["Key"].removeprefix(prefix)
+
+
 @contextmanager
 def uploading(path: str) -> "Iterator[_Upload]":
     """A file that becomes the object `path` when the block ends well, and else is forgotten."""

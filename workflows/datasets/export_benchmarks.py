@@ -1,0 +1,298 @@
+"""Results as the evaluators of benchmarks look for them. Knows nothing of how they score."""
+
+import csv
+import functools
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from wallaroo.model.errors import InputError, RowError
+from wallaroo.workflows.datasets.export_files import Results, Row, Sink, own_name
+from wallaroo.workflows.datasets.export_rows import (
+    Count,
+    Options,
+    memory_of,
+    packet_of,
+    picture_of,
+    pixels_of,
+)
+from wallaroo.workflows.datasets.xmp import embed
+from wallaroo.workflows.outputs.rows import encode_image
+from wallaroo.workflows.outputs.values import json_line
+from wallaroo.workflows.plans.parts import folder_of
+from wallaroo.workflows.plans.values import in_words
+from wallaroo.workflows.sources.decode import decode
+from wallaroo.workflows.sources.embedded import read_cells
+from wallaroo.workflows.sources.fetch import fetch
+from wallaroo.workflows.sources.references import SourceOptions
+
+GRID = 4
+"""Pictures of a grid: two rows of two."""
+
+
+def geneval(results: Results, sink: Sink, count: Count, options: Options) -> None:
+    """A folder a prompt, numbered as in the manifest, with the prompt's metadata and its samples."""
+    if "tag" not in results.schema.names:
+        raise InputError(
+            f"GenEval's evaluator reads the tag of every prompt, but {results.output} has no column 'tag': "
+            f"generate from GenEval's evaluation_metadata.jsonl."
+        )
+    described = -1
+    for row in results.rows():
+        folder = f"{row.number:05d}"
+        name = f"{folder}/samples/{row.values['sample']:04d}.png"
+        if not row.ok:
+            count.miss(name)
+            continue
+        if row.number != described:
+            described = row.number
+            # A column that a line lacked is null here, and the evaluator would trip over a null.
+            metadata = results.carried_values(row, ("prompt",), own_name)
+            metadata = {name: value for name, value in metadata.items() if value is not None}
+            line = json_line(metadata | {"prompt": row.values["prompt"]})
+            sink.put(f"{folder}/metadata.jsonl", functools.partial(bytes, line), len(line))
+        sink.put(name, functools.partial(picture_of, row, options, "png"), memory_of(row))
+        count.exported += 1
+
+
+def dpg(results: Results, sink: Sink, count: Count, options: Options) -> None:
+    """A PNG per prompt, named by its item_id, with its first four samples in two rows of two.
+
+    The evaluator takes what precedes the first dot of a name for the item_id, and goes on without the
+    pictures that it cannot look up. So an id that is no item_id is refused.
+    """
+
+    def name_of(row: Row) -> str:
+        return f"{_item_id(row)}.png"
+
+    unique_names(results, name_of)
+
+    def finish(group: list[Row], ok: int, name: str) -> None:
+        sizes = {(row.values["width"], row.values["height"]) for row in group}
+        square = len(sizes) == 1 and all(width == height for width, height in sizes)
+        used = GRID if square and [row.values["sample"] for row in group] == list(range(GRID)) else 0
+        if used:
+            sink.put(name, functools.partial(_grid, group, options), 2 * sum(map(memory_of, group)))
+        elif name:
+            count.miss(name)
+        count.exported += used
+        count.left_out += ok - used
+
+    group: list[Row] = []
+    ok, name = 0, ""
+    for row in results.rows():
+        if not row.follows:
+            finish(group, ok, name)
+            group, ok, name = [], 0, name_of(row)
+        ok += row.ok
+        if row.ok and row.values["sample"] < GRID:
+            group.append(row)
+    finish(group, ok, name)
+
+
+def _item_id(row: Row) -> str:
+    """What DPG-Bench's evaluator looks a row's questions up by: its id, or the name of its prompt's file."""
+    item = row.values["id"].rpartition("/")[2].removesuffix(".txt")
+    if "." in item or ":" in item:
+        raise InputError(
+            f"id {in_words(row.values['id'])} is no item_id of DPG-Bench, by which its evaluator looks "
+            f"questions up: generate from a manifest whose id is the item_id."
+        )
+    return exact_name(row, "id", item)
+
+
+def dpg_single(results: Results, sink: Sink, count: Count, options: Options) -> None:
+    """A PNG per sample in the folder of its number, each named as DPG-Bench's evaluator looks it up."""
+
+    def name_of(row: Row) -> str:
+        return f"{row.values['sample']}/{_item_id(row)}.png"
+
+    _singles(results, sink, count, options, name_of, samples=True)
+
+
+def imgedit(results: Results, sink: Sink, count: Count, options: Options) -> None:
+    """A PNG per key, which is the row's id."""
+    _singles(results, sink, count, options, lambda row: f"{exact_name(row, 'id', row.values['id'])}.png")
+
+
+def wise(results: Results, sink: Sink, count: Count, options: Options) -> None:
+    """A PNG per prompt_id of WISE."""
+
+    def name_of(row: Row) -> str:
+        # A column with a null becomes one of floats in pandas.
+        number = str(results.own_value(row, "prompt_id", row.values["id"])).removesuffix(".0")
+        if not re.fullmatch("[0-9]{1,9}", number):
+            raise InputError(
+                f"WISE's evaluator looks pictures up by prompt_id, a number, but the row {in_words(number)} "
+                f"has none: generate from WISE's JSON, or a manifest with its column prompt_id."
+            )
+        return f"{int(number)}.png"
+
+    _singles(results, sink, count, options, name_of)
+
+
+def t2i_compbench(results: Results, sink: Sink, count: Count, options: Options) -> None:
+    """`samples/PROMPT_NUMBER.png`: evaluators take the prompt out of the name, and order by the number."""
+    samples = 1 + max((row.values["sample"] for row in results.rows(pictures=False)), default=0)
+    results.forget()
+
+    def name_of(row: Row) -> str:
+        prompt = row.values["prompt"] or ""
+        if "_" in prompt:
+            raise InputError(
+                f"prompt {in_words(prompt)} has an underscore, where T2I-CompBench's evaluators would cut "
+                f"it: leave it out."
+            )
+        number = row.number * samples + row.values["sample"]
+        return f"samples/{exact_name(row, 'prompt', f'{prompt}_{number:06d}')}.png"
+
+    _singles(results, sink, count, options, name_of, samples=True)
+
+
+LANGUAGE_FOLDERS = {"zh": "cn", "en": "en"}
+"""Language of a row -> that of GEdit-Bench's folders."""
+
+
+def gedit(results: Results, sink: Sink, count: Count, options: Options) -> None:
+    """`fullset/TASK/LANGUAGE/KEY.png`, and the picture that was edited as `KEY_SRCIMG.png` beside it."""
+    sources: dict[str, dict[int | None, list[tuple[str, str]]]] = {}
+
+    def name_of(row: Row) -> str:
+        task = results.own_value(row, "task_type")
+        key = results.own_value(row, "key", row.values["id"])
+        language = results.own_value(row, "instruction_language") or LANGUAGE_FOLDERS.get(
+            row.values["language"], "en"
+        )
+        if not task:
+            raise InputError(
+                f"GEdit-Bench's evaluator looks pictures up by task_type, which the row "
+                f"{in_words(row.values['id'])} lacks: edit GEdit-Bench's own Parquet files."
+            )
+        parts = [exact_name(row, "task_type", task), exact_name(row, "instruction_language", language)]
+        return "/".join(["fullset", *parts, f"{exact_name(row, 'key', str(key))}.png"])
+
+    def sourced(row: Row, name: str) -> None:
+        source = row.values["source"]
+        beside = f"{name.removesuffix('.png')}_SRCIMG.png"
+        sources.setdefault(source["uri"], {}).setdefault(source["row_id"], []).append(
+            (beside, source["sha256"])
+        )
+
+    _singles(results, sink, count, options, name_of, sourced)
+    for uri, wanted in sources.items():
+        for data, beside in _source_files(uri, wanted):
+            for name, sha256 in beside:
+                if hashlib.sha256(data).hexdigest() != sha256:
+                    raise InputError(f"{uri} has changed since it was edited: restore it, or edit it anew.")
+                sink.put(name, functools.partial(_png, data), 8 * len(data))
+
+
+def _source_files(
+    uri: str, wanted: dict[int | None, list[tuple[str, str]]]
+) -> Iterator[tuple[bytes, list[tuple[str, str]]]]:
+    """The bytes of sources, with what is wanted of each. Those of one Parquet file are read in one go."""
+    allowed = SourceOptions("/", https=True)
+    if None in wanted:
+        yield fetch(uri, allowed).data, wanted[None]
+    rows = [row for row in wanted if row is not None]
+    for row, value in read_cells(uri, rows) if rows else ():
+        if isinstance(value, RowError):
+            raise value
+        yield fetch(value, replace(allowed, folder=folder_of(uri))).data, wanted[row]
+
+
+def _png(data: bytes) -> bytes:
+    return encode_image(np.asarray(decode(data)), "png")[0]
+
+
+def vlmevalkit(results: Results, sink: Sink, count: Count, options: Options) -> None:
+    """`predictions.tsv`: the columns of the question, and the answer as `prediction`, of sample 0."""
+    with sink.stream("predictions.tsv") as lines:
+        names: list[str] = []
+        for row in results.rows(pictures=False):
+            if row.values["sample"]:
+                count.left_out += row.ok
+                continue
+            facts = results.carried_values(row, ("prediction",), own_name, text=True)
+            facts = facts | {
+                "index": results.own_value(row, "index", row.values["id"]),
+                "question": results.own_value(row, "question", row.values["prompt"]),
+                "prediction": row.values["text"],
+            }
+            if not names:
+                names = [*facts]
+                lines.write(_tsv(names))
+            if row.ok:
+                lines.write(_tsv([facts[name] for name in names]))
+                count.exported += 1
+
+
+def _tsv(values: Iterable[Any]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, delimiter="\t", lineterminator="\n").writerow(values)
+    return text.getvalue().encode("utf-8", "replace")
+
+
+def _singles(
+    results: Results,
+    sink: Sink,
+    count: Count,
+    options: Options,
+    name_of: Callable[[Row], str],
+    then: Callable[[Row, str], None] = lambda row, name: None,
+    samples: bool = False,
+) -> None:
+    """A PNG per row, of sample 0 or of all samples, by the name under which an evaluator looks for it."""
+    unique_names(results, lambda row: name_of(row) if samples or not row.values["sample"] else None)
+    for row in results.rows():
+        if row.values["sample"] and not samples:
+            count.left_out += row.ok
+        elif row.ok:
+            name = name_of(row)
+            sink.put(name, functools.partial(picture_of, row, options, "png"), memory_of(row))
+            count.exported += 1
+            then(row, name)
+        else:
+            count.miss(name_of(row))
+
+
+def unique_names(results: Results, name_of: Callable[[Row], str | None]) -> None:
+    """Refuses names that are not possible, or that two rows have, before a file is written."""
+    seen: dict[str, tuple[str, int]] = {}
+    for row in results.rows(pictures=False):
+        name = name_of(row)
+        if name is None:
+            continue
+        this = (row.values["id"], row.values["version"])
+        if seen.setdefault(name, this) != this:
+            raise InputError(
+                f"{in_words(seen[name][0])} and {in_words(this[0])} would both be {name}: export an output "
+                f"with one row for each."
+            )
+    results.forget()
+
+
+def exact_name(row: Row, column: str, text: str) -> str:
+    """A text as the name of a file or folder, unchanged, since an evaluator looks for no other.
+
+    Raises InputError if no file can have this name.
+    """
+    if re.search(r"[/\\\x00-\x1f\x7f]|^\.|^$", text) or len(text.encode("utf-8", "replace")) > 240:
+        raise InputError(
+            f"{column} of the row {in_words(row.values['id'])} is {in_words(text)}, which cannot be the name "
+            f"of a file: give it up to 240 bytes without slashes, and no dot in front."
+        )
+    return text
+
+
+def _grid(rows: list[Row], options: Options) -> bytes:
+    """Four pictures of one size as one PNG: the first two above the others."""
+    pixels = [pixels_of(row) for row in rows]
+    grid = np.concatenate([np.concatenate(pixels[:2], axis=1), np.concatenate(pixels[2:], axis=1)])
+    data = encode_image(grid, "png")[0]
+    return embed(data, packet_of(*rows)) if options.embed else data

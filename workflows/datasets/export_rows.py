@@ -1,0 +1,129 @@
+"""What a row of a finished output gives to an export: facts as JSON values, file names, picture files.
+
+Knows nothing of any format.
+"""
+
+import io
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.datasets.export_files import MARK, Row, file_stem, place
+from wallaroo.workflows.datasets.xmp import embed, xmp_packet
+from wallaroo.workflows.outputs.rows import encode_image
+from wallaroo.workflows.outputs.schema import MIME_TYPES
+from wallaroo.workflows.outputs.values import jsonable
+
+SUFFIXES = {MIME_TYPES["png"]: "png", MIME_TYPES["webp"]: "webp", MIME_TYPES["jpeg"]: "jpg"}
+
+
+NAMED_FILES = 10
+"""Missing files that a summary names."""
+
+
+class Options(NamedTuple):
+    embed: bool
+    image_urls: str | None
+
+
+@dataclass
+class Count:
+    """What an export has done so far. missed: the first files that it has no picture for; misses: of all."""
+
+    exported: int = 0
+    left_out: int = 0
+    renamed: int = 0
+    misses: int = 0
+    missed: list[str] = field(default_factory=list)
+
+    def miss(self, name: str) -> None:
+        """Notes a file that an evaluator will look for in vain."""
+        self.misses += 1
+        if len(self.missed) < NAMED_FILES:
+            self.missed.append(name)
+
+
+# Rows
+
+
+_FACTS = (
+    "id",
+    "sample",
+    "row_id",
+    "task",
+    "prompt",
+    "width",
+    "height",
+    "sha256",
+    "seed",
+    "cfg",
+    "temperature",
+    "top_k",
+    "top_p",
+    "language",
+    "mode",
+    "model_digest",
+)
+_SOURCE_FACTS = ("source_uri", "source_sha256", "source_row_id")
+
+
+def source_facts(row: Row) -> dict[str, Any]:
+    """Where the picture came from that a row started with; nothing for a task without one."""
+    if row.values["task"] == "generate":
+        return {}
+    source = row.values["source"] or {}
+    return {name: source.get(name.removeprefix("source_")) for name in _SOURCE_FACTS}
+
+
+def picture_facts(row: Row) -> dict[str, Any]:
+    return {name: jsonable(row.values[name]) for name in _FACTS} | source_facts(row)
+
+
+def stem_of(row: Row, count: Count, dots: bool = True, samples: bool = True) -> str:
+    """The stem of a row's files: of its id, and of the number of its sample where there are several."""
+    row_id, version, sample = place(row.values)
+    stem = file_stem(row_id, dots)
+    count.renamed += stem != row_id
+    if version:
+        stem += f"{MARK}v{version}"
+    if samples and (row.follows or row.followed):
+        stem += f"{MARK}{sample}"
+    return stem
+
+
+# Pictures
+
+
+def packet_of(*rows: Row) -> bytes:
+    first = rows[0].values
+    seeds = " ".join(str(row.values["seed"]) for row in rows)
+    return xmp_packet(first["prompt"] or "", seeds, first["model_digest"])
+
+
+def bytes_of(row: Row) -> bytes:
+    if row.picture is None:
+        raise InputError(f"row_id {row.values['row_id']} is ok, but has no picture: verify the output.")
+    return row.picture
+
+
+def picture_of(row: Row, options: Options, form: str | None = None) -> bytes:
+    """The file of a row's picture; its very bytes, unless it must be of another format, or get metadata."""
+    data = bytes_of(row)
+    if form is not None and row.values["mime_type"] != MIME_TYPES[form]:
+        data = encode_image(pixels_of(row), form)[0]
+    return embed(data, packet_of(row)) if options.embed else data
+
+
+def pixels_of(row: Row) -> np.ndarray:
+    """uint8 [height, width, 3]."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(bytes_of(row))) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def memory_of(row: Row) -> int:
+    """Bytes that it takes to make another file of a row's picture: two files, and the pixels."""
+    return 2 * len(bytes_of(row)) + 3 * row.values["width"] * row.values["height"]

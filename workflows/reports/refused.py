@@ -1,0 +1,113 @@
+"""Rows that a plan refuses: the first of each kind, and all of them as a manifest."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import PLAN_FOLDER
+from wallaroo.workflows.outputs.values import json_line
+from wallaroo.workflows.plans.plan import Plan
+from wallaroo.workflows.reports.finish import manifest_row
+
+EXAMPLES = 3
+"""Of each kind of error."""
+
+
+class Refused(NamedTuple):
+    """A manifest row that a plan refuses.
+
+    number: its place in the manifest, from 0, files in the order of their names. samples: how many error
+    rows it gives. line: the row as a line of a manifest, with `kind` and `message`.
+    """
+
+    id: str
+    number: int
+    kind: str
+    message: str
+    samples: int
+    line: dict[str, Any]
+
+    def text(self) -> str:
+        """The row as a line for people."""
+        return f"row {self.number:,}, id {self.id:.80}: {self.message}"
+
+
+def refused_rows(output: str, plan: Plan, task: str) -> Iterator[Refused]:
+    """Reads the rows that a plan refuses, in order; one shard of the plan is in memory at a time.
+
+    Args:
+        output: Where the plan is written, local or on S3.
+        plan: What `read_plan(output)` gives.
+        task: That of the plan.
+
+    Raises:
+        InputError: A file of the plan is absent or corrupt.
+    """
+    places: dict[int, int] = {}
+    last: Refused | None = None
+    for part in plan.parts:
+        numbers = np.flatnonzero(plan.rounds[part.round].selected)
+        for table in _tables(storage.join(output, PLAN_FOLDER, part.file)):
+            samples = table.column("sample").to_numpy()
+            # The rows of a manifest row begin with its sample 0.
+            place = places.get(part.round, -1) + np.cumsum(samples == 0)
+            places[part.round] = int(place[-1])
+            for index in np.flatnonzero(table.column("status").to_numpy(zero_copy_only=False) == "error"):
+                [row] = table.slice(index, 1).to_pylist()
+                number = int(numbers[place[index]])
+                if last is not None and (last.id, last.number) == (row["id"], number):
+                    last = last._replace(samples=last.samples + 1)
+                    continue
+                if last is not None:
+                    yield last
+                line = manifest_row({"task": task, "source": None, **row}, table.schema)
+                last = Refused(row["id"], number, row["error_type"], row["error_message"], 1, line)
+    if last is not None:
+        yield last
+
+
+def _tables(path: str) -> Iterator[pa.Table]:
+    """The shards of a part."""
+    with storage.explained(path):
+        filesystem, inner = storage.parquet_filesystem(path)
+        try:
+            with filesystem.open_input_file(inner) as file, pq.ParquetFile(file) as parquet:
+                for group in range(parquet.num_row_groups):
+                    yield parquet.read_row_group(group)
+        except (FileNotFoundError, pa.ArrowException) as error:
+            raise InputError(f"{path} is absent or corrupt: restore it, or give a new output.") from error
+
+
+def first_of_each_kind(rows: Iterator[Refused], path: str | None = None) -> dict[str, list[Refused]]:
+    """The first EXAMPLES rows of each kind; with a path all rows are also written there.
+
+    Args:
+        rows: What `refused_rows` gives.
+        path: A file for JSON lines, local or on S3. Each line is the row as it is in `errors.jsonl`, and
+            `row`, its place in the manifest.
+
+    Returns:
+        Kind -> rows.
+    """
+    found: dict[str, list[Refused]] = {}
+    with tempfile.TemporaryFile() as file:
+        for row in rows:
+            examples = found.setdefault(row.kind, [])
+            if len(examples) < EXAMPLES:
+                examples.append(row)
+            if path is not None:
+                line = row.line | {"samples": row.samples}
+                line.setdefault("row", row.number)
+                file.write(json_line(line))
+        if path is not None:
+            file.seek(0)
+            with storage.write_stream(path) as stream:
+                shutil.copyfileobj(file, stream)
+    return found
