@@ -44,7 +44,7 @@ def test_shards_in_flight_are_finished_and_no_others_begun(tmp_path):
     # That which was there, and what the replica had.
     assert 1 < len(done) <= 6
     record = read_records(str(output))[0][-1]
-    assert record.state == "stopped" and record.message.startswith("stopped, since ")
+    assert record.state == "stopped" and record.message.startswith("stopped by SIGTERM")
     assert json.loads((tmp_path / "news").read_text())["state"] == "stopped"
     assert not (output / "lock.json").exists()
     assert not list(output.glob("**/.wallaroo-tmp-*"))
