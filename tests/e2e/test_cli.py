@@ -214,7 +214,6 @@ FAULTS = {
     "blank": "prompt",
     "null": "prompt",
     "long": "prompt",
-    "cfg-nan": "sampling",
     "cfg-negative": "sampling",
     "top-k-negative": "sampling",
     "top-p-zero": "sampling",
@@ -234,14 +233,14 @@ def test_rows_that_are_wrong_become_error_rows(wallaroo, local_ray, hostile, tmp
     assert (code, complaint) == (3, "")
     table = pq.read_table(output / "data").to_pylist()
     assert [row["row_id"] for row in table] == list(range(len(table)))
-    assert [row["id"] for row in table if row["status"] == "ok"] == ["good", "off", "csv"]
+    assert [row["id"] for row in table if row["status"] == "ok"] == ["good", "cfg-nan", "off", "csv"]
     errors = [row for row in table if row["status"] == "error"]
     assert [row["id"] for row in errors if row["error_type"] == "id"] == ["good"]
     assert {row["id"]: row["error_type"] for row in errors if row["error_type"] != "id"} == FAULTS
     for row in errors:
         assert len(row["error_message"]) < 1000 and "\n" not in row["error_message"]
     assert "128x96" in next(row["error_message"] for row in errors if row["id"] == "size")
-    assert f"{len(table)} rows: 3 ok, {len(errors)} errors" in out
+    assert f"{len(table)} rows: 4 ok, {len(errors)} errors" in out
     assert wallaroo("verify", output)[0] == 0
     # The same again has nothing to do, and says the same.
     code, out, _ = wallaroo("generate", hostile, output)
