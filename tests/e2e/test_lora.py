@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.unit.training.cases import rows
 from tests.unit.training.test_stage import write_rows
 from wallaroo.jobs import cli
 from wallaroo.model.checkpoint import TINY, disk_tensors, load, load_tokenizer, verify_files
 from wallaroo.model.errors import InputError
-from wallaroo.model.training import lora
 from wallaroo.model.training.data import from_memory
 from wallaroo.model.training.lm import LMJob
 from wallaroo.model.training.recipe import Recipe
@@ -57,7 +57,7 @@ def test_updates_begin_as_nothing_and_the_loss_falls(recipe, learned):
 
 
 def test_updates_and_what_is_named_learn_alone(recipe, learned):
-    stored = lora.load_file(learned / "updates.safetensors")
+    stored = load_file(learned / "updates.safetensors")
     head = {name for name in stored if name.startswith("gen_image_head.")}
     layers = len(load(TINY).language_model.layers)
     assert len(head) == 3 and len(stored) == 3 + layers * 4 * 2
@@ -77,7 +77,7 @@ def test_the_merged_checkpoint_computes_what_the_updated_model_does(recipe, lear
     verify_files(merged)
     model = empty_start(recipe, "cpu")
     fill(model, start_weights(recipe, model.config), recipe.seed)
-    updates = lora.load_file(learned / "updates.safetensors")
+    updates = load_file(learned / "updates.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in updates:

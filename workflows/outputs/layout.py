@@ -63,15 +63,15 @@ CARD_FILE = "README.md"
 
 
 LOCK_FILE = "lock.json"
-_EARLY = re.compile(rf"{LOCK_FILE}|{PLAN_FOLDER}/(part|known|pictures)-[\w-]+\.(json|jsonl|parquet)")
+ESTIMATE_FILE = "estimate.json"
+_EARLY = re.compile(
+    rf"{LOCK_FILE}|{PLAN_FOLDER}/({ESTIMATE_FILE}|(part|known|pictures)-[\w-]+\.(json|jsonl|parquet))"
+)
 
 
 def is_early(relative: str) -> bool:
     """Whether a file of an output, named relative to it, may be there before `run.json` is."""
     return _EARLY.fullmatch(relative) is not None
-
-
-ESTIMATE_FILE = "estimate.json"
 
 
 REPORT_FILE = "report.html"
