@@ -26,6 +26,7 @@ from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.stage import train as train_alone
 from wallaroo.workflows import storage
 from wallaroo.workflows.scenes import captions, write
+from wallaroo.workflows.storage.checkpoints import fetch_folder
 from wallaroo.workflows.training.driver import check
 from wallaroo.workflows.training.rows import read
 
@@ -248,7 +249,7 @@ def test_a_stage_with_all_it_needs_on_s3_is_killed_and_goes_on(tmp_path, data, u
     wanted = {step: line["loss"] for step, line in losses(undisturbed).items()}
     assert found == pytest.approx(wanted, rel=1e-3)
     assert {name.partition("/")[0] for name in states()} == {"step-00000008", "step-00000010"}
-    ours = load(storage.fetch_folder(f"{out}/checkpoint", cache=tmp_path / "fetched")).state_dict()
+    ours = load(fetch_folder(f"{out}/checkpoint", cache=tmp_path / "fetched")).state_dict()
     theirs = load(undisturbed / "checkpoint").state_dict()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
 
