@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MIN_TEMPERATURE = 1e-5
-MAX_SEED = 2**63 - 1
 ALWAYS = (0.0, 1.0)
 """First and last share of a picture's steps between which it is guided, where nothing is left out."""
 

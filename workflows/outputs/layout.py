@@ -4,17 +4,32 @@ import re
 
 from wallaroo.workflows import storage
 
+RUN_FILE = "run.json"
 PLAN_FOLDER = "plan"
+DATA_FOLDER = "data"
+RUNS_FOLDER = "runs"
+ERRORS_FILE = "errors.jsonl"
+SUCCESS_FILE = "_SUCCESS"
+CARD_FILE = "README.md"
+LOCK_FILE = "lock.json"
+ESTIMATE_FILE = "estimate.json"
+REPORT_FILE = "report.html"
+EVALUATION_FILE = "evaluation.json"
+"""The table of `wallaroo evaluate`."""
+SELECTION_FILE = "_selection.json"
+DROPPED_FILE = "_dropped.jsonl"
+"""Names that begin so that nobody takes them for a part of a manifest."""
+
+_SHARD_NAME = re.compile(r"shard-(\d{8,})\.parquet")
+_RECORD_NAME = re.compile(r"(\d{4,})\.json")
+_EARLY = re.compile(
+    rf"{LOCK_FILE}|{PLAN_FOLDER}/({ESTIMATE_FILE}|(part|known|pictures)-[\w-]+\.(json|jsonl|parquet))"
+)
 
 
 def part_name(part: int) -> str:
     """How the files of a part begin, such as `part-00000`."""
     return f"part-{part:05d}"
-
-
-RUN_FILE = "run.json"
-DATA_FOLDER = "data"
-_SHARD_NAME = re.compile(r"shard-(\d{8,})\.parquet")
 
 
 def shard_name(shard: int) -> str:
@@ -40,14 +55,6 @@ def list_done(output: str) -> set[int]:
     return {number for number in found if number is not None}
 
 
-ERRORS_FILE = "errors.jsonl"
-SUCCESS_FILE = "_SUCCESS"
-
-
-RUNS_FOLDER = "runs"
-_RECORD_NAME = re.compile(r"(\d{4,})\.json")
-
-
 def record_path(output: str, run: int) -> str:
     """Where the record of a run lies: `runs/0001.json` for the first."""
     return storage.join(output, RUNS_FOLDER, f"{run:04d}.json")
@@ -59,26 +66,6 @@ def record_numbers(output: str) -> list[int]:
     return sorted(int(match.group(1)) for match in map(_RECORD_NAME.fullmatch, names) if match)
 
 
-CARD_FILE = "README.md"
-
-
-LOCK_FILE = "lock.json"
-ESTIMATE_FILE = "estimate.json"
-_EARLY = re.compile(
-    rf"{LOCK_FILE}|{PLAN_FOLDER}/({ESTIMATE_FILE}|(part|known|pictures)-[\w-]+\.(json|jsonl|parquet))"
-)
-
-
 def is_early(relative: str) -> bool:
     """Whether a file of an output, named relative to it, may be there before `run.json` is."""
     return _EARLY.fullmatch(relative) is not None
-
-
-REPORT_FILE = "report.html"
-EVALUATION_FILE = "evaluation.json"
-"""The table of `wallaroo evaluate`."""
-
-
-SELECTION_FILE = "_selection.json"
-DROPPED_FILE = "_dropped.jsonl"
-"""Names that begin so that nobody takes them for a part of a manifest."""

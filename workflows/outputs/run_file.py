@@ -9,7 +9,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import RUN_FILE, is_early
 from wallaroo.workflows.outputs.schema import FORMAT
-from wallaroo.workflows.outputs.values import digest, flat, plain, shown
+from wallaroo.workflows.outputs.values import digest, flat, plain, read_json, shown
 
 MAX_NAMED = 3
 """So many files of a folder that is no output are named."""
@@ -93,15 +93,9 @@ def read_run(output: str) -> dict[str, Any]:
 def _read(output: str) -> dict[str, Any] | None:
     path = storage.join(output, RUN_FILE)
     try:
-        data = storage.read_bytes(path)
+        document = read_json(path, "restore it, or give another output folder")
     except FileNotFoundError:
         return None
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} is not JSON ({error}): restore it, or give another output folder."
-        ) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else document
         raise InputError(

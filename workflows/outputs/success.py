@@ -1,7 +1,6 @@
 """`_SUCCESS`: what says that an output is complete, and how many rows of each kind it has."""
 
 import dataclasses
-import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import SUCCESS_FILE
 from wallaroo.workflows.outputs.schema import FORMAT
+from wallaroo.workflows.outputs.values import read_json
 
 MAX_FOLDERS = 20
 ELSEWHERE = ""
@@ -60,15 +60,9 @@ def read_success(output: str) -> dict[str, Any] | None:
     """What `_SUCCESS` says: `rows`, `ok`, `errors` by kind, `shards`, `parts`; None if there is none."""
     path = storage.join(output, SUCCESS_FILE)
     try:
-        data = storage.read_bytes(path)
+        document = read_json(path, "move it elsewhere and start the run again")
     except FileNotFoundError:
         return None
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} is not JSON ({error}): move it elsewhere and start the run again."
-        ) from None
     keys = {"format", "rows", "ok", "errors", "shards", "parts"}
     if not isinstance(document, dict) or set(document) != keys or document["format"] != FORMAT:
         raise InputError(f"{path} was written by another version: use the version that made it.")

@@ -9,6 +9,27 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+
+
+def read_json(path: str, remedy: str) -> Any:
+    """The value in a JSON file of an output.
+
+    Args:
+        path: Of the file, local or on S3.
+        remedy: What to do if it is not JSON, as the end of a sentence.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is not JSON, or cannot be read.
+    """
+    data = storage.read_bytes(path)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}): {remedy}.") from None
+
 
 def canonical_json(value: Any) -> bytes:
     """The one UTF-8 JSON text of a plain value: keys sorted, no spaces, 3.0 as 3. Refuses NaN."""

@@ -52,8 +52,8 @@ def known_columns(schema: pa.Schema, settings: PlanSettings) -> tuple[str, ...]:
 
 def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     """Warnings about columns that look like misspelt ones. Raises InputError if one is missing."""
-    known = known_columns(schema, settings)
     names = column_names(schema, settings)
+    known = tuple(names.values())
     needed = [names[COLUMN]] if settings.task in PICTURE_TASKS else []
     needed += [names["id"]] if settings.id_column else []
     if settings.prompt_column or (settings.task != "understand" and settings.prompt is None):

@@ -12,7 +12,7 @@ from wallaroo.model.sampling import Sampling
 from wallaroo.workflows.manifests import layouts
 from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
 from wallaroo.workflows.plans.values import size_of
-from wallaroo.workflows.settings import OptionError, RunConfig
+from wallaroo.workflows.settings import OPTIONS, OptionError, RunConfig
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class PlanSettings:
 
     def meaning(self) -> dict[str, Any]:
         """The values that decide what a planned row is, so that all parts of a plan must share them."""
-        # Columns count only where they are given, as before they could be: older plans keep their meaning.
-        later = [name for name in ("image_column", "id_column") if getattr(self, name) is None]
+        values = dataclasses.asdict(self)
+        # What was added later counts only where it is given, so that older plans keep their meaning.
+        later = [name for name in values if name in OPTIONS and OPTIONS[name].later and values[name] is None]
         left_out = ("limit", "where", "incremental", *later)
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+        return {name: value for name, value in values.items() if name not in left_out}
 
 
 def column_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
