@@ -23,10 +23,11 @@ class Stop:
     """The wish to stop, if there is one.
 
     grace: seconds that shards in flight have from the wish on. deadline: seconds from now after which the
-    wish comes by itself; None for never.
+    wish comes by itself; None for never. kept: what the work so far has left, for the message.
     """
 
-    def __init__(self, grace: float, deadline: float | None = None):
+    def __init__(self, grace: float, deadline: float | None = None, kept: str = "Finished shards are kept"):
+        self._kept = kept
         self.why = ""
         self._grace = grace
         self._deadline = None if deadline is None else time.monotonic() + deadline
@@ -57,9 +58,7 @@ class Stop:
 
     def stopped(self) -> RunStopped:
         """What to raise."""
-        return RunStopped(
-            f"stopped by {self.why}. Finished shards are kept; re-run the same command to resume."
-        )
+        return RunStopped(f"stopped by {self.why}. {self._kept}; re-run the same command to resume.")
 
     @contextmanager
     def patience(self) -> Iterator[None]:

@@ -172,7 +172,7 @@ def train(
         for line in on_ray.plan(recipe, workers, shard, gpu_memory):
             click.echo(line)
         return OK
-    stop = Stop(grace)
+    stop = Stop(grace, kept="The last saved state is kept")
     with stop.signals():
         click.echo(on_ray.train(recipe, workers, device, address, click.echo, shard, stop))
     return OK

@@ -200,7 +200,7 @@ def test_streamed_rows_give_the_same_losses_with_any_number_of_workers(tmp_path,
     path = recipes(one, data, text.replace("save_every = 2", "save_every = 100"))
     assert command(path, "--workers", "1", "--device", "cpu", "--grace", "300") == 5
     stopper.join(60)
-    assert stopped and "the same command goes on from there" in capsys.readouterr().err
+    assert stopped and "saved state is kept; re-run the same command to resume" in capsys.readouterr().err
     [state] = [folder.name for folder in (one / "state").iterdir()]
     assert 3 <= int(state.removeprefix("step-")) < STEPS
     assert not (one / "stop").exists()
