@@ -1,0 +1,256 @@
+"""What a run costs as it grows: CPU seconds, memory and counts at 1,000 shards and more.
+
+    python -m tests.benchmarks.scale [--only PART[,PART...]] [--shards N[,N...]] [--json FILE]
+
+Each part measures one thing, in processes of its own, with a replica that answers at once. CPU seconds are
+those of the process and, where a line says so, of all processes under it (Ray's among them); wall time
+stands beside them and decides nothing. `--json` writes all numbers as one object.
+
+A new part is a function under `@part`: it gets a folder and the numbers of shards, prints its lines and
+returns its numbers by name.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from wallaroo.actors.rows import Outcome, from_ipc, outcomes_table, to_ipc
+
+ROOT = Path(__file__).parents[2]
+SHARDS = (1_000, 40_000)
+Part = Callable[[Path, Sequence[int]], dict[str, float]]
+PARTS: dict[str, Part] = {}
+PROBES: dict[str, Callable[..., dict[str, float]]] = {}
+
+
+def part(function: Part) -> Part:
+    """Registers a part under the name of its function."""
+    PARTS[function.__name__] = function
+    return function
+
+
+def probe(function: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+    """Registers what `in_process` can run."""
+    PROBES[function.__name__] = function
+    return function
+
+
+class Instant:
+    """A replica without a model: every row is a black picture, given back at once."""
+
+    def __init__(self, watch: Any = None, **_: Any):
+        self.name = f"instant:{os.getpid()}"
+        self._watch = watch
+        watch.note_up.remote(self.name)
+
+    async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        import asyncio
+
+        table = from_ipc(row["requests"]).select(["row", "height", "width"])
+        rows = table.to_pylist()
+        numbers = [one["row"] for one in rows]
+        while (start := await self._watch.note_start.remote(self.name, row["shard"], numbers)).wait:
+            await asyncio.sleep(0.1)
+        passed = {name: value for name, value in row.items() if name != "requests"}
+        done = []
+        if not start.stopping:
+            now = datetime.now(UTC)
+            for one in rows:
+                pixels = np.zeros((one["height"], one["width"], 3), np.uint8)
+                done.append(Outcome(one["row"], now, 0.0, pixels=pixels, finish_reason="length"))
+            self._watch.note_done.remote(self.name, [(row["shard"], number, True) for number in numbers])
+        return {
+            **passed,
+            "outcomes": to_ipc(outcomes_table(done)) if done else b"",
+            "replica": self.name,
+            "attempts": start.attempt,
+            "environment": json.dumps({"device": "none", "threads": 1, "shapes": {}}),
+        }
+
+
+class Usage:
+    """CPU seconds since it was made: of this process, and of this process with all under it."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._wall = time.monotonic()
+        self._own = self._all = 0.0
+        self._own, self._all = self.own(), self.all()
+
+    def own(self) -> float:
+        """Of this process alone."""
+        times = self._process.cpu_times()
+        return times.user + times.system - self._own
+
+    def all(self) -> float:
+        """Of this process and its living descendants, which Ray's workers are on a local Ray."""
+        total = 0.0
+        for process in [self._process, *self._process.children(recursive=True)]:
+            try:
+                times = process.cpu_times()
+            except psutil.Error:
+                continue
+            total += times.user + times.system
+        return total - self._all
+
+    def numbers(self) -> dict[str, float]:
+        """`cpu`, `all_cpu`, `wall` in seconds; `peak_mib` of this process's memory, `rss_mib` now."""
+        return {
+            "cpu": self.own(),
+            "all_cpu": self.all(),
+            "wall": time.monotonic() - self._wall,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "rss_mib": self._process.memory_info().rss / 2**20,
+        }
+
+
+def in_process(name: str, *arguments: str) -> dict[str, float]:
+    """The numbers of a probe that runs in a Python of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.scale", "--probe", name, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        # Ray's workers take no modules from the working directory.
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    if done.returncode:
+        sys.exit(f"{name} {' '.join(arguments)} ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@probe
+def plan(output: str, shards: str, rows: str) -> dict[str, float]:
+    """Plans an output of so many shards of so many rows each."""
+    from wallaroo.model.checkpoint import TINY
+    from wallaroo.workflows.cluster import connected
+    from wallaroo.workflows.plans import planner
+    from wallaroo.workflows.plans.settings import PlanSettings
+
+    # As large manifests are cut, though this one is small.
+    planner.shard_rows = lambda *_: int(rows)
+    usage = Usage()
+    with connected(cpus=2):
+        planner.make_plan(f"{output}.jsonl", PlanSettings.of(run_config(output)), str(TINY), output)
+    return usage.numbers()
+
+
+def run_config(output: str) -> Any:
+    """The configuration of all runs here; the manifest lies beside the output."""
+    from wallaroo.workflows.settings import RunConfig
+
+    return RunConfig(f"{output}.jsonl", output, device="cpu", replicas=(1, 1), slots=8)
+
+
+def planned_output(folder: Path, shards: int, rows: int = 1) -> str:
+    """An output with a plan of so many shards and nothing else; made once a folder."""
+    output = folder / f"{shards}x{rows}"
+    if not output.exists():
+        manifest = folder / f"{output.name}.jsonl"
+        with open(manifest, "w") as file:
+            for number in range(shards * rows):
+                file.write(json.dumps({"prompt": f"a red circle {number}", "aspect_ratio": "1:1"}) + "\n")
+        in_process("plan", str(output), str(shards), str(rows))
+    return str(output)
+
+
+class _Enough(BaseException):
+    """What was to be measured is over."""
+
+
+@probe
+def run_until(output: str, first: str, last: str) -> dict[str, float]:
+    """A run until so many rows are made: what it costs before row `first`, and from there to row `last`."""
+    from tests.benchmarks import scale  # by whose name Ray sends the replica
+    from wallaroo.workflows.runs.driver import run
+
+    usage = Usage()
+    numbers: dict[str, float] = {}
+
+    def look(progress: Any) -> None:
+        made = progress.done - progress.before
+        if made >= int(first) and not numbers:
+            numbers.update(usage.numbers(), rows=made)
+        if made >= int(last):
+            numbers.update({f"last_{name}": value for name, value in usage.numbers().items()}, last_rows=made)
+            raise _Enough
+
+    with contextlib.suppress(_Enough):
+        run(run_config(output), look, scale.Instant)
+    return numbers
+
+
+@part
+def start(folder: Path, shards: Sequence[int]) -> dict[str, float]:
+    """From the call of `run` to the first row, on an output that is planned."""
+    found = {}
+    for count in shards:
+        found[count] = one = in_process("run_until", planned_output(folder, count), "1", "1")
+        print(
+            f"start {count:>7,} shards: driver {one['cpu']:5.1f} CPU s, with Ray {one['all_cpu']:5.1f}, "
+            f"peak {one['peak_mib']:6.1f} MiB ({one['wall']:.0f} s)",
+            flush=True,
+        )
+    small, large = found[min(shards)], found[max(shards)]
+    return {
+        "start_cpu_ratio": large["cpu"] / small["cpu"],
+        "start_all_cpu_ratio": large["all_cpu"] / small["all_cpu"],
+        "start_memory_ratio": large["peak_mib"] / small["peak_mib"],
+    }
+
+
+@part
+def shard(folder: Path, shards: Sequence[int]) -> dict[str, float]:
+    """What a shard of one row costs, from the 20th to the 320th."""
+    found = {}
+    for count in shards:
+        one = in_process("run_until", planned_output(folder, count), "20", "320")
+        rows = one["last_rows"] - one["rows"]
+        found[f"shard_cpu_ms_of_{count}"] = own = 1000 * (one["last_cpu"] - one["cpu"]) / rows
+        found[f"shard_all_cpu_ms_of_{count}"] = all_ = 1000 * (one["last_all_cpu"] - one["all_cpu"]) / rows
+        print(f"shard of {count:>7,}: driver {own:5.1f} CPU ms, with Ray {all_:5.1f} CPU ms", flush=True)
+    return found
+
+
+def main() -> None:
+    """Runs the parts that were asked for, and prints or writes their numbers."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scale", description=__doc__)
+    parser.add_argument("--only", help="parts to run, by commas: " + ", ".join(PARTS))
+    parser.add_argument("--shards", help="numbers of shards, by commas", default=",".join(map(str, SHARDS)))
+    parser.add_argument("--json", help="file for the numbers, - for the terminal")
+    parser.add_argument("--probe", nargs="+", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.probe:
+        name, *arguments = asked.probe
+        print(json.dumps(PROBES[name](*arguments)), flush=True)
+        return
+    names = asked.only.split(",") if asked.only else list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"there is no part {unknown[0]}: choose from {', '.join(PARTS)}")
+    numbers: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        for name in names:
+            numbers |= PARTS[name](Path(folder), [int(one) for one in asked.shards.split(",")])
+    for name, number in numbers.items():
+        print(f"{name} {number:.3f}")
+    if asked.json == "-":
+        print(json.dumps(numbers))
+    elif asked.json:
+        Path(asked.json).write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
