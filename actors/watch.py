@@ -123,6 +123,15 @@ class Watch:
         self._deaths = 0
         self._last_death = ""
         self._stopping = False
+        self._admitted = 0
+
+    def admit(self, shards: int) -> None:
+        """So many shards of the run's queue may have been let into its pipeline."""
+        self._admitted = shards
+
+    def admitted(self) -> int:
+        """What `admit` was last told."""
+        return self._admitted
 
     def note_up(self, replica: str) -> None:
         """A replica holds its model and waits for rows."""

@@ -14,9 +14,8 @@ from wallaroo.model.errors import did_you_mean
 from wallaroo.workflows.cluster import choose_device
 from wallaroo.workflows.options import Option, OptionError
 from wallaroo.workflows.plans.dataset import plan_dataset
-from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.runs.pool import load_stage, make_pool, make_results
-from wallaroo.workflows.runs.setup import make_job, meaning_of, with_absolute_paths
+from wallaroo.workflows.runs.setup import resolve
 from wallaroo.workflows.runs.stages import prepare
 from wallaroo.workflows.settings import OPTIONS, RunConfig
 
@@ -146,10 +145,10 @@ def map_dataset(
             )
         if name not in OPTIONS:
             raise OptionError(f"there is no option '{name}'{did_you_mean(name, known) or '.'}")
-    config = with_absolute_paths(RunConfig(manifest="", output="", task=task, **options))
-    meaning = meaning_of(config)
-    plans, rows, carried = plan_dataset(ds, PlanSettings.of(config), config.model)
-    job = make_job(config, meaning, carried)
+    resolved = resolve(RunConfig(manifest="", output="", task=task, **options))
+    config = resolved.config
+    plans, rows, carried = plan_dataset(ds, resolved.settings, config.model)
+    job = resolved.job(carried)
     if not rows:
         return ray.data.from_arrow(job.schema.empty_table())
     pool = make_pool(config, choose_device(config.device), rows, plans.count(), replica)

@@ -21,7 +21,7 @@ from wallaroo.workflows.settings import OPTIONS
 _TOKEN = secrets.token_hex(32)
 """Of every local Ray of this process; Ray reads it once a process, so it cannot change."""
 
-LOST_WHILE_LOADING = 10
+MAX_INIT_DEATHS = 10
 """Replicas in a row that may end before one is up; with more the cause is no lost node."""
 
 CONNECT_SECONDS = 60.0
@@ -45,12 +45,15 @@ def connected(
     cpus: int = 0,
     start_timeout: float = OPTIONS["ray_start_timeout"].default,
 ) -> Iterator[None]:
-    """Ray for as long as the block lasts; one that this process has connected to already stays as it is.
+    """Connects to Ray for the block; without effect where this process is connected.
 
-    address: of a running cluster, or None for a local Ray, which nobody but this process can talk to.
-    cpus: CPUs that a local Ray must count at least, whatever the machine has. start_timeout: seconds after
-    which no further attempt is made to start a local Ray.
-    Raises InputError if nothing answers at the address, or a local Ray does not start.
+    Args:
+        address: Of a running cluster; None for a local Ray, which nobody but this process can talk to.
+        cpus: CPUs that a local Ray counts at least, whatever the machine has.
+        start_timeout: Seconds after which a local Ray is not started once more.
+
+    Raises:
+        InputError: Nothing answers at the address, or a local Ray does not start.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         _quieten()
@@ -108,7 +111,7 @@ def _ray(options: dict[str, Any], folder: str, start_timeout: float) -> Iterator
 
 @contextmanager
 def _working_directory(folder: str) -> Iterator[None]:
-    """Another working directory for the block.
+    """Changes the working directory for the block.
 
     `ray.init` puts the driver's first in the module search path of all workers, and a local Ray starts them
     in it. In a folder of a user any file could then be imported in place of a library.
@@ -122,9 +125,13 @@ def _working_directory(folder: str) -> Iterator[None]:
 
 
 def _wait_for_cluster(address: str) -> None:
-    """Raises TimeoutError if no gRPC server answers at `host:port` or `ray://host:port` in CONNECT_SECONDS.
+    """Waits for the gRPC server of a cluster, as `ray.init` itself would for a quarter of an hour.
 
-    `ray.init` itself would retry for a quarter of an hour.
+    Args:
+        address: `host:port` or `ray://host:port`; others are not looked at.
+
+    Raises:
+        TimeoutError: None answers within CONNECT_SECONDS.
     """
     server = address.removeprefix("ray://")
     # TLS needs certificates that only Ray knows of; `auto` and the like name no server.
@@ -162,7 +169,14 @@ def _start(options: dict[str, Any], timeout: float) -> None:
 
 
 def choose_device(device: str) -> str:
-    """`cpu` or `cuda`: what was asked for, and for `auto` what the Ray cluster has now."""
+    """Chooses the device of a run.
+
+    Args:
+        device: `cpu`, `cuda` or `auto`.
+
+    Returns:
+        `cpu` or `cuda`; for `auto` what the Ray cluster has now.
+    """
     import ray
 
     if device != "auto":
@@ -171,7 +185,14 @@ def choose_device(device: str) -> str:
 
 
 def reason(error: BaseException) -> BaseException:
-    """What went wrong in a Ray task, out of the wrappers in which Ray brings it to the driver."""
+    """Unwraps an error of a Ray task.
+
+    Args:
+        error: As Ray brings it to the driver.
+
+    Returns:
+        What went wrong in the task; of an InputError its first line, without Ray Data's advice.
+    """
     from ray.exceptions import RayTaskError, UserCodeException
 
     while isinstance(error, RayTaskError | UserCodeException):
@@ -186,17 +207,16 @@ def reason(error: BaseException) -> BaseException:
 
 
 def _quieten() -> None:
-    """Ray Data writes to its log file only, shows no bars, is patient, and gives our exceptions back as they
-    are."""
+    """Sets up Ray Data: logs to its file only, no bars, no timeout, exceptions of ours unwrapped."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    # A run waits for its first GPU for as long as it takes, and a node may be lost while it loads.
+    # A run waits for its first GPU without limit, and a node may be lost while it loads.
     context.execution_no_progress_timeout_s = -1
-    context.max_consecutive_actor_init_deaths = LOST_WHILE_LOADING
+    context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS
     logger = logging.getLogger("ray.data")
     for handler in list(logger.handlers):
         if handler.name == "console":

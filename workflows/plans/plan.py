@@ -8,7 +8,7 @@ import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -212,22 +212,35 @@ def read_plan(output: str) -> Plan:
     return Plan(tuple(parts), tuple(rounds))
 
 
-def read_shard(output: str, shard: int) -> pa.Table:
-    """The planned rows of one shard, with their carried columns: reads one row group.
+class Place(NamedTuple):
+    """Where the planned rows of a shard are: name of a Parquet file in `plan/`, and its row group."""
 
-    For any process that can read the output. Raises InputError if no valid part has the shard.
+    file: str
+    row_group: int
+
+
+def read_shard(output: str, shard: int, place: Place | None = None) -> pa.Table:
+    """Reads the planned rows of one shard with their carried columns: one row group.
+
+    Args:
+        output: Folder of the run, for any process that can read it.
+        shard: Number of the shard.
+        place: Where its part has it. Without it the process reads the JSON of all parts, once.
+
+    Raises:
+        InputError: No valid part has the shard, or the file of its part is absent or corrupt.
     """
-    part = _part_of(output, shard)
-    path = storage.join(output, PLAN_FOLDER, part.file)
+    file, row_group = place or _place_of(output, shard)
+    path = storage.join(output, PLAN_FOLDER, file)
     with storage.explained(path):
         filesystem, inner = storage.parquet_filesystem(path)
         try:
-            with filesystem.open_input_file(inner) as file:
-                parquet = pq.ParquetFile(file, metadata=_footer(path), pre_buffer=True)
-                return parquet.read_row_group(shard - part.first_shard)
+            with filesystem.open_input_file(inner) as opened:
+                parquet = pq.ParquetFile(opened, metadata=_footer(path), pre_buffer=True)
+                return parquet.read_row_group(row_group)
         except (FileNotFoundError, pa.ArrowException) as error:
             words = "is absent" if isinstance(error, FileNotFoundError) else "is corrupt"
-            raise InputError(f"{path} {words}, but {part.name}.json names it: restore it.") from error
+            raise InputError(f"{path} {words}, but a JSON file beside it names it: restore it.") from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -240,11 +253,11 @@ _PARTS: dict[str, tuple[PlanPart, ...]] = {}
 """Parts seen by this process, by output. A valid part never changes, so only new ones are looked for."""
 
 
-def _part_of(output: str, shard: int) -> PlanPart:
+def _place_of(output: str, shard: int) -> Place:
     for fresh in (False, True):
         if fresh:
             _PARTS[output] = read_plan(output).parts
         for part in _PARTS.get(output, ()):
-            if part.first_shard <= shard < part.first_shard + part.shards:
-                return part
+            if part.first_shard <= shard < part.end:
+                return Place(part.file, shard - part.first_shard)
     raise InputError(f"{output} has no plan for shard {shard}: plan it first.")

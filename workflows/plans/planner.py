@@ -52,60 +52,95 @@ PART_SHARDS = 1024
 
 
 def make_plan(manifest: str, settings: PlanSettings, model: str, output: str | None = None) -> Plan:
-    """Plans the rows of a manifest that are not planned yet, and returns the whole plan.
+    """Plans the rows of a manifest that are not planned yet. Ray must be connected.
 
-    manifest, model, output: local or `s3://` paths, the model a checkpoint's folder. Without an output
-    nothing is written, and the plan only counts. Ray must be connected. What is planned already is never
-    planned again: with the same arguments a second call reads the parts and does no more.
-    Raises InputError if the manifest cannot be read or has no rows, or the plan there is of another
-    manifest, model or other settings. Rows that cannot be served raise nothing: they are error rows.
+    Rows that are planned already are never planned again: with the same arguments a second call reads the
+    parts and does no more. A row that cannot be served is planned as an error row.
+
+    Args:
+        manifest: Local or `s3://` path.
+        settings: What the plan depends on.
+        model: Folder of the checkpoint, local or on S3.
+        output: Folder of the run; None to count only and write nothing.
+
+    Returns:
+        The whole plan.
+
+    Raises:
+        InputError: The manifest cannot be read or has no rows, or the plan in the output is of another
+            manifest, another model or other settings.
+        OptionError: The checkpoint lacks the size that the settings ask for.
     """
     checkpoint = read_checkpoint(model)
     settings.check(checkpoint.config)
     refuse_inside(manifest, output)
     found = discover(manifest, settings.task, settings.image_column)
+    return extend_plan(open_plan(found, settings, checkpoint.digest, output), found, settings, model, output)
+
+
+def open_plan(found: Manifest, settings: PlanSettings, model_digest: str, output: str | None) -> Plan:
+    """Reads the plan of an output as far as it is made; needs no Ray.
+
+    Args:
+        found: The manifest.
+        settings: What the plan depends on.
+        model_digest: Digest of the checkpoint.
+        output: Folder of the run; None for a plan without parts.
+
+    Returns:
+        The plan; without parts if there is none.
+
+    Raises:
+        InputError: It is of another manifest, another model or other settings.
+    """
+    plan = read_plan(output) if output else Plan()
+    check_same(plan, found, settings, model_digest)
+    return plan
+
+
+def is_complete(plan: Plan, found: Manifest, settings: PlanSettings) -> bool:
+    """Whether a plan has all that is asked for, as far as plan and listing alone can tell."""
     if settings.incremental:
-        return _make_increment(found, settings, model, output)
+        return bool(plan.rounds) and not unseen(found, plan.rounds, settings).files
+    if not plan.complete or settings.where is not None:
+        return False
+    taken = np.logical_or.reduce([one.selected for one in plan.rounds])
+    return bool(taken[: settings.limit].all())
+
+
+def extend_plan(
+    plan: Plan, found: Manifest, settings: PlanSettings, model: str, output: str | None = None
+) -> Plan:
+    """Adds what a plan from `open_plan` lacks, and returns the whole. Ray must be connected.
+
+    Args and errors are those of `make_plan`.
+    """
+    if settings.incremental:
+        return _make_increment(plan, found, settings, model, output)
     source = ScannedManifest(found)
-    while True:
-        plan = read_plan(output) if output else Plan()
-        check_same(plan, source.manifest, settings, checkpoint.digest)
-        if _covers(plan, settings):
-            return plan
+    while not is_complete(plan, found, settings):
         try:
             return _Planner(source, settings, model, output).extended(plan)
         except _LostRace:
-            continue  # somebody else made a part meanwhile; what they chose is taken
-
-
-def existing_plan(manifest: str, settings: PlanSettings, model: str, output: str) -> Plan | None:
-    """The plan of an output if it has all that `make_plan` would be asked for; needs no Ray.
-
-    None where there is more to plan, or only reading the manifest could tell. Raises as `make_plan`.
-    """
-    refuse_inside(manifest, output)
-    plan = read_plan(output)
-    found = discover(manifest, settings.task, settings.image_column)
-    check_same(plan, found, settings, read_checkpoint(model).digest)
-    if settings.incremental:
-        return plan if plan.rounds and not unseen(found, plan.rounds, settings).files else None
-    return plan if _covers(plan, settings) else None
+            # Somebody else made a part meanwhile; what they chose is taken.
+            plan = open_plan(found, settings, read_checkpoint(model).digest, output)
+    return plan
 
 
 class _LostRace(Exception):
     pass
 
 
-def _make_increment(found: Manifest, settings: PlanSettings, model: str, output: str | None) -> Plan:
-    """`make_plan` for a manifest that grows: rounds of one part each, until nothing is new.
+def _make_increment(
+    plan: Plan, found: Manifest, settings: PlanSettings, model: str, output: str | None
+) -> Plan:
+    """`extend_plan` for a manifest that grows: rounds of one part each, until nothing is new.
 
-    One JSON then decides for a whole round, and who loses the race for it looks again for what is new.
+    One JSON then decides for a whole round, and who loses the race for it looks for what is new once more.
     """
     if output is None:
         raise OptionError("incremental is set, but there is no output to go on from: give OUTPUT.")
     while True:
-        plan = read_plan(output)
-        check_same(plan, found, settings, read_checkpoint(model).digest)
         known, left = read_known(output, plan.rounds), unseen(found, plan.rounds, settings)
         identity, pairs = left.identity(), None
         if any(file.format == "pictures" for file in left.files):
@@ -116,6 +151,7 @@ def _make_increment(found: Manifest, settings: PlanSettings, model: str, output:
                 source = ScannedManifest(left, plan.rounds, settings)
                 added = _Increment(source, settings, model, output, known, identity).added(plan, pairs)
             except _LostRace:
+                plan = open_plan(found, settings, read_checkpoint(model).digest, output)
                 continue
         if added is None:
             if not plan.parts:
@@ -123,6 +159,7 @@ def _make_increment(found: Manifest, settings: PlanSettings, model: str, output:
                     f"The manifest {found.path} gives nothing to do, it has no rows: correct it."
                 )
             return plan
+        plan = added
 
 
 def _new_pictures(found: Manifest, known: Known, output: str) -> tuple[Manifest, np.ndarray]:
@@ -132,14 +169,6 @@ def _new_pictures(found: Manifest, known: Known, output: str) -> tuple[Manifest,
     new = np.flatnonzero(known.new(pairs)[0])
     one = [write_pictures(output, [files[index] for index in new])] if len(new) else []
     return dataclasses.replace(found, files=tuple(one)), pairs[new]
-
-
-def _covers(plan: Plan, settings: PlanSettings) -> bool:
-    """Whether all that is asked for is planned, as far as the plan alone can tell."""
-    if not plan.complete or settings.where is not None:
-        return False
-    taken = np.logical_or.reduce([one.selected for one in plan.rounds])
-    return bool(taken[: settings.limit].all())
 
 
 class _Planner:

@@ -20,15 +20,23 @@ if TYPE_CHECKING:
 
 MIN_LOADS = 2
 """Shards whose sources are loaded at once, at least; each loads several sources at once."""
+WRITERS = 2
+"""Shards that are written at once, for each replica, at least; more where one holds more."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The replicas of a pipeline.
+    """The replicas of a pipeline, and how much its stages hold.
 
-    device: `cpu` or `cuda`. size: how many at most. calls: shards that one holds at once. shards: that there
-    are to make. options: of their engines. kind: their class; `actors.replica.Replica` describes it, and
-    weights and threads.
+    Attributes:
+        device: `cpu` or `cuda`.
+        size: Replicas at most.
+        calls: Shards in flight in one replica.
+        shards: All shards of the pipeline.
+        threads: CPU threads of one replica.
+        options: Fields of `model.engine.EngineOptions` that differ from their defaults.
+        weights: Format of the weights, as `actors.replica.Replica` takes it.
+        kind: Class of the replicas.
     """
 
     device: str
@@ -41,10 +49,38 @@ class Pool:
     kind: type = Replica
 
     def tasks(self, most: int) -> "ray.data.TaskPoolStrategy":
-        """Of a stage around the replicas; Ray Data warns of more tasks at once than there are shards."""
+        """At most `most` tasks at once, for a stage around the replicas.
+
+        Ray Data warns of more tasks at once than there are shards.
+        """
         from ray.data import TaskPoolStrategy
 
         return TaskPoolStrategy(size=min(most, self.shards))
+
+    @property
+    def loads(self) -> int:
+        """Shards whose sources are loaded at once."""
+        return max(MIN_LOADS, 2 * self.size)
+
+    @property
+    def encoders(self) -> int:
+        """Shards that are encoded at once."""
+        return 2 * self.size
+
+    @property
+    def writers(self) -> int:
+        """Shards that are written at once."""
+        return max(WRITERS, self.calls) * self.size
+
+    @property
+    def unwritten(self) -> int:
+        """Fewer shards than this may be begun and not written yet."""
+        return 2 * self.size + self.writers
+
+    @property
+    def window(self) -> int:
+        """Shards in the pipeline: twice what its stages hold, so that none waits for a number."""
+        return 2 * (self.loads + self.calls * self.size + self.encoders + self.writers)
 
     @property
     def cpus(self) -> float:
@@ -56,10 +92,17 @@ class Pool:
 
 
 def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type = Replica) -> Pool:
-    """The pool for so many rows in so many shards.
+    """Sizes the pool of a pipeline.
 
     A replica holds as many shards as fill its slots and one more; a larger backlog would only keep work
     from replicas that come up later.
+
+    Args:
+        config: Of the run.
+        device: `cpu` or `cuda`.
+        rows: Planned rows.
+        shards: Shards that they are in.
+        kind: Class of the replicas.
     """
     slots = config.slots or SLOTS[device]
     calls = 1 + math.ceil(slots * shards / rows)
@@ -79,18 +122,38 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
 def load_stage(
     shards: "ray.data.Dataset", stage: Callable[..., dict[str, Any]], job: Job, pool: Pool
 ) -> "ray.data.Dataset":
-    """Rows of shards become rows of `prepare`, by `stage`, a few at once: each is a process."""
-    return shards.map(stage, num_cpus=pool.cpus, compute=pool.tasks(max(MIN_LOADS, 2 * pool.size)))
+    """Adds the load stage to a pipeline, each task of which is a process.
+
+    Args:
+        shards: Rows that `stage` takes.
+        stage: `load` or `prepare`.
+        job: Of the pipeline.
+        pool: Its replicas.
+
+    Returns:
+        Rows of `prepare`.
+    """
+    return shards.map(stage, num_cpus=pool.cpus, compute=pool.tasks(pool.loads))
 
 
 def _fetch(model: str) -> Path:
-    """The local folder of a checkpoint, in the process of a replica."""
+    """Returns the local folder of a checkpoint, in the process of a replica."""
     storage.be_patient()
     return fetch_folder(model)
 
 
 def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = None) -> "ray.data.Dataset":
-    """Rows of `prepare` become rows of `encode`."""
+    """Adds replicas and encoding to a pipeline.
+
+    Args:
+        shards: Rows of `prepare`.
+        job: Of the pipeline.
+        pool: Its replicas.
+        watch: Handle of the run's `actors.watch.Watch`, or None.
+
+    Returns:
+        Rows of `encode`.
+    """
     from ray.data import ActorPoolStrategy
 
     resources: dict[str, Any] = {"num_gpus": 1} if pool.device == "cuda" else {"num_cpus": pool.threads}
@@ -112,4 +175,4 @@ def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = 
         ),
         **resources,
     )
-    return made.map(functools.partial(encode, job=job), num_cpus=pool.cpus, compute=pool.tasks(2 * pool.size))
+    return made.map(functools.partial(encode, job=job), num_cpus=pool.cpus, compute=pool.tasks(pool.encoders))

@@ -1,4 +1,4 @@
-"""What a run resolves before it starts: paths, device, meaning, plan."""
+"""What a run resolves at its start, once: paths, model, meaning, plan; and its connection to Ray."""
 
 import dataclasses
 import logging
@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -24,14 +25,15 @@ from wallaroo.workflows.outputs.run_file import check_run, find_run, put_run
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.outputs.values import digest
+from wallaroo.workflows.plans.checks import refuse_inside
 from wallaroo.workflows.plans.plan import Plan
-from wallaroo.workflows.plans.planner import existing_plan, make_plan
+from wallaroo.workflows.plans.planner import extend_plan, is_complete, make_plan, open_plan
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.runs.stages import Job
 from wallaroo.workflows.settings import Progress, RunConfig, RunSummary
 from wallaroo.workflows.sources.references import SourceOptions
 from wallaroo.workflows.stopping import Stop
-from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint
+from wallaroo.workflows.storage.checkpoints import Checkpoint, model_path, read_checkpoint
 from wallaroo.workflows.storage.paths import absolute_path
 
 log = logging.getLogger(__name__)
@@ -40,28 +42,110 @@ MAX_LOOKED_AT = 1_000_000
 """Rows of a plan that is made once more to show which of them are refused."""
 
 
-def make_job(
-    config: RunConfig, meaning: dict[str, Any], carried: pa.Schema, environments: Iterable[str] = ()
-) -> Job:
-    """The job of a run whose `config_digest_fields` are `meaning`, with these carried columns."""
-    options = {one.name for one in dataclasses.fields(RunConstants)} - {"model_digest", "config_digest"}
-    return Job(
-        config.model,
-        RunConstants(
-            **{name: getattr(config, name) for name in options},
-            model_digest=meaning["model_digest"],
-            config_digest=digest(meaning),
-        ),
-        result_schema(carried, config.save_tokens),
-        SourceOptions(
-            # All paths of a plan are absolute.
-            "/",
-            https=config.allow_https,
-            most_bytes=config.max_source_bytes,
-            most_pixels=config.max_source_pixels,
-        ),
-        frozenset(environments),
-    )
+@dataclass(frozen=True)
+class Resolved:
+    """A run as it was found at its start; nothing of it is looked up a second time.
+
+    Attributes:
+        config: The options, with absolute paths.
+        settings: What the plan depends on.
+        checkpoint: Configuration, tokenizer and digest of the model.
+        meaning: What may change a row by meaning, the model among it: the fields of the config digest.
+        plan: All planned rows; without parts until `with_plan`, and where there is no output.
+    """
+
+    config: RunConfig
+    settings: PlanSettings
+    checkpoint: Checkpoint
+    meaning: dict[str, Any]
+    plan: Plan = field(default_factory=Plan)
+
+    def job(self, carried: pa.Schema, environments: Iterable[str] = ()) -> Job:
+        """What the stages of the pipeline need.
+
+        Args:
+            carried: Schema of the carried columns.
+            environments: The only environment digests that are allowed; empty for any.
+        """
+        config = self.config
+        options = {one.name for one in dataclasses.fields(RunConstants)} - {"model_digest", "config_digest"}
+        return Job(
+            config.model,
+            RunConstants(
+                **{name: getattr(config, name) for name in options},
+                model_digest=self.checkpoint.digest,
+                config_digest=digest(self.meaning),
+            ),
+            result_schema(carried, config.save_tokens),
+            SourceOptions(
+                # All paths of a plan are absolute.
+                "/",
+                https=config.allow_https,
+                most_bytes=config.max_source_bytes,
+                most_pixels=config.max_source_pixels,
+            ),
+            frozenset(environments),
+        )
+
+
+def resolve(config: RunConfig) -> Resolved:
+    """Reads what a run needs of its model, and checks its options against it. Needs no Ray.
+
+    A local checkpoint is checked as closely as can be without reading its weights. The replicas check one
+    on S3, since a driver need not hold the weights.
+
+    Args:
+        config: Of the run; relative paths start at the working directory.
+
+    Raises:
+        InputError: The model is no checkpoint, or does not serve the task.
+        OptionError: The checkpoint lacks the size that the options ask for.
+    """
+    config = with_absolute_paths(config)
+    found = read_checkpoint(config.model)
+    found.config.require_task(config.task)
+    if not storage.is_s3(config.model):
+        checkpoint.check(config.model, config.task)
+    settings = PlanSettings.of(config)
+    settings.check(found.config)
+    return Resolved(config, settings, found, config.config_digest_fields(found.digest))
+
+
+def with_plan(
+    resolved: Resolved,
+    run: dict[str, Any] | None,
+    stack: ExitStack,
+    report: Callable[[Progress], None],
+    stop: Stop | None = None,
+) -> Resolved:
+    """Adds the plan, which is made as far as it lacks; only for that Ray is connected.
+
+    Args:
+        resolved: From `resolve`.
+        run: What the output's `run.json` says; None if there is none yet, and it is put.
+        stack: Ends Ray.
+        report: Called when Ray starts and when planning does.
+        stop: Listens to signals, which Ray takes over when it starts.
+
+    Raises:
+        InputError: The output is of another run, or the manifest cannot be planned.
+    """
+    config, settings = resolved.config, resolved.settings
+    output, model_digest = config.output or None, resolved.checkpoint.digest
+    if run is not None:
+        check_run(config.output, run, resolved.meaning)
+    refuse_inside(config.manifest, output)
+    found = discover(config.manifest, config.task, config.image_column)
+    plan = open_plan(found, settings, model_digest, output)
+    if not is_complete(plan, found, settings):
+        connect(config, stack, report, stop)
+        report(Progress(waiting="planning"))
+        plan = extend_plan(plan, found, settings, config.model, output)
+        for warning in plan.warnings:
+            log.warning(warning)
+    if output and run is None:
+        put_run(output, resolved.meaning, config.to_dict())
+    return dataclasses.replace(resolved, plan=plan)
 
 
 def plan(
@@ -69,70 +153,43 @@ def plan(
     on_progress: Callable[[Progress], None] | None = None,
     look: Callable[[str, Plan], None] | None = None,
 ) -> Plan:
-    """Plans a run and makes nothing. With an output, `run` goes on with this plan; where `output` is
-    empty nothing is written.
+    """Plans a run and makes nothing. With an output, `run` goes on with this plan.
 
     Args:
-        config: Of the run.
+        config: Of the run; where `output` is empty nothing is written.
         on_progress: Called while Ray starts.
         look: Called with a folder that has the plan's rows, if any of them are refused. Without an output
             they are planned once more for it, into a folder of this machine that vanishes; not on a cluster,
             whose other machines lack that folder, and not above MAX_LOOKED_AT rows.
 
-    Raises as `run` does.
+    Returns:
+        The whole plan.
+
+    Raises:
+        InputError: As `run` does.
     """
-    config = with_absolute_paths(config)
     report = on_progress or (lambda progress: None)
-    run = find_run(config.output) if config.output else None
+    output = absolute_path(config.output) if config.output else ""
+    run = find_run(output) if output else None
     with ExitStack() as stack:
-        if config.output:
-            stack.enter_context(OutputLock(config.output, f"of process {os.getpid()}"))
-        found = planned_run(config, run, stack, report)
+        if output:
+            stack.enter_context(OutputLock(output, f"of process {os.getpid()}"))
+        resolved = with_plan(resolve(config), run, stack, report)
+        config, found = resolved.config, resolved.plan
         if look is not None and found.error_rows:
-            if config.output:
-                look(config.output, found)
+            if output:
+                look(output, found)
             elif config.address is None and found.rows <= MAX_LOOKED_AT:
                 report(Progress(waiting="looking at the rows that are refused"))
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallaroo-plan-"))
-                look(folder, make_plan(config.manifest, PlanSettings.of(config), config.model, folder))
+                look(folder, make_plan(config.manifest, resolved.settings, config.model, folder))
         return found
-
-
-def planned_run(
-    config: RunConfig,
-    run: dict[str, Any] | None,
-    stack: ExitStack,
-    report: Callable[[Progress], None],
-    stop: Stop | None = None,
-) -> Plan:
-    """The plan of a run, made if need be; Ray is only connected for that.
-
-    run: what the output's `run.json` says, None if it has none yet.
-    """
-    meaning = meaning_of(config)
-    settings = PlanSettings.of(config)
-    settings.check(read_checkpoint(config.model).config)
-    if run is not None:
-        check_run(config.output, run, meaning)
-    found = None
-    if config.output:
-        found = existing_plan(config.manifest, settings, config.model, config.output)
-    else:
-        discover(config.manifest, config.task, config.image_column)  # tells in a moment that there is none
-    if found is None:
-        connect(config, stack, report, stop)
-        report(Progress(waiting="planning"))
-        found = make_plan(config.manifest, settings, config.model, config.output or None)
-        for warning in found.warnings:
-            log.warning(warning)
-    if config.output and run is None:
-        put_run(config.output, meaning, config.to_dict())
-    return found
 
 
 def connect(
     config: RunConfig, stack: ExitStack, report: Callable[[Progress], None], stop: Stop | None = None
 ) -> None:
+    """Connects to Ray for as long as `stack` lasts; without effect where this process is connected."""
     # Not imported here: Ray reads some of what `connected` sets only then.
     if not ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
         where = f"connecting to Ray at {config.address}" if config.address else "starting Ray"
@@ -152,19 +209,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         model=model_path(config.model),
         image_root=None if config.image_root is None else absolute_path(config.image_root),
     )
-
-
-def meaning_of(config: RunConfig) -> dict[str, Any]:
-    """What may change a row by meaning, the model among it.
-
-    A local checkpoint is looked at as closely as can be without reading its weights; of one on S3 the
-    replicas do so, since a driver need not hold the weights.
-    """
-    known = read_checkpoint(config.model)
-    known.config.require_task(config.task)
-    if not storage.is_s3(config.model):
-        checkpoint.check(config.model, config.task)
-    return config.config_digest_fields(known.digest)
 
 
 def check_gpus(config: RunConfig, gpus: int) -> None:
@@ -201,6 +245,14 @@ def is_finished(output: str, plan: Plan) -> bool:
 
 
 def summary_of(config: RunConfig, started: float, before: int, made: int) -> RunSummary:
+    """What a finished run tells its caller.
+
+    Args:
+        config: Of the run.
+        started: When it was called, by `time.monotonic`.
+        before: Rows that were finished then.
+        made: Rows that were made ok.
+    """
     success = read_success(config.output)
     assert success is not None
     rows, ok = success["rows"], success["ok"]

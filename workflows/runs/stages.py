@@ -18,7 +18,7 @@ from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_tab
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.shards import open_shard, write_shard
 from wallaroo.workflows.outputs.values import digest
-from wallaroo.workflows.plans.plan import read_shard
+from wallaroo.workflows.plans.plan import Place, read_shard
 from wallaroo.workflows.runs.requests import load_requests
 from wallaroo.workflows.sources.references import SourceOptions
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
@@ -28,8 +28,12 @@ from wallaroo.workflows.storage.checkpoints import read_checkpoint
 class Job:
     """What the stages must know, wherever they run.
 
-    model: folder of a checkpoint, local or on S3. run, schema: of the result rows. sources: what source
-    pictures may be. environments: digests that alone are allowed where the run is strict; empty for any.
+    Attributes:
+        model: Folder of a checkpoint, local or on S3.
+        run: Constants of all result rows.
+        schema: Of the result rows.
+        sources: What source images may be.
+        environments: The only environment digests that are allowed, where the run is strict; empty for any.
     """
 
     model: str
@@ -39,24 +43,28 @@ class Job:
     environments: frozenset[str] = frozenset()
 
 
-def load(row: dict[str, Any], job: Job, output: str, again: frozenset[int] = frozenset()) -> dict[str, Any]:
-    """`item`, the number of a planned shard, becomes `shard`, `plan` and `requests` of its replica.
+def load(row: dict[str, Any], job: Job, output: str, retried: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """Adds `plan` and `requests` to a `shard`.
 
-    again: shards that are there, of which the plan gets the rows that are to be made once more.
+    Args:
+        row: From `feed.shard_stream`.
+        job: Of the run.
+        output: Its folder.
+        retried: Finished shards, of which only the rows to retry are taken.
     """
     storage.be_patient()
-    shard = row["item"]
+    shard = row["shard"]
 
-    def wanted() -> pa.Table:
-        plan = read_shard(output, shard)
-        return plan.filter(rows_to_retry(output, shard, plan)) if shard in again else plan
+    def read() -> pa.Table:
+        plan = read_shard(output, shard, Place(row["plan_file"], row["row_group"]))
+        return plan.filter(rows_to_retry(output, shard, plan)) if shard in retried else plan
 
-    plan = storage.patiently(output, wanted)
+    plan = storage.patiently(output, read)
     return prepare({"shard": shard, "plan": to_ipc(plan)}, job)
 
 
 def rows_to_retry(output: str, shard: int, plan: pa.Table) -> pa.Array:
-    """Which planned rows of a shard that is there are errors, though the plan did not refuse them."""
+    """bool [planned rows]: those of a finished shard that are errors, though the plan did not refuse them."""
     with open_shard(output, shard) as parquet:
         data = parquet.read(columns=["row_id", "status"])
     failed = data.filter(pc.equal(data.column("status"), "error")).column("row_id")
@@ -65,9 +73,15 @@ def rows_to_retry(output: str, shard: int, plan: pa.Table) -> pa.Array:
 
 
 def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Adds `requests` to a `shard` with its `plan`, which is then as it is after loading.
+    """Adds `requests` to a `shard` with its `plan`.
 
-    Also `retries`: how often a storage had to be asked again, which the later stages add to.
+    Args:
+        row: `plan` is an IPC buffer of planned rows.
+        job: Of the pipeline.
+
+    Returns:
+        The row with `plan` as it is after loading, `requests` for the replica, and `retries`: requests to a
+        storage that were retried, which the later stages add to.
     """
     storage.be_patient()
     started = time.perf_counter()
@@ -82,23 +96,31 @@ def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
 
 
 def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    """What a replica gave back becomes `result`, the shard's rows as they will stand in the data set.
+    """Turns the outcomes of a replica into the shard's rows of the data set.
 
-    It is empty where the replica left the shard to a later run.
-    Raises InputError if the run is strict and the rows were made in another environment.
+    Args:
+        row: From the replica.
+        job: Of the pipeline.
+
+    Returns:
+        `shard`, `retries`, and `result` (an IPC buffer), empty where the replica left the shard to a later
+        run.
+
+    Raises:
+        InputError: The run is strict, and the rows were made in another environment.
     """
     passed = {name: row[name] for name in ("shard", "retries")}
     if not row["outcomes"]:
         return passed | {"result": b""}
     storage.be_patient()
     started = time.perf_counter()
-    where = digest(environment(**json.loads(row["environment"])))
-    if job.environments and where not in job.environments:
+    environment_digest = digest(environment(**json.loads(row["environment"])))
+    if job.environments and environment_digest not in job.environments:
         raise InputError(
             f"the run is strict, but {row['replica']} would round otherwise than what made the rows that are "
             f"there ({row['environment']}): run it on the same kind of machine, or without --strict."
         )
-    made = Made(row["replica"], where, row["attempts"])
+    made = Made(row["replica"], environment_digest, row["attempts"])
     decode = read_checkpoint(job.model).tokenizer.decode if job.run.task in TEXT_TASKS else None
     table = build_result_table(
         from_ipc(row["plan"]), outcomes(from_ipc(row["outcomes"])), job.run, made, job.schema, decode
@@ -108,21 +130,25 @@ def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
 
 
 def write(
-    row: dict[str, Any], output: str, again: frozenset[int] = frozenset(), watch: Any = None
+    row: dict[str, Any], output: str, retried: frozenset[int] = frozenset(), watch: Any = None
 ) -> dict[str, Any]:
-    """Writes a shard's file; what is left of it are counts for the driver, under `tally`.
+    """Writes a shard's file.
 
-    again: shards that are there, whose rows of the same numbers are replaced. watch: handle of the run's
-    `actors.watch.Watch`, or None.
+    Args:
+        row: From `encode` or `refuse`.
+        output: Folder of the run.
+        retried: Finished shards, whose rows of the same numbers are replaced.
+        watch: Handle of the run's `actors.watch.Watch`, or None.
+
+    Returns:
+        `shard`, and `tally` for the driver: a Tally as JSON, empty where the shard was left to a later run.
     """
     if not row["result"]:
         return {"shard": row["shard"], "tally": ""}
     storage.be_patient()
     table, shard = from_ipc(row["result"]), row["shard"]
     started = time.perf_counter()
-    whole = table
-    if shard in again:
-        whole = storage.patiently(output, lambda: _merged(output, shard, table))
+    whole = storage.patiently(output, lambda: _merged(output, shard, table)) if shard in retried else table
     size = write_shard(output, shard, whole)
     if watch is not None:
         watch.note_written.remote(shard)
@@ -137,24 +163,31 @@ def write(
 
 
 def _merged(output: str, shard: int, rows: pa.Table) -> pa.Table:
-    """A shard that is there, with these rows in place of those of the same numbers."""
+    """A finished shard, with these rows in place of those of the same numbers."""
     with open_shard(output, shard) as parquet:
-        there = parquet.read()
-    others = there.filter(pc.invert(pc.is_in(there.column("row_id"), rows.column("row_id").combine_chunks())))
-    return pa.concat_tables([others, rows.cast(there.schema)]).sort_by("row_id")
+        finished = parquet.read()
+    same = pc.is_in(finished.column("row_id"), rows.column("row_id").combine_chunks())
+    others = finished.filter(pc.invert(same))
+    return pa.concat_tables([others, rows.cast(finished.schema)]).sort_by("row_id")
 
 
 def refuse(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    """In place of replica and `encode`: the rows of a shard that the plan refuses whole."""
+    """Makes the error rows of a shard that the plan refuses whole, in place of replica and `encode`."""
     table = build_result_table(from_ipc(row["plan"]), [], job.run, Made(), job.schema)
     return {"shard": row["shard"], "retries": row["retries"], "result": to_ipc(table)}
 
 
 @dataclass
 class Tally:
-    """Rows of a shard that is written: all, ok, those the plan had refused, errors by kind.
+    """Counts of the rows of one written shard, or of many.
 
-    environments: digests of what made them. retries: requests to a storage that were tried again for them.
+    Attributes:
+        rows: All of them.
+        ok: Rows that are no error rows.
+        refused: Rows that the plan had refused.
+        errors: Error rows by kind.
+        environments: Digests of what made them.
+        retries: Requests to a storage that were retried for them.
     """
 
     rows: int = 0
@@ -165,7 +198,7 @@ class Tally:
     retries: int = 0
 
     def add(self, other: "Tally") -> None:
-        """Counts the rows of another shard in."""
+        """Adds the counts of another shard."""
         self.rows += other.rows
         self.ok += other.ok
         self.refused += other.refused
@@ -188,7 +221,7 @@ def _tally(table: pa.Table) -> Tally:
 
 
 def retriable_rows(output: str, shard: int) -> dict[str, int]:
-    """How many rows of a shard that is there may be made once more, by the kind of their error."""
+    """How many rows of a finished shard are to be retried, by the kind of their error."""
     plan = read_shard(output, shard)
     wanted = plan.filter(rows_to_retry(output, shard, plan)).column("row_id").combine_chunks()
     with open_shard(output, shard) as parquet:
@@ -197,6 +230,8 @@ def retriable_rows(output: str, shard: int) -> dict[str, int]:
 
 
 def tally_of(output: str, shard: int) -> Tally:
+    """Counts of a finished shard, from three of its columns."""
+
     def read() -> Tally:
         with open_shard(output, shard) as parquet:
             return _tally(parquet.read(columns=["error_type", "started_at", "environment_digest"]))

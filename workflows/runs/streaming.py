@@ -1,9 +1,9 @@
-"""Rows of a pipeline as they arrive, from a thread that a waiting driver can give up."""
+"""Rows of a pipeline as they arrive, from a thread that a waiting driver can cancel."""
 
 import gc
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from wallaroo.workflows.cluster import reason
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
     import ray.data
 
 TICK_SECONDS = 0.5
-"""How often a driver looks at its replicas while no shard arrives."""
-END_SECONDS = 10.0
-"""What a pipeline that is given up has to end by itself."""
+"""How often a driver looks at its replicas."""
+CANCEL_SECONDS = 10.0
+"""Timeout for a cancelled pipeline to end by itself."""
 _OF_THREAD = threading.local()
 
 
-class _EndsWhenGivenUp:
-    """Ray Data's way to look in at each step of a pipeline: raises when nobody waits for it any more.
+class _CancelCallback:
+    """Ray Data calls it at each step of a pipeline; it raises when the driver has cancelled the pipeline.
 
     A pipeline that waits for a machine, or for a replica to load its model, would not end otherwise. Ray Data
-    makes one where it starts the pipeline, and sends the class about, so that it can hold no event itself.
+    makes one where it starts the pipeline, and pickles the class, so that it can hold no event itself.
     """
 
     def __init__(self) -> None:
-        self._given_up: threading.Event | None = getattr(_OF_THREAD, "given_up", None)
+        self._cancelled: threading.Event | None = getattr(_OF_THREAD, "cancelled", None)
 
     def on_execution_step(self, _: Any) -> None:
-        if self._given_up is not None and self._given_up.is_set():
-            raise _GivenUp
+        if self._cancelled is not None and self._cancelled.is_set():
+            raise _Cancelled
 
     def before_execution_starts(self, _: Any) -> None:
         """Nothing to do, like the two below."""
@@ -40,33 +40,41 @@ class _EndsWhenGivenUp:
     def after_execution_fails(self, *_: Any) -> None: ...
 
 
-class _GivenUp(Exception):
-    """Nobody waits for the pipeline any more."""
+class _Cancelled(Exception):
+    """The driver has cancelled the pipeline."""
 
 
-def arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Iterator[dict[str, Any] | None]:
-    """The rows of a pipeline as they come, and None whenever none came for TICK_SECONDS.
+def arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Generator[list[dict[str, Any]], None, None]:
+    """The rows of a pipeline as they come: those since the last time, at least every TICK_SECONDS.
 
-    The pipeline goes on in a thread of its own, so that whoever looks on is never kept waiting.
-    Raises what went wrong in it, out of Ray's wrappers.
+    The pipeline runs in a thread of its own, so that whoever looks on is never kept waiting.
+
+    Args:
+        pipeline: Makes the Dataset; called in that thread.
+
+    Yields:
+        New rows, none if TICK_SECONDS passed without one.
+
+    Raises:
+        BaseException: What went wrong in the pipeline, out of Ray's wrappers.
     """
     arrived: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
-    stop = threading.Event()
+    cancelled = threading.Event()
 
     def consume() -> None:
         from ray.data import DataContext
 
-        _OF_THREAD.given_up = stop
+        _OF_THREAD.cancelled = cancelled
         callbacks: list[type] = DataContext.get_current().custom_execution_callback_classes
-        if _EndsWhenGivenUp not in callbacks:
-            callbacks.append(_EndsWhenGivenUp)
+        if _CancelCallback not in callbacks:
+            callbacks.append(_CancelCallback)
         try:
             # Fetching ahead holds a row back until the next one is there.
             blocks: Any = pipeline().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
             for block in blocks:
                 for row in block.to_pylist():
                     arrived.put(row)
-                if stop.is_set():
+                if cancelled.is_set():
                     break
             end = None
         except BaseException as error:
@@ -78,18 +86,22 @@ def arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Iterator[dict[str, A
     thread = threading.Thread(target=consume, name="pipeline", daemon=True)
     thread.start()
     try:
-        while True:
+        ended = False
+        while not ended:
+            rows = []
             try:
                 found = arrived.get(timeout=TICK_SECONDS)
+                while isinstance(found, dict):
+                    rows.append(found)
+                    found = arrived.get_nowait()
+                ended = True
             except queue.Empty:
-                yield None
-                continue
-            if found is None:
-                return
+                found = None
+            if rows or not ended:
+                yield rows
             if isinstance(found, BaseException):
                 raise found
-            yield found
     finally:
-        stop.set()
+        cancelled.set()
         # Ray must not end while it is still talked to: it would end this process too.
-        thread.join(END_SECONDS)
+        thread.join(CANCEL_SECONDS)

@@ -1,0 +1,212 @@
+"""What a driver does while its pipeline runs: counts shards, reports, and ends a run that went wrong."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from wallaroo.actors import metrics
+from wallaroo.actors.watch import Counts
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.lock import OutputLock
+from wallaroo.workflows.outputs.run_log import RunLog
+from wallaroo.workflows.runs.pool import Pool
+from wallaroo.workflows.runs.resume import Remaining
+from wallaroo.workflows.runs.setup import Resolved
+from wallaroo.workflows.runs.stages import Tally
+from wallaroo.workflows.runs.streaming import TICK_SECONDS
+from wallaroo.workflows.settings import Progress, RunConfig
+from wallaroo.workflows.stopping import Stop
+from wallaroo.workflows.text import duration
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 6
+"""Replicas that may die with a shard and teach nothing; with more the run stops, or it would never end."""
+MIN_ROWS = 20
+"""An error rate is not judged on fewer rows."""
+
+
+class Monitor:
+    """Follows the shards of a run as they arrive.
+
+    Shards are counted as they come, and let as many more into the pipeline. All else is done every
+    TICK_SECONDS, however many shards came, so that its cost does not grow with their rate.
+    """
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        remaining: Remaining,
+        pool: Pool,
+        lock: OutputLock,
+        run_log: RunLog,
+        report: Callable[[Progress], None],
+        stop: Stop,
+    ):
+        self._config, self._plan = resolved.config, resolved.plan
+        self._pool, self._lock, self._run_log, self._report, self._stop = pool, lock, run_log, report, stop
+        self._before = remaining.finished.rows
+        self._total = Tally()
+        self._total.add(remaining.finished)
+        self._made = Tally()
+        self._written = 0
+        self._arrived = 0
+        self._started = time.monotonic()
+        self._first_replica: float | None = None
+        self._stopping = False
+
+    def follow(self, arrivals: Iterator[list[dict[str, Any]]], watch: Any) -> int:
+        """Follows a pipeline to its end.
+
+        Args:
+            arrivals: Rows of `write`, from `arriving`.
+            watch: Handle of the run's `actors.watch.Watch`.
+
+        Returns:
+            How many rows were made ok.
+
+        Raises:
+            InputError: A shard is begun over and over, or too many rows are errors.
+            RunStopped: The run was stopped on purpose.
+        """
+        watch.admit.remote(self._pool.window)
+        looked = 0.0
+        for rows in arrivals:
+            for row in rows:
+                self._count(row)
+            if rows and not self._stopping:
+                watch.admit.remote(self._arrived + self._pool.window)
+            if not rows or time.monotonic() - looked >= TICK_SECONDS:
+                self._look(watch)
+                looked = time.monotonic()
+        self._look(watch)
+        if self._total.rows < self._plan.rows and self._stopping:
+            raise self._stop.stopped()
+        if len(self._total.environments) > 1:
+            log.warning(
+                "The rows were made in %d environments, which may round differently; the report counts them.",
+                len(self._total.environments),
+            )
+        return self._made.ok
+
+    def _count(self, row: dict[str, Any]) -> None:
+        """Counts a shard that came through the pipeline."""
+        self._arrived += 1
+        if row["tally"]:
+            tally = Tally(**json.loads(row["tally"]))
+            self._made.add(tally)
+            self._total.add(tally)
+            self._written += tally.refused < tally.rows
+
+    def _look(self, watch: Any) -> None:
+        """Looks at lock, stop and replicas, reports, and raises if the run should not go on."""
+        import ray
+
+        self._lock.check()
+        if self._stop.asked() and not self._stopping:
+            self._stopping = True
+            ray.get(watch.stop.remote())
+        counts = ray.get(watch.counts.remote())
+        if self._first_replica is None and counts.replicas:
+            self._first_replica = time.monotonic() - self._started
+        in_flight = counts.held + max(0, counts.finished - self._written)
+        self._made.retries += storage.take_retries()
+        self._show(counts, in_flight)
+        self._record(counts)
+        check_health(self._config, counts, self._made)
+        unfinished = self._total.rows < self._plan.rows
+        if self._stopping and unfinished and (self._stop.over() or not in_flight):
+            raise self._stop.stopped()
+
+    def _show(self, counts: Counts, in_flight: int) -> None:
+        """Tells the caller of the run how far it is, and the metrics."""
+        waiting = ""
+        if self._stopping:
+            shards = "1 shard is" if in_flight == 1 else f"{in_flight} shards are"
+            waiting = f"stopping: {shards} being finished, for {duration(self._stop.left())} at most"
+        elif not (counts.replicas or self._made.rows):
+            waiting = waiting_for(self._config, self._pool, time.monotonic() - self._started)
+        done = self._before + self._made.refused + counts.rows
+        errors = sum(self._total.errors.values())
+        self._report(
+            Progress(
+                rows=self._plan.rows,
+                done=done,
+                before=self._before,
+                errors=errors - sum(self._made.errors.values()) + self._made.refused + counts.errors,
+                waiting=waiting,
+            )
+        )
+        for name, number in (
+            ("rows", self._plan.rows),
+            ("done_rows", done),
+            ("error_rows", errors),
+            ("replicas", counts.replicas),
+            ("replica_deaths", counts.deaths),
+        ):
+            metrics.gauge(f"wallaroo_run_{name}", number, task=self._config.task, output=self._config.output)
+
+    def _record(self, counts: Counts) -> None:
+        """Notes in the run's log how far it is."""
+        retried = {"replicas that died": counts.deaths, "requests to S3": self._made.retries}
+        waited = self._first_replica
+        self._run_log.update(
+            rows=self._plan.rows,
+            done=self._total.rows,
+            before=self._before,
+            errors=self._total.errors,
+            images=self._made.ok,
+            replicas=counts.replicas,
+            retries={name: number for name, number in retried.items() if number},
+            waits={"first replica": time.monotonic() - self._started if waited is None else waited},
+        )
+
+
+def waiting_for(config: RunConfig, pool: Pool, seconds: float) -> str:
+    """What a run without a replica waits for, in words.
+
+    Args:
+        config: Of the run.
+        pool: Its replicas.
+        seconds: For how long it has waited.
+    """
+    import ray
+
+    least = min(config.replicas[0], pool.size)
+    if pool.device == "cpu":
+        return f"waiting for a replica: 0 of {pool.size} up, {duration(seconds)}"
+    up = int(ray.cluster_resources().get("GPU", 0))
+    if up < least:
+        gpus = "1 GPU" if least == 1 else f"{least} GPUs"
+        return f"waiting for {gpus}: {up} of {pool.size} up, {duration(seconds)}"
+    return f"waiting for the model: {min(up, pool.size)} of {pool.size} GPUs up, {duration(seconds)}"
+
+
+def check_health(config: RunConfig, counts: Counts, made: Tally) -> None:
+    """Ends a run that should not go on.
+
+    Args:
+        config: Of the run.
+        counts: From its watch.
+        made: Rows that this start of it has made.
+
+    Raises:
+        InputError: A shard is begun over and over, or too many rows are errors.
+    """
+    if counts.fruitless > MAX_DEATHS:
+        words = f"; the last one said '{counts.last_death}'" if counts.last_death else ""
+        raise InputError(
+            f"{counts.fruitless} replicas died with shard {counts.hardest_shard}, and no row of it can be "
+            f"blamed{words}: try fewer --slots, and look into the logs of Ray; what is finished is kept."
+        )
+    errors = sum(made.errors.values())
+    limit = config.max_error_rate
+    if limit is not None and made.rows >= MIN_ROWS and errors > limit * made.rows:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(made.errors.items()))
+        raise InputError(
+            f"{errors} of {made.rows} rows are errors ({kinds}), more than the --max-error-rate of {limit:g} "
+            f"allows: correct the manifest and give a new output, or allow more; what is finished is kept."
+        )
