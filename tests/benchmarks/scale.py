@@ -81,36 +81,45 @@ class Instant:
         }
 
 
+KINDS = {
+    "raylet": ("raylet/raylet", "gcs_server"),
+    "agents": ("dashboard", "runtime_env", "monitor"),
+    "workers": ("ray::",),
+}
+"""Ray's processes by what their command lines hold; a worker is one of tasks, replicas or the watch."""
+
+
 class Usage:
-    """CPU seconds since it was made: of this process, and of this process with all under it."""
+    """CPU seconds since it was made, of this process and of Ray's under it."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._wall = time.monotonic()
-        self._own = self._all = 0.0
-        self._own, self._all = self.own(), self.all()
+        self._before = self._seconds()
 
-    def own(self) -> float:
-        """Of this process alone."""
+    def _seconds(self) -> dict[str, float]:
+        """CPU seconds of this process (`cpu`) and of its living descendants by kind."""
         times = self._process.cpu_times()
-        return times.user + times.system - self._own
-
-    def all(self) -> float:
-        """Of this process and its living descendants, which Ray's workers are on a local Ray."""
-        total = 0.0
-        for process in [self._process, *self._process.children(recursive=True)]:
+        found = {"cpu": times.user + times.system, **dict.fromkeys(KINDS, 0.0)}
+        for process in self._process.children(recursive=True):
             try:
-                times = process.cpu_times()
+                times, words = process.cpu_times(), " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            total += times.user + times.system
-        return total - self._all
+            kind = next((kind for kind, marks in KINDS.items() if any(one in words for one in marks)), "")
+            found[kind or "workers"] += times.user + times.system
+        return found
 
     def numbers(self) -> dict[str, float]:
-        """`cpu`, `all_cpu`, `wall` in seconds; `peak_mib` of this process's memory, `rss_mib` now."""
-        return {
-            "cpu": self.own(),
-            "all_cpu": self.all(),
+        """What was used since.
+
+        Returns:
+            `cpu` of this process, those of KINDS, `all_cpu` and `wall` in seconds; `peak_mib` and `rss_mib` of
+            this process's memory.
+        """
+        seconds = {name: value - self._before[name] for name, value in self._seconds().items()}
+        return seconds | {
+            "all_cpu": sum(seconds.values()),
             "wall": time.monotonic() - self._wall,
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "rss_mib": self._process.memory_info().rss / 2**20,
@@ -219,9 +228,10 @@ def shard(folder: Path, shards: Sequence[int]) -> dict[str, float]:
     for count in shards:
         one = in_process("run_until", planned_output(folder, count), "20", "320")
         rows = one["last_rows"] - one["rows"]
-        found[f"shard_cpu_ms_of_{count}"] = own = 1000 * (one["last_cpu"] - one["cpu"]) / rows
-        found[f"shard_all_cpu_ms_of_{count}"] = all_ = 1000 * (one["last_all_cpu"] - one["all_cpu"]) / rows
-        print(f"shard of {count:>7,}: driver {own:5.1f} CPU ms, with Ray {all_:5.1f} CPU ms", flush=True)
+        cost = {name: 1000 * (one[f"last_{name}"] - one[name]) / rows for name in ("cpu", *KINDS, "wall")}
+        found |= {f"shard_{name}_ms_of_{count}": value for name, value in cost.items() if name != "wall"}
+        words = ", ".join(f"{name} {value:.1f}" for name, value in cost.items())
+        print(f"shard of {count:>7,}, CPU ms: {words.replace('cpu', 'driver')} (of time)", flush=True)
     return found
 
 
