@@ -33,11 +33,11 @@ class Stop:
         self._deadline = None if deadline is None else time.monotonic() + deadline
         self._listens = False
         self._asked = 0.0
-        self._patient = False
+        self._deferred = False
 
     def ask(self, why: str) -> None:
         """Wishes the run to stop. Raises RunStopped where nothing is in flight, or at the second time."""
-        if self.why or not self._patient:
+        if self.why or not self._deferred:
             self.why = why
             raise self.stopped()
         self.why, self._asked = why, time.monotonic()
@@ -61,13 +61,13 @@ class Stop:
         return RunStopped(f"stopped by {self.why}. {self._kept}; re-run the same command to resume.")
 
     @contextmanager
-    def patience(self) -> Iterator[None]:
-        """Within, a wish is only noted, and whoever makes shards looks for it."""
-        self._patient = True
+    def deferred(self) -> Iterator[None]:
+        """Within the block a wish is only noted, and whoever makes shards asks for it."""
+        self._deferred = True
         try:
             yield
         finally:
-            self._patient = False
+            self._deferred = False
 
     @contextmanager
     def signals(self) -> Iterator[None]:

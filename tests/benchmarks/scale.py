@@ -114,8 +114,8 @@ class Usage:
         """What was used since.
 
         Returns:
-            `cpu` of this process, those of KINDS, `all_cpu` and `wall` in seconds; `peak_mib` and `rss_mib` of
-            this process's memory.
+            `cpu` of this process, those of KINDS, `all_cpu` and `wall` in seconds; `peak_mib` and `rss_mib`
+            of this process's memory.
         """
         seconds = {name: value - self._before[name] for name, value in self._seconds().items()}
         return seconds | {

@@ -87,7 +87,7 @@ def run(
         storage.remove_leftovers(output)
         run_log = stack.enter_context(RunLog(output, config.to_dict()))
         made = 0
-        with stop.patience():
+        with stop.deferred():
             remaining = find_remaining(output, plan, config.retry_errors)
             if remaining.shards:
                 pool = _pool_of(resolved, remaining, device, replica)

@@ -239,7 +239,7 @@ def _apart(action: Callable[[], Any], note: str, stop: Stop) -> None:
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
     told = False
-    with stop.patience():
+    with stop.deferred():
         stop.listen()
         while thread.is_alive():
             thread.join(JOIN_SECONDS)
