@@ -359,6 +359,16 @@ class RunConfig:
         run_only=True,
     )
 
+    # DPG-Bench's prompts stand in quotes, or not, as their writers left them.
+    strip_quotes: bool | None = option(
+        None,
+        "prompt.strip_quotes",
+        SWITCH,
+        "Remove quotes that enclose a whole prompt (preset dpg does).",
+        meaning=True,
+        later=True,
+    )
+
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             hint = did_you_mean(str(self.task), TASKS) or "."
@@ -383,14 +393,15 @@ class RunConfig:
         """Sets what was left to the preset, the task or the model's defaults."""
         from wallaroo.model.sampling import Sampling
 
-        sampling, samples = SAMPLING[self.task], 1
+        sampling, samples, strip_quotes = SAMPLING[self.task], 1, False
         if self.preset is not None:
-            task, sampling, samples = PRESETS[self.preset]
+            task, sampling, samples, strip_quotes = PRESETS[self.preset]
             if task != self.task:
                 raise OptionError(
                     f"preset '{self.preset}' is for {task}, but this is {self.task}: leave it out."
                 )
-        for name, value in {**dataclasses.asdict(Sampling(**sampling)), "samples": samples}.items():
+        given = {"samples": samples, "strip_quotes": strip_quotes}
+        for name, value in (dataclasses.asdict(Sampling(**sampling)) | given).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
@@ -454,7 +465,9 @@ class RunConfig:
         meaning = (
             one.name
             for one in OPTIONS.values()
-            if one.meaning and one.serves(self.task) and not (one.later and getattr(self, one.name) is None)
+            if one.meaning
+            and one.serves(self.task)
+            and not (one.later and getattr(self, one.name) in (None, False))
         )
         lossy = {"mode": self.mode} if self.mode != EXACT else {}
         return {"model_digest": model_digest, "task": self.task, **self._stored(meaning), **lossy}

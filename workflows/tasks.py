@@ -29,11 +29,14 @@ class Preset(NamedTuple):
     task: str
     sampling: dict[str, Any]
     samples: int = 1
+    strip_quotes: bool = False
 
 
 PRESETS = {
     "geneval": Preset("generate", {"cfg": 3.0, "temperature": 1.0, "top_k": 1000, "top_p": 1.0}, 4),
-    "dpg": Preset("generate", {"cfg": 4.0, "temperature": 1.0, "top_k": 1000, "top_p": 0.95}, 4),
+    "dpg": Preset(
+        "generate", {"cfg": 4.0, "temperature": 1.0, "top_k": 1000, "top_p": 0.95}, 4, strip_quotes=True
+    ),
     "imgedit": Preset("edit", {"cfg": 3.0, "temperature": 1.0, "top_k": 1000, "top_p": 1.0}),
 }
 """The published settings. The size is not among them: theirs is the default of the checkpoint they used."""

@@ -287,3 +287,54 @@ def test_a_plan_goes_on_with_its_own_manifest_and_settings_only(tmp_path):
         make(folder, out)
     with pytest.raises(InputError, match="lies in the manifest"):
         make(folder, folder / "out")
+
+
+def test_questions_about_one_prompt_are_one_row(tmp_path):
+    """The table of DPG-Bench: a row for each question about the pictures of an item."""
+    questions = [
+        ("partiprompts5", '"A red cube."'),
+        ("COCOval74", "A dog."),
+        ("partiprompts5", '"A red cube."'),
+    ]
+    lines = [
+        {
+            "item_id": item,
+            "text": text,
+            "proposition_id": number,
+            "question_natural_language": f"Is it {number}?",
+        }
+        for number, (item, text) in enumerate(questions * 30, 1)
+    ]
+    lines.append(lines[0] | {"text": "Another prompt."})
+    manifest = tmp_path / "dpg_bench.csv"
+    with open(manifest, "w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+    made = make(manifest, tmp_path / "out", preset="dpg")
+    found = rows(tmp_path / "out")
+    assert [(row["id"], row["prompt"], row["sample"], row["error_type"]) for row in found] == [
+        *(("partiprompts5", "A red cube.", sample, "") for sample in range(4)),
+        *(("COCOval74", "A dog.", sample, "") for sample in range(4)),
+        ("partiprompts5", "Another prompt.", 0, "id"),
+    ]
+    assert [row["proposition_id"] for row in found] == ["1"] * 4 + ["2"] * 4 + ["1"]
+    joined = "Rows with the id and prompt of an earlier row are joined with it: 88."
+    assert joined in made.warnings
+    # A look at the first rows is no other plan than the whole.
+    for limit in (1, 2, 90, None):
+        make(manifest, tmp_path / "looked", preset="dpg", limit=limit)
+    assert rows(tmp_path / "looked") == found
+    # Elsewhere it takes a column of ids that the run names, and only equal rows are joined.
+    other = tmp_path / "tifa.jsonl"
+    tifa = [("a", "x", 1), ("b", "y", 1), ("a", "x", 1), ("b", "y", 2)]
+    other.write_text("".join(json.dumps({"id": i, "caption": c, "seed": s}) + "\n" for i, c, s in tifa))
+    make(other, tmp_path / "named", id_column="id", prompt_column="caption")
+    found = rows(tmp_path / "named")
+    assert [(row["id"], row["seed"], row["error_type"]) for row in found] == [
+        ("a", 1, ""),
+        ("b", 1, ""),
+        ("b", 2, "id"),
+    ]
+    make(other, tmp_path / "plain", prompt_column="caption")
+    assert [row["error_type"] for row in rows(tmp_path / "plain")] == ["", "", "id", "id"]

@@ -105,6 +105,17 @@ def test_chats_with_a_picture(tmp_path):
             {"custom_id": "r", "body": {}},
             "is a request to null, but edit serves only /v1/images/edits",
         ),
+        (
+            "generate",
+            request("generate", {"prompt": "x", "output_format": "gif"}),
+            'asks for the output_format "gif", but results are one of png, webp, jpeg',
+        ),
+        (
+            "generate",
+            request("generate", {"prompt": "x", "output_format": 1}),
+            "asks for the output_format 1,",
+        ),
+        ("edit", request("edit", {"image": "a", "output_format": "PNG"}), 'the output_format "PNG", but'),
         ("edit", request("edit", {"prompt": "x"}), "whose picture has no address"),
         ("edit", request("edit", {"image": ["a", "b"]}), "2 pictures, but edit takes one"),
         ("edit", request("edit", {"image": []}), "0 pictures, but edit takes one"),
@@ -128,3 +139,12 @@ def test_other_requests_are_faults_of_their_rows(tmp_path, task, line, words):
     rows, faults = rows_of(tmp_path / "m.jsonl", task, line, fine[task])
     assert list(faults) == [0] and words in faults[0] and "\n" not in faults[0]
     assert rows[0]["id"] == rows[1]["id"] == "r"
+
+
+def test_formats_that_results_may_have_are_asked_for(tmp_path):
+    formats = ["png", "webp", "jpeg", None]
+    lines = [request("generate", {"prompt": "x", "output_format": form}) for form in formats]
+    # An answer is no picture, whatever its request says.
+    rows, faults = rows_of(tmp_path / "m.jsonl", "generate", *lines)
+    assert not faults and [row["output_format"] for row in rows] == formats
+    assert not rows_of(tmp_path / "c.jsonl", "understand", chat(picture("a"), output_format="gif"))[1]

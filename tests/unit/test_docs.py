@@ -239,10 +239,10 @@ def test_messages_of_the_troubleshooting_table_are_those_of_the_code():
 
 def test_presets_are_those_of_the_code():
     rows = [[cell.strip("| `") for cell in row] for row in table(DOCS / "manifests.md", "Presets")]
-    for name, task, cfg, temperature, top_k, top_p, samples in rows:
+    for name, task, cfg, temperature, top_k, top_p, samples, quotes in rows:
         numbers = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = {key: float(value) for key, value in numbers.items()}
-        assert PRESETS[name] == (task, sampling, int(samples))
+        assert PRESETS[name] == (task, sampling, int(samples), quotes == "removed")
     assert {row[0] for row in rows} == set(PRESETS)
 
 

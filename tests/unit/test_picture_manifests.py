@@ -333,8 +333,8 @@ def test_a_picture_without_a_question_is_described_in_its_language():
 def test_an_instruction_is_needed():
     with pytest.raises(InputError, match="give one instruction for all rows"):
         plan({"image": ["a"]})
-    with pytest.raises(InputError, match="no column 'image'; did you mean 'images'"):
-        plan({"images": ["a"], "prompt": ["x"]})
+    with pytest.raises(InputError, match="no column 'image'; did you mean 'imgae'"):
+        plan({"imgae": ["a"], "prompt": ["x"]})
     with pytest.raises(InputError, match="no column 'q'"):
         plan({"image": ["a"], "prompt": ["x"]}, prompt_column="q")
     rows = plan({"image": ["a"] * 2, "prompt": ["x", None]}, prompt="make it red")

@@ -288,7 +288,7 @@ def test_counts_agree_with_rows():
     [
         (["promt", "tag"], r"no column 'prompt'; did you mean 'promt'\? --prompt-column names the column"),
         (["text"], "no column 'prompt': it has text. --prompt-column names the column of the prompts"),
-        (["Prompt"], "did you mean 'Prompt'"),
+        (["Prompt", "PROMPT"], "did you mean 'Prompt'"),
         (["text", "tag"], "no column 'prompt': it has text, tag"),
         (["prompt\ttag"], "did you mean|separated by commas"),
         (["id;words"], "separated by commas"),

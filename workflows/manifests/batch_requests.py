@@ -4,6 +4,8 @@ import json
 import re
 from typing import Any
 
+from wallaroo.workflows.outputs.schema import MIME_TYPES
+
 ENDPOINTS = {
     "generate": "/v1/images/generations",
     "edit": "/v1/images/edits",
@@ -37,6 +39,10 @@ def row_of(line: dict[str, Any], task: str) -> tuple[dict[str, Any], str]:
         other = next((name for name, known in ENDPOINTS.items() if known == url), "")
         hint = f", which `wallaroo {other}` serves" if other else ""
         return row, f"is a request to {json.dumps(url)}{hint}, but {task} serves only {ENDPOINTS[task]}"
+    asked = body.get("output_format")
+    if task != "understand" and asked is not None and asked not in MIME_TYPES:
+        forms = ", ".join(MIME_TYPES)
+        return row, f"asks for the output_format {json.dumps(asked)[:60]}, but results are one of {forms}"
     try:
         if task == "edit":
             row["image"] = _picture_to_edit(body)

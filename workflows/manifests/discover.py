@@ -279,7 +279,7 @@ def _manifest_file(
         etag=etag,
         cells=cells,
         column=(image_column or "") if cells else "",
-        task=task if task in PICTURE_TASKS and form in ("json", "jsonl") else "",
+        task=task if task in PICTURE_TASKS and form in ("json", "jsonl", "csv", "tsv") else "",
         partition=partition,
     )
     if task == "edit" and file.path.lower().endswith(".json") and is_object_of_objects(made):

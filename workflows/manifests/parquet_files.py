@@ -108,7 +108,7 @@ def _with_references(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
     index = schema.get_field_index(name)
     if index < 0 or _is_named(schema.field(index).type):
         return schema
-    kind = schema.field(index).type
+    kind = _inner(schema.field(index).type)
     if pa.types.is_struct(kind):
         kind = next((field.type for field in kind if field.name == "bytes"), kind)
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)):
@@ -121,9 +121,21 @@ def _with_references(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
 
 def _is_named(kind: pa.DataType) -> bool:
     """Whether a column of this type says where pictures are and does not hold them."""
+    kind = _inner(kind)
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
+
+
+def _inner(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of lists; any other type as it is."""
+    listed = (
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+    )
+    return kind.value_type if listed else kind
 
 
 def _plain(schema: pa.Schema, file: ManifestFile) -> pa.Schema:

@@ -1,6 +1,7 @@
 """Rows of CSV, TSV, JSON and plain lines, with byte offsets, so that a file can be read in pieces."""
 
 import csv
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,12 @@ import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.manifests.batch_requests import is_request, row_of
+from wallaroo.workflows.manifests.questions import (
+    is_questions,
+    question_columns,
+    question_row,
+    shared_pictures,
+)
 from wallaroo.workflows.manifests.schema import is_text, kind_of, mended, text_table
 from wallaroo.workflows.manifests.streams import LINE_BYTES, is_compressed, open_text
 from wallaroo.workflows.manifests.types import (
@@ -23,8 +30,10 @@ from wallaroo.workflows.manifests.types import (
     check_width,
 )
 from wallaroo.workflows.outputs.schema import json_columns
+from wallaroo.workflows.sources.references import MAX_INLINE_CHARACTERS
 
 FIELD_CHARACTERS = 1 << 20
+"""Most characters of a CSV field; of tasks that start from pictures it may be one in base64."""
 COMPRESSED_TIMES = 8
 """A piece of a compressed file is so many times as large as others."""
 DEEPEST = 100
@@ -45,13 +54,13 @@ class _Lines:
 
     def __init__(self, file: IO[bytes], path: str, position: int):
         self.file, self.path, self.position = file, path, position
-        self.first_stop = position
+        self.first_stop, self.first = position, ""
 
     def __iter__(self) -> "_Lines":
         return self
 
     def mark(self) -> None:
-        """A row begins here; `first_stop` will be where its first line ends."""
+        """A row begins here; `first` will be its first line, and `first_stop` where that ends."""
         self.first_stop = -1
 
     def __next__(self) -> str:
@@ -62,9 +71,10 @@ class _Lines:
             self.position, line = self.position + len(line), line.removeprefix(b"\xef\xbb\xbf")
         else:
             self.position += len(line)
+        text = line.decode("utf-8", "surrogateescape")
         if self.first_stop < 0:
-            self.first_stop = self.position
-        return line.decode("utf-8", "surrogateescape")
+            self.first_stop, self.first = self.position, text
+        return text
 
 
 def _line(file: IO[bytes], path: str) -> bytes:
@@ -76,7 +86,7 @@ def _line(file: IO[bytes], path: str) -> bytes:
 
 def _csv_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[_Row]:
     """Rows of a CSV or TSV stream that stands at byte `start`. Blank lines are none."""
-    csv.field_size_limit(FIELD_CHARACTERS)
+    csv.field_size_limit(MAX_INLINE_CHARACTERS if file.task else FIELD_CHARACTERS)
     lines = _Lines(stream, file.path, start)
     delimiter = "\t" if file.format == "tsv" else ","
     reader = csv.reader(lines, strict=True, delimiter=delimiter)
@@ -88,12 +98,17 @@ def _csv_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[_Ro
         except StopIteration:
             return
         except csv.Error as error:
+            first = lines.first
             if lines.position > lines.first_stop:
                 # A quote that is never closed: give up its line only, not all that follow it.
                 stream.seek(lines.first_stop)
                 lines = _Lines(stream, file.path, lines.first_stop)
                 reader = csv.reader(lines, strict=True, delimiter=delimiter)
-            yield _Row(begin, lines.position, None, f"is not valid {file.format.upper()} ({error})")
+            if delimiter == "\t" and len(first) <= FIELD_CHARACTERS:
+                # Most writers of TSV know no quotes: one that begins a field is a part of its text.
+                yield _Row(begin, lines.position, first.rstrip("\r\n").split("\t"), "")
+            else:
+                yield _Row(begin, lines.position, None, f"is not valid {file.format.upper()} ({error})")
             continue
         if fields:
             yield _Row(begin, lines.position, fields, "")
@@ -124,7 +139,8 @@ def scan_csv(file: ManifestFile) -> Scan:
         stream.seek(header.stop)
         rows = _csv_rows(stream, file, header.stop)
         pieces = list(_pieces(file, rows, header.stop, header.values))
-    return Scan(pieces, kinds={name: {"str"} for name in header.values})
+    names = question_columns(header.values) if is_questions(header.values, file) else header.values
+    return Scan(pieces, kinds={name: {"str"} for name in names})
 
 
 def _csv_values(row: _Row, header: tuple[str, ...]) -> tuple[dict[str, Any], str]:
@@ -251,15 +267,38 @@ def read_text(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
 
 def _text_values(piece: Piece, stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], str]]:
     if piece.file.format in ("csv", "tsv"):
+        questions = is_questions(piece.header, piece.file)
+        shared = functools.partial(_shared_pictures, piece.file)
         for row in _csv_rows(stream, piece.file, piece.start):
             if row.start >= piece.stop:
                 return
-            yield _csv_values(row, piece.header)
+            values, fault = _csv_values(row, piece.header)
+            if questions and not fault:
+                values, fault = question_row(values, shared)
+            yield values, fault
     else:
         for row in _line_rows(stream, piece.file, piece.start):
             if row.start >= piece.stop:
                 return
             yield row.values, row.fault
+
+
+@functools.lru_cache(maxsize=2)
+def _shared_pictures(file: ManifestFile) -> dict[str, str]:
+    return shared_pictures(functools.partial(_every_row, file))
+
+
+def _every_row(file: ManifestFile) -> Iterator[dict[str, str]]:
+    """The sound rows of a CSV or TSV file, from its beginning."""
+    with open_text(file) as stream:
+        header = csv_header(file, stream)
+        if header is None:
+            return
+        stream.seek(header.stop)
+        for row in _csv_rows(stream, file, header.stop):
+            values, fault = _csv_values(row, header.values)
+            if not fault:
+                yield values
 
 
 def first_columns(file: ManifestFile) -> list[str]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+from wallaroo.workflows.manifests.layouts import has_questions
 from wallaroo.workflows.manifests.listing import in_words
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
@@ -155,10 +156,17 @@ def _match(row: dict[str, Any], schema: str, where: str) -> dict[str, Any]:
 
 
 class RowCounts(NamedTuple):
-    """outputs: int64 [pieces], planned rows of each. duplicates: piece -> its rows that repeat an id."""
+    """How many planned rows a manifest gives.
+
+    Attributes:
+        outputs: int64 [pieces], planned rows of each.
+        duplicates: Piece -> its rows that repeat an id, and become error rows.
+        joined: Piece -> its rows that repeat an id and all else that is planned; they give no row.
+    """
 
     outputs: np.ndarray
     duplicates: dict[int, list[int]]
+    joined: dict[int, list[int]]
 
 
 def counted(
@@ -173,7 +181,7 @@ def counted(
     id_name = column_names(source.schema, settings)["id"]
     if not names & {id_name, "samples"} and all(file.format == "parquet" for file in source.manifest.files):
         # The footers have told all there is to know.
-        return RowCounts(source.sums(selected) * settings.samples, {})
+        return RowCounts(source.sums(selected) * settings.samples, {}, {})
     outputs = np.zeros(len(source.pieces), np.int64)
     considered = selected | taken if id_name in names else selected
     ends = np.cumsum([0, *source.sums(considered)])
@@ -193,12 +201,12 @@ def counted(
         item["ranks"] = (suspects[bounds[index] : bounds[index + 1]] - ends[index]).astype(np.int64).tobytes()
     items = [item for item in items if item["ranks"]]
     if not items:
-        return RowCounts(outputs, {})
+        return RowCounts(outputs, {}, {})
     found = []
     for index, _, data in each(items, _identify, **constants):
         rows = np.frombuffer(data, _IDENTITY)
         entry = np.zeros(len(rows), [*_IDENTITY.descr, ("piece", "i8"), ("position", "i8"), ("new", "?")])
-        for name in ("high", "low", "row", "count"):
+        for name in _IDENTITY.names or ():
             entry[name] = rows[name]
         entry["piece"] = index
         entry["position"] = source.starts[index] + rows["row"]
@@ -208,14 +216,40 @@ def counted(
     rows = rows[np.lexsort((rows["position"], rows["new"], rows["low"], rows["high"]))]
     same = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
     duplicates: dict[int, list[int]] = {}
-    for row in rows[1:][same & rows["new"][1:]]:
-        duplicates.setdefault(int(row["piece"]), []).append(int(row["row"]))
-        outputs[row["piece"]] -= row["count"] - 1
-    return RowCounts(outputs, duplicates)
+    joined: dict[int, list[int]] = {}
+    first = rows[0]
+    for row, repeated in zip(rows[1:], same.tolist(), strict=True):
+        if not repeated:
+            first = row
+        elif row["new"] and row["content"] and row["content"] == first["content"]:
+            joined.setdefault(int(row["piece"]), []).append(int(row["row"]))
+            outputs[row["piece"]] -= row["count"]
+        elif row["new"]:
+            duplicates.setdefault(int(row["piece"]), []).append(int(row["row"]))
+            outputs[row["piece"]] -= row["count"] - 1
+    return RowCounts(outputs, duplicates, joined)
 
 
-_IDENTITY = np.dtype([("high", np.uint64), ("low", np.uint64), ("row", np.int64), ("count", np.int64)])
-"""What tells one id from another beyond doubt, the row in the piece, and the planned rows it would give."""
+_IDENTITY = np.dtype(
+    [
+        ("high", np.uint64),
+        ("low", np.uint64),
+        ("row", np.int64),
+        ("count", np.int64),
+        ("content", np.uint64),
+    ]
+)
+"""What tells one id from another beyond doubt, the row in the piece, the planned rows it would give, and a
+hash of all that is planned of it, or 0 for a row that is joined with no other."""
+
+
+def joins_rows(schema: pa.Schema, settings: PlanSettings) -> bool:
+    """Whether rows of one id and prompt are one row: in tables with a row for each question about a picture.
+
+    So it is where the run names the column of ids, or the layout tells it.
+    """
+    questions = settings.id_column is not None or has_questions(schema.names)
+    return settings.task == "generate" and questions
 
 
 def _repeated(hashes: np.ndarray) -> np.ndarray:
@@ -279,11 +313,22 @@ def _identify(row: dict[str, Any], schema: str, settings: PlanSettings) -> dict[
     """The rows whose ranks (among those considered) are asked for, as _IDENTITY."""
     ranks = np.frombuffer(row["ranks"], np.int64)
     found, seen = [], 0
-    column = column_names(decode_schema(schema), settings)["id"]
-    for rows in considered_rows(row, schema, {column, "samples"}):
+    columns = decode_schema(schema)
+    names = column_names(columns, settings)
+    column, planned = names.pop("id"), sorted(names.values())
+    joins = joins_rows(columns, settings)
+    for rows in considered_rows(row, schema, {column, "samples", *(planned if joins else ())}):
         counts, ids = sample_counts(rows.table, settings, rows.numbers, rows.faults), ids_of(rows, column)
         for rank in ranks[(ranks >= seen) & (ranks < seen + len(ids))] - seen:
-            both = np.frombuffer(hashlib.blake2b(ids[rank].encode(), digest_size=16).digest(), np.uint64)
-            found.append((*both, rows.rows[rank], counts[rank]))
+            content = 0
+            if joins and rows.numbers[rank] not in rows.faults:
+                values = rows.table.slice(rank, 1).to_pylist()[0]
+                content = _hash(repr([values.get(name) for name in planned]), 8)[0]
+            found.append((*_hash(ids[rank], 16), rows.rows[rank], counts[rank], content))
         seen += len(ids)
     return {"data": np.array(found, _IDENTITY).tobytes()}
+
+
+def _hash(text: str, size: int) -> np.ndarray:
+    """uint64 [size / 8]."""
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=size).digest(), np.uint64)

@@ -211,6 +211,8 @@ class _Planner:
         counts = counted(self.source, selected, taken, self.settings)
         ends = np.cumsum(counts.outputs)
         rows = int(ends[-1])
+        if not rows and plan.parts:
+            return plan  # all of them are joined with rows of earlier rounds
         if old and old.rows != rows:
             raise _changed(self.source.manifest.path)
         checkpoint = read_checkpoint(self.model)
@@ -222,7 +224,7 @@ class _Planner:
             settings=self.settings.meaning(),
             model_digest=checkpoint.digest,
             carried=carried,
-            warnings=self.warnings,
+            warnings=self.warnings + _joined_in_words(counts),
             **self._decided(),
         )
         number = len(earlier)
@@ -279,10 +281,12 @@ class _Planner:
         for index in range(first, last + 1):
             begin = int(ends[index] - counts.outputs[index])
             if counts.outputs[index]:
+                bits = selected[self.source.slice(index)].copy()
+                bits[counts.joined.get(index, [])] = False
                 work.append(
                     {
                         "piece": self.source.pieces[index].to_json(),
-                        "bits": base64.b64encode(pack_bits(selected[self.source.slice(index)])).decode(),
+                        "bits": base64.b64encode(pack_bits(bits)).decode(),
                         "duplicates": sorted(counts.duplicates.get(index, ())),
                         "versions": self._versions(index),
                         "skip": max(0, start - begin),
@@ -384,6 +388,13 @@ def _pair(row: dict[str, Any], schema: str, settings: PlanSettings, when: str) -
         folder = folder_of(rows.piece.file.path)
         found.append(row_pairs(rows.table, ids_of(rows, column), settings, folder, faults, when))
     return {"data": np.concatenate(found).tobytes()}
+
+
+def _joined_in_words(counts: RowCounts) -> list[str]:
+    joined = sum(map(len, counts.joined.values()))
+    if not joined:
+        return []
+    return [f"Rows with the id and prompt of an earlier row are joined with it: {joined:,}."]
 
 
 def _changed(path: str) -> InputError:

@@ -33,10 +33,11 @@ from wallaroo.workflows.plans.values import (
     is_finite,
     real_number,
     size_of,
+    without_quotes,
 )
 from wallaroo.workflows.settings import MAX_SAMPLES
 from wallaroo.workflows.sources.embedded import COLUMN, Cell, parse_cell
-from wallaroo.workflows.sources.references import Reference, SourceOptions, kept_uri, locate, parts_of
+from wallaroo.workflows.sources.references import Reference, SourceOptions, kept_uri, locate, parts_of, single
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
 MAX_CHARACTERS = 10_000_000
@@ -221,13 +222,17 @@ def _resolved(
     prompt = values.get("prompt")
     if settings.task in PICTURE_TASKS and is_absent(prompt):
         prompt = settings.prompt or _question(values.get("language"), settings) or prompt
+    if settings.strip_quotes and isinstance(prompt, str):
+        prompt = without_quotes(prompt)
     attempt(check_prompt, prompt, settings, tokenizer)
     width = attempt(integer, "width", values.get("width"), "size", INT32)
     height = attempt(integer, "height", values.get("height"), "size", INT32)
     source = None
     if settings.task in PICTURE_TASKS:
-        source = _source(values.get(COLUMN))
-        attempt(_locate, source, values.get(COLUMN), allowed)
+        reference = attempt(single, values.get(COLUMN))
+        source = _source(reference)
+        if reference is not None or not faults:
+            attempt(_locate, source, reference, allowed)
     else:
         ratio = values.get("aspect_ratio")
         if width is None and height is None and is_absent(ratio):

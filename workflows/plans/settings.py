@@ -40,6 +40,7 @@ class PlanSettings:
     limit: int | None
     where: str | None
     incremental: bool
+    strip_quotes: bool | None
 
     @classmethod
     def of(cls, config: RunConfig) -> "PlanSettings":
@@ -57,7 +58,7 @@ class PlanSettings:
         """The values that decide what a planned row is, so that all parts of a plan must share them."""
         values = dataclasses.asdict(self)
         # What was added later counts only where it is given, so that older plans keep their meaning.
-        later = [name for name in values if name in OPTIONS and OPTIONS[name].later and values[name] is None]
+        later = [name for name in values if name in OPTIONS and OPTIONS[name].later and not values[name]]
         left_out = ("limit", "where", "incremental", *later)
         return {name: value for name, value in values.items() if name not in left_out}
 

@@ -112,6 +112,26 @@ def real_number(name: str, value: Any, default: float) -> float:
         raise RowError("sampling", f"{name} is {in_words(value)}, but must be a number.") from None
 
 
+_QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u300c": "\u300d"}
+"""Quote that opens -> quote that closes."""
+
+
+def without_quotes(text: str) -> str:
+    """A text without the quotes around all of it. Quotes that enclose a part of it stay.
+
+    Args:
+        text: A prompt.
+
+    Returns:
+        The text between a pair of quotes, where none of the two stands in between; else the text itself.
+    """
+    inner = text.strip()
+    opening, closing = inner[:1], inner[-1:]
+    if len(inner) < 2 or _QUOTES.get(opening) != closing or {opening, closing} & set(inner[1:-1]):
+        return text
+    return inner[1:-1].strip()
+
+
 def in_words(value: Any) -> str:
     text = f"'{value[:60]}'" if isinstance(value, str) else repr(value)
     # A message is one line, whatever is in a prompt.

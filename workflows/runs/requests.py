@@ -22,7 +22,7 @@ from wallaroo.workflows.outputs.schema import RESULT_NAMES
 from wallaroo.workflows.plans.parts import folder_of
 from wallaroo.workflows.sources.embedded import COLUMN, read_cells
 from wallaroo.workflows.sources.prepare import Source, load_many
-from wallaroo.workflows.sources.references import Reference, SourceOptions, kept_uri
+from wallaroo.workflows.sources.references import Reference, SourceOptions, kept_uri, single
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
@@ -137,7 +137,7 @@ def _sources(
     pictures = plan.column(COLUMN) if COLUMN in plan.column_names else None
     for position in planned:
         uri, row = rows[position]["source"]["uri"], rows[position]["source"]["row_id"]
-        value = None if pictures is None else pictures[position].as_py()
+        value = None if pictures is None else single(pictures[position].as_py())
         if row is not None:
             cells.setdefault(uri, {}).setdefault(row, []).append(position)
         elif value is None or isinstance(value, str) or (isinstance(value, dict) and not value.get("bytes")):

@@ -15,9 +15,9 @@ from wallaroo.model.errors import RowError
 from wallaroo.workflows import storage
 from wallaroo.workflows.sources.https import shown, without_query
 
-Reference = str | bytes | Mapping[str, Any] | None
-"""What stands in a manifest's `image`: a path or address, a data URI or base64, the bytes, or
-`{bytes, path}`."""
+Reference = str | bytes | Mapping[str, Any] | list[Any] | None
+"""What stands in a manifest's `image`: a path or address, a data URI or base64, the bytes, `{bytes, path}`,
+or a list of one of these."""
 
 MAX_INLINE_CHARACTERS = 16 << 20
 """Of a data URI or base64. A plan holds a shard of them in memory; bytes in Parquet are only referred to."""
@@ -47,8 +47,24 @@ class SourceOptions:
     fetches: int = 8
 
 
+def single(reference: Reference) -> Reference:
+    """The one reference of a list; any other as it is. Raises RowError("image") for several."""
+    if not isinstance(reference, list):
+        return reference
+    given = [one for one in reference if one is not None]
+    if len(given) > 1:
+        raise RowError(
+            "image",
+            f"image is a list of {len(given)} pictures, but the model takes one a row: join them to one "
+            f"picture, or leave the row out.",
+        )
+    return given[0] if given else None
+
+
 def identity(reference: Reference) -> Any:
     """Equal for references that lead to the same bytes; never holds the bytes."""
+    if isinstance(reference, list):
+        return tuple(map(identity, reference))
     if isinstance(reference, Mapping):
         return identity(reference.get("bytes")), identity(reference.get("path"))
     if isinstance(reference, bytes):
@@ -59,6 +75,7 @@ def identity(reference: Reference) -> Any:
 
 def parts_of(reference: Reference) -> tuple[bytes | None, str]:
     """Bytes and path of a reference; one of the two is there."""
+    reference = single(reference)
     data, path = reference, None
     if isinstance(reference, Mapping):
         data, path = reference.get("bytes"), reference.get("path")
