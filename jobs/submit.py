@@ -271,10 +271,10 @@ def carried(config: "RunConfig", command: Sequence[str]) -> list[Path]:
             )
         if path.is_dir():
             files += sorted(one for one in path.rglob("*") if one.is_file())
-        elif any(sign in str(path) for sign in "*?["):
-            files += sorted(Path().glob(str(path)))
         elif path.is_file():
             files.append(path)
+        elif any(sign in str(path) for sign in "*?["):
+            files += sorted(Path().glob(str(path)))
         else:
             raise InputError(f"{path} cannot be read, since there is no such file or folder: check the path.")
     # They are copied beside the code, which no file of theirs may replace.

@@ -82,6 +82,11 @@ def connected(
             yield
 
 
+def origin_of(address: str) -> str:
+    """Where the address of a cluster was given: the variable `$RAY_ADDRESS`, a flag or a run file."""
+    return "$RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") == address else "--address or cluster.address"
+
+
 @contextmanager
 def _ray(options: dict[str, Any], folder: str, start_timeout: float) -> Iterator[None]:
     """Ray with these options of `ray.init`, started from an empty folder (see `_working_directory`)."""
@@ -99,8 +104,9 @@ def _ray(options: dict[str, Any], folder: str, start_timeout: float) -> Iterator
                 raise
             words = str(error).strip().splitlines()[0]
             raise InputError(
-                f"no Ray cluster answers at {options['address']} ({words}): check --address and "
-                f"$RAY_ADDRESS; without them a local Ray is started."
+                f"no Ray cluster answers at {options['address']}, which is from "
+                f"{origin_of(options['address'])} ({words}): correct it, or leave it out to start a "
+                f"local Ray."
             ) from error
     try:
         _quieten()

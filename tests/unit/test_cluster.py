@@ -1,5 +1,6 @@
 """Starting a local Ray that is slow. That one starts at all is for the tests that need it."""
 
+import socket
 import time
 
 import pytest
@@ -7,6 +8,7 @@ import ray
 
 from wallaroo.jobs.config import resolve
 from wallaroo.model.errors import InputError
+from wallaroo.workflows import cluster
 from wallaroo.workflows.cluster import connected
 
 
@@ -42,3 +44,24 @@ def test_another_failure_is_not_retried(attempts, monkeypatch):
     with pytest.raises(RuntimeError, match="no space left"), connected():
         pass
     assert len(attempts) == 1
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize("origin", ["$RAY_ADDRESS", "--address or cluster.address"])
+def test_a_cluster_that_is_gone_is_named_with_the_origin_of_its_address(monkeypatch, origin, scheme):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    with socket.socket() as silent:
+        # It takes connections, as a machine does whose Ray hangs, and never says a word.
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"{scheme}127.0.0.1:{silent.getsockname()[1]}"
+        environment = {"RAY_ADDRESS": address if origin == "$RAY_ADDRESS" else "127.0.0.1:1"}
+        monkeypatch.setenv("RAY_ADDRESS", environment["RAY_ADDRESS"])
+        given = {} if origin == "$RAY_ADDRESS" else {"address": address}
+        config = resolve("generate", "m", "o", given, environment=environment)
+        with pytest.raises(InputError) as caught, connected(config.address):
+            pass
+    assert str(caught.value) == (
+        f"no Ray cluster answers at {address}, which is from {origin} (no answer in 0 s): correct it, or "
+        f"leave it out to start a local Ray."
+    )

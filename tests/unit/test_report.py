@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.manifests.listing import in_words
 from wallaroo.workflows.outputs import rows as outputs_rows
 from wallaroo.workflows.outputs import run_file
 from wallaroo.workflows.outputs import shards as outputs_shards
@@ -307,6 +308,22 @@ def test_the_configuration_is_in_the_report(outputs, tmp_path):
     text = write(tmp_path).text
     assert "sampling.cfg 3.5" in text and "x" * 299 + "…" in text and "x" * 300 not in text
     assert json.loads((tmp_path / "run.json").read_text())["config"]["templates"]["en"] == "x" * 1000
+
+
+def test_what_was_passed_over_is_in_the_report(outputs, tmp_path):
+    finish(str(tmp_path), outputs.make_output(tmp_path, tables(outputs, 4, 1)))
+    assert "Of the manifest" not in write(tmp_path).text
+    part = tmp_path / "plan" / "part-00000.json"
+    document = json.loads(part.read_text())
+    kinds = {f".k{number}": (number + 1, f"<b>{number}.k") for number in range(20)}
+    document["opening"]["warnings"] = [in_words(kinds)]
+    part.write_text(json.dumps(document))
+    page = write(tmp_path)
+    assert (
+        "Of the manifest: Not read as a manifest, 210 of the files there: 20 .k19 (such as <b>19.k)"
+        in page.text
+    )
+    assert all(f"{number + 1} .k{number} " in page.text for number in range(20)) and not page.all("b9")
 
 
 def test_lossy_shortcuts_are_in_the_report(outputs, tmp_path):

@@ -225,6 +225,20 @@ def test_near_duplicates_go_and_the_first_stays(tmp_path):
     assert "HTML" in told[-2]["message"] and "does not exist" in told[-1]["message"]
 
 
+@pytest.mark.parametrize("given", ["set [1]*?", "set [1]*?/deep", "set [1]*?/deep/m.jsonl", "set [1]*?/*/m*"])
+def test_pictures_are_looked_for_beside_the_file_that_names_them(tmp_path, given):
+    folder = tmp_path / "set [1]*?" / "deep"
+    folder.mkdir(parents=True)
+    lines = []
+    for number in range(2):
+        scene(1).save(folder / f"{number}.png")
+        lines.append(json.dumps({"id": f"i{number}", "image": f"{number}.png", "prompt": "x"}))
+    (folder / "m.jsonl").write_text("\n".join(lines))
+    found = select(str(tmp_path / given), str(tmp_path / "dest [*]"), Rules(near_duplicates=4))
+    assert found.dropped == {"near-duplicate": 1} and not found.failures
+    assert [row["id"] for row in kept(tmp_path / "dest [*]")] == ["i0"]
+
+
 def test_pictures_of_an_output_and_sources_of_answers_are_hashed(pictures, outputs, tmp_path):
     assert select(str(pictures), str(tmp_path / "a"), Rules(near_duplicates=4)).kept > 40
     answers = tmp_path / "answers"

@@ -123,7 +123,7 @@ class Look:
         if self.rules.near_duplicates is not None:
             places = np.flatnonzero(why == KEPT).tolist()
             references = [self.rows.reference(rows[place]) for place in places]
-            for positions, fetched in _fetched(references, SourceOptions(folder=self.rows.folder)):
+            for positions, fetched in _fetched(references, SourceOptions(folder=self.rows.folder(piece))):
                 try:
                     if isinstance(fetched, RowError):
                         raise fetched

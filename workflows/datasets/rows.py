@@ -1,6 +1,5 @@
 """Rows to choose from: of an output, or of a manifest."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.shards import open_shard, shard_bytes
 from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.plans.parts import folder_of
 from wallaroo.workflows.plans.rows import row_ids
 from wallaroo.workflows.sources.embedded import Cell
 from wallaroo.workflows.sources.references import Reference
@@ -43,7 +43,6 @@ class OutputRows:
         self.task = str(read_run(path)["config"].get("task", "generate"))
         self.shards = sorted(list_done(path))
         self.pieces = [shard_name(shard) for shard in self.shards]
-        self.folder = "/"
         if not self.shards:
             raise InputError(f"{path} has no rows: give another data set.")
         with self._open(0) as parquet:
@@ -71,6 +70,10 @@ class OutputRows:
     def names(self, chunk: Chunk, piece: int, column: str) -> list[str]:
         return [str(value) for value in chunk.table.column(column).to_pylist()]
 
+    def folder(self, piece: int) -> str:
+        """Where relative paths of pictures start; an output has none."""
+        return "/"
+
     def reference(self, row: Mapping[str, Any]) -> Reference:
         if row["task"] not in TEXT_TASKS:
             return row["image"]
@@ -95,9 +98,6 @@ class ManifestRows:
             self._pieces += found.pieces
         self.schema = columns.schema()
         self.pieces = [f"part-{number:05d}.parquet" for number in range(len(self._pieces))]
-        fixed = re.split(r"[*?\[]", path, maxsplit=1)[0]
-        single = storage.exists(path) or fixed != path
-        self.folder = (fixed.rpartition("/")[0] or ".") if single else path
 
     def chunks(self, piece: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
         start = self._pieces[piece].first_row
@@ -111,6 +111,10 @@ class ManifestRows:
         first = self._pieces[piece].first_row + chunk.first
         numbers = range(first, first + chunk.table.num_rows)
         return row_ids(chunk.table, self._pieces[piece].file.relative, numbers)[0]
+
+    def folder(self, piece: int) -> str:
+        """Where relative paths of pictures start, as in a run: beside the file that names them."""
+        return folder_of(self._pieces[piece].file.path)
 
     def reference(self, row: Mapping[str, Any]) -> Reference:
         return row["image"]

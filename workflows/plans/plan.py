@@ -158,8 +158,8 @@ class Plan:
 
     @property
     def warnings(self) -> list[str]:
-        """What somebody should be told, though it stops nothing."""
-        return self.rounds[0].warnings if self.rounds else []
+        """What somebody should be told, though it stops nothing; of a manifest that grows, as it was last."""
+        return self.rounds[-1].warnings if self.rounds else []
 
 
 def _check(part: PlanPart) -> None:

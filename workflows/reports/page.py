@@ -32,6 +32,7 @@ from wallaroo.workflows.text import duration
 MAX_BYTES = 8_000_000
 MAX_KINDS = 40
 MAX_RUNS = 20
+MAX_WARNINGS = 40
 PICTURE_BYTES = 6_000_000
 """Of MAX_BYTES, what all thumbnails together may take, as base64."""
 NOUNS = {"generate": ("picture", "pictures"), "edit": ("edit", "edits"), "understand": ("answer", "answers")}
@@ -66,6 +67,7 @@ def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
         "config": {key: shorten(str(value), 300) for key, value in flat(config).items()},
         "planned": plan.rows,
         "planning": not plan.complete,
+        "warnings": [shorten(words, 8000) for words in plan.warnings[:MAX_WARNINGS]],
         "missing": plan.rows - survey.rows,
         "survey": survey,
         "kinds": survey.errors.most_common(MAX_KINDS),

@@ -16,7 +16,7 @@ import pyarrow as pa
 from wallaroo.model import checkpoint
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.cluster import connected
+from wallaroo.workflows.cluster import connected, origin_of
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.outputs.layout import REPORT_FILE
 from wallaroo.workflows.outputs.lock import OutputLock
@@ -192,7 +192,9 @@ def connect(
     """Connects to Ray for as long as `stack` lasts; without effect where this process is connected."""
     # Not imported here: Ray reads some of what `connected` sets only then.
     if not ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
-        where = f"connecting to Ray at {config.address}" if config.address else "starting Ray"
+        where = "starting Ray"
+        if config.address:
+            where = f"connecting to Ray at {config.address} (from {origin_of(config.address)})"
         report(Progress(waiting=where))
     cpus = config.replicas[1] * config.threads if config.device != "cuda" else 0
     stack.enter_context(connected(config.address, cpus, config.ray_start_timeout))
