@@ -400,7 +400,7 @@ class RunConfig:
                 raise OptionError(
                     f"preset '{self.preset}' is for {task}, but this is {self.task}: leave it out."
                 )
-        given = {"samples": samples, "strip_quotes": strip_quotes}
+        given = {"samples": samples, "strip_quotes": strip_quotes or None}
         for name, value in (dataclasses.asdict(Sampling(**sampling)) | given).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

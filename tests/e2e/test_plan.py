@@ -255,7 +255,7 @@ def damaged(folder):
     [
         (lambda m: (m / "a.csv").write_text("prompt\n"), {}, "gives nothing to do, it has no rows"),
         (lambda m: (m / "a.csv").write_text(""), {}, "gives nothing to do, it has no rows"),
-        (lambda m: (m / "a.csv").write_text("Prompt\nx\n"), {}, "no column 'prompt'; did you mean 'Prompt'"),
+        (lambda m: (m / "a.csv").write_text("promt\nx\n"), {}, "no column 'prompt'; did you mean 'promt'"),
         (lambda m: (m / "a.csv").write_text("prompt\nx\n"), {"where": "false"}, "chooses none of its rows"),
         (lambda m: (m / "a.csv").write_text("prompt\nx\n"), {"where": "promt = 'x'"}, "DuckDB refuses"),
         (lambda m: (m / "a.csv").write_text("prompt\nx\n"), {"where": "prompt::int = 1"}, "DuckDB refuses"),

@@ -8,7 +8,7 @@ from PIL import Image, ImageCms
 
 from tests.pictures import base, real_pictures, save
 from wallaroo.model.errors import RowError
-from wallaroo.workflows.sources.decode import MAX_PROFILE_BYTES, decode
+from wallaroo.workflows.sources.decode import MAX_PROFILE_BYTES, NOTE, decode
 
 ADOBE_RGB = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
 DISPLAY_P3 = np.array(
@@ -181,7 +181,25 @@ def test_a_picture_that_is_srgb_already_keeps_its_bytes():
 )
 def test_a_profile_that_is_broken_or_of_other_channels_is_ignored(icc):
     pixels = patches()
-    np.testing.assert_array_equal(decoded(Image.fromarray(pixels), "TIFF", icc_profile=icc), pixels)
+    data = save(Image.fromarray(pixels), "TIFF", icc_profile=icc)
+    found = decode(data)
+    np.testing.assert_array_equal(np.array(found), pixels)
+    kind = "for GRAY pictures" if icc == grey_profile(1.0) else "broken"
+    if len(icc) > MAX_PROFILE_BYTES:
+        kind = "more than 8 MiB"
+    assert found.info[NOTE].startswith("its colour profile") and kind in found.info[NOTE]
+
+
+def test_a_profile_that_is_used_or_absent_is_not_noted():
+    image = Image.fromarray(patches())
+    for icc in (None, rgb_profile(ADOBE_RGB, ADOBE_GAMMA)):
+        assert NOTE not in decode(save(image, "TIFF", **({"icc_profile": icc} if icc else {}))).info
+    # A grey picture is taken for one of the colours of its profile.
+    assert NOTE not in decode(save(image.convert("L"), "TIFF", icc_profile=icc)).info
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    found = decode(save(image.convert("RGBA"), "PNG", icc_profile=b"broken", exif=turned))
+    assert "broken" in found.info[NOTE] and list(found.info) == [NOTE]
 
 
 def test_a_profile_of_more_than_one_mebibyte_is_used_in_png_too():

@@ -282,9 +282,9 @@ def test_a_preset_sets_sampling_samples_and_quotes_and_nothing_else():
         config, plain = made({"preset": name}, task=task), made(task=task)
         wanted = {"geneval": Sampling(3, 1, 1000, 1), "dpg": Sampling(4, 1, 1000, 0.95)}
         assert config.sampling == wanted.get(name, Sampling(3, 1, 1000, 1))
-        assert config.strip_quotes == (name == "dpg") and plain.strip_quotes is False
+        assert (config.strip_quotes, plain.strip_quotes) == (True if name == "dpg" else None, None)
         same = {**dataclasses.asdict(plain.sampling), "samples": plain.samples, "preset": None}
-        same["strip_quotes"] = False
+        same["strip_quotes"] = None
         assert dataclasses.replace(config, **same) == plain
         assert config.samples == (4 if task == "generate" else 1)
         # What a preset is called is no part of what a row is.

@@ -18,7 +18,7 @@ from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
 from wallaroo.workflows.outputs.rows import RunConstants
-from wallaroo.workflows.outputs.schema import RESULT_FIELDS, result_schema
+from wallaroo.workflows.outputs.schema import NOTED_SOURCE_TYPE, RESULT_FIELDS, lacking, result_schema
 from wallaroo.workflows.plans.columns import carried_schema, check_columns, plan_schema
 from wallaroo.workflows.plans.layout import shard_rows
 from wallaroo.workflows.plans.rows import plan_rows
@@ -295,7 +295,10 @@ def test_rows_of_one_source_become_requests_and_a_bad_one_an_error_row(tmp_path)
     settings = PlanSettings.of(RunConfig("", "", "edit"))
     planned = plan_rows(table, settings, CONFIG, TOKENIZER, folder=str(tmp_path))
     loaded, asked = load_requests(planned, str(TINY), RunConstants("edit", "", ""), SourceOptions("/"))
-    assert loaded.schema.equals(planned.schema, check_metadata=True)
+    # All but the sources, which have got a note, are as planned.
+    place = planned.schema.get_field_index("source")
+    noted = planned.schema.set(place, pa.field("source", NOTED_SOURCE_TYPE))
+    assert loaded.schema.equals(noted, check_metadata=True)
     rows = loaded.to_pylist()
     assert [row["error_type"] for row in rows] == ["", "", "image", "", "image", "", ""]
     wide, high = CONFIG.bucket(200, 300), CONFIG.bucket(300, 200)
@@ -310,6 +313,26 @@ def test_rows_of_one_source_become_requests_and_a_bad_one_an_error_row(tmp_path)
         TOKENIZER, CONFIG, "a", wide, tuple(s // 28 for s in made[0].semantic.shape[:2]), "en"
     )
     assert made[0].prompt.ids.tolist() == wanted.ids.tolist()
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "now"])
+def test_a_broken_colour_profile_is_noted_in_the_source_of_its_row(tmp_path, version):
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "a.tif", icc_profile=b"broken")
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "b.tif")
+    table = pa.table({"image": ["a.tif", "b.tif", "c.tif"]})
+    settings = PlanSettings.of(RunConfig("", "", "understand"))
+    planned = plan_rows(table, settings, CONFIG, TOKENIZER, folder=str(tmp_path))
+    carried = carried_schema(table.schema, settings)
+    if version == "0.1.0":
+        carried = carried.remove_metadata()
+        planned = planned.replace_schema_metadata(None)
+    loaded, _ = load_requests(planned, str(TINY), RunConstants("understand", "", ""), SourceOptions("/"))
+    # The results of a plan have one type, whichever version began it, and both are read.
+    schema = result_schema(carried)
+    assert schema.field("source").type == loaded.schema.field("source").type and not lacking(schema)
+    notes = [row["source"].get("note", "-") for row in loaded.to_pylist()]
+    words = "its colour profile is broken and was ignored"
+    assert notes == (["-"] * 3 if version == "0.1.0" else [words, "", None])
 
 
 def test_a_picture_without_a_question_is_described_in_its_language():

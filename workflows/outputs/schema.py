@@ -21,6 +21,10 @@ SOURCE_TYPE = pa.struct(
         ("row_id", pa.int64()),
     ]
 )
+NOTED_SOURCE_TYPE = pa.struct([*SOURCE_TYPE, ("note", pa.string())])
+"""With what somebody should know of the picture, such as a colour profile that is broken."""
+NOTE_MARK = b"wallaroo.source_note"
+"""Key of the metadata of plans whose sources have a note, which those of version 0.1.0 have not."""
 RESULT_FIELDS = (
     pa.field("row_id", pa.int64()),
     pa.field("shard", pa.int64()),
@@ -88,10 +92,18 @@ def result_schema(carried: pa.Schema, save_tokens: bool = False) -> pa.Schema:
         elif key == b"huggingface":
             features |= {k: v for k, v in _features(value).items() if k in carried.names}
     metadata[b"huggingface"] = json.dumps({"info": {"features": features}}, sort_keys=True).encode()
-    ours = [*RESULT_FIELDS, TOKENS_FIELD] if save_tokens else [*RESULT_FIELDS]
+    ours = [
+        field.with_type(source_type(carried)) if field.name == "source" else field for field in RESULT_FIELDS
+    ]
+    ours += [TOKENS_FIELD] if save_tokens else []
     # Fields read from Parquet may bring field ids along, which would be given out twice.
     others = [field.remove_metadata() for field in carried]
     return _as_stored(pa.schema([*ours, *others], metadata=metadata))
+
+
+def source_type(schema: pa.Schema) -> pa.DataType:
+    """The type of `source` in the results of a plan with this schema, or these carried columns."""
+    return NOTED_SOURCE_TYPE if NOTE_MARK in (schema.metadata or {}) else SOURCE_TYPE
 
 
 def json_columns(schema: pa.Schema) -> frozenset[str]:
@@ -135,6 +147,7 @@ def _own_fields() -> tuple[pa.Field, ...]:
 def lacking(schema: pa.Schema) -> str:
     """Why a file with this schema is none of results, in words; empty if it may be one."""
     for field in _own_fields():
-        if schema.names.count(field.name) != 1 or schema.field(field.name).type != field.type:
+        kinds = (SOURCE_TYPE, NOTED_SOURCE_TYPE) if field.name == "source" else (field.type,)
+        if schema.names.count(field.name) != 1 or schema.field(field.name).type not in kinds:
             return f"it has no column {field.name} of type {field.type}"
     return ""

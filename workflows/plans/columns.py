@@ -6,7 +6,7 @@ import re
 import pyarrow as pa
 
 from wallaroo.model.errors import InputError, did_you_mean
-from wallaroo.workflows.outputs.schema import JSON_MARK, RESULT_NAMES, SOURCE_TYPE, json_columns
+from wallaroo.workflows.outputs.schema import JSON_MARK, NOTE_MARK, RESULT_NAMES, SOURCE_TYPE, json_columns
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.sources.embedded import COLUMN
 from wallaroo.workflows.tasks import PICTURE_TASKS
@@ -101,6 +101,8 @@ def carried_schema(schema: pa.Schema, settings: PlanSettings) -> pa.Schema:
     names = carried_names(schema, settings)
     fields = [schema.field(name).with_name(new).remove_metadata() for name, new in names.items()]
     metadata = {key: value for key, value in (schema.metadata or {}).items() if key == b"huggingface"}
+    if settings.task in PICTURE_TASKS:
+        metadata[NOTE_MARK] = b"1"
     marked = sorted(names[name] for name in json_columns(schema) if name in names)
     if marked:
         metadata[JSON_MARK] = json.dumps(marked).encode()

@@ -18,7 +18,7 @@ from wallaroo.model.config import Size
 from wallaroo.model.errors import RowError
 from wallaroo.model.prompts import Prompt, edit_prompt, generate_prompt, understand_prompt
 from wallaroo.workflows.outputs.rows import RunConstants
-from wallaroo.workflows.outputs.schema import RESULT_NAMES
+from wallaroo.workflows.outputs.schema import RESULT_NAMES, source_type
 from wallaroo.workflows.plans.parts import folder_of
 from wallaroo.workflows.sources.embedded import COLUMN, read_cells
 from wallaroo.workflows.sources.prepare import Source, load_many
@@ -91,6 +91,7 @@ def _from_picture(
         null = _null(model, *asked) if values["cfg"] > 1 else None
         values |= {"height": picture.size.height, "width": picture.size.width}
     values["source"] |= {"sha256": source.sha256, "width": picture.width, "height": picture.height}
+    values["source"]["note"] = source.note
     if values["source"]["row_id"] is None:
         values["source"]["uri"] = source.uri
     return request_values(
@@ -122,6 +123,8 @@ def _loaded(plan: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
     for name in ("status", "error_type", "error_message", "width", "height", "source"):
         index = plan.schema.get_field_index(name)
         field = plan.schema.field(index)
+        if name == "source":
+            field = field.with_type(source_type(plan.schema))
         plan = plan.set_column(index, field, pa.array([row[name] for row in rows], field.type))
     return plan.drop_columns(COLUMN) if COLUMN in plan.column_names else plan
 

@@ -19,6 +19,8 @@ HEIF_BRANDS = frozenset(
 """What a HEIF file calls itself, after `ftyp`."""
 MAX_PROFILE_BYTES = 8 << 20
 """Of a colour profile; those of printing presses have up to 3 MiB. A longer one counts as broken."""
+NOTE = "wallaroo.note"
+"""Key of what `decode` says in the `info` of a picture."""
 ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,7 +80,8 @@ def decode(
     """The picture in some bytes: sRGB, 8 bits, upright as EXIF says, composed on white, its first frame.
 
     Of 16 bits the upper 8 are kept. The colours of a picture with an ICC profile are converted to sRGB; a
-    profile that is broken, or of other channels than the picture, is ignored. HEIF needs pillow-heif.
+    profile that is broken, or of other channels than the picture, is ignored, and `info[NOTE]` says so. HEIF
+    needs pillow-heif.
     name: begins the message of the RowError("image") for what is no picture, or breaks a limit.
     """
     if not data:
@@ -92,8 +95,10 @@ def decode(
                 image.decodermaxblock = JPEG_PIECE_BYTES
             image.load()
             turn = UPRIGHT.get(_orientation(image))
-            rgb = _opaque(image, name)
-            return rgb if turn is None else rgb.transpose(turn)
+            rgb, note = _opaque(image, name)
+            rgb = rgb if turn is None else rgb.transpose(turn)
+            rgb.info = {NOTE: note} if note else {}
+            return rgb
     except RowError:
         raise
     except _TooSlow:
@@ -159,8 +164,8 @@ def _has_heif() -> bool:
     return True
 
 
-def _opaque(image: Image.Image, name: str) -> Image.Image:
-    """A loaded picture of any mode as sRGB, composed on white where it is transparent."""
+def _opaque(image: Image.Image, name: str) -> tuple[Image.Image, str]:
+    """A loaded picture of any mode as sRGB, composed on white where it is transparent; and a note."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):
         image = _eight_bits(image)
@@ -172,36 +177,47 @@ def _opaque(image: Image.Image, name: str) -> Image.Image:
         return _srgb(image, profile)
     layer = image if image.mode == "RGBA" else image.convert("RGBA")
     colours = image.getchannel("L") if image.mode in ("L", "LA") else layer.convert("RGB")
+    opaque, note = _srgb(colours, profile)
     white = Image.new("RGB", image.size, "white")
-    white.paste(_srgb(colours, profile), mask=layer.getchannel("A"))
-    return white
+    white.paste(opaque, mask=layer.getchannel("A"))
+    return white, note
 
 
-def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An opaque picture as RGB, its colours those that its ICC profile says."""
+def _srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
+    """An opaque picture as RGB, its colours those of its ICC profile; and why that was ignored."""
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
-    if profile and len(profile) <= MAX_PROFILE_BYTES:
-        for mode in (image.mode, "RGB"):
-            if (transform := _transform(profile, mode)) is not None:
-                try:
-                    return transform.apply(image.convert(mode))
-                except ValueError:
-                    break
-    return image if image.mode == "RGB" else image.convert("RGB")
+    note = ""
+    if profile:
+        found = _transform(profile, image.mode)
+        if isinstance(found, str) and image.mode != "RGB":
+            image, found = image.convert("RGB"), _transform(profile, "RGB")
+        if isinstance(found, str):
+            note = found
+        elif found is not None:
+            try:
+                return found.apply(image), ""
+            except ValueError:
+                note = _BROKEN
+    return (image if image.mode == "RGB" else image.convert("RGB")), note
 
 
 _CHANNELS = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
 """Colour space of a profile -> mode of the pictures that it is for."""
+_BROKEN = "its colour profile is broken and was ignored"
 
 
 @functools.lru_cache(maxsize=8)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None if it is broken, not for pictures of this mode, or sRGB itself."""
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | str | None:
+    """From a profile to sRGB; None if it is sRGB itself, and words if it is not used."""
+    if len(profile) > MAX_PROFILE_BYTES:
+        return f"its colour profile has more than {MAX_PROFILE_BYTES >> 20} MiB and was ignored"
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if _CHANNELS.get(source.profile.xcolor_space.strip()) != mode:
-            return None
+        space = source.profile.xcolor_space.strip()
+        if _CHANNELS.get(space) != mode:
+            shown = "".join(letter for letter in space if letter.isalnum())
+            return f"its colour profile is for {shown or 'other'} pictures and was ignored"
         transform = ImageCms.buildTransform(
             source,
             ImageCms.createProfile("sRGB"),
@@ -217,7 +233,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             if np.abs(after - np.asarray(before, np.int16)).max() <= 1:
                 return None
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
-        return None
+        return _BROKEN
     return transform
 
 

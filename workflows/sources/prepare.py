@@ -9,7 +9,7 @@ from PIL import Image
 from wallaroo.model.config import ModelConfig, Size
 from wallaroo.model.errors import RowError
 from wallaroo.model.images import FACTOR, pixel_image, semantic_image
-from wallaroo.workflows.sources.decode import decode
+from wallaroo.workflows.sources.decode import NOTE, decode
 from wallaroo.workflows.sources.fetch import Fetched, fetch_many
 from wallaroo.workflows.sources.references import Reference, SourceOptions
 
@@ -33,11 +33,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Source:
-    """A source made ready. uri, sha256: as `Fetched` has them."""
+    """A source made ready. uri, sha256: as `Fetched` has them. note: what was ignored of it, or empty."""
 
     uri: str
     sha256: str
     prepared: Prepared
+    note: str = ""
 
 
 def load_many(
@@ -57,7 +58,8 @@ def load_many(
 def _load(fetched: Fetched, task: str, config: ModelConfig, options: SourceOptions) -> Source | RowError:
     try:
         image = decode(fetched.data, fetched.name, options.most_pixels, options.decode_seconds)
-        return Source(fetched.uri, fetched.sha256, prepare(image, task, config, fetched.name))
+        ready = prepare(image, task, config, fetched.name)
+        return Source(fetched.uri, fetched.sha256, ready, image.info.get(NOTE, ""))
     except RowError as error:
         return error
 

@@ -111,7 +111,7 @@ def _options(options: Mapping[str, Any]) -> list[str]:
             continue
         outer, _, inner = one.stored.partition(".")
         value = (options.get(outer) or {}).get(inner) if inner else options.get(outer)
-        if value is None or (value := one.read(value)) == one.default:
+        if value is None or value is False or (value := one.read(value)) == one.default:
             continue
         words += [one.flag] if value is True else [one.flag, one.kind.write(value)]
     return words
