@@ -242,6 +242,14 @@ def test_rows_that_are_wrong_become_error_rows(wallaroo, local_ray, hostile, tmp
     assert "128x96" in next(row["error_message"] for row in errors if row["id"] == "size")
     assert f"{len(table)} rows: 4 ok, {len(errors)} errors" in out
     assert wallaroo("verify", output)[0] == 0
+    # A second try of what is not corrected has the same errors. The row that repeated an id is alone now, and
+    # of the row that could not be read nothing is left.
+    second = tmp_path / "second.jsonl"
+    assert wallaroo("plan", "generate", output / "errors.jsonl", "--errors", second)[0] == 0
+    told = {line["id"]: line for line in map(json.loads, second.read_text().splitlines())}
+    assert {name: line["kind"] for name, line in told.items()} == FAULTS | {"bytes": "prompt"}
+    assert told["language"]["language"] == "de" and told["cfg-negative"]["cfg"] == -1
+    assert told["samples"]["samples"] == -2 and "seed" not in told["samples"]
     # The same again has nothing to do, and says the same.
     code, out, _ = wallaroo("generate", hostile, output)
     assert code == 3

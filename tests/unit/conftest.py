@@ -19,6 +19,7 @@ from wallaroo.workflows.outputs import schema as outputs_schema
 from wallaroo.workflows.outputs import values as outputs_values
 from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table
 from wallaroo.workflows.outputs.schema import result_schema
+from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.plans.plan import PlanPart, Round, read_plan
 
 STARTED = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
@@ -90,7 +91,7 @@ def outcomes(plan, failed=()):
 def result_table(plan, failed=(), save_tokens=False, run=RUN, made=None):
     """The result rows of a shard of a plan."""
     carried = pa.schema(
-        [field for field in plan.schema if field.name not in outputs_schema.RESULT_NAMES],
+        [field for field in plan.schema if field.name not in outputs_schema.RESULT_NAMES | {GIVEN}],
         metadata=plan.schema.metadata,
     )
     schema = result_schema(carried, save_tokens)
@@ -112,7 +113,7 @@ def write_plan(output, tables, complete=True):
     errors = sum(table.column("status").to_pylist().count("error") for table in tables)
     carried = pq.read_schema(folder / name)
     carried = pa.schema(
-        [f for f in carried if f.name not in outputs_schema.RESULT_NAMES], metadata=carried.metadata
+        [f for f in carried if f.name not in outputs_schema.RESULT_NAMES | {GIVEN}], metadata=carried.metadata
     )
     written = PlanPart(
         part=part,

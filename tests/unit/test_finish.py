@@ -7,6 +7,7 @@ import pytest
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.outputs import schema, shards, success
+from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.reports import finish as reports_finish
 from wallaroo.workflows.sources.embedded import parse_cell
 
@@ -53,6 +54,22 @@ def test_errors_become_a_manifest_for_a_second_try(outputs, tmp_path):
     assert (second["id"], second["samples"], second["seed"]) == ("p1/1", 1, 1003)
     assert (first["id"], first["samples"], first["seed"]) == ("p3", 1, 1006)
     assert not {"row_id", "status", "image", "sha256", "error_type"} & set(whole)
+
+
+def test_a_refused_row_is_as_its_manifest_gave_it(outputs, tmp_path):
+    given = {"cfg": "much", "language": "fr", "samples": 2}
+    table = outputs.plan_table(rows=6, errors=(0, 1, 2, 3))
+    names = [json.dumps(given), json.dumps(given), json.dumps({"prompt": None}), json.dumps({"prompt": None})]
+    table = table.append_column(GIVEN, pa.array([*names, None, None]))
+    plan = outputs.make_output(tmp_path, [table], failed={0: (4,)})
+    reports_finish.finish(str(tmp_path), plan)
+    first, second, third = lines(tmp_path)
+    told = {"kind": "size", "message": "width is 70"}
+    carried = {"tag": "t0", "weight": 0.0, "when": "2026-01-01T00:00:00", "include": [{"class": "cat"}]}
+    assert first == {"id": "p0", "prompt": "a cat, number 0"} | told | given | carried
+    assert not {"prompt", "seed", "samples", "width"} & set(second) and second["id"] == "p1"
+    # This one the plan did not refuse: it has its resolved values.
+    assert (third["id"], third["kind"], third["seed"], third["samples"]) == ("p2", "engine", 1004, 1)
 
 
 def test_seeds_that_came_from_the_id_are_left_to_come_from_it_again(outputs, tmp_path):

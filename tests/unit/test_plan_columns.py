@@ -12,7 +12,7 @@ from wallaroo.jobs.config import resolve
 from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.errors import InputError, RowError
 from wallaroo.workflows.manifests.types import ManifestFile, Piece
-from wallaroo.workflows.plans.columns import carried_schema, check_columns, plan_schema
+from wallaroo.workflows.plans.columns import GIVEN, carried_schema, check_columns, plan_schema, with_given
 from wallaroo.workflows.plans.increments import row_pairs
 from wallaroo.workflows.plans.passes import considered_rows, ids_of
 from wallaroo.workflows.plans.rows import derived_seed, plan_rows
@@ -239,3 +239,20 @@ def test_the_options_of_a_run_name_columns():
     assert config.config_digest_fields("x")["image_column"] == "photo"
     with pytest.raises(InputError, match="image_column is for edit and understand"):
         resolve("generate", "m", "o", {"image_column": "photo"}, environment={})
+
+
+def test_planned_rows_of_older_versions_get_the_column_that_they_lack():
+    planned = plan_rows(
+        pa.table({"prompt": ["a cat"], "tag": [1]}), PlanSettings.of(RunConfig("", "")), CONFIG, TOKENIZER
+    )
+    older = planned.drop_columns([GIVEN])
+    assert with_given(older).equals(planned) and with_given(planned) is planned
+
+
+def test_a_column_with_our_own_name_is_not_carried():
+    assert (
+        carried_schema(
+            pa.schema([("prompt", pa.string()), (GIVEN, pa.int8())]), PlanSettings.of(RunConfig("", ""))
+        ).names
+        == []
+    )

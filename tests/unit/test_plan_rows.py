@@ -13,7 +13,7 @@ from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.config import Size
 from wallaroo.model.errors import InputError
 from wallaroo.model.sampling import Sampling
-from wallaroo.workflows.plans.columns import PLAN_FIELDS, carried_schema, check_columns, plan_schema
+from wallaroo.workflows.plans.columns import GIVEN, PLAN_FIELDS, carried_schema, check_columns, plan_schema
 from wallaroo.workflows.plans.rows import derived_seed, plan_rows, sample_counts
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.settings import MAX_SAMPLES, RunConfig
@@ -65,6 +65,7 @@ def test_defaults_are_the_run_s():
         "temperature": 0.5,
         "top_k": 7,
         "top_p": 0.9,
+        GIVEN: None,
     }
 
 
@@ -125,6 +126,8 @@ def test_an_empty_cell_is_no_value():
         ({"aspect_ratio": "16:0"}, "size", "aspect_ratio is '16:0'"),
         ({"aspect_ratio": "nano"}, "size", "aspect_ratio is 'nano'"),
         ({"aspect_ratio": -1.5}, "size", "aspect_ratio is -1.5"),
+        ({"aspect_ratio": "7:1"}, "size", "'7:1', far from all sizes of the model; the nearest is 128x64"),
+        ({"aspect_ratio": 0.1}, "size", "0.1, far from all sizes of the model; the nearest is 64x128"),
         ({"aspect_ratio": "1:1", "width": 96, "height": 96}, "size", "stands beside a width or height"),
         ({"cfg": float("inf")}, "sampling", "cfg is inf"),
         ({"cfg": -0.5}, "sampling", "cfg is -0.5"),
@@ -171,6 +174,39 @@ def test_an_error_row_keeps_what_could_be_read():
 
 
 @pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ({"cfg": "much", "language": "fr"}, {"cfg": "much", "language": "fr"}),
+        # Neither the defaults of the run nor what follows from a ratio.
+        ({"samples": -2, "aspect_ratio": "4:3", "seed": None}, {"samples": -2, "aspect_ratio": "4:3"}),
+        ({"prompt": None, "top_k": 3}, {"top_k": 3}),
+        ({"prompt": 5}, {"prompt": 5}),
+        ({"cfg": float("inf"), "width": 2**40}, {"cfg": "inf", "width": 2**40}),
+    ],
+)
+def test_a_refused_row_keeps_the_values_of_its_manifest(values, kept):
+    row = one(**values)
+    assert row["status"] == "error"
+    given = json.loads(row[GIVEN])
+    assert {name: value for name, value in given.items() if value is not None or name == "prompt"} == kept
+    # What was given is refused for the same reason again.
+    again = one(**{"prompt": row["prompt"], **given})
+    assert (again["error_type"], again["error_message"].replace("'", "")) == (
+        row["error_type"],
+        row["error_message"].replace("'", ""),
+    )
+
+
+def test_the_question_of_a_run_is_not_that_of_a_refused_row():
+    table = pa.table({"image": ["a.png"], "cfg": [5.0]})
+    (row,) = plan_rows(table, settings_of(task="understand"), CONFIG, TOKENIZER, folder="/x").to_pylist()
+    assert row["prompt"] and json.loads(row[GIVEN]) == {"cfg": 5.0, "prompt": None}
+    table = pa.table({"image": pa.array([7]), "prompt": ["What?"]})
+    (row,) = plan_rows(table, settings_of(task="understand"), CONFIG, TOKENIZER, folder="/x").to_pylist()
+    assert (row["error_type"], json.loads(row[GIVEN])) == ("image", {"image": 7})
+
+
+@pytest.mark.parametrize(
     ("ratio", "size"),
     [
         ("16:9", Size(64, 128)),
@@ -179,7 +215,8 @@ def test_an_error_row_keeps_what_could_be_read():
         ("1", Size(96, 96)),
         (1, Size(96, 96)),
         ("3:4", Size(128, 96)),
-        ("0.1", Size(128, 64)),
+        ("0.4", Size(128, 64)),
+        ("3:1", Size(64, 128)),
     ],
 )
 def test_an_aspect_ratio_is_width_to_height(ratio, size):

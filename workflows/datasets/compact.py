@@ -25,6 +25,7 @@ from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.shards import open_shard, write_shard
 from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.plans.columns import with_given
 from wallaroo.workflows.plans.increments import read_known, write_known
 from wallaroo.workflows.plans.layout import SHARD_ROWS, SHARD_TEXTS, write_shards
 from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_plan, read_shard
@@ -117,7 +118,7 @@ def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) 
     name = hashlib.sha256(json.dumps([part.file for part in plan.parts]).encode()).hexdigest()[:16]
     file = f"{part_name(last.part)}-{name}.parquet"
     tables = (
-        pa.concat_tables(_numbered(read_shard(output, one), shard) for one in group)
+        pa.concat_tables(_numbered(with_given(read_shard(output, one)), shard) for one in group)
         for shard, group in enumerate(groups, first)
     )
     rows = write_shards(storage.join(output, PLAN_FOLDER, file), tables)

@@ -11,6 +11,11 @@ from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.sources.embedded import COLUMN
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
+GIVEN = "__wallaroo_given"
+"""Column with the values that a refused row has in its manifest, as JSON text; null in all other rows.
+
+Its name is one that no column of a manifest has. Outputs of version 0.1.0 lack it.
+"""
 PLAN_FIELDS = (
     pa.field("row_id", pa.int64()),
     pa.field("shard", pa.int64()),
@@ -29,6 +34,7 @@ PLAN_FIELDS = (
     pa.field("temperature", pa.float64()),
     pa.field("top_k", pa.int32()),
     pa.field("top_p", pa.float64()),
+    pa.field(GIVEN, pa.string()),
 )
 """Columns of a plan; the carried ones follow. `status` is "planned" or "error".
 
@@ -114,13 +120,21 @@ def carried_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
     known = known_columns(schema, settings)
     kept = {name for name in schema.names if name not in known and name not in RESULT_NAMES}
     for name in schema.names:
-        if name in known:
+        if name in known or name == GIVEN:
             continue
         new = name
         while new in RESULT_NAMES or (new != name and new in kept):
             new = f"in_{new}"
         names[name] = new
     return names
+
+
+def with_given(planned: pa.Table) -> pa.Table:
+    """Planned rows with the column GIVEN, whatever version planned them."""
+    if GIVEN in planned.column_names:
+        return planned
+    index = len(PLAN_FIELDS) - 1
+    return planned.add_column(index, PLAN_FIELDS[index], pa.nulls(planned.num_rows, pa.string()))
 
 
 def plan_schema(carried: pa.Schema, task: str = "generate") -> pa.Schema:

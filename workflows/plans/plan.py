@@ -7,6 +7,7 @@ import json
 import re
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import decode_schema, encode_schema
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER, part_name
+from wallaroo.workflows.plans.columns import GIVEN
 
 FORMAT = 1
 MAX_SHARDS = 100_000_000
@@ -219,13 +221,16 @@ class Place(NamedTuple):
     row_group: int
 
 
-def read_shard(output: str, shard: int, place: Place | None = None) -> pa.Table:
+def read_shard(
+    output: str, shard: int, place: Place | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
     """Reads the planned rows of one shard with their carried columns: one row group.
 
     Args:
         output: Folder of the run, for any process that can read it.
         shard: Number of the shard.
         place: Where its part has it. Without it the process reads the JSON of all parts, once.
+        columns: Those that are wanted, all by default; those that the plan lacks are left out.
 
     Raises:
         InputError: No valid part has the shard, or the file of its part is absent or corrupt.
@@ -237,10 +242,22 @@ def read_shard(output: str, shard: int, place: Place | None = None) -> pa.Table:
         try:
             with filesystem.open_input_file(inner) as opened:
                 parquet = pq.ParquetFile(opened, metadata=_footer(path), pre_buffer=True)
-                return parquet.read_row_group(row_group)
+                return parquet.read_row_group(row_group, columns=columns)
         except (FileNotFoundError, pa.ArrowException) as error:
             words = "is absent" if isinstance(error, FileNotFoundError) else "is corrupt"
             raise InputError(f"{path} {words}, but a JSON file beside it names it: restore it.") from error
+
+
+def read_given(output: str, shard: int) -> dict[int, str]:
+    """What the manifest gave for the refused rows of a shard: row_id -> JSON text of the column GIVEN.
+
+    Empty for plans of version 0.1.0. Raises as `read_shard`.
+    """
+    planned = read_shard(output, shard, columns=["row_id", GIVEN])
+    if GIVEN not in planned.column_names:
+        return {}
+    pairs = zip(*(planned.column(name).to_pylist() for name in ("row_id", GIVEN)), strict=True)
+    return {row_id: given for row_id, given in pairs if given is not None}
 
 
 @functools.lru_cache(maxsize=4)

@@ -14,7 +14,9 @@ from wallaroo.model.errors import RowError, did_you_mean
 from wallaroo.model.prompts import DEFAULT_QUESTION, LANGUAGES, detect_language
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.workflows.outputs.schema import SOURCE_TYPE, json_columns
+from wallaroo.workflows.outputs.values import jsonable
 from wallaroo.workflows.plans.columns import (
+    GIVEN,
     PLAN_FIELDS,
     carried_names,
     carried_schema,
@@ -257,7 +259,7 @@ def _resolved(
     # A float is looked for in a range one number after the other.
     if not (isinstance(sampling["top_k"], int) and sampling["top_k"] in INT32):
         sampling["top_k"] = None
-    return {
+    resolved = {
         "status": "error" if faults else "planned",
         "error_type": faults[0].kind if faults else "",
         "error_message": str(faults[0]) if faults else "",
@@ -270,6 +272,30 @@ def _resolved(
         # JSON has no NaN, and no row of a plan has one.
         **{name: is_finite(value) for name, value in sampling.items()},
     }
+    return resolved | {GIVEN: _as_given(values, resolved) if faults else None}
+
+
+def _as_given(values: dict[str, Any], resolved: dict[str, Any]) -> str:
+    """The values of a refused row as JSON text, but for those that its planned row has unchanged."""
+    given = {name: _spelt(value) for name, value in values.items()}
+    if "prompt" in given and given["prompt"] == resolved["prompt"]:
+        del given["prompt"]
+    else:
+        # A null says that the prompt of the planned row is not from the manifest.
+        given.setdefault("prompt", None)
+    if COLUMN in given and (isinstance(values[COLUMN], Mapping | bytes) or resolved["source"]["uri"]):
+        del given[COLUMN]
+    return json.dumps(given)
+
+
+def _spelt(value: Any) -> Any:
+    """A value for JSON. An infinite number, which JSON lacks, becomes text, and is refused again as that."""
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)
+    try:
+        return jsonable(value)
+    except RecursionError:
+        return None
 
 
 def _question(language: Any, settings: PlanSettings) -> str | None:

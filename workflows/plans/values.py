@@ -14,6 +14,8 @@ SEEDS = 2**63
 INT32 = range(-(2**31), 2**31)
 EXACT_FLOATS = 2**53
 """Integers beyond it are rounded where they are floats."""
+MOST_OFF = 1.6
+"""An aspect ratio gets no size whose own ratio differs by a larger factor: 21:9 gets 16:9, 7:1 gets none."""
 ROUNDED = "is a float beyond 2^53, so it may be rounded (as pandas does to integers beside an empty cell)"
 _NOTHING = frozenset({"nan", "<na>", "none", "null", "na", "n/a", "nat"})
 """Words that pandas and others write, in any case, where there is no value."""
@@ -31,7 +33,15 @@ def size_of(width: int | None, height: int | None, ratio: Any, config: ModelConf
                 "size", f"aspect_ratio {in_words(ratio)} stands beside a width or height; give one."
             )
         # Only their quotient matters, so a ratio will do for pixels.
-        return config.bucket(*_ratio(ratio))  # type: ignore[arg-type]
+        tall, wide = _ratio(ratio)
+        size = config.bucket(tall, wide)  # type: ignore[arg-type]
+        off = (wide / tall) / (size.width / size.height)
+        if max(off, 1 / off) > MOST_OFF:
+            raise RowError(
+                "size",
+                f"aspect_ratio is {in_words(ratio)}, far from all sizes of the model; the nearest is {size}.",
+            )
+        return size
     if width is None and height is None:
         return config.bucket(1, 1)
     if width is None or height is None:

@@ -19,6 +19,8 @@ from wallaroo.workflows.outputs.schema import FORMAT, RESULT_NAMES, json_columns
 from wallaroo.workflows.outputs.shards import map_shards, open_shard
 from wallaroo.workflows.outputs.success import RowTotals, ShardTotals
 from wallaroo.workflows.outputs.values import json_again, json_line, jsonable
+from wallaroo.workflows.plans.columns import GIVEN
+from wallaroo.workflows.plans.plan import read_given
 from wallaroo.workflows.reports.card import write_card
 from wallaroo.workflows.sources.embedded import Cell
 
@@ -46,7 +48,8 @@ def finish(output: str, plan: "Plan") -> RowTotals:
         for part in plan.parts:
             before = total.rows
             shards = range(part.first_shard, part.first_shard + part.shards)
-            for found in map_shards(functools.partial(_read_patiently, output), shards):
+            read = functools.partial(_read_patiently, output, refused=part.error_rows > 0)
+            for found in map_shards(read, shards):
                 total._add(found)
                 for row in found.errors:
                     writer.add(row, found.schema)
@@ -73,11 +76,12 @@ def finish(output: str, plan: "Plan") -> RowTotals:
     return total
 
 
-def _read_patiently(output: str, shard: int) -> ShardTotals:
-    return storage.patiently(output, lambda: _read(output, shard))
+def _read_patiently(output: str, shard: int, refused: bool) -> ShardTotals:
+    return storage.patiently(output, lambda: _read(output, shard, refused))
 
 
-def _read(output: str, shard: int) -> ShardTotals:
+def _read(output: str, shard: int, refused: bool) -> ShardTotals:
+    """refused: whether the plan may have refused rows of the shard."""
     try:
         with open_shard(output, shard) as parquet:
             schema = parquet.schema_arrow
@@ -88,6 +92,9 @@ def _read(output: str, shard: int) -> ShardTotals:
                     continue
                 table = parquet.read_row_group(group, columns=names)
                 errors += table.filter(pc.equal(table.column("status"), "error")).to_pylist()
+            if refused and errors:
+                given = read_given(output, shard)
+                errors = [row | {GIVEN: given.get(row["row_id"])} for row in errors]
             small = parquet.read(columns=["status", "language", "width", "height", "source.uri"])
             ok = small.filter(pc.equal(small.column("status"), "ok"))
             sizes, folders = Counter[tuple[int, int]](), Counter[str]()
@@ -150,7 +157,10 @@ class _ErrorLines:
         group, self.group = self.group, []
         assert self.schema is not None
         first = group[0]
-        if first["sample"] == 0:
+        if first.get(GIVEN):
+            # All samples of a refused row are refused alike.
+            lines = [manifest_row(first, self.schema)]
+        elif first["sample"] == 0:
             lines = [manifest_row(first, self.schema) | {"samples": len(group)}]
             steps = [
                 (row["seed"] - first["seed"]) % 2**63 if row["seed"] is not None else None for row in group
@@ -171,22 +181,29 @@ class _ErrorLines:
 def manifest_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
     """An error row as a line of a manifest: id, kind, message, then the columns it came from.
 
-    row: a row of `data/`; schema: of its file. `image` is where the source picture is, `FILE#ROW` for one
-    within a Parquet file, which is a reference of a manifest like any other. Carried columns have the
-    names they had in the manifest, unless such a name is taken here; JSON text becomes JSON again, bytes
-    become base64.
+    A row that the plan refused has the values of its manifest, right or wrong. All others have their resolved
+    parameters, so that a second try makes what the first one should have.
+
+    row: a row of `data/`, with what the plan has as GIVEN if it was refused; schema: of its file. `image` is
+    where the source picture is, `FILE#ROW` for one within a Parquet file, which is a reference of a manifest
+    like any other. Carried columns have the names they had in the manifest, unless such a name is taken here;
+    JSON text becomes JSON again, bytes become base64.
     """
     line: dict[str, Any] = {"id": row["id"], "kind": row["error_type"], "message": row["error_message"]}
     # A size follows from the source wherever there is one.
     unwanted = () if row["task"] == "generate" else ("width", "height")
-    line |= {name: row[name] for name in _PARAMETERS if row[name] is not None and name not in unwanted}
+    if row.get(GIVEN):
+        line |= {"prompt": row["prompt"]} | json.loads(row[GIVEN])
+        line = {name: value for name, value in line.items() if value is not None}
+    else:
+        line |= {name: row[name] for name in _PARAMETERS if row[name] is not None and name not in unwanted}
     source = row["source"] or {}
     if source.get("uri"):
         inside = source.get("row_id") is not None
         line["image"] = str(Cell(source["uri"], source["row_id"])) if inside else source["uri"]
     marked = json_columns(schema)
     for name in schema.names:
-        if name in RESULT_NAMES or row[name] is None:
+        if name in RESULT_NAMES or name == GIVEN or row[name] is None:
             continue
         value = json_again(row[name]) if name in marked else jsonable(row[name])
         plain = name.removeprefix("in_")

@@ -13,6 +13,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER
 from wallaroo.workflows.outputs.values import json_line
+from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.reports.finish import manifest_row
 
@@ -64,10 +65,14 @@ def refused_rows(output: str, plan: Plan, task: str) -> Iterator[Refused]:
                 number = int(numbers[place[index]])
                 if last is not None and (last.id, last.number) == (row["id"], number):
                     last = last._replace(samples=last.samples + 1)
+                    if not row.get(GIVEN):
+                        last.line["samples"] = last.samples
                     continue
                 if last is not None:
                     yield last
                 line = manifest_row({"task": task, "source": None, **row}, table.schema)
+                if not row.get(GIVEN):
+                    line["samples"] = 1
                 last = Refused(row["id"], number, row["error_type"], row["error_message"], 1, line)
     if last is not None:
         yield last
@@ -103,9 +108,7 @@ def first_of_each_kind(rows: Iterator[Refused], path: str | None = None) -> dict
             if len(examples) < EXAMPLES:
                 examples.append(row)
             if path is not None:
-                line = row.line | {"samples": row.samples}
-                line.setdefault("row", row.number)
-                file.write(json_line(line))
+                file.write(json_line({**row.line, "row": row.line.get("row", row.number)}))
         if path is not None:
             file.seek(0)
             with storage.write_stream(path) as stream:

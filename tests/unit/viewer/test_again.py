@@ -5,7 +5,10 @@ import json
 import shlex
 import subprocess
 
+import pyarrow as pa
+
 from wallaroo.workflows.outputs import layout
+from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.viewer import again
 
 
@@ -58,6 +61,15 @@ def test_error_row_shows_its_row_of_the_manifest(three, opened):
     line = json.loads(again.recipe(output, output.row(1, 5)).manifest)
     assert line["id"] == "p22" and line["tag"] == "t5" and line["include"] == [{"class": "cat"}]
     assert "kind" not in line and "message" not in line
+
+
+def test_a_refused_row_is_repeated_as_it_was_given(tmp_path, outputs, opened):
+    table = outputs.plan_table(rows=6, errors=(0, 1))
+    given = [json.dumps({"cfg": "much"})] * 2 + [None] * 4
+    outputs.make_output(tmp_path / "out", [table.append_column(GIVEN, pa.array(given))])
+    output = opened(tmp_path / "out", fill=False)
+    line = json.loads(again.recipe(output, output.row(0, 0)).manifest)
+    assert (line["id"], line["cfg"]) == ("p0", "much") and "seed" not in line
 
 
 def test_lineage_goes_through_outputs_to_the_manifest(tmp_path, outputs, opened):
