@@ -23,7 +23,7 @@ RATE_SECONDS = 60.0
 
 
 class Rate:
-    """Rows per second over the last RATE_SECONDS, from the counts it is called with."""
+    """Rows/s over the last RATE_SECONDS, from the counts it is called with."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()

@@ -283,7 +283,7 @@ def decode_steps(
     name: str, slots: int, steps: int, device: torch.device, side: int, graphs: bool = False
 ) -> None:
     """Prints a JSON line for each of several cache lengths: seconds of a decode step, of its matrix
-    products alone, and the pictures a second that follow if all steps were like it.
+    products alone, and the pictures/s that follow if all steps were like it.
 
     All rows have one prompt, as long as the cache shall be, so that no picture has to be drawn up to there.
     graphs: whether steps are recorded and replayed.

@@ -221,7 +221,7 @@ ROWS = {
     "host_waits_of_results": "host waits a result",
     "prefill_tokens_per_forward": "tokens a prefill forward",
     "step_milliseconds": "ms a step",
-    "predicted_images_per_second": "images/s",
+    "predicted_images_per_second": "pictures/s",
 }
 
 

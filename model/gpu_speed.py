@@ -50,7 +50,7 @@ def warm_engine(bench: Bench, model: Wallaroo, options: EngineOptions, requests:
 
 
 def rate(bench: Bench, engine: Engine, requests: list[Request], name: str) -> None:
-    """Reports rows a second from the first to the last result, and seconds of a decode step."""
+    """Reports pictures/s from the first to the last result, and seconds of a decode step."""
     steps: list[float] = []
     for request in requests:
         engine.submit(request)

@@ -262,7 +262,7 @@ def bench_engine(
     options and runs where Ray is absent.
 
     With --dry-run the engine runs on a made-up CUDA device, which needs a C++ compiler and no GPU. Kernel
-    launches, bytes, copies and waits are counted; times and images/s are computed from them, not measured.
+    launches, bytes, copies and waits are counted; times and pictures/s are computed from them, not measured.
 
     \b
       wallaroo bench engine --model 7b --device cuda --dry-run --gpu H100

@@ -39,7 +39,7 @@ def test_a_look_tells_what_the_whole_run_takes(local_ray, tmp_path):
     (record,) = read_records(output)[0]
     lines = {line["name"]: line for line in compare(output)}
     assert lines["cost"]["happened"] == f"{2 * record.replica_seconds:,.2f}"
-    assert lines["rows a second of a replica"]["estimated"] == f"{found.rate:.3g}"
+    assert lines["rows/s of a replica"]["estimated"] == f"{found.rate:.3g}"
     assert re.search(
         r"<h2>Estimate</h2>.*replica-hours", (tmp_path / "out" / "report.html").read_text(), re.S
     )

@@ -188,7 +188,7 @@ def test_a_refused_row_keeps_the_values_of_its_manifest(values, kept):
     row = one(**values)
     assert row["status"] == "error"
     given = json.loads(row[GIVEN])
-    assert {name: value for name, value in given.items() if value is not None or name == "prompt"} == kept
+    assert {name: value for name, value in given.items() if value is not None} == kept
     # What was given is refused for the same reason again.
     again = one(**{"prompt": row["prompt"], **given})
     assert (again["error_type"], again["error_message"].replace("'", "")) == (
@@ -200,10 +200,16 @@ def test_a_refused_row_keeps_the_values_of_its_manifest(values, kept):
 def test_the_question_of_a_run_is_not_that_of_a_refused_row():
     table = pa.table({"image": ["a.png"], "cfg": [5.0]})
     (row,) = plan_rows(table, settings_of(task="understand"), CONFIG, TOKENIZER, folder="/x").to_pylist()
-    assert row["prompt"] and json.loads(row[GIVEN]) == {"cfg": 5.0, "prompt": None}
+    absent = dict.fromkeys(("samples", "seed", "temperature", "top_k", "top_p", "language"))
+    assert row["prompt"] and json.loads(row[GIVEN]) == {"cfg": 5.0, "prompt": None} | absent
     table = pa.table({"image": pa.array([7]), "prompt": ["What?"]})
     (row,) = plan_rows(table, settings_of(task="understand"), CONFIG, TOKENIZER, folder="/x").to_pylist()
-    assert (row["error_type"], json.loads(row[GIVEN])) == ("image", {"image": 7})
+    assert (row["error_type"], json.loads(row[GIVEN])) == ("image", {"image": 7, "cfg": None} | absent)
+
+
+def test_what_could_be_read_of_a_damaged_row_is_not_given():
+    (row,) = plan({"cfg": [2.0]}, faults={0: "is not valid UTF-8"})
+    assert row["prompt"] == "a cat" and set(json.loads(row[GIVEN]).values()) == {None}
 
 
 @pytest.mark.parametrize(

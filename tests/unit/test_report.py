@@ -288,7 +288,7 @@ def test_records_show_in_the_report(outputs, tmp_path):
         log.update(rows=10, done=done, before=0, errors={}, images=done, retries={"storage": 3})
     log.end("finished")
     page = write(tmp_path)
-    assert len(page.all("polyline")) == 1 and "0.909 pictures a second" in page.text
+    assert len(page.all("polyline")) == 1 and "0.909 pictures/s" in page.text
     assert "storage 3" in page.text and "finished" in page.text
 
 

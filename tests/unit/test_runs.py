@@ -68,6 +68,16 @@ def test_the_rate_is_that_of_the_last_minute(tmp_path):
     assert log.record.rate == 0 and log.record.overall_rate == pytest.approx(200 / 300, rel=1e-3)
 
 
+def test_the_time_until_a_replica_is_up_is_no_part_of_the_rate(tmp_path):
+    clock = Clock()
+    log = RunLog(str(tmp_path), {}, clock)
+    for second in range(40):
+        clock.now += 1
+        log.update(**counted(max(0, 2 * (second - 29)), rows=1000), replicas=int(second >= 30))
+    # Two rows a second for ten seconds, after half a minute of loading.
+    assert log.record.rate == 2 and log.record.overall_rate == 0.5
+
+
 def test_each_start_takes_the_next_number(tmp_path):
     output = str(tmp_path)
     numbers = [RunLog(output, {}).record.run for _ in range(3)]

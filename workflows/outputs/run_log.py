@@ -40,8 +40,9 @@ class RunRecord:
     options: the command's resolved options. rows: output rows planned, 0 while unknown. done: rows in
     the output, `before` of them there already at the start; images: made by this run. errors: kind ->
     rows. retries: what was tried again, by name; waits: seconds spent waiting, by name.
-    rate, overall_rate: rows/s over the last WINDOW_SECONDS and over the whole run. first_row_seconds:
-    from the start to this run's first row. replica_seconds: replicas that were up, times how long.
+    rate: rows/s over the last WINDOW_SECONDS, not before a replica was up. overall_rate: rows/s over the
+    whole run. first_row_seconds: from the start to this run's first row. replica_seconds: replicas that
+    were up, times how long.
     samples: [seconds since the start, done, error rows].
     """
 
@@ -188,6 +189,9 @@ class RunLog:
         record.waits = {name: round(seconds, 3) for name, seconds in (waits or {}).items()}
         if record.first_row_seconds is None and done > before:
             record.first_row_seconds = record.seconds
+        if not replicas and done == before:
+            # The time until a replica is up is not part of the rate, neither here nor in the display.
+            self._recent.clear()
         self._rates(now)
         if not record.samples or record.seconds - record.samples[-1][0] >= self._every:
             self._sample()

@@ -13,6 +13,7 @@ from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import RowError, did_you_mean
 from wallaroo.model.prompts import DEFAULT_QUESTION, LANGUAGES, detect_language
 from wallaroo.model.tokenizer import Tokenizer
+from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
 from wallaroo.workflows.outputs.schema import SOURCE_TYPE, json_columns
 from wallaroo.workflows.outputs.values import jsonable
 from wallaroo.workflows.plans.columns import (
@@ -272,17 +273,16 @@ def _resolved(
         # JSON has no NaN, and no row of a plan has one.
         **{name: is_finite(value) for name, value in sampling.items()},
     }
-    return resolved | {GIVEN: _as_given(values, resolved) if faults else None}
+    return resolved | {GIVEN: _given(values, resolved, settings.task) if faults else None}
 
 
-def _as_given(values: dict[str, Any], resolved: dict[str, Any]) -> str:
-    """The values of a refused row as JSON text, but for those that its planned row has unchanged."""
-    given = {name: _spelt(value) for name, value in values.items()}
-    if "prompt" in given and given["prompt"] == resolved["prompt"]:
+def _given(values: dict[str, Any], resolved: dict[str, Any], task: str) -> str:
+    """The values of a refused row as JSON text: null for absent ones, without what the plan has unchanged."""
+    # What could be read of a damaged row is not what was given.
+    readable = values if resolved["error_type"] != "manifest" else {}
+    given = {name: _spelt(readable.get(name)) for name in KNOWN_COLUMNS[task] if name != "id"}
+    if given["prompt"] == resolved["prompt"]:
         del given["prompt"]
-    else:
-        # A null says that the prompt of the planned row is not from the manifest.
-        given.setdefault("prompt", None)
     if COLUMN in given and (isinstance(values[COLUMN], Mapping | bytes) or resolved["source"]["uri"]):
         del given[COLUMN]
     return json.dumps(given)

@@ -30,7 +30,7 @@ class Chart:
 
 
 def draw_chart(records: Sequence[RunRecord]) -> Chart | None:
-    """Rows a second over time; the pauses between runs take no room. None if nothing was measured."""
+    """Rows/s over time; the pauses between runs take no room. None if nothing was measured."""
     records = [record for record in records if record.seconds > 0 and len(record.samples) > 1]
     total = sum(record.seconds for record in records)
     if not records:

@@ -1,7 +1,7 @@
 """What a planned run will take: replica-hours, wall time, memory of a replica, bytes and cost.
 
 All of it follows from the plan, the checkpoint's shapes, and one number that must be measured or given: the
-rows a second of one replica; or it is computed for a GPU, by the counts of a dry run. Knows nothing of how a
+rows/s of one replica; or it is computed for a GPU, by the counts of a dry run. Knows nothing of how a
 row is made.
 """
 
@@ -55,8 +55,7 @@ class Estimate:
         found = []
         if self.rate is None:
             found.append(
-                "  time: unknown; give --gpu, or --rate: rows a second of one replica, or an output that "
-                "measured it"
+                "  time: unknown; give --gpu, or --rate: rows/s of one replica, or an output that measured it"
             )
         else:
             assert self.replica_hours is not None and self.seconds is not None
@@ -141,12 +140,12 @@ def _measured(rate: str | None) -> tuple[float | None, float, str]:
         if not records:
             raise InputError(
                 f"the rate '{rate}' is neither a number nor an output whose runs have measured one: give "
-                f"rows a second of one replica, or such an output."
+                f"rows/s of one replica, or such an output."
             ) from None
         rows = sum(one.done - one.before for one in records)
         return rows / sum(one.replica_seconds for one in records), _row_bytes(rate), rate
     if not 0 < given < float("inf"):
-        raise InputError(f"the rate is {rate}, but must be more than 0 rows a second.")
+        raise InputError(f"the rate is {rate}, but must be more than 0 rows/s.")
     return given, 0, ""
 
 
@@ -222,7 +221,7 @@ def compare(output: str) -> list[dict[str, Any]]:
 
     return [
         line(
-            "rows a second of a replica",
+            "rows/s of a replica",
             f"{found.rate:.3g}" if found.rate else None,
             f"{made / replica_seconds:.3g}" if replica_seconds else None,
         ),

@@ -159,7 +159,7 @@ class _ErrorLines:
         first = group[0]
         if first.get(GIVEN):
             # All samples of a refused row are refused alike.
-            lines = [manifest_row(first, self.schema)]
+            lines = [as_given(manifest_row(first, self.schema), first[GIVEN])]
         elif first["sample"] == 0:
             lines = [manifest_row(first, self.schema) | {"samples": len(group)}]
             steps = [
@@ -181,22 +181,15 @@ class _ErrorLines:
 def manifest_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
     """An error row as a line of a manifest: id, kind, message, then the columns it came from.
 
-    A row that the plan refused has the values of its manifest, right or wrong. All others have their resolved
-    parameters, so that a second try makes what the first one should have.
-
-    row: a row of `data/`, with what the plan has as GIVEN if it was refused; schema: of its file. `image` is
-    where the source picture is, `FILE#ROW` for one within a Parquet file, which is a reference of a manifest
-    like any other. Carried columns have the names they had in the manifest, unless such a name is taken here;
-    JSON text becomes JSON again, bytes become base64.
+    row: a row of `data/`; schema: of its file. `image` is where the source picture is, `FILE#ROW` for one
+    within a Parquet file, which is a reference of a manifest like any other. Carried columns have the
+    names they had in the manifest, unless such a name is taken here; JSON text becomes JSON again, bytes
+    become base64.
     """
     line: dict[str, Any] = {"id": row["id"], "kind": row["error_type"], "message": row["error_message"]}
     # A size follows from the source wherever there is one.
     unwanted = () if row["task"] == "generate" else ("width", "height")
-    if row.get(GIVEN):
-        line |= {"prompt": row["prompt"]} | json.loads(row[GIVEN])
-        line = {name: value for name, value in line.items() if value is not None}
-    else:
-        line |= {name: row[name] for name in _PARAMETERS if row[name] is not None and name not in unwanted}
+    line |= {name: row[name] for name in _PARAMETERS if row[name] is not None and name not in unwanted}
     source = row["source"] or {}
     if source.get("uri"):
         inside = source.get("row_id") is not None
@@ -210,3 +203,13 @@ def manifest_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
         own = plain if plain in RESULT_NAMES and plain not in line else name
         line.setdefault(own, value)
     return line
+
+
+def as_given(line: dict[str, Any], given: str | None) -> dict[str, Any]:
+    """A line of `manifest_row` with the values of the manifest, right or wrong, in place of resolved ones.
+
+    given: what the plan holds as GIVEN for a row that it refused; None for all others, which do not change.
+    """
+    values = json.loads(given) if given else {}
+    kept = {name: value for name, value in line.items() if name not in values}
+    return kept | {name: value for name, value in values.items() if value is not None}

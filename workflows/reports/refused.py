@@ -15,7 +15,7 @@ from wallaroo.workflows.outputs.layout import PLAN_FOLDER
 from wallaroo.workflows.outputs.values import json_line
 from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.plans.plan import Plan
-from wallaroo.workflows.reports.finish import manifest_row
+from wallaroo.workflows.reports.finish import as_given, manifest_row
 
 EXAMPLES = 3
 """Of each kind of error."""
@@ -71,6 +71,7 @@ def refused_rows(output: str, plan: Plan, task: str) -> Iterator[Refused]:
                 if last is not None:
                     yield last
                 line = manifest_row({"task": task, "source": None, **row}, table.schema)
+                line = as_given(line, row.get(GIVEN))
                 if not row.get(GIVEN):
                     line["samples"] = 1
                 last = Refused(row["id"], number, row["error_type"], row["error_message"], 1, line)

@@ -16,9 +16,8 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import DATA_FOLDER, shard_number
 from wallaroo.workflows.outputs.run_file import read_run
-from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.plans.plan import read_given
-from wallaroo.workflows.reports.finish import manifest_row
+from wallaroo.workflows.reports.finish import as_given, manifest_row
 from wallaroo.workflows.settings import OPTIONS
 from wallaroo.workflows.sources.embedded import Cell
 from wallaroo.workflows.viewer.output import Output
@@ -90,10 +89,11 @@ def recipe(output: Output, row: Mapping[str, Any]) -> Recipe | None:
     task = output.task
     if row["status"] != "ok":
         schema = output.reader.schema(output.shard(row["shard"]))
+        shown = manifest_row(row, schema)
         # A copy of `data/` has no plan.
         with suppress(InputError):
-            row = {**row, GIVEN: read_given(output.path, row["shard"]).get(row["row_id"])}
-        values = {k: v for k, v in manifest_row(row, schema).items() if k not in ("kind", "message")}
+            shown = as_given(shown, read_given(output.path, row["shard"]).get(row["row_id"]))
+        values = {k: v for k, v in shown.items() if k not in ("kind", "message")}
     else:
         values = {name: row[name] for name in _PARAMETERS if row[name] is not None}
         if task == "generate":

@@ -65,7 +65,7 @@ def test_error_row_shows_its_row_of_the_manifest(three, opened):
 
 def test_a_refused_row_is_repeated_as_it_was_given(tmp_path, outputs, opened):
     table = outputs.plan_table(rows=6, errors=(0, 1))
-    given = [json.dumps({"cfg": "much"})] * 2 + [None] * 4
+    given = [json.dumps({"cfg": "much", "seed": None})] * 2 + [None] * 4
     outputs.make_output(tmp_path / "out", [table.append_column(GIVEN, pa.array(given))])
     output = opened(tmp_path / "out", fill=False)
     line = json.loads(again.recipe(output, output.row(0, 0)).manifest)
