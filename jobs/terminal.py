@@ -19,6 +19,14 @@ def complain(sentence: str) -> None:
     click.echo(f"wallaroo: {printable(sentence)}", err=True)
 
 
+def tell_run(output: str) -> None:
+    """Prints one line to stderr if a run is at work on an output that is to be read."""
+    from wallaroo.workflows.outputs.lock import at_work
+
+    if words := at_work(output):
+        click.echo(printable(words), err=True)
+
+
 def printable(text: str) -> str:
     """Text of files that are not ours, for a terminal: no control characters, and not without end."""
     text = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)

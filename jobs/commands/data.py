@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from wallaroo.jobs.terminal import ERROR_ROWS, OK, Group
+from wallaroo.jobs.terminal import ERROR_ROWS, OK, Group, tell_run
 
 
 @click.group(cls=Group, short_help="Make manifests of prompts.")
@@ -178,6 +178,7 @@ def select(
     from wallaroo.workflows.datasets.rules import Rules
     from wallaroo.workflows.datasets.select import select as copy
 
+    tell_run(source)
     # Last, and only where it is asked for: a folder of data may hold a module with the name of a library's.
     if any(name and ":" in name for name in (filter_, best_of)):
         sys.path.append(os.getcwd())
@@ -253,6 +254,7 @@ def export(
     """
     from wallaroo.workflows.datasets.export import export as write
 
+    tell_run(output)
     summary = write(
         output, dest, format, embed_metadata=embed_metadata, image_urls=image_urls, overwrite=overwrite
     )

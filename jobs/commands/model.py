@@ -8,7 +8,7 @@ from wallaroo.workflows.stopping import Stop
 
 
 @click.command(short_help="Turn the published files into a checkpoint folder.")
-@click.argument("output")
+@click.argument("output", help="New checkpoint folder.")
 @click.option("--wallaroo", "weights", metavar="CKPT", help="The published model, a .ckpt file.")
 @click.option("--vq", metavar="VQ_PT", help="The image tokenizer, LlamaGen's vq_ds16_t2i.pt.")
 @click.option("--backbone", required=True, metavar="QWEN_DIR", help="Folder of Qwen2.5-VL-7B-Instruct.")
@@ -109,7 +109,7 @@ def convert(
 
 
 @click.command(short_help="Train a stage of the model.")
-@click.argument("stage")
+@click.argument("stage", help="Name of a table of RECIPES.TOML.")
 @click.option("--config", "file", required=True, metavar="RECIPES.TOML", help="The stages, a table each.")
 @click.option("--workers", type=int, default=1, metavar="N", help="Processes, one a GPU (default 1).")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As in a run.")
@@ -179,8 +179,8 @@ def train(
 
 
 @click.command(short_help="Turn what LoRA has learned into a checkpoint folder.")
-@click.argument("stage")
-@click.argument("output")
+@click.argument("stage", help="Folder of a stage with `lora`.")
+@click.argument("output", help="New checkpoint folder.")
 @click.option("--start", default="", metavar="FOLDER", help="The weights it began with, if they have moved.")
 @click.option(
     "--dtype",

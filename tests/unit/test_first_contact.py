@@ -1,7 +1,11 @@
 """What somebody reads who does not know the commands yet."""
 
+import dataclasses
 import logging
 import math
+import os
+import socket
+import threading
 
 import pytest
 from safetensors import safe_open
@@ -10,6 +14,8 @@ from wallaroo.jobs import cli
 from wallaroo.jobs.commands import run as commands
 from wallaroo.model.checkpoint import TINY
 from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.lock import OutputLock, Owner, at_work
 from wallaroo.workflows.runs.setup import check_gpus
 from wallaroo.workflows.settings import RunConfig, RunSummary
 from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint
@@ -95,3 +101,59 @@ def test_a_folder_that_is_no_model_is_shown_as_none(tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["models", "show", str(tmp_path)])
     assert left.value.code == 1 and "is not a checkpoint" in capsys.readouterr().err
+
+
+def lock_of(output, **values):
+    """Writes the lock of a run on another machine."""
+    owner = dataclasses.replace(Owner.myself("of another"), machine="elsewhere", host="far", **values)
+    storage.write_atomic(f"{output}/lock.json", owner.to_json())
+
+
+def test_a_run_at_work_is_known_by_its_process_or_its_heartbeat(tmp_path):
+    output = str(tmp_path)
+    assert at_work(output) == "" and at_work(f"{output}/absent.jsonl") == ""
+    with OutputLock(output, "mine"):
+        assert at_work(output, watch=0) == (
+            f"A run is at work on {output} (process {os.getpid()} on {socket.gethostname()})."
+        )
+    assert at_work(output, watch=0) == ""
+    lock_of(output, pid=7)
+    assert at_work(output, watch=0.1) == ""
+    ended = threading.Event()
+
+    def beat():
+        count = 0
+        while not ended.wait(0.05):
+            count += 1
+            lock_of(output, pid=7, heartbeat=count)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        assert at_work(output, watch=60) == f"A run is at work on {output} (process 7 on far)."
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_commands_say_that_a_run_is_at_work(outputs, tmp_path, capsys):
+    output = tmp_path / "out"
+    outputs.make_output(output, [outputs.plan_table(6), outputs.plan_table(6, 6, 1)], skip={1})
+
+    def said(*arguments):
+        with pytest.raises(SystemExit):
+            cli.main([str(one) for one in arguments])
+        return capsys.readouterr()
+
+    words = f"A run is at work on {output} (process {os.getpid()} on {socket.gethostname()})."
+    assert "not finished; start it again" in said("status", output).out
+    assert "incomplete: 1 of 2 files are missing; 6 of 12 rows, 6 ok. No run is at work on it. Start" in (
+        said("verify", output).out
+    )
+    assert "A run is at work" not in said("export", "files", output, tmp_path / "files").err
+    with OutputLock(str(output), "mine"):
+        assert said("status", output).out.startswith(f"{output}: running\n")
+        assert f"6 ok. {words} Verify again when it has ended." in said("verify", output).out
+        for command in (("export", "files"), ("select",)):
+            err = said(*command, output, tmp_path / "new").err.splitlines()
+            assert err[0] == words and f"{output} is not finished" in err[1]

@@ -219,3 +219,30 @@ class OutputLock:
         except FileNotFoundError:
             return False
         return owner is not None and owner.token == self._owner.token
+
+
+def at_work(output: str, watch: float = 2 * LEASE_SECONDS / BEATS_PER_LEASE) -> str:
+    """Says in one sentence that a run is at work on an output; empty if none is.
+
+    Args:
+        output: Its folder, local or on S3.
+        watch: Seconds to wait for a heartbeat, where the owner of the lock is on another machine. Of one on this
+            machine the process is looked for instead, which takes no time.
+    """
+    path = storage.join(output, LOCK_FILE)
+    end = time.monotonic() + watch
+    first = None
+    while True:
+        try:
+            found = storage.read_bytes(path)
+        except (OSError, InputError):
+            return ""
+        owner = Owner.from_json(found)
+        if owner is None or owner.is_gone():
+            return ""
+        near = bool(owner.machine) and owner.machine == _machine()
+        if near or found != (first := first or found):
+            return f"A run is at work on {output} (process {owner.pid} on {owner.host})."
+        if time.monotonic() >= end:
+            return ""
+        time.sleep(min(watch, LEASE_SECONDS) / POLLS_PER_LEASE)

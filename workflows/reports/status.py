@@ -116,6 +116,7 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
     clock: seconds since the epoch. Raises InputError if `output` is no output of ours.
     """
     from wallaroo.workflows.outputs.layout import list_done
+    from wallaroo.workflows.outputs.lock import at_work
     from wallaroo.workflows.outputs.run_file import read_run
     from wallaroo.workflows.outputs.success import read_success
     from wallaroo.workflows.plans.plan import read_plan
@@ -131,6 +132,10 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
     finished = plan.complete and success.get("parts") == [part.name for part in plan.parts]
     if finished:
         state = "finished"
+    elif at_work(output, watch=0):
+        # Also while it plans, and has no record yet.
+        state = "running"
+        last = last if last is not None and last.state == "running" else None
     elif last is None:
         state = "unfinished" if plan.parts else "empty"
     elif last.state == "running":

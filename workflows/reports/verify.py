@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import DATA_FOLDER, SUCCESS_FILE, shard_name, shard_number, shard_path
+from wallaroo.workflows.outputs.lock import at_work
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import MIME_TYPES, RESULT_NAMES, TEXT_TASKS, result_schema
 from wallaroo.workflows.outputs.shards import map_shards
@@ -153,13 +154,15 @@ def _sentence(output: str, verdict: Verdict, plan: Plan) -> str:
             f"{output} is broken: {verdict.faults:,} {'fault' if verdict.faults == 1 else 'faults'}; {rows}. "
             f"Move the files at fault elsewhere and start the run again: it makes what is missing."
         )
+    running = at_work(output)
     if not plan.complete:
         why = "its plan is not finished"
     elif verdict.missing_shards:
         why = f"{verdict.missing_shards:,} of {len(plan.shards):,} files are missing"
     else:
         why = f"all rows are there, but {SUCCESS_FILE} does not say so"
-    return f"{output} is incomplete: {why}; {rows}. Start the run again: it goes on by itself."
+    remedy = "Verify again when it has ended." if running else "Start the run again: it goes on by itself."
+    return f"{output} is incomplete: {why}; {rows}. {running or 'No run is at work on it.'} {remedy}"
 
 
 def _success_faults(
