@@ -81,6 +81,10 @@ for command in (
     cli.add_command(command)
 
 
+RESUMABLE = ("generate", "edit", "understand", "plan", "submit", "compact", "export", "train")
+"""Commands that, given again, go on from what they had done."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits the process with one of the codes of `terminal`."""
     try:
@@ -99,7 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         complain(str(error))
         code = STOPPED
     except (KeyboardInterrupt, click.Abort):
-        complain("Interrupted. Re-run the same command to resume.")
+        words = sys.argv[1:] if arguments is None else arguments
+        again = " Re-run the same command to resume." if words and words[0] in RESUMABLE else ""
+        complain(f"Interrupted.{again}")
         code = INTERRUPTED
     except RuntimeError as error:
         from wallaroo.workflows.outputs.lock import LockLost, RunInProgress

@@ -9,10 +9,25 @@ from click.shell_completion import CompletionItem
 
 from wallaroo.jobs.config import SECTIONS, resolve
 from wallaroo.model.errors import InputError
-from wallaroo.workflows.options import Option
+from wallaroo.workflows.options import Kind, Option
 from wallaroo.workflows.settings import OPTIONS, RunConfig
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Values(click.ParamType):
+    """The values of an option that is none of a run, with the rule and the sentence of those that are."""
+
+    def __init__(self, kind: Kind):
+        self.kind, self.name = kind, kind.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value of a text. Raises click.UsageError for one that breaks the rule."""
+        named = param.opts[0] if param is not None else self.name
+        try:
+            return Option(None, "", self.kind, "").read(value, named)
+        except InputError as error:
+            raise click.UsageError(str(error), ctx) from None
 
 
 class RunOption(click.Option):

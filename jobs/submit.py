@@ -7,6 +7,7 @@ of how a run is done.
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -32,6 +33,9 @@ MAX_CARRIED_BYTES = 64 << 20
 """Of manifest and run file that are sent along with the code."""
 
 CODE_SUFFIXES = (".py", ".pyc", ".pyd", ".so", ".pth")
+
+DASHBOARD_PORT = 8265
+"""Where a dashboard listens that nobody told otherwise."""
 
 DASHBOARD_TIMEOUT = 10.0
 """Seconds."""
@@ -78,29 +82,39 @@ def connect(address: str | None, environment: Mapping[str, str] = os.environ) ->
 
     Args:
         address: Of its dashboard, such as http://127.0.0.1:8265; by default that of $RAY_API_SERVER_ADDRESS
-            or $RAY_ADDRESS.
+            or $RAY_ADDRESS, else a cluster on this machine. Of another address of a cluster its host is
+            asked on Ray's usual port.
         environment: Has these variables, and the token: RAY_AUTH_TOKEN, or the file RAY_AUTH_TOKEN_PATH
             (default ~/.ray/auth_token).
 
     Raises:
         InputError: Nothing answers, or the token is missing or wrong.
     """
-    address = address or environment.get("RAY_API_SERVER_ADDRESS") or environment.get("RAY_ADDRESS") or ""
-    if not address.startswith(("http://", "https://")):
-        shown = f"is '{address}', but" if address else "is absent, but"
-        raise InputError(
-            f"the address {shown} must be that of the cluster's dashboard, such as http://127.0.0.1:8265: "
-            f"give --address, or set RAY_API_SERVER_ADDRESS."
-        )
-    address = address.rstrip("/")
+    given = address or environment.get("RAY_API_SERVER_ADDRESS") or environment.get("RAY_ADDRESS") or "auto"
+    address = _dashboard(given)
     headers = {}
     token = _token(environment)
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    _check(address, headers)
+    _check(address, headers, "check address and port, or the port-forward" if address == given else _SET)
     from ray.job_submission import JobSubmissionClient
 
     return JobSubmissionClient(address, headers=headers)
+
+
+_SET = (
+    "give that of the dashboard as --address or $RAY_API_SERVER_ADDRESS; `ray start` prints it, such as "
+    "http://127.0.0.1:8265"
+)
+
+
+def _dashboard(address: str) -> str:
+    """The address of a cluster's dashboard, from that or another address of the cluster."""
+    if address.startswith(("http://", "https://")):
+        return address.rstrip("/")
+    server = address.removeprefix("ray://").rstrip("/")
+    host = "127.0.0.1" if server in ("auto", "local") else re.sub(r":\d+$", "", server)
+    return f"http://{host}:{DASHBOARD_PORT}"
 
 
 def _token(environment: Mapping[str, str]) -> str:
@@ -118,8 +132,11 @@ def _token(environment: Mapping[str, str]) -> str:
         return ""
 
 
-def _check(address: str, headers: dict[str, str]) -> None:
-    """Asks the dashboard for its version; Ray's own client has no timeout."""
+def _check(address: str, headers: dict[str, str], remedy: str) -> None:
+    """Asks the dashboard for its version; Ray's own client has no timeout.
+
+    remedy: what to do where none answers.
+    """
     try:
         request = urllib.request.Request(f"{address}/api/version", headers=headers)
         with urllib.request.urlopen(request, timeout=DASHBOARD_TIMEOUT) as answer:
@@ -137,14 +154,10 @@ def _check(address: str, headers: dict[str, str]) -> None:
             why = f"answers with status {error.code}: check that the address is that of a Ray dashboard."
         raise InputError(f"the cluster at {address} {why}") from None
     except ValueError:
-        raise InputError(
-            f"{address} is not a Ray dashboard: give the address of one, with its port."
-        ) from None
+        raise InputError(f"{address} is not a Ray dashboard: {remedy}.") from None
     except OSError as error:
         words = getattr(error, "reason", None) or error
-        raise InputError(
-            f"no Ray dashboard answers at {address} ({words}): check address and port, or the port-forward."
-        ) from None
+        raise InputError(f"no Ray dashboard answers at {address} ({words}): {remedy}.") from None
 
 
 # Submission

@@ -10,6 +10,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -56,10 +57,23 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(device: torch.device, rounds: int, **subjects: Callable[[], object]) -> dict[str, Timed]:
-    """Times every subject once a round, in turn, after one unmeasured round."""
+def _tell(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def interleaved(
+    device: torch.device, rounds: int, what: str = "", **subjects: Callable[[], object]
+) -> dict[str, Timed]:
+    """Times every subject once a round, in turn, after one unmeasured round.
+
+    what: of which the rounds are told on stderr; empty for none.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    begin = time.perf_counter()
     for number in range(rounds + 1):
+        if what:
+            done = f", {time.perf_counter() - begin:.0f} s so far" if number else ", not measured"
+            _tell(f"{what}: round {number} of {rounds}{done}")
         for name, subject in subjects.items():
             gc.collect()
             synchronise(device)
@@ -213,6 +227,7 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
         timed = interleaved(
             device,
             rounds,
+            f"{name}, {side}x{side}",
             engine=engine,
             few=few,
             same=same_batch,
@@ -243,6 +258,7 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
             "line_end_fusion_bound": line / (line - 2 + fused),
             "decode_share": step * steps / timed["engine"].median,
         } | counted(model, requests, options)
+    _tell(f"{name}: occupancy of slots")
     report["slot_occupancy"] = occupancy(model, config.size_list())
     report["copy_bytes_per_second"] = copied
     if name == "mid":
@@ -274,7 +290,7 @@ def edit_prefix_speedup(
         results = Engine(model, "edit", options).run(requests)
         tokens[sharing] = {result.key: result.tokens.tobytes() for result in results}
 
-    timed = interleaved(device, rounds, shared=lambda: serve(True), alone=lambda: serve(False))
+    timed = interleaved(device, rounds, "edits", shared=lambda: serve(True), alone=lambda: serve(False))
     assert tokens[True] == tokens[False], "sharing a prefix changed a picture"
     return timed["alone"].median / timed["shared"].median
 

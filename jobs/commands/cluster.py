@@ -12,7 +12,7 @@ from wallaroo.jobs.terminal import FATAL, INTERRUPTED, OK, RUN_EXIT_CODES, STOPP
 _address = click.option(
     "--address",
     metavar="URL",
-    help="Dashboard of the cluster (default: $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS).",
+    help="Dashboard of the cluster (default: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, or one on this machine).",
 )
 
 

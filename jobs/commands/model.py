@@ -1,10 +1,20 @@
 """Commands that make and measure models: `convert`, `train`, `merge`, `bench`."""
 
+import os
+from pathlib import Path
+
 import click
 
-from wallaroo.jobs.terminal import OK, Group, printable
+from wallaroo.jobs.options import Values
+from wallaroo.jobs.terminal import INTERRUPTED, OK, Group, complain, printable
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.options import SECONDS
 from wallaroo.workflows.stopping import Stop
+
+RECIPES = os.path.relpath(Path(__file__).parents[1] / "train")
+"""Folder of the recipes that the package has, as one would type it here."""
+if RECIPES.startswith(os.pardir):
+    RECIPES = os.path.abspath(RECIPES)
 
 
 @click.command(short_help="Turn the published files into a checkpoint folder.")
@@ -127,10 +137,9 @@ def convert(
 )
 @click.option(
     "--grace",
-    type=float,
-    default=60.0,
-    metavar="SECONDS",
-    help="Time to save the state after Ctrl-C or SIGTERM (default 60).",
+    type=Values(SECONDS),
+    default="60s",
+    help="Time to save the state after Ctrl-C or SIGTERM, such as 90s or 10m (default 60s).",
 )
 @click.option("--plan", is_flag=True, help="Print rows and memory a worker, and start nothing.")
 @click.option(
@@ -147,19 +156,6 @@ def train(
     plan: bool,
     gpu_memory: float,
 ) -> int:
-    """Train STAGE, a table of RECIPES.TOML, with Ray Train, on rows in Parquet.
-
-    \b
-      wallaroo train stage-1 --config jobs/train/published.toml --workers 8
-
-    jobs/train/published.toml has the stages of the 7B, jobs/train/tiny.toml those of a small model. The
-    stage's folder, on a disk or on S3, gets metrics.jsonl, TensorBoard's files, samples, states and, at the
-    end, the checkpoint. Re-run the same command to resume from the last state, with any number of workers
-    that share a step's rows evenly.
-
-    Exit codes: 0; 1 the training failed; 2 a mistake in the command line or the recipe; 4 another
-    training is at work in the folder.
-    """
     from wallaroo.model.training.recipe import Recipe
     from wallaroo.workflows.training import driver as on_ray
 
@@ -178,6 +174,22 @@ def train(
     return OK
 
 
+train.help = f"""Train STAGE, a table of RECIPES.TOML, with Ray Train, on rows in Parquet.
+
+\b
+  cp {RECIPES}/lora.toml .
+  wallaroo train style --config lora.toml
+
+Copy a file of {RECIPES} and put your paths in: published.toml has the stages of the 7B, lora.toml a style
+from pictures, tiny.toml a small model from nothing. The stage's folder, on a disk or on S3, gets
+metrics.jsonl, TensorBoard's files, samples, states and, at the end, the checkpoint. Re-run the same command
+to resume from the last state, with any number of workers that share a step's rows evenly.
+
+Exit codes: 0; 1 the training failed; 2 a mistake in the command line or the recipe; 4 another training is
+at work in the folder.
+"""
+
+
 @click.command(short_help="Turn what LoRA has learned into a checkpoint folder.")
 @click.argument("stage", help="Folder of a stage with `lora`.")
 @click.argument("output", help="New checkpoint folder.")
@@ -192,15 +204,16 @@ def merge(stage: str, output: str, start: str, dtype: str | None) -> int:
     with, and write OUTPUT, a checkpoint folder for --model.
 
     \b
-      wallaroo train style --config jobs/train/lora.toml
+      wallaroo train style --config lora.toml
       wallaroo merge out/style checkpoints/style
       wallaroo generate prompts.jsonl out/drawn --model checkpoints/style
     """
     import torch
 
     from wallaroo.model.training.merge import merge as write
+    from wallaroo.workflows.storage.checkpoints import model_path
 
-    write(stage, output, start, None if dtype is None else getattr(torch, dtype))
+    write(stage, output, start and model_path(start), None if dtype is None else getattr(torch, dtype))
     click.echo(output)
     return OK
 
@@ -275,5 +288,9 @@ def bench_engine(
         given += [] if value is None else [name, str(value)]
     given += [word for count in images for word in ("--images", str(count))]
     flags = {"--json": as_json, "--dry-run": dry_run}
-    main(given + [name for name, on in flags.items() if on])
+    try:
+        main(given + [name for name, on in flags.items() if on])
+    except KeyboardInterrupt:
+        complain("Interrupted. A benchmark keeps nothing; fewer --rounds take less time.")
+        return INTERRUPTED
     return OK

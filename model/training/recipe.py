@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wallaroo.model.checkpoint import TINY
 from wallaroo.model.config import VQ_FACTOR
 from wallaroo.model.errors import InputError, did_you_mean
 
@@ -30,9 +31,9 @@ class Recipe:
     """One stage of training, as a run file has it.
 
     part: what learns, `vq` or `lm`. folder: gets the state, metrics and the result, `checkpoint`. base:
-    checkpoint folder whose configuration and tokenizer the result has; start: that of its first weights
-    (default base); parts that it lacks are drawn anew. copied: part -> part whose weights it begins with
-    instead. tasks: those of the result (default all of base).
+    checkpoint folder, or `tiny`, whose configuration and tokenizer the result has; start: that of its first
+    weights (default base); parts that it lacks are drawn anew. copied: part -> part whose weights it begins
+    with instead. tasks: those of the result (default all of base).
     size: side in pixels of a square stage, 0 for the sizes of base. data: task -> file of its rows
     (part `vq`: of rows with pictures, under the name vq); rows: task -> rows a step; accumulate: pieces
     that a step's rows are taken in. learn: prefixes of the parameters that learn (part `vq`: within the
@@ -115,6 +116,8 @@ class Recipe:
         """
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"There is no file of recipes {path}.") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(f"{path} is no file of recipes ({error}).") from None
         tables = {name: value for name, value in values.items() if isinstance(value, dict)}
@@ -143,6 +146,9 @@ class Recipe:
         made: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
+        for name in ("base", "start"):
+            if made.get(name) == "tiny":
+                made[name] = str(TINY)
         recipe = cls(**made)
         if recipe.part not in ("vq", "lm"):
             raise InputError(f"The recipe's part is '{recipe.part}', but must be vq or lm.")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -322,6 +323,31 @@ def test_ctrl_c_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path):
     )
     assert "Traceback" not in err
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_benchmark_tells_of_its_rounds_and_of_its_end():
+    command = [
+        sys.executable,
+        "-m",
+        "wallaroo.jobs.cli",
+        "bench",
+        "engine",
+        "--model",
+        "tiny",
+        "--rounds",
+        "99",
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert process.stderr.readline() == "tiny, 128x128: round 0 of 99, not measured\n"
+    assert re.fullmatch(r"tiny, 128x128: round 1 of 99, \d+ s so far\n", process.stderr.readline())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == (
+        "wallaroo: Interrupted. A benchmark keeps nothing; fewer --rounds take less time."
+    )
 
 
 def test_from_the_published_files_to_a_picture(wallaroo, local_ray, manifest, tmp_path):

@@ -109,6 +109,10 @@ def test_a_wheel_holds_one_name_and_runs_in_another_environment(folder, generate
     with zipfile.ZipFile(wheel) as archive:
         names = {name.split("/")[0] for name in archive.namelist()}
         archive.extractall(packages)
+        files = set(archive.namelist())
+    for part in ("train", "examples"):
+        named = {f"wallaroo/jobs/{part}/{path.name}" for path in (ROOT / "jobs" / part).iterdir()}
+        assert named and named <= files
     assert {name for name in names if not name.endswith(".dist-info")} == {"wallaroo"}
     # Its dependencies are those of this environment, whose own wallaroo is not on that path.
     (packages / "dependencies.pth").write_text(

@@ -4,16 +4,21 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import socket
 import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
-from wallaroo.jobs import cli
+from wallaroo.jobs import cli, submit
 from wallaroo.jobs.commands import run as commands
 from wallaroo.model.checkpoint import TINY
 from wallaroo.model.errors import InputError
+from wallaroo.model.training.recipe import Recipe
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.lock import OutputLock, Owner, at_work
 from wallaroo.workflows.runs.setup import check_gpus
@@ -157,3 +162,96 @@ def test_commands_say_that_a_run_is_at_work(outputs, tmp_path, capsys):
         for command in (("export", "files"), ("select",)):
             err = said(*command, output, tmp_path / "new").err.splitlines()
             assert err[0] == words and f"{output} is not finished" in err[1]
+
+
+@contextmanager
+def answering(handler):
+    """A server on a free port of this machine; yields the port."""
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """Says that it is Ray's, and nothing else."""
+
+    def do_GET(self):
+        found = self.path == "/api/version"
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        if found:
+            self.wfile.write(
+                json.dumps({"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}).encode()
+            )
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "environment"),
+    [
+        (None, {}),
+        (None, {"RAY_ADDRESS": "auto"}),
+        (None, {"RAY_ADDRESS": "127.0.0.1:6379"}),
+        ("ray://127.0.0.1:10001", {"RAY_API_SERVER_ADDRESS": "http://192.0.2.1:8265"}),
+    ],
+)
+def test_the_dashboard_of_a_cluster_here_is_found(monkeypatch, tmp_path, address, environment):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with answering(Dashboard) as port:
+        monkeypatch.setattr(submit, "DASHBOARD_PORT", port)
+        assert submit.connect(address, environment).get_address() == f"http://127.0.0.1:{port}"
+
+
+def test_without_a_dashboard_the_variable_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(submit, "DASHBOARD_PORT", port)
+    with pytest.raises(
+        InputError, match=rf"answers at http://127\.0\.0\.1:{port} .*\$RAY_API_SERVER_ADDRESS"
+    ):
+        submit.connect(None, {})
+    with pytest.raises(InputError, match="check address and port, or the port-forward"):
+        submit.connect(f"http://127.0.0.1:{port}", {})
+
+
+def test_recipes_begin_with_the_tiny_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments):
+        with pytest.raises(SystemExit) as left:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        return left.value.code, out + err
+
+    assert said("data", "shapes", "shapes", "--rows", "4", "--held-out", "2")[0] == 0
+    (tmp_path / "r.toml").write_text(
+        '[style]\npart = "lm"\nbase = "tiny"\nfolder = "out"\nsteps = 3\nrate = 1e-4\nlora = 2\n'
+        'data.generate = "shapes/train/generate.parquet"\nrows.generate = 2\nlengths.generate = 200\n'
+    )
+    assert Recipe.from_file("r.toml", "style").base == str(TINY)
+    code, words = said("train", "style", "--config", "r.toml", "--plan")
+    assert (code, words.splitlines()[0]) == (0, "generate: 4 rows in 1 files, 1.5 epochs of at most these")
+    code, words = said("train", "style", "--config", "r.toml", "--grace", "10x")
+    assert code == 2 and words.startswith(
+        "wallaroo: --grace is '10x', but must be a time of at least 0 s, such"
+    )
+    code, words = said("train", "style", "--config", "absent.toml", "--grace", "1h30m")
+    assert (code, words.splitlines()[0]) == (2, "wallaroo: There is no file of recipes absent.toml.")
+
+
+def test_help_names_recipes_that_are_there(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    words = re.sub(r"\s+", " ", capsys.readouterr().out)
+    (folder,) = re.findall(r"Copy a file of (\S+) and", words)
+    named = re.findall(r"(\w+\.toml) has|(\w+\.toml) a", words)
+    assert {one or other for one, other in named} == {path.name for path in Path(folder).glob("*.toml")}

@@ -226,8 +226,8 @@ def at_work(output: str, watch: float = 2 * LEASE_SECONDS / BEATS_PER_LEASE) -> 
 
     Args:
         output: Its folder, local or on S3.
-        watch: Seconds to wait for a heartbeat of an owner on another machine. Of one on this machine the process
-            is looked for, which takes no time.
+        watch: Seconds to wait for a heartbeat of an owner on another machine. Of one on this machine the
+            process is looked for, which takes no time.
     """
     path = storage.join(output, LOCK_FILE)
     end = time.monotonic() + watch
