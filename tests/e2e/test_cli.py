@@ -326,20 +326,9 @@ def test_ctrl_c_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path):
 
 
 def test_a_benchmark_tells_of_its_rounds_and_of_its_end():
-    command = [
-        sys.executable,
-        "-m",
-        "wallaroo.jobs.cli",
-        "bench",
-        "engine",
-        "--model",
-        "tiny",
-        "--rounds",
-        "99",
-    ]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+    words = ("bench", "engine", "--model", "tiny", "--rounds", "99")
+    command = [sys.executable, "-m", "wallaroo.jobs.cli", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr.readline() == "tiny, 128x128: round 0 of 99, not measured\n"
     assert re.fullmatch(r"tiny, 128x128: round 1 of 99, \d+ s so far\n", process.stderr.readline())
     process.send_signal(signal.SIGINT)
