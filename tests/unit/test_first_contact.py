@@ -11,16 +11,20 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from safetensors import safe_open
 
 from wallaroo.jobs import cli, submit
 from wallaroo.jobs.commands import run as commands
-from wallaroo.model.checkpoint import TINY
+from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.lock import OutputLock, Owner, at_work
+from wallaroo.workflows.plans.columns import check_columns
+from wallaroo.workflows.plans.rows import plan_rows
+from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.runs.setup import check_gpus
 from wallaroo.workflows.settings import RunConfig, RunSummary
 from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint
@@ -253,3 +257,24 @@ def test_help_names_recipes_that_are_there(capsys):
     (folder,) = re.findall(r"Copy a file of (\S+) and", words)
     named = re.findall(r"(\w+\.toml) has|(\w+\.toml) a", words)
     assert {one or other for one, other in named} == {path.name for path in Path(folder).glob("*.toml")}
+
+
+def test_a_missing_column_of_pictures_names_its_option():
+    with pytest.raises(InputError, match=r"no column 'image': it has foto\. --image-column names the column"):
+        check_columns(pa.schema([("foto", pa.string())]), PlanSettings.of(RunConfig("", "", "understand")))
+
+
+def test_another_encoding_says_how_to_save_the_file():
+    table = pa.table({"prompt": ["caf\ufffd", "{"]})
+    planned = plan_rows(
+        table,
+        PlanSettings.of(RunConfig("", "")),
+        load_config(TINY),
+        load_tokenizer(TINY),
+        origin="m.csv",
+        faults={0: "is not valid UTF-8 in column 'prompt'", 1: "is not valid CSV (x)"},
+    )
+    assert planned.column("error_message").to_pylist() == [
+        "Row 0 of m.csv is not valid UTF-8 in column 'prompt'; save the file as UTF-8.",
+        "Row 1 of m.csv is not valid CSV (x); correct it.",
+    ]

@@ -162,6 +162,7 @@ def test_a_csv_row_with_a_fault_harms_no_other(tmp_path):
         ("提示\nx\n".encode("gbk"), "not valid UTF-8"),
         ("prompt\nx\n".encode("utf-16-le"), "UTF-16 without a mark"),
         ("prompt\nx\n".encode("utf-32"), "is UTF-32"),
+        (b"PK\x03\x04\x14\x00", "is no text, but Parquet, or a ZIP archive as Excel writes"),
         (b"prompt,a,a\n1,2,3\n", "two columns named 'a'"),
         (b'"prompt\nx\n', "header of .* is not valid CSV"),
         ((",".join(f"c{i}" for i in range(1001)) + "\n").encode(), "more than 1000 columns"),
@@ -170,6 +171,13 @@ def test_a_csv_row_with_a_fault_harms_no_other(tmp_path):
 def test_a_bad_csv_header_is_the_fault_of_the_file(tmp_path, data, words):
     with pytest.raises(InputError, match=words):
         load(write(tmp_path, a_csv=data))
+
+
+@pytest.mark.parametrize("data", ['["a cat", "a dog"]\n', "[1, 2]", '[\n  "a cat"\n]\n'])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_an_array_of_values_is_named_for_what_it_is(tmp_path, data, suffix):
+    with pytest.raises(InputError, match="is a JSON array of values without names: write each row as an obj"):
+        load(write(tmp_path, **{f"a_{suffix}": data}))
 
 
 def test_a_column_without_a_name_gets_one(tmp_path):

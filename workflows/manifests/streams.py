@@ -26,6 +26,9 @@ CHUNK_BYTES = 1 << 20
 _HEAD_BYTES = 64 << 10
 _COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 """Suffix of a compressed file -> its first bytes."""
+_BINARY = (b"PK\x03\x04", b"PAR1")
+_BARE = re.compile(rb'\s*\[\s*["0-9-][^\n]*\s*\Z|\s*\[\s*\n\s*["0-9-]')
+"""The head of an array of texts or numbers, on one line or over several; not a line among others."""
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{}]', re.DOTALL)
 """A text, a bracket, or the quote of a text whose end is not read yet."""
@@ -84,6 +87,16 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
     if b"\r" in head and b"\n" not in head:
         steps.append(lambda raw: _stream(_with_newlines(raw)))
         head = head.replace(b"\r", b"\n")
+    if head.startswith(_BINARY):
+        raise InputError(
+            f"{file.path} is no text, but Parquet, or a ZIP archive as Excel writes: save it as Parquet or "
+            f"as CSV in UTF-8, with that suffix."
+        )
+    if file.format in ("jsonl", "json") and _BARE.match(head.removeprefix(codecs.BOM_UTF8)):
+        raise InputError(
+            f"{file.path} is a JSON array of values without names: write each row as an object, such as "
+            f'{{"prompt": "a cat"}}.'
+        )
     if file.format in ("jsonl", "json") and _is_document(head, file.format):
         steps.append(lambda raw: _stream(_flat(raw, file.path)))
     return head, steps

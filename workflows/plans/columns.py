@@ -70,6 +70,11 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
         others = [name for name in schema.names if name not in known]
         # A column that an earlier run's output had is not a misspelt one.
         others = [name for name in others if not re.fullmatch(f"(in_)+{re.escape(column)}", name)]
+        if joined := next((name for name in others if column in re.split("[;|\t]", name)), ""):
+            raise InputError(
+                f"The manifest has no column '{column}', but '{joined}': separate the columns of a CSV file "
+                f"by commas, or name a file with tabs .tsv."
+            )
         hint = did_you_mean(column, others)
         if not hint and any("\t" in name or ";" in name for name in schema.names):
             hint = "; a CSV file must be separated by commas."
@@ -79,6 +84,8 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
                 hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
         if column == "prompt" and "--prompt-column" not in hint:
             hint += " --prompt-column names the column of the prompts."
+        elif column == COLUMN:
+            hint += " --image-column names the column of the pictures."
         raise InputError(f"The manifest has no column '{column}'{hint}")
     warnings = [
         f"Column '{actual}' is taken for the {name} of a row, as its layout is known; "

@@ -152,7 +152,8 @@ def plan_rows(
     for index, number in enumerate(numbers):
         error = errors.get(number)
         if number in faults:
-            error = RowError("manifest", f"Row {number} of {origin} {faults[number]}; correct it.")
+            remedy = "save the file as UTF-8" if "UTF-8" in faults[number] else "correct it"
+            error = RowError("manifest", f"Row {number} of {origin} {faults[number]}; {remedy}.")
         elif number in duplicates and not error:
             error = RowError(
                 "id", f"id {in_words(ids[index])} is that of an earlier row; give every row an id of its own."
