@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args=None if arguments is None else list(arguments), prog_name="wallaroo", standalone_mode=False
         )
     except click.UsageError as error:
-        complain(error.format_message())
+        # click lists choices a line each, but a complaint is one sentence.
+        complain(error.format_message().replace("\n\t", " "))
         if error.ctx is not None:
             click.echo(f"Help: {error.ctx.command_path} --help", err=True)
         code = USAGE

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from wallaroo.workflows.text import duration
+from wallaroo.workflows.text import counted, duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -48,7 +48,7 @@ def line(progress: "Progress", rate: float) -> str:
     if progress.waiting:
         return ", ".join([*parts, progress.waiting])
     parts.append(f"{rate:.1f} rows/s")
-    parts.append("1 error" if progress.errors == 1 else f"{progress.errors:,} errors")
+    parts.append(counted(progress.errors, "error"))
     if rate > 0 and progress.done < progress.rows:
         parts.append(f"{duration((progress.rows - progress.done) / rate)} left")
     return ", ".join(parts)

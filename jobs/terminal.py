@@ -10,6 +10,9 @@ INTERRUPTED = 128 + signal.SIGINT
 RUN_EXIT_CODES = """Exit codes: 0 all rows are ok; 1 the run failed; 2 wrong usage; 3 finished, but some
 rows failed; 4 another run holds OUTPUT; 5 stopped by Ctrl-C, SIGTERM or --deadline."""
 
+PLAN_EXIT_CODES = """Exit codes: 0 planned, with or without error rows; 1 nothing could be planned; 2 wrong
+usage; 4 a run holds OUTPUT."""
+
 MAX_CHARACTERS = 20_000
 """Characters of a message that are printed."""
 

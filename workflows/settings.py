@@ -524,7 +524,7 @@ class RunSummary:
 
     rows: output rows planned; ok, errors: of these, as they now stand in the output.
     before: rows that were there already when the run started. made: pictures or texts that it made.
-    seconds: wall time of this run.
+    seconds: wall time of this run, as its record has it.
     """
 
     output: str

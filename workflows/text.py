@@ -13,3 +13,8 @@ def duration(seconds: float) -> str:
             rest = whole % unit // lower
             return f"{whole // unit} {name} {rest} {lower_name}" if rest else f"{whole // unit} {name}"
     return f"{whole} s"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: `1 row`, `2,212 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

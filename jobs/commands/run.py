@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wallaroo.jobs.options import RunCommand, configure, run_options
-from wallaroo.jobs.terminal import ERROR_ROWS, OK, RUN_EXIT_CODES, printable
+from wallaroo.jobs.terminal import ERROR_ROWS, OK, PLAN_EXIT_CODES, RUN_EXIT_CODES, printable
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.stopping import RunStopped, Stop
+from wallaroo.workflows.text import counted, duration
 
 if TYPE_CHECKING:
     from wallaroo.workflows.plans.plan import Plan
@@ -125,7 +126,7 @@ described), id, samples, seed, temperature, top_k, top_p and language. Decoding 
 TASK_COMMANDS = {"generate": generate, "edit": edit, "understand": understand}
 
 
-@click.command(cls=RunCommand, short_help="Plan a run without running it.", epilog=RUN_EXIT_CODES)
+@click.command(cls=RunCommand, short_help="Plan a run without running it.", epilog=PLAN_EXIT_CODES)
 @click.argument("task", help="generate, edit or understand; options are those of the task.")
 @_places(required=False)
 @run_options()
@@ -242,9 +243,8 @@ def _print_summary(config: "RunConfig", summary: "RunSummary") -> None:
     from wallaroo.workflows.outputs.layout import DATA_FOLDER
     from wallaroo.workflows.storage import join
 
-    errors = "1 error" if summary.errors == 1 else f"{summary.errors:,} errors"
-    counts = f"{summary.rows:,} rows: {summary.ok:,} ok, {errors}"
-    click.echo(f"{counts}; {_made(config.task, summary)}")
+    counts = f"{summary.ok:,} ok, {counted(summary.errors, 'error')}"
+    click.echo(f"{counted(summary.rows, 'row')}: {counts}; {_made(config.task, summary)}")
     made_of = "texts   " if config.task == "understand" else "pictures"
     click.echo(f"  {made_of}  {join(config.output, DATA_FOLDER)}")
     click.echo(f"  report    {join(config.output, 'report.html')}")
@@ -258,20 +258,19 @@ def _print_summary(config: "RunConfig", summary: "RunSummary") -> None:
 
 def _made(task: str, summary: "RunSummary") -> str:
     """What one start of a run made, in words."""
-    from wallaroo.workflows.text import duration
-
     if summary.before == summary.rows:
         return "all of them were finished before, so there was nothing to do"
     noun = "text" if task == "understand" else "picture"
-    words = f"{summary.made:,} {noun}{'' if summary.made == 1 else 's'} made in {duration(summary.seconds)}"
-    return f"{words}, {summary.before:,} rows finished before" if summary.before else words
+    words = f"{counted(summary.made, noun)} made in {duration(summary.seconds)}"
+    return f"{words}, {counted(summary.before, 'row')} finished before" if summary.before else words
 
 
 def _plan_text(plan: "Plan", examples: dict[str, list[str]]) -> str:
     """Counts of a plan as a few lines for people. examples: kind -> the first rows of it, in words."""
-    errors = "1 error" if plan.error_rows == 1 else f"{plan.error_rows:,} errors"
+    errors = counted(plan.error_rows, "error")
     to_make = plan.rows - plan.error_rows
-    lines = [f"{plan.rows:,} rows in {len(plan.shards):,} shards: {to_make:,} to make, {errors}"]
+    counts = f"{counted(plan.rows, 'row')} in {counted(len(plan.shards), 'shard')}"
+    lines = [f"{counts}: {to_make:,} to make, {errors}"]
     for size, count in sorted(plan.sizes.items(), key=lambda item: -item[1]):
         rows, columns = size.grid
         tokens = count * rows * columns

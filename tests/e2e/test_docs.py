@@ -109,14 +109,15 @@ def test_quickstart(tmp_path):
             os.killpg(server.pid, signal.SIGKILL)
     shown = [block.text for block in blocks(ROOT / "docs" / "quickstart.md") if not block.language]
     assert shown and not [text for text in shown if text not in printed]
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+    folder = tmp_path / "out" / "quickstart"
+    assert {path.name for path in (folder / "pictures").iterdir()} == {
         "circle@0.png",
         "circle@1.png",
         "square.png",
         "metadata.jsonl",
     }
-    assert len(list((tmp_path / "shapes").glob("*.webp"))) == 4
-    every_file_is_documented(tmp_path / "out" / "first")
+    assert len(list((folder / "shapes").glob("*.webp"))) == 4
+    every_file_is_documented(folder / "out" / "first")
 
 
 def every_file_is_documented(output: Path) -> None:

@@ -171,7 +171,7 @@ def dead_pid():
 
 def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
     output, clock = str(tmp_path), Clock()
-    with pytest.raises(InputError, match=r"has no run\.json"):
+    with pytest.raises(InputError, match="there is no such folder, or it is empty"):
         status(output)
     run_file.put_run(output, outputs.FIELDS)
     assert status(output).state == "empty"

@@ -84,9 +84,9 @@ def read_run(output: str) -> dict[str, Any]:
     """
     document = _read(output)
     if document is None:
-        raise InputError(
-            f"{output} is not the output of a run, since it has no {RUN_FILE}: give the folder of one."
-        )
+        there = next(iter(storage.find_files(output, lambda name: True, 1)), None)
+        why = f"it has no {RUN_FILE}" if there else "there is no such folder, or it is empty"
+        raise InputError(f"{output} is not the output of a run, since {why}: give the folder of one.")
     return document
 
 

@@ -80,6 +80,10 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
             hint = "; a CSV file must be separated by commas."
         elif not hint:
             hint = f": it has {', '.join(schema.names[:10]) or 'none at all'}."
+            if column == "prompt" and COLUMN in schema.names and set(schema.names) <= {"id", COLUMN}:
+                raise InputError(
+                    "The manifest has pictures, but no instructions: give one for all of them (--prompt)."
+                )
             if column == "prompt" and settings.task in PICTURE_TASKS:
                 hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
         if column == "prompt" and "--prompt-column" not in hint:
@@ -96,10 +100,9 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
         and actual in schema.names
         and getattr(settings, f"{name}_column") is None
     ]
-    absent = [column for column in known if column not in schema.names]
     for name in schema.names:
         # A short name is near to too many.
-        near = [column for column in absent if name.lower() == column or len(column) > MAX_SHORT]
+        near = [column for column in known if name.lower() == column or len(column) > MAX_SHORT]
         hint = "" if name in known else did_you_mean(name.lower(), near, MIN_COMMON)
         if hint:
             warnings.append(f"Column '{name}' has no meaning and is carried through{hint}")

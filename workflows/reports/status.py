@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from wallaroo.workflows.outputs.run_log import RunRecord, read_records
-from wallaroo.workflows.text import duration
+from wallaroo.workflows.text import counted, duration
 
 SILENT_SECONDS = 60.0
 """A record that says `running` and was not rewritten for so long is reported as silent."""
@@ -43,7 +43,7 @@ class Status:
         record = self.record
         done = "?" if self.done is None else f"{self.done:,}"
         parts = [f"{done} of {'?' if self.planned is None else f'{self.planned:,}'} rows"]
-        parts.append(f"{sum(self.errors.values()):,} errors")
+        parts.append(counted(sum(self.errors.values()), "error"))
         if record is not None:
             parts.append(f"{record.rate if self.state == 'running' else record.overall_rate:.3g} rows/s")
             left = self._left()
@@ -67,7 +67,7 @@ class Status:
         planned = "?" if self.planned is None else f"{self.planned:,}"
         count = sum(self.errors.values())
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(self.errors.items()))
-        errors = f"{count:,} {'error' if count == 1 else 'errors'}" + (f" ({kinds})" if kinds else "")
+        errors = counted(count, "error") + (f" ({kinds})" if kinds else "")
         done = "?" if self.done is None else f"{self.done:,}"
         lines.append(f"  rows    {done} of {planned}, {errors}")
         lines.append(f"  files   {self.done_shards:,} of {self.shards:,} shards in data/")

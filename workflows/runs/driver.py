@@ -97,6 +97,8 @@ def run(
         lock.check()
         finish(output, plan)
         run_log.end("finished")
+        # The summary and the record tell of the same time, which the start of Ray is no part of.
+        started = time.monotonic() - run_log.record.seconds
         write_report(output)
     return summary_of(config, started, remaining.finished.rows, made)
 
