@@ -16,7 +16,7 @@ from wallaroo.workflows.options import Option, OptionError
 from wallaroo.workflows.plans.dataset import plan_dataset
 from wallaroo.workflows.runs.pool import load_stage, make_pool, make_results
 from wallaroo.workflows.runs.setup import resolve
-from wallaroo.workflows.runs.stages import prepare
+from wallaroo.workflows.runs.stages import encode, prepare
 from wallaroo.workflows.settings import OPTIONS, RunConfig
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def map_dataset(
         return ray.data.from_arrow(job.schema.empty_table())
     pool = make_pool(config, choose_device(config.device), rows, plans.count(), replica)
     loaded = load_stage(plans, functools.partial(prepare, job=job), job, pool)
-    return make_results(loaded, job, pool, watch.start()).map_batches(
+    stage = functools.partial(encode, job=job)
+    return make_results(loaded, stage, job, pool, watch.start()).map_batches(
         _unpack, batch_size=1, batch_format="pyarrow", num_cpus=pool.cpus
     )
 

@@ -26,6 +26,7 @@ from wallaroo.workflows.outputs.schema import VOLATILE
 from wallaroo.workflows.reports.verify import verify
 from wallaroo.workflows.runs import driver, stages
 from wallaroo.workflows.runs.driver import run
+from wallaroo.workflows.runs.pool import WRITERS
 from wallaroo.workflows.storage import clients, retries
 
 ROOT = Path(__file__).parents[2]
@@ -116,9 +117,9 @@ class Marks(AllSick):
         return made
 
 
-def slow_write(row, output, again, watch):
+def slow_write(row, output, retried, watch):
     time.sleep(0.5)
-    return WRITE(row, output, again, watch)
+    return WRITE(row, output, retried, watch)
 
 
 def test_few_finished_shards_wait_for_a_slow_storage(base, tmp_path, monkeypatch):
@@ -130,7 +131,7 @@ def test_few_finished_shards_wait_for_a_slow_storage(base, tmp_path, monkeypatch
     counts = [int(mark.read_text()) for mark in (tmp_path / "marks").iterdir()]
     assert len(counts) == len(list_done(other.output)) > 20
     # Two for each replica, and one for each writer.
-    assert 2 < max(counts) < 2 * 2 + 2 * driver.WRITERS
+    assert 2 < max(counts) < 2 * 2 + 2 * WRITERS
 
 
 def test_what_stays_out_of_order_stops_the_run_with_a_sentence(s3, s3_server, monkeypatch):

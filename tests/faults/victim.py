@@ -57,7 +57,7 @@ class DiesAtWork(Sick):
         super()._turn(engine)
 
 
-def dying_write(row, mark, driver, least, output, again, watch):
+def dying_write(row, mark, driver, least, output, retried, watch):
     """Kills everybody in the middle of writing a file, when so many are there."""
     if mark.exists():
         # Another writer kills us all; this one must not have its file done by then.
@@ -69,7 +69,7 @@ def dying_write(row, mark, driver, least, output, again, watch):
             kill(driver)
 
         local.sync = files.s3_client = s3.s3_client = end
-    return WRITE(row, output, again, watch)
+    return WRITE(row, output, retried, watch)
 
 
 def main(config_file, state, folder):

@@ -29,7 +29,7 @@ from wallaroo.workflows.runs.setup import (
     summary_of,
     with_plan,
 )
-from wallaroo.workflows.runs.stages import load, refuse, write
+from wallaroo.workflows.runs.stages import encode_and_write, load, refuse_and_write, write
 from wallaroo.workflows.runs.streaming import arriving
 from wallaroo.workflows.settings import Progress, RunConfig, RunSummary
 from wallaroo.workflows.stopping import Stop
@@ -145,10 +145,9 @@ def _pipeline(resolved: Resolved, remaining: Remaining, pool: Pool, watch: Any) 
     shards = shard_stream(plan, remaining.shards, watch)
     stage = functools.partial(load, job=job, output=output, retried=remaining.retried)
     loaded = load_stage(shards, stage, job, pool)
+    last = functools.partial(write, output=output, retried=remaining.retried, watch=watch)
     if plan.error_rows == plan.rows:
-        results = loaded.map(functools.partial(refuse, job=job), num_cpus=pool.cpus)
-    else:
-        results = make_results(loaded, job, pool, watch)
-    # A CPU of their own they would wait for, while finished shards pile up.
-    stage = functools.partial(write, output=output, retried=remaining.retried, watch=watch)
-    return results.map(stage, num_cpus=0, compute=pool.tasks(pool.writers))
+        stage = functools.partial(refuse_and_write, job=job, write=last)
+        return loaded.map(stage, num_cpus=pool.cpus, compute=pool.tasks(pool.writers))
+    stage = functools.partial(encode_and_write, job=job, write=last)
+    return make_results(loaded, stage, job, pool, watch)

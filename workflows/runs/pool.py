@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from wallaroo.actors.replica import Replica
 from wallaroo.model.config import SLOTS
 from wallaroo.workflows import storage
-from wallaroo.workflows.runs.stages import Job, encode
+from wallaroo.workflows.runs.stages import Job
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.storage.checkpoints import fetch_folder
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MIN_LOADS = 2
 """Shards whose sources are loaded at once, at least; each loads several sources at once."""
 WRITERS = 2
-"""Shards that are written at once, for each replica, at least; more where one holds more."""
+"""Shards that are encoded and written at once, for each replica, at least; more where one holds more."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,8 @@ class Pool:
         return max(MIN_LOADS, 2 * self.size)
 
     @property
-    def encoders(self) -> int:
-        """Shards that are encoded at once."""
-        return 2 * self.size
-
-    @property
     def writers(self) -> int:
-        """Shards that are written at once."""
+        """Shards that are encoded and written at once."""
         return max(WRITERS, self.calls) * self.size
 
     @property
@@ -80,7 +75,7 @@ class Pool:
     @property
     def window(self) -> int:
         """Shards in the pipeline: twice what its stages hold, so that none waits for a number."""
-        return 2 * (self.loads + self.calls * self.size + self.encoders + self.writers)
+        return 2 * (self.loads + self.calls * self.size + self.writers)
 
     @property
     def cpus(self) -> float:
@@ -142,17 +137,20 @@ def _fetch(model: str) -> Path:
     return fetch_folder(model)
 
 
-def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = None) -> "ray.data.Dataset":
-    """Adds replicas and encoding to a pipeline.
+def make_results(
+    shards: "ray.data.Dataset", stage: Callable[..., dict[str, Any]], job: Job, pool: Pool, watch: Any = None
+) -> "ray.data.Dataset":
+    """Adds the replicas to a pipeline, and the stage after them.
 
     Args:
         shards: Rows of `prepare`.
+        stage: `encode`, or `encode_and_write`.
         job: Of the pipeline.
         pool: Its replicas.
         watch: Handle of the run's `actors.watch.Watch`, or None.
 
     Returns:
-        Rows of `encode`.
+        Rows of `stage`.
     """
     from ray.data import ActorPoolStrategy
 
@@ -175,4 +173,4 @@ def make_results(shards: "ray.data.Dataset", job: Job, pool: Pool, watch: Any = 
         ),
         **resources,
     )
-    return made.map(functools.partial(encode, job=job), num_cpus=pool.cpus, compute=pool.tasks(pool.encoders))
+    return made.map(stage, num_cpus=pool.cpus, compute=pool.tasks(pool.writers))

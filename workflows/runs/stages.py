@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +130,13 @@ def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
     return passed | {"result": to_ipc(table), "retries": row["retries"] + storage.take_retries()}
 
 
+def encode_and_write(
+    row: dict[str, Any], job: Job, write: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """`write(encode(row, job))`: one task for both, since every task of a shard costs the driver."""
+    return write(encode(row, job))
+
+
 def write(
     row: dict[str, Any], output: str, retried: frozenset[int] = frozenset(), watch: Any = None
 ) -> dict[str, Any]:
@@ -171,10 +179,12 @@ def _merged(output: str, shard: int, rows: pa.Table) -> pa.Table:
     return pa.concat_tables([others, rows.cast(finished.schema)]).sort_by("row_id")
 
 
-def refuse(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Makes the error rows of a shard that the plan refuses whole, in place of replica and `encode`."""
+def refuse_and_write(
+    row: dict[str, Any], job: Job, write: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Makes and writes the error rows of a shard that the plan refuses whole, in place of the replicas."""
     table = build_result_table(from_ipc(row["plan"]), [], job.run, Made(), job.schema)
-    return {"shard": row["shard"], "retries": row["retries"], "result": to_ipc(table)}
+    return write({"shard": row["shard"], "retries": row["retries"], "result": to_ipc(table)})
 
 
 @dataclass
