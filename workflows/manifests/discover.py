@@ -1,5 +1,6 @@
 """The files of a manifest, found and identified by their listing."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from wallaroo.workflows.manifests.listing import (
     visible,
 )
 from wallaroo.workflows.manifests.parquet_files import open_parquet
-from wallaroo.workflows.manifests.streams import is_object_of_objects
+from wallaroo.workflows.manifests.streams import has_header, is_object_of_objects
 from wallaroo.workflows.manifests.text_files import first_columns
 from wallaroo.workflows.manifests.types import COMPRESSED, FORMATS, OTHER_FORMATS, Manifest, ManifestFile
 from wallaroo.workflows.outputs.layout import DATA_FOLDER, RUN_FILE, shard_number
@@ -29,6 +30,8 @@ from wallaroo.workflows.storage.paths import hub_remedy
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
 HASHED_BYTES = 64 << 20
+_SPARK_PART = re.compile(r"(.*/)?part-\d{5,}-[^/]+")
+"""Files that Spark writes. A text of it has a row a line."""
 PEEKED_FILES = 100
 """Tables in a folder of pictures that are opened to see whether they name pictures."""
 
@@ -85,6 +88,7 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
     """The manifest of a folder or pattern that is none of a kind of its own."""
     pictures = task in PICTURE_TASKS
     files, passed = visible(listing)
+    _refuse_saved(path, files)
     chosen = [file for file in files if format_of(file.relative, FORMATS)]
     shown = [file for file in files if is_picture(file.relative)] if pictures else []
     notes: list[str] = []
@@ -108,15 +112,18 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
             notes.append(f"Texts beside pictures of the same name are their captions: {len(told):,}{more}.")
         return _picture_manifest(path, shown, sorted(told, key=lambda file: file.relative), passed, notes)
     if not chosen and texts and not pictures and not any(is_picture(file.relative) for file in files):
-        _count(files, set(texts), passed)
-        return _prompts_manifest(path, texts, passed)
+        if all(_SPARK_PART.fullmatch(file.relative) for file in texts):
+            chosen, taken = texts, set(texts)
+        else:
+            _count(files, set(texts), passed)
+            return _prompts_manifest(path, texts, passed)
     if not chosen:
         _count(files, set(), passed)
         kind = min(passed.kinds.values(), key=lambda entry: entry[1], default=(0, ""))
         example = files[0].relative if files else kind[1]
         raise InputError(
             f"The manifest {path} cannot be read, it has no Parquet, CSV or JSON Lines file, only such as "
-            f"'{example}': give a file, a folder or a pattern."
+            f"'{example}': {_folder_remedy(example)}."
         )
     _count(files, taken, passed)
     known = [
@@ -129,7 +136,34 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
         )
         for file in chosen
     ]
+    if pictures:
+        _refuse_tars(path, files, known)
     return Manifest(path, tuple(known), passed.kinds, tuple(notes))
+
+
+def _folder_remedy(example: str) -> str:
+    words = _remedy(example)
+    return words if words != "convert it" else "give a file, a folder or a pattern"
+
+
+def _refuse_saved(path: str, files: Sequence[storage.FileInfo]) -> None:
+    """Raises InputError for a folder of `datasets.save_to_disk`, which holds Arrow files."""
+    names = {file.relative.rpartition("/")[2] for file in files}
+    if {"state.json", "dataset_info.json"} <= names and any(name.endswith(".arrow") for name in names):
+        raise InputError(
+            f"{path} was written by save_to_disk of Hugging Face datasets, and its Arrow files are not read: "
+            f"load it by load_from_disk, and write each split by to_parquet."
+        )
+
+
+def _refuse_tars(path: str, files: Sequence[storage.FileInfo], tables: Sequence[ManifestFile]) -> None:
+    """Raises InputError for WebDataset: pictures in tar files, and beside them tables that name none."""
+    tar = next((file.relative for file in files if file.relative.lower().endswith(".tar")), "")
+    if tar and not any(has_pictures(_columns(table), table.column) for table in tables[:PEEKED_FILES]):
+        raise InputError(
+            f"{path} has its pictures in tar files, such as '{tar}', which are not read: unpack them, and "
+            f"give the folder."
+        )
 
 
 def _count(files: Sequence[storage.FileInfo], taken: set[storage.FileInfo], passed: Counter) -> None:
@@ -181,8 +215,22 @@ def _format(path: str) -> str:
     known = ", ".join([*FORMATS, *OTHER_FORMATS])
     raise InputError(
         f"The manifest {path} has the suffix '{suffix}', but only {known} are read (those of text also with "
-        f"{' or '.join(COMPRESSED)} behind): convert it."
+        f"{', '.join(COMPRESSED)} behind): {_remedy(path)}."
     )
+
+
+_REMEDIES = {
+    (".xlsx", ".xls", ".xlsm", ".ods", ".numbers"): "save the sheet as CSV in UTF-8",
+    (".arrow", ".feather", ".ipc", ".orc", ".avro", ".pkl", ".pickle", ".h5"): "write its rows as Parquet",
+    (".zip", ".tar", ".tgz", ".7z", ".rar"): "unpack it, and give the folder",
+    (".yaml", ".yml", ".xml", ".md"): "write its rows as JSON Lines",
+}
+"""Suffixes of files that are no manifest -> what to do."""
+
+
+def _remedy(path: str) -> str:
+    suffix = os.path.splitext(path)[1].lower()
+    return next((words for suffixes, words in _REMEDIES.items() if suffix in suffixes), "convert it")
 
 
 def _is_output(files: Sequence[storage.FileInfo]) -> bool:
@@ -282,6 +330,8 @@ def _manifest_file(
         task=task if task in PICTURE_TASKS and form in ("json", "jsonl", "csv", "tsv") else "",
         partition=partition,
     )
+    if form == "lines" and has_header(made):
+        return dataclasses.replace(made, format="tsv", task=task if task in PICTURE_TASKS else "")
     if task == "edit" and file.path.lower().endswith(".json") and is_object_of_objects(made):
         return ManifestFile(file.path, file.relative, "imgedit", file.size, etag)
     return made

@@ -1,6 +1,7 @@
 """Manifest files scanned and read piece by piece, whatever their format."""
 
 import dataclasses
+import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -91,7 +92,9 @@ class _readable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FileNotFoundError):
             raise InputError(f"{self.file.path} vanished while it was read: start again.") from error
-        if isinstance(error, (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError)):
+        if isinstance(
+            error, (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
+        ):
             words = str(error).strip().split("\n", 1)[0][:200]
             if isinstance(error, pa.ArrowNotImplementedError):
                 raise InputError(

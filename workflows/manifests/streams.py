@@ -5,11 +5,13 @@ are printed over several lines, become one line each. What such a stream gives d
 alone, so that a place in it is a place in the file.
 """
 
+import bz2
 import codecs
 import functools
 import gzip
 import io
 import json
+import lzma
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,12 +21,12 @@ import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.manifests.types import ManifestFile
+from wallaroo.workflows.manifests.types import COMPRESSED, ManifestFile
 
 LINE_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 20
 _HEAD_BYTES = 64 << 10
-_COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+_COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
 """Suffix of a compressed file -> its first bytes."""
 _BINARY = (b"PK\x03\x04", b"PAR1")
 _BARE = re.compile(rb'\s*\[\s*["0-9-][^\n]*\s*\Z|\s*\[\s*\n\s*["0-9-]')
@@ -55,7 +57,7 @@ def open_text(file: ManifestFile, start: int = 0) -> Iterator[IO[bytes]]:
 
 
 def is_compressed(file: ManifestFile) -> bool:
-    return file.path.lower().endswith((".gz", ".zst"))
+    return file.path.lower().endswith(COMPRESSED)
 
 
 @functools.lru_cache(maxsize=64)
@@ -67,6 +69,10 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
         steps.append(_gunzip)
     elif name.endswith(".zst"):
         steps.append(lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd")))
+    elif name.endswith(".bz2"):
+        steps.append(bz2.BZ2File)  # type: ignore[arg-type]
+    elif name.endswith(".xz"):
+        steps.append(lzma.LZMAFile)  # type: ignore[arg-type]
     with storage.open_source(file.path) as raw:
         for step in steps:
             raw = step(raw)
@@ -79,7 +85,7 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
     encoding = _UTF16.get(head[:2])
     if encoding:
         steps.append(lambda raw: _stream(_decoded(raw, encoding)))
-        head = head[: len(head) // 2 * 2].decode(encoding, "replace").encode()
+        head = head[2 : len(head) // 2 * 2].decode(encoding, "replace").encode()
     elif b"\0" in head[:4]:
         raise InputError(
             f"{file.path} has NUL bytes, as UTF-16 without a mark at its start has: save it as UTF-8."
@@ -104,6 +110,19 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
 
 def _gunzip(raw: IO[bytes]) -> IO[bytes]:
     return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+
+
+def first_line(file: ManifestFile) -> bytes:
+    """The first line of a text file as UTF-8, as far as its first 64 KiB have it."""
+    return _steps(file)[0].splitlines(keepends=True)[:1][0] if _steps(file)[0] else b""
+
+
+def has_header(file: ManifestFile) -> bool:
+    """Whether a .txt file is a table with tabs, as Excel saves "Unicode text", and not a prompt a line."""
+    names = [
+        name.strip().strip('"').lower() for name in first_line(file).decode(errors="replace").split("\t")
+    ]
+    return len(names) > 1 and "prompt" in names
 
 
 def is_object_of_objects(file: ManifestFile) -> bool:

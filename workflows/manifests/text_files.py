@@ -1,9 +1,12 @@
 """Rows of CSV, TSV, JSON and plain lines, with byte offsets, so that a file can be read in pieces."""
 
+import codecs
 import csv
 import functools
 import itertools
 import json
+import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
@@ -18,7 +21,7 @@ from wallaroo.workflows.manifests.questions import (
     shared_pictures,
 )
 from wallaroo.workflows.manifests.schema import is_text, kind_of, mended, text_table
-from wallaroo.workflows.manifests.streams import LINE_BYTES, is_compressed, open_text
+from wallaroo.workflows.manifests.streams import LINE_BYTES, first_line, is_compressed, open_text
 from wallaroo.workflows.manifests.types import (
     BATCH_ROWS,
     PIECE_BYTES,
@@ -36,6 +39,8 @@ FIELD_CHARACTERS = 1 << 20
 """Most characters of a CSV field; of tasks that start from pictures it may be one in base64."""
 COMPRESSED_TIMES = 8
 """A piece of a compressed file is so many times as large as others."""
+PEEKED_ROWS = 100
+"""Rows that tell what a file without columns holds."""
 DEEPEST = 100
 """Lists and objects within each other, in a value of JSON; what goes beyond has no sense, and no end."""
 
@@ -54,27 +59,29 @@ class _Lines:
 
     def __init__(self, file: IO[bytes], path: str, position: int):
         self.file, self.path, self.position = file, path, position
-        self.first_stop, self.first = position, ""
+        self.held: list[bytes] = []
+        self.pending: deque[bytes] = deque()
 
     def __iter__(self) -> "_Lines":
         return self
 
     def mark(self) -> None:
-        """A row begins here; `first` will be its first line, and `first_stop` where that ends."""
-        self.first_stop = -1
+        """A row begins here; `held` will be the lines that are read of it."""
+        self.held = []
+
+    def back(self, kept: int) -> None:
+        """Lets the lines of the row be read once more, but for the first ones that are kept."""
+        self.pending.extendleft(reversed(self.held[kept:]))
+        self.position -= sum(map(len, self.held[kept:]))
+        del self.held[kept:]
 
     def __next__(self) -> str:
-        line = _line(self.file, self.path)
+        line = self.pending.popleft() if self.pending else _line(self.file, self.path)
         if not line:
             raise StopIteration
-        if self.position == 0:
-            self.position, line = self.position + len(line), line.removeprefix(b"\xef\xbb\xbf")
-        else:
-            self.position += len(line)
-        text = line.decode("utf-8", "surrogateescape")
-        if self.first_stop < 0:
-            self.first_stop, self.first = self.position, text
-        return text
+        start, self.position = self.position, self.position + len(line)
+        self.held.append(line)
+        return (line if start else line.removeprefix(codecs.BOM_UTF8)).decode("utf-8", "surrogateescape")
 
 
 def _line(file: IO[bytes], path: str) -> bytes:
@@ -84,11 +91,41 @@ def _line(file: IO[bytes], path: str) -> bytes:
     return line
 
 
-def _csv_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[_Row]:
-    """Rows of a CSV or TSV stream that stands at byte `start`. Blank lines are none."""
+class _Dialect(NamedTuple):
+    """How a CSV or TSV file separates its fields, and the byte at which its header starts."""
+
+    delimiter: str
+    start: int
+
+
+@functools.lru_cache(maxsize=64)
+def _dialect(file: ManifestFile) -> _Dialect:
+    """Commas or tabs, as the suffix says; in a CSV file also semicolons or tabs if the header has no comma.
+
+    Excel writes semicolons in many countries, and a line `sep=;` before the header.
+    """
+    if file.format == "tsv":
+        return _Dialect("\t", 0)
+    line = first_line(file)
+    if told := re.fullmatch(rb"(?:\xef\xbb\xbf)?\"?sep=([,;\t])\"?\r?\n?", line):
+        return _Dialect(told[1].decode(), len(line))
+    text = line.decode(errors="replace")
+    for delimiter in (",", ";", "\t"):
+        try:
+            if len(next(csv.reader([text], delimiter=delimiter), [])) > 1:
+                return _Dialect(delimiter, 0)
+        except csv.Error:
+            break
+    return _Dialect(",", 0)
+
+
+def _csv_rows(stream: IO[bytes], file: ManifestFile, start: int, width: int = 0) -> Iterator[_Row]:
+    """Rows of a CSV or TSV stream that stands at byte `start`. Blank lines are none.
+
+    width: fields of a row, 0 for the header. A row that is no valid CSV is given up with its first line.
+    """
     csv.field_size_limit(MAX_INLINE_CHARACTERS if file.task else FIELD_CHARACTERS)
-    lines = _Lines(stream, file.path, start)
-    delimiter = "\t" if file.format == "tsv" else ","
+    lines, delimiter = _Lines(stream, file.path, start), _dialect(file).delimiter
     reader = csv.reader(lines, strict=True, delimiter=delimiter)
     while True:
         begin = lines.position
@@ -98,25 +135,42 @@ def _csv_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[_Ro
         except StopIteration:
             return
         except csv.Error as error:
-            first = lines.first
-            if lines.position > lines.first_stop:
-                # A quote that is never closed: give up its line only, not all that follow it.
-                stream.seek(lines.first_stop)
-                lines = _Lines(stream, file.path, lines.first_stop)
-                reader = csv.reader(lines, strict=True, delimiter=delimiter)
-            if delimiter == "\t" and len(first) <= FIELD_CHARACTERS:
-                # Most writers of TSV know no quotes: one that begins a field is a part of its text.
-                yield _Row(begin, lines.position, first.rstrip("\r\n").split("\t"), "")
-            else:
-                yield _Row(begin, lines.position, None, f"is not valid {file.format.upper()} ({error})")
+            other = _other_quotes(lines, delimiter, width)
+            fault = "" if other else f"is not valid {file.format.upper()} ({error})"
+            reader = csv.reader(lines, strict=True, delimiter=delimiter)
+            yield _Row(begin, lines.position, other, fault)
             continue
         if fields:
             yield _Row(begin, lines.position, fields, "")
 
 
+def _other_quotes(lines: _Lines, delimiter: str, width: int) -> list[str] | None:
+    """The fields of a row that is no valid CSV, if other writers would have written it so.
+
+    Spark puts a backslash before a quote. Most writers of TSV know no quotes: one that begins a field is a
+    part of its text.
+    """
+    if width and any(b'\\"' in line for line in lines.held):
+        lines.back(0)
+        doubled = (line.replace('\\"', '""') for line in lines)
+        try:
+            fields = next(csv.reader(doubled, strict=True, delimiter=delimiter))
+            if len(fields) == width:
+                return fields
+        except (csv.Error, StopIteration):
+            pass
+    lines.back(1)
+    first = lines.held[0]
+    if delimiter != "\t" or len(first) > FIELD_CHARACTERS:
+        return None
+    return first.decode("utf-8", "surrogateescape").rstrip("\r\n").split("\t")
+
+
 def csv_header(file: ManifestFile, stream: IO[bytes]) -> _Row | None:
     """The first row of a CSV file, its names checked; None if the file is empty."""
-    first = next(_csv_rows(stream, file, 0), None)
+    start = _dialect(file).start
+    stream.seek(start)
+    first = next(_csv_rows(stream, file, start), None)
     if first is None:
         return None
     if first.fault:
@@ -137,7 +191,7 @@ def scan_csv(file: ManifestFile) -> Scan:
         if header is None:
             return Scan([])
         stream.seek(header.stop)
-        rows = _csv_rows(stream, file, header.stop)
+        rows = _csv_rows(stream, file, header.stop, len(header.values))
         pieces = list(_pieces(file, rows, header.stop, header.values))
     names = question_columns(header.values) if is_questions(header.values, file) else header.values
     return Scan(pieces, kinds={name: {"str"} for name in names})
@@ -231,7 +285,42 @@ def scan_lines(file: ManifestFile) -> Scan:
 
     with open_text(file) as stream:
         pieces = list(_pieces(file, noted(_line_rows(stream, file, 0)), 0))
+    if file.format != "lines":
+        _refuse_other_json(file, pieces, kinds)
     return Scan(pieces, kinds=kinds)
+
+
+def _refuse_other_json(file: ManifestFile, pieces: list[Piece], kinds: dict[str, set[str]]) -> None:
+    """Raises InputError for JSON that holds a table in another shape than rows, or texts alone."""
+    if not pieces or (kinds and sum(piece.rows for piece in pieces) > 1):
+        return
+    with open_text(file) as stream:
+        rows = list(itertools.islice(_line_rows(stream, file, 0), PEEKED_ROWS))
+    if kinds and _is_table(rows[0].values):
+        raise InputError(
+            f"{file.path} is one object that holds a table ({', '.join(kinds)[:100]}), not an object a row: "
+            f"write it so, in pandas by to_json(PATH, orient='records', lines=True)."
+        )
+    if all(row.fault.startswith(("is a JSON ", "is not valid JSON (Extra data")) for row in rows):
+        raise InputError(
+            f"{file.path} holds texts, numbers or lists, and no objects: write an object a row, such as "
+            f'{{"prompt": "a cat"}}, or a prompt a line into a .txt file.'
+        )
+
+
+def _is_table(value: dict[str, Any]) -> bool:
+    """Whether an object is a table as pandas writes one by default, or the one list of rows in a document."""
+    if {*value} in ({"columns", "index", "data"}, {"schema", "data"}):
+        return True
+    if len(value) == 1 and isinstance(rows := value.get("data"), list):
+        return bool(rows) and all(isinstance(row, dict) for row in rows)
+    columns = [column for column in value.values() if isinstance(column, dict)]
+    if not value or len(columns) < len(value):
+        return False
+    numbered = [str(number) for number in range(max(len(value), len(columns[0])))]
+    return [*value] == numbered[: len(value)] or all(
+        [*column] == numbered[: len(columns[0])] != [] for column in columns
+    )
 
 
 def _pieces(
@@ -269,7 +358,7 @@ def _text_values(piece: Piece, stream: IO[bytes]) -> Iterator[tuple[dict[str, An
     if piece.file.format in ("csv", "tsv"):
         questions = is_questions(piece.header, piece.file)
         shared = functools.partial(_shared_pictures, piece.file)
-        for row in _csv_rows(stream, piece.file, piece.start):
+        for row in _csv_rows(stream, piece.file, piece.start, len(piece.header)):
             if row.start >= piece.stop:
                 return
             values, fault = _csv_values(row, piece.header)
@@ -295,7 +384,7 @@ def _every_row(file: ManifestFile) -> Iterator[dict[str, str]]:
         if header is None:
             return
         stream.seek(header.stop)
-        for row in _csv_rows(stream, file, header.stop):
+        for row in _csv_rows(stream, file, header.stop, len(header.values)):
             values, fault = _csv_values(row, header.values)
             if not fault:
                 yield values

@@ -22,7 +22,7 @@ FORMATS = {
 """Suffix -> format of the files that are a manifest wherever they lie."""
 OTHER_FORMATS = {".json": "json", ".txt": "lines"}
 """The same for files that are one where they are named, or nothing else is there."""
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 """Suffixes that may stand behind those of text."""
 PIECE_ROWS = 65_536
 PIECE_BYTES = 64 << 20

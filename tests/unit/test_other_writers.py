@@ -1,0 +1,198 @@
+"""Files as pandas, polars, DuckDB, Spark, datasets, img2dataset and Excel write them."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import tarfile
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pytest
+from PIL import Image
+
+from tests.unit.test_benchmark_manifests import planned
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.manifests import text_files
+from wallaroo.workflows.manifests.discover import discover
+
+PROMPTS = ["a cat, 猫", 'a "dog"\non two lines']
+FRAME = pd.DataFrame({"prompt": PROMPTS, "seed": pd.array([1, None], dtype="Int64"), "tag": ["x", "y"]})
+
+
+def prompts(path, task="generate", **options):
+    rows, _ = planned(path, task, **options)
+    assert not [row["error_message"] for row in rows if row["error_message"]]
+    return [row["prompt"] for row in rows]
+
+
+@pytest.mark.parametrize("suffix", [".csv.gz", ".csv.zst", ".csv.bz2", ".csv.xz"])
+def test_text_that_pandas_compresses(tmp_path, suffix):
+    FRAME.to_csv(tmp_path / f"m{suffix}", index=False)
+    FRAME.to_json(tmp_path / f"m{suffix.replace('csv', 'jsonl')}", orient="records", lines=True)
+    assert prompts(tmp_path / f"m{suffix}") == PROMPTS
+    assert prompts(tmp_path) == PROMPTS * 2
+
+
+@pytest.mark.parametrize(("pack", "suffix"), [(bz2.compress, ".bz2"), (lzma.compress, ".xz")])
+def test_a_broken_archive_is_one_sentence(tmp_path, pack, suffix):
+    (tmp_path / f"m.csv{suffix}").write_bytes(pack(b"prompt\n" + b"x\n" * 9000)[:-20])
+    with pytest.raises(InputError, match=r"is not a readable csv file .*: repair or remove it") as caught:
+        prompts(tmp_path)
+    assert "\n" not in str(caught.value)
+    (tmp_path / f"m.csv{suffix}").rename(tmp_path / "n.csv")
+    (tmp_path / "n.csv").write_bytes(pack(b"prompt\nx\n"))
+    with pytest.raises(InputError, match=f"is compressed, but its name does not end in {suffix}"):
+        prompts(tmp_path)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("told", [False, True])
+def test_separators_of_excel(tmp_path, monkeypatch, separator, encoding, told):
+    monkeypatch.setattr(text_files, "PIECE_ROWS", 1)
+    text = FRAME.to_csv(index=False, sep=separator, lineterminator="\r\n")
+    text = f"sep={separator}\r\n{text}" if told else text
+    (tmp_path / "m.csv").write_bytes(text.encode(encoding))
+    rows, _ = planned(tmp_path / "m.csv", "generate")
+    assert [row["prompt"].replace("\r", "") for row in rows] == PROMPTS
+    assert rows[0]["seed"] == 1 and [row["tag"] for row in rows] == ["x", "y"]
+
+
+def test_a_header_with_a_comma_is_separated_by_commas(tmp_path):
+    (tmp_path / "m.csv").write_text('prompt,a;b\n"x, y",1;2\n')
+    rows, _ = planned(tmp_path / "m.csv", "generate")
+    assert [(row["prompt"], row["a;b"]) for row in rows] == [("x, y", "1;2")]
+    # One column needs no separator, and its values may have any.
+    (tmp_path / "m.csv").write_text("prompt\na;b\nc\td\n")
+    assert prompts(tmp_path / "m.csv") == ["a;b", "c\td"]
+
+
+def test_the_unicode_text_of_excel_is_a_table_and_other_text_is_prompts(tmp_path):
+    (tmp_path / "m.txt").write_bytes("Prompt\ttag\r\na cat\tx\r\n".encode("utf-16"))
+    rows, _ = planned(tmp_path / "m.txt", "generate")
+    assert [(row["prompt"], row["tag"]) for row in rows] == [("a cat", "x")]
+    (tmp_path / "n.txt").write_text("a\tprompt with tabs\nprompt\n")
+    assert prompts(tmp_path / "n.txt") == ["a\tprompt with tabs", "prompt"]
+
+
+SPARK_CSV = (
+    b'prompt,language,seed\na cat,zh,1\n"he said \\"hi\\"\nthere",en,2\n"x,y",en,""\n"\\"quoted\\"",en,\n'
+    b'a \\n backslash,en,3\n"broken" quotes,en,4\nlast,en,5\n'
+)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress])
+def test_quotes_as_spark_writes_them(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(text_files, "PIECE_ROWS", 2)
+    suffix = {bytes: "", gzip.compress: ".gz", bz2.compress: ".bz2"}[pack]
+    (tmp_path / f"part-00000-5c.c000.csv{suffix}").write_bytes(pack(SPARK_CSV))
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / "._SUCCESS.crc").touch()
+    rows, _ = planned(tmp_path, "generate")
+    assert [row["prompt"] for row in rows] == [
+        "a cat",
+        'he said "hi"\nthere',
+        "x,y",
+        '"quoted"',
+        "a \\n backslash",
+        None,
+        "last",
+    ]
+    assert [row["seed"] for row in rows[::6]] == [1, 5] and rows[1]["seed"] == 2
+    assert "is not valid CSV" in rows[5]["error_message"]
+
+
+def test_the_text_of_spark_is_a_prompt_a_line(tmp_path):
+    for part in range(2):
+        (tmp_path / f"part-0000{part}-5c-c000.txt").write_text(f"{part} a\n{part} b\n")
+    (tmp_path / "_SUCCESS").touch()
+    assert prompts(tmp_path) == ["0 a", "0 b", "1 a", "1 b"]
+    # Other texts of a folder are a prompt each.
+    (tmp_path / "other.txt").write_text("c\n")
+    assert prompts(tmp_path) == ["c", "0 a\n0 b", "1 a\n1 b"]
+
+
+@pytest.mark.parametrize("orient", ["columns", "index", "split", "table", "values"])
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl"])
+def test_a_table_in_one_json_object_is_named_with_a_remedy(tmp_path, orient, name):
+    FRAME.to_json(tmp_path / name, orient=orient)
+    remedy = r"write it so, in pandas by to_json\(PATH, orient='records', lines=True\)"
+    with pytest.raises(InputError, match="write an object a row" if orient == "values" else remedy):
+        prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text", ['["a cat", "a dog"]', '"a cat"\n"a dog"\n', "[1, 2]", '{"data": [{"prompt": "x"}]}']
+)
+def test_json_without_rows_is_named_with_a_remedy(tmp_path, text):
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(
+        InputError, match=r"m\.json (is one object that holds a table \(data\)|holds texts, numbers)"
+    ):
+        prompts(tmp_path / "m.json")
+
+
+def test_json_of_polars_duckdb_and_pandas(tmp_path):
+    pl.from_pandas(FRAME).write_json(tmp_path / "polars.json")
+    pl.from_pandas(FRAME).write_ndjson(tmp_path / "polars.ndjson")
+    FRAME.to_json(tmp_path / "pandas.json", orient="records", indent=2)
+    FRAME.head(1).to_json(tmp_path / "one.json", orient="records", lines=True)
+    frame = FRAME  # noqa: F841 - DuckDB finds it by its name
+    duckdb.sql(f"copy frame to '{tmp_path}/duck.json'")
+    duckdb.sql(f"copy frame to '{tmp_path}/array.json' (array true)")
+    for name in ("polars.json", "polars.ndjson", "pandas.json", "duck.json", "array.json"):
+        assert prompts(tmp_path / name) == PROMPTS, name
+    assert prompts(tmp_path / "one.json") == PROMPTS[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("m.xlsx", "save the sheet as CSV in UTF-8"),
+        ("m.feather", "write its rows as Parquet"),
+        ("m.orc", "write its rows as Parquet"),
+        ("m.csv.zip", "unpack it, and give the folder"),
+        ("m.tar", "unpack it, and give the folder"),
+        ("m.rtf", "convert it"),
+    ],
+)
+def test_other_files_are_named_with_a_remedy(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=words):
+        discover(str(tmp_path / name))
+    if name != "m.rtf":
+        with pytest.raises(InputError, match=words):
+            discover(str(tmp_path))
+
+
+def test_a_folder_of_save_to_disk_is_named_with_a_remedy(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_dict({"prompt": ["x"]})
+    split.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=split).save_to_disk(tmp_path / "several")
+    for name in ("one", "several"):
+        with pytest.raises(InputError, match="load it by load_from_disk, and write each split by to_parquet"):
+            discover(str(tmp_path / name))
+
+
+def test_the_tars_of_img2dataset_are_named_with_a_remedy(tmp_path):
+    """As img2dataset writes them: a tar, a table without pictures, and counts."""
+    pixels = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(pixels, "JPEG")
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        member = tarfile.TarInfo("000000000.jpg")
+        member.size = len(pixels.getvalue())
+        tar.addfile(member, io.BytesIO(pixels.getvalue()))
+    pd.DataFrame({"caption": ["a cat"], "url": ["u"], "key": ["000000000"]}).to_parquet(
+        tmp_path / "00000.parquet"
+    )
+    (tmp_path / "00000_stats.json").write_text(json.dumps({"count": 1}))
+    for task in ("edit", "understand"):
+        with pytest.raises(InputError, match=r"pictures in tar files, such as '00000\.tar', .* unpack them"):
+            discover(str(tmp_path), task)
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    assert [row["id"] for row in planned(tmp_path / "unpacked", "understand")[0]] == ["000000000.jpg"]
