@@ -168,7 +168,6 @@ class Replica:
     device: `cpu`, `cuda` or `auto`.
     threads: CPU threads of torch; they belong to what rounds a result and are given, never counted.
     watch: handle of the run's `actors.watch.Watch`, or None for no watch.
-    weights: one of `model.quantise.WEIGHTS`, or None for those of the checkpoint.
     """
 
     def __init__(
@@ -179,7 +178,6 @@ class Replica:
         device: str = "auto",
         threads: int = 1,
         watch: Any = None,
-        weights: str | None = None,
     ):
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.environment = ""
@@ -189,7 +187,7 @@ class Replica:
         self._refusal: InputError | None = None
         threading.Thread(
             target=self._serve,
-            args=(checkpoint, task, options or {}, device, threads, weights),
+            args=(checkpoint, task, options or {}, device, threads),
             name="engine",
             daemon=True,
         ).start()
@@ -257,11 +255,10 @@ class Replica:
         options: Mapping[str, Any],
         device: str,
         threads: int,
-        weights: str | None,
     ) -> None:
         """The engine's thread. All of torch stays in it, since torch counts threads by thread."""
         try:
-            engine = self._load(checkpoint, task, options, device, threads, weights)
+            engine = self._load(checkpoint, task, options, device, threads)
             self._loaded.set()
             self._turn(engine)
         except InputError as error:
@@ -278,14 +275,12 @@ class Replica:
         options: Mapping[str, Any],
         device: str,
         threads: int,
-        weights: str | None,
     ) -> "Engine":
         import torch
 
         from wallaroo.model.checkpoint import load
         from wallaroo.model.engine.engine import Engine
         from wallaroo.model.engine.options import EngineOptions, even_threads, gpu_options
-        from wallaroo.model.quantise import quantise
 
         torch.set_num_threads(threads)
         if device == "auto":
@@ -300,7 +295,6 @@ class Replica:
         started = time.perf_counter()
         model = load(folder, task, device, dtype)
         print(f"{self.name}: model loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-        library = {} if weights is None else {"weights": quantise(model, weights)}
         if device == "cpu":
             chosen = EngineOptions(**options)
             threads = even_threads(model.config.decoder, chosen, threads)
@@ -313,12 +307,11 @@ class Replica:
             "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
             "threads": threads,
         }
-        self._library = library
         self._note_environment(engine)
         return engine
 
     def _note_environment(self, engine: "Engine") -> None:
-        values = self._constants | {"shapes": engine.shapes() | self._library}
+        values = self._constants | {"shapes": engine.shapes()}
         self.environment = json.dumps(values, sort_keys=True)
 
     def _turn(self, engine: "Engine") -> None:

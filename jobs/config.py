@@ -10,7 +10,7 @@ from typing import Any
 
 from wallaroo.model.errors import InputError, did_you_mean
 from wallaroo.workflows.options import Option
-from wallaroo.workflows.settings import OPTIONS, RunConfig
+from wallaroo.workflows.settings import OPTIONS, REMOVED, RunConfig
 
 SECTIONS = {
     "run": "What to make",
@@ -75,6 +75,8 @@ def _option(section: str, key: str, where: str) -> Option:
         hint = did_you_mean(section, SECTIONS) or f"; sections are {', '.join(SECTIONS)}."
         raise InputError(f"{where}: unknown section '{section}'{hint}")
     name = f"{section}.{key}"
+    if name in REMOVED:
+        raise InputError(f"{where}: {name} {REMOVED[name]}")
     if name not in _BY_KEY:
         keys = [one.key.partition(".")[2] for one in OPTIONS.values() if one.section == section]
         elsewhere = [other for other in _BY_KEY if other.endswith(f".{key}")]

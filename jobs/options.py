@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 from wallaroo.jobs.config import SECTIONS, resolve
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.options import Kind, Option
-from wallaroo.workflows.settings import OPTIONS, RunConfig
+from wallaroo.workflows.settings import OPTIONS, REMOVED, RunConfig
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,6 +43,19 @@ class RunOption(click.Option):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(one) for one in self.option.kind.choices if one.startswith(incomplete)]
+
+
+class RemovedOption(click.Option):
+    """The flag of an option that existed once: not in the help, and refused."""
+
+    def __init__(self, key: str):
+        flag = "--" + key.partition(".")[2].replace("_", "-")
+
+        def refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+            if value is not None:
+                raise click.UsageError(f"{flag} {REMOVED[key]}", ctx)
+
+        super().__init__([flag], hidden=True, expose_value=False, callback=refuse)
 
 
 class RunCommand(click.Command):
@@ -88,6 +101,7 @@ def run_options(task: str | None = None) -> Callable[[Function], Function]:
         params.extend(
             RunOption(one) for one in reversed(OPTIONS.values()) if task is None or one.serves(task)
         )
+        params.extend(map(RemovedOption, REMOVED))
         return function
 
     return add

@@ -31,16 +31,15 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "machine": Part("model.gpu_parts", "machine", 35),
-    "kernels": Part("model.gpu_parts", "kernels", 65),
-    "equal-tiny": Part("model.gpu_parts", "equal_tiny", 60),
-    "equal-random": Part("model.gpu_parts", "equal_random", 70),
-    "speed": Part("model.gpu_speed", "speed", 115),
-    "profile": Part("model.gpu_speed", "profile", 60),
-    "edit": Part("model.gpu_speed", "edit", 40),
-    "tokenizer": Part("model.gpu_speed", "tokenizer", 25),
-    "lossy": Part("model.gpu_speed", "lossy", 30),
-    "loading": Part("model.gpu_speed", "loading", 30),
+    "machine": Part("wallaroo.model.gpu_parts", "machine", 35),
+    "kernels": Part("wallaroo.model.gpu_parts", "kernels", 65),
+    "equal-tiny": Part("wallaroo.model.gpu_parts", "equal_tiny", 60),
+    "equal-random": Part("wallaroo.model.gpu_parts", "equal_random", 70),
+    "speed": Part("wallaroo.model.gpu_speed", "speed", 115),
+    "profile": Part("wallaroo.model.gpu_speed", "profile", 60),
+    "edit": Part("wallaroo.model.gpu_speed", "edit", 40),
+    "tokenizer": Part("wallaroo.model.gpu_speed", "tokenizer", 25),
+    "loading": Part("wallaroo.model.gpu_speed", "loading", 30),
 }
 """What is checked and measured, in this order."""
 
@@ -80,7 +79,7 @@ def start_part(name: str, device: str, model: str, seconds: float) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "reported")
         out.touch()
-        command = [sys.executable, "-m", "model.gpu_check", "--part", name, "--out", str(out)]
+        command = [sys.executable, "-m", "wallaroo.model.gpu_check", "--part", name, "--out", str(out)]
         command += ["--device", device, "--model", model, "--seconds", str(seconds)]
         start = time.monotonic()
         with Path(folder, "printed").open("w+") as printed:

@@ -106,7 +106,7 @@ def machine(bench: Bench) -> None:
     """What there is, and the rates that a roofline assumes: of copies, of products, and of launches."""
     report = bench.report
     report("python", platform.python_version())
-    for name in ("torch", "transformers", "triton", "flash-attn", "torchao"):
+    for name in ("torch", "transformers", "triton", "flash-attn"):
         try:
             report(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:

@@ -18,9 +18,7 @@ from wallaroo.model.config import Size
 from wallaroo.model.engine.engine import Engine
 from wallaroo.model.engine.options import EngineOptions
 from wallaroo.model.engine.requests import Request
-from wallaroo.model.errors import InputError
 from wallaroo.model.gpu_parts import TINY, Bench, timed
-from wallaroo.model.quantise import WEIGHTS, quantise
 from wallaroo.model.random_inputs import edit_requests, text_requests
 from wallaroo.model.vq import precision, to_uint8
 from wallaroo.model.wallaroo import Wallaroo
@@ -149,38 +147,6 @@ def tokenizer(bench: Bench) -> None:
             f"psnr_of_tf32_in_slices_of_{count}",
             min(99.0, 10 * torch.log10(torch.tensor(255**2 / max(error, 1e-9))).item()),
         )
-
-
-def lossy(bench: Bench) -> None:
-    """Pictures a second with weights in 8 bits by torchao, beside those without."""
-    size, rows = Size(bench.side, bench.side), 64 if bench.on_gpu else 2
-    requests = text_requests(bench.config, rows, [size])
-    given: dict[str, Any] = {"group_rows": rows, "slots": rows, "decode_vq": False}
-    for weights in ("bfloat16", *WEIGHTS):
-        if bench.left() < 8 and bench.on_gpu:
-            return
-        model = bench.random_model(bench.config)
-        try:
-            how = "" if weights == "bfloat16" else quantise(model, weights)
-        except InputError as error:
-            bench.report(f"{weights}_refused", str(error))
-            continue
-        bench.report(f"{weights}_by", how or "torch")
-        options = bench.options(bench.config, prompt_tokens=128, **given)
-        engine = warm_engine(bench, model, options, requests)
-        for request in requests:
-            engine.submit(request)
-        _steps(engine, 5)
-        # No row may end meanwhile: at toy size a picture has 19 steps.
-        count = 10 if bench.on_gpu else 2
-        seconds = timed(bench, functools.partial(_steps, engine, count))
-        bench.report(f"{weights}_milliseconds_a_step", 1e3 * seconds / count)
-        del model, engine
-
-
-def _steps(engine: Engine, count: int) -> None:
-    for _ in range(count):
-        engine.step()
 
 
 def loading(bench: Bench) -> None:

@@ -17,7 +17,7 @@ from wallaroo.workflows.plans.dataset import plan_dataset
 from wallaroo.workflows.runs.pool import load_stage, make_pool, make_results
 from wallaroo.workflows.runs.setup import resolve
 from wallaroo.workflows.runs.stages import encode, prepare
-from wallaroo.workflows.settings import OPTIONS, RunConfig
+from wallaroo.workflows.settings import OPTIONS, REMOVED, RunConfig
 
 if TYPE_CHECKING:
     import ray.data
@@ -143,6 +143,9 @@ def map_dataset(
             raise OptionError(
                 f"{name} is for runs with an output folder, which {task}() has not: leave it out."
             )
+        for key, why in REMOVED.items():
+            if key.partition(".")[2] == name:
+                raise OptionError(f"{name} {why}")
         if name not in OPTIONS:
             raise OptionError(f"there is no option '{name}'{did_you_mean(name, known) or '.'}")
     resolved = resolve(RunConfig(manifest="", output="", task=task, **options))

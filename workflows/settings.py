@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from wallaroo.model.config import TASKS, VQ_FACTOR
 from wallaroo.model.errors import InputError, did_you_mean
-from wallaroo.model.quantise import WEIGHTS
 from wallaroo.workflows.options import (
     INT64_MAX,
     INTERVAL,
@@ -244,16 +243,13 @@ class RunConfig:
         tasks=("understand",),
         meaning=True,
     )
-    # It changes rows, like `weights`: both are part of the digest as words of `mode`.
+    # It changes rows, and is part of the digest as words of `mode`.
     cfg_interval: tuple[float, float] = option(
         ALL_STEPS,
         "sampling.cfg_interval",
         INTERVAL,
         "Lossy: guide only this share of a picture's steps; faster if END is below 1.",
         tasks=DRAWING_TASKS,
-    )
-    weights: str | None = option(
-        None, "run.weights", choice(*WEIGHTS), "Lossy: 8-bit weights; needs torchao (default: as stored)."
     )
     limit: int | None = option(
         None,
@@ -447,11 +443,9 @@ class RunConfig:
 
     @property
     def mode(self) -> str:
-        """The lossy shortcuts of the run, in words such as `weights int8`; `exact` without any."""
+        """The lossy shortcuts of the run, in words such as `cfg-interval 0.0:0.5`; `exact` without any."""
         first, last = self.cfg_interval
-        shortcuts = [f"cfg-interval {first}:{last}"] if self.cfg_interval != ALL_STEPS else []
-        shortcuts += [f"weights {self.weights}"] if self.weights else []
-        return ", ".join(shortcuts) or EXACT
+        return EXACT if self.cfg_interval == ALL_STEPS else f"cfg-interval {first}:{last}"
 
     def config_digest_fields(self, model_digest: str) -> dict[str, Any]:
         """Plain JSON values of all that may change a row's meaning; their digest guards an output.
@@ -498,6 +492,9 @@ class RunConfig:
 
 OPTIONS = options_of(RunConfig)
 """Name -> option of a run."""
+
+REMOVED = {"run.weights": "asks for 8-bit weights, which only version 0.1.0 had: leave it out."}
+"""Key of an option that existed once -> the rest of the sentence that refuses it."""
 
 
 @dataclass(frozen=True)

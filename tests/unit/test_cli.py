@@ -123,6 +123,10 @@ def test_bash_completes_commands_options_and_values():
     [
         ("generat", "No such command 'generat'. Did you mean 'generate'?"),
         ("generate m o --sampels 2", "No such option '--sampels'. "),
+        (
+            "generate m o --weights fp8",
+            "--weights asks for 8-bit weights, which only version 0.1.0 had: leave it out.",
+        ),
         ("generate m", "Missing argument 'OUTPUT'."),
         ("generate m o p", "Got unexpected extra argument (p)"),
         ("generate m o --cfg", "Option '--cfg' requires an argument."),

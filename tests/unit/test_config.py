@@ -20,7 +20,7 @@ from wallaroo.model.sampling import ALWAYS, Sampling
 from wallaroo.workflows.options import OptionError
 from wallaroo.workflows.outputs.run_file import put_run
 from wallaroo.workflows.plans.settings import PlanSettings
-from wallaroo.workflows.settings import ALL_STEPS, OPTIONS, RunConfig
+from wallaroo.workflows.settings import ALL_STEPS, OPTIONS, REMOVED, RunConfig
 
 
 def made(flags=None, assignments=(), file=None, environment=None, task="generate") -> RunConfig:
@@ -66,7 +66,6 @@ def test_every_option_reaches_its_field_from_each_origin(option, run_file):
         "source.root": "pictures",
         "run.where": "prompt LIKE '%cat%'",
         "run.max_error_rate": "0.5",
-        "run.weights": "int8",
         "prompt.language": "zh",
         "prompt.template_en": 'a "{prompt}"',
         "prompt.template_zh": "画 {prompt}",
@@ -169,8 +168,8 @@ def test_the_help_states_the_default_of_an_option_with_one():
             "such as 0:0.5.",
         ),
         (
-            "run.weights=int4",
-            "--set run.weights is 'int4', but must be one of int8, fp8; did you mean 'int8'?",
+            "run.weights=int8",
+            "--set: run.weights asks for 8-bit weights, which only version 0.1.0 had: leave it out.",
         ),
         (
             "sampling.top_p=1.5",
@@ -320,13 +319,27 @@ def test_outputs_of_the_first_version_go_on(case, tmp_path):
     fields = config.config_digest_fields("ab" * 32)
     put_run(str(tmp_path), fields, config.to_dict())
     now = json.loads((tmp_path / "run.json").read_text("utf-8"))
-    # Options may be added, at the end.
+    # Options may be added, at the end. One was removed; it was null unless it was given.
     then = case["run.json"]
+    for key in REMOVED:
+        assert then["options"].pop(key.partition(".")[2]) is None
     now["options"] = dict(list(now["options"].items())[: len(then["options"])])
     assert json.dumps(now, ensure_ascii=False) == json.dumps(then, ensure_ascii=False)
     assert json.dumps(PlanSettings.of(config).meaning()) == json.dumps(case["plan"])
     (tmp_path / "run.json").write_text(json.dumps(then), "utf-8")
     put_run(str(tmp_path), fields)
+
+
+@pytest.mark.parametrize("mode", ["weights fp8", "cfg-interval 0.0:0.5, weights int8"])
+def test_an_output_of_8_bit_weights_is_refused_in_one_sentence(mode, tmp_path):
+    fields = made().config_digest_fields("ab" * 32)
+    put_run(str(tmp_path), fields | {"mode": mode})
+    with pytest.raises(InputError) as caught:
+        put_run(str(tmp_path), fields)
+    assert str(caught.value) == (
+        f"the output {tmp_path} was made with 8-bit weights (its mode is '{mode}'), which only version 0.1.0 "
+        "had: resume it with that version, or give another output folder."
+    )
 
 
 NUMBERS = st.floats() | st.integers(-5, 2**40)
@@ -365,6 +378,7 @@ def test_python_functions_take_the_options_of_their_task_by_name():
     "given, message",
     [
         ({"cgf": 4}, "there is no option 'cgf'; did you mean 'cfg'?"),
+        ({"weights": "fp8"}, "weights asks for 8-bit weights, which only version 0.1.0 had: leave it out."),
         ({"cfg": "high"}, "cfg is 'high', but must be a finite number of at least 0."),
         ({"samples": 1.5}, "samples is 1.5, but must be a whole number from 1 to 10000."),
         ({"width": None, "height": 64}, "height is 64, but width is absent: give both, or neither."),
@@ -418,7 +432,6 @@ def test_digest_fields_are_plain_and_leave_out_where_it_runs():
         "prompt.language=en",
         "prompt.template_zh={prompt}",
         "sampling.cfg_interval=0:0.5",
-        "run.weights=int8",
     ],
 )
 def test_digest_fields_name_what_changes_a_row(assignment):
@@ -429,8 +442,8 @@ def test_lossy_shortcuts_are_named_and_their_absence_is_not():
     assert made().mode == "exact" and "mode" not in made().config_digest_fields("")
     spelt = made({}, ["sampling.cfg_interval=0:1"])
     assert spelt.config_digest_fields("") == made().config_digest_fields("")
-    lossy = made({}, ["sampling.cfg_interval=0:.75", "run.weights=fp8"])
-    assert lossy.config_digest_fields("")["mode"] == lossy.mode == "cfg-interval 0.0:0.75, weights fp8"
+    lossy = made({}, ["sampling.cfg_interval=0:.75"])
+    assert lossy.config_digest_fields("")["mode"] == lossy.mode == "cfg-interval 0.0:0.75"
 
 
 def test_a_configuration_crosses_processes_and_prints():

@@ -25,9 +25,10 @@ def test_the_whole_is_under_nine_minutes() -> None:
     assert SECONDS < 9 * 60
 
 
-def test_one_run_writes_its_json_and_fails_with_a_part(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_one_run_writes_its_json_in_any_working_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "found.json"
     given = [
         "--device",

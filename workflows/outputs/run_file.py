@@ -66,6 +66,11 @@ def check_run(output: str, run: Mapping[str, Any], fields: Mapping[str, Any]) ->
         InputError: Some differ; each is named with both values.
     """
     there, here = flat(run["config"]), flat(fields)
+    if "weights" in str(there.get("mode")):
+        raise InputError(
+            f"the output {output} was made with 8-bit weights (its mode is '{there['mode']}'), which only "
+            f"version 0.1.0 had: resume it with that version, or give another output folder."
+        )
     differing = [key for key in sorted({*there, *here}) if plain(there.get(key)) != plain(here.get(key))]
     if differing:
         words = "; ".join(

@@ -35,7 +35,6 @@ class Pool:
         shards: All shards of the pipeline.
         threads: CPU threads of one replica.
         options: Fields of `model.engine.EngineOptions` that differ from their defaults.
-        weights: Format of the weights, as `actors.replica.Replica` takes it.
         kind: Class of the replicas.
     """
 
@@ -45,7 +44,6 @@ class Pool:
     shards: int
     threads: int = 1
     options: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
     kind: type = Replica
 
     def tasks(self, most: int) -> "ray.data.TaskPoolStrategy":
@@ -111,7 +109,7 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
         if getattr(config, name) is not None:
             options[name] = getattr(config, name)
     size = min(config.replicas[1], shards)
-    return Pool(device, size, calls, shards, config.threads, options, config.weights, kind)
+    return Pool(device, size, calls, shards, config.threads, options, kind)
 
 
 def load_stage(
@@ -164,7 +162,6 @@ def make_results(
             "device": pool.device,
             "threads": pool.threads,
             "watch": watch,
-            "weights": pool.weights,
         },
         compute=ActorPoolStrategy(
             size=pool.size,

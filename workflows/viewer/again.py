@@ -30,7 +30,7 @@ _PARAMETERS = ("id", "prompt", "seed", "cfg", "temperature", "top_k", "top_p", "
 _OF_ROW = (*_PARAMETERS, "samples", "width", "height", "prompt_column")
 """Options whose value a row has itself."""
 
-_OTHERS = ("model", "weights", "cfg_interval", "threads")
+_OTHERS = ("model", "cfg_interval", "threads")
 """Options that may change a result though they are not declared with `meaning`."""
 
 
@@ -84,9 +84,12 @@ def recipe(output: Output, row: Mapping[str, Any]) -> Recipe | None:
 
     Returns:
         For an ok row, the manifest has its resolved parameters and its seed; for an error row, the values of
-        its manifest row. None if the source has no name.
+        its manifest row. None if the source has no name, or if the output was made with 8-bit weights, which
+        only version 0.1.0 had.
     """
     task = output.task
+    if output.run["options"].get("weights") is not None:
+        return None
     if row["status"] != "ok":
         schema = output.reader.schema(output.shard(row["shard"]))
         shown = manifest_row(row, schema)

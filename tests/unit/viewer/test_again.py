@@ -45,15 +45,22 @@ def test_recipe_is_of_options_that_the_command_has(three, opened):
     output = opened(three, fill=False)
     config = resolve("edit", "m.jsonl", "out", {"model": "x", "image_format": "jpeg", "image_quality": 80,
         "restore_size": True, "max_prompt_tokens": 9, "max_source_bytes": 5, "max_source_pixels": 6,
-        "allow_https": True, "cfg_interval": "0:0.5", "weights": "int8",
+        "allow_https": True, "cfg_interval": "0:0.5",
         "template_zh": "{prompt}", "threads": 3}, (), None, {})  # fmt: skip
     output.run["options"].clear()
     output.run["options"].update(config.to_dict())
     words = shlex.split(again.recipe(output, output.row(0, 0)).command.rpartition("\n")[2])
     given = dict(itertools.pairwise(words))
     named = {word for word in words if word.startswith("--")}
-    assert named <= flags and len(named) == 12
+    assert named <= flags and len(named) == 11
     assert given["--max-prompt-tokens"] == "9" and given["--cfg-interval"] == "0:0.5"
+
+
+def test_no_recipe_where_the_weights_were_of_8_bits(three, opened):
+    output = opened(three, fill=False)
+    assert again.recipe(output, output.row(0, 0)) is not None
+    output.run["options"]["weights"] = "int8"
+    assert again.recipe(output, output.row(0, 0)) is None
 
 
 def test_error_row_shows_its_row_of_the_manifest(three, opened):
