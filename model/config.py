@@ -18,6 +18,12 @@ VQ_FACTOR = 16
 
 TASKS = ("generate", "edit", "understand")
 
+TOKEN_PIXELS = 28 * 28
+"""Pixels that the vision tower makes a token of."""
+
+CONTEXT_TOKENS = 32768
+"""Tokens of the longest row that the backbone was trained on (arXiv 2502.13923)."""
+
 SLOTS = {"cpu": 32, "cuda": 128}
 """Rows that decode at once where nobody says. A GPU that is busy with so many gains nothing from more, and
 takes fewer if it has less room."""
@@ -232,6 +238,28 @@ class ModelConfig:
         ratio = height / width
         key = min(self.sizes, key=lambda key: abs(float(key) - ratio))
         return Size(*self.sizes[key])
+
+    def with_pixels(self, least: int | None, most: int | None) -> "ModelConfig":
+        """The configuration with other limits of pictures to be understood.
+
+        Args:
+            least: Pixels that the vision tower sees at least; None leaves the limit as it is.
+            most: Pixels that it sees at most; None likewise.
+
+        Raises:
+            InputError: The limits are in the wrong order.
+        """
+        own_least, own_most = self.understand_pixels
+        limits = (own_least if least is None else least, own_most if most is None else most)
+        if limits[0] > limits[1]:
+            first, second = (
+                f"{limit:,}{'' if given is not None else ' by the checkpoint'}"
+                for limit, given in zip(limits, (least, most), strict=True)
+            )
+            raise InputError(
+                f"min_pixels is {first}, but must be at most max_pixels, which is {second}: give both."
+            )
+        return dataclasses.replace(self, understand_pixels=limits)
 
     def require_task(self, task: str) -> None:
         """Raises InputError if the checkpoint cannot do a task, and says why."""

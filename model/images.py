@@ -49,6 +49,21 @@ def smart_resize(
     return rows, columns
 
 
+def most_tokens(min_pixels: int, max_pixels: int, factor: int = FACTOR) -> int:
+    """Tokens that any picture may come to, at most, by `smart_resize` between two limits in pixels.
+
+    A long picture may come to more than `max_pixels`: no side is under a token, and what is too small grows
+    to whole tokens on both sides.
+    """
+    longest = math.isqrt(MAX_SIDE_RATIO * max_pixels) // factor
+    shrunk = max(max_pixels // factor**2, longest)
+    # Longer side of what grows: over `tokens - 1` and up to `tokens` of them. The other one follows from it.
+    least = min_pixels / factor**2
+    sides = range(math.ceil(math.sqrt(least)), math.ceil(math.sqrt(least * MAX_SIDE_RATIO)) + 1)
+    grown = (tokens * math.ceil(least / max(tokens - 1, math.sqrt(least))) for tokens in sides)
+    return max(shrunk, *grown)
+
+
 def semantic_image(image: Image.Image, min_pixels: int, max_pixels: int) -> np.ndarray:
     """The RGB picture as the vision tower sees it: uint8 [h, w, 3], both sides multiples of 28.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from wallaroo.model.config import ModelConfig, Size
 from wallaroo.model.errors import InputError, did_you_mean
+from wallaroo.model.images import most_tokens
 from wallaroo.model.tokenizer import Control, Tokenizer, indicator
 
 SYSTEM = "You are a helpful assistant."
@@ -33,6 +34,9 @@ TEMPLATES = {
 
 DEFAULT_QUESTION = {"en": "Describe this image in detail.", "zh": "请详细描述这张图片。"}
 """Language -> what is asked of a picture that comes without a question."""
+
+TEMPLATE_TOKENS = 128
+"""Tokens that a template and control tokens add to a prompt, at most for the built-in ones."""
 
 _PLACEHOLDERS = ("prompt", "target_w", "target_h")
 _PLACEHOLDER = re.compile(r"\{(" + "|".join(_PLACEHOLDERS) + r")\}")
@@ -165,6 +169,16 @@ def understand_prompt(
     if assistant_header:
         pieces += [Control("<|im_start|>"), "assistant\n"]
     return _prompt(tokenizer, pieces, grid)
+
+
+def source_tokens(config: ModelConfig, task: str) -> int:
+    """Tokens that a source picture adds to a prompt of a task, at most; 0 for `generate`."""
+    if task == "generate":
+        return 0
+    if task == "understand":
+        return most_tokens(*config.understand_pixels)
+    rows, columns = max(config.size_list(), key=lambda size: size.height * size.width).grid
+    return most_tokens(*config.edit_pixels) + rows * columns + (rows - 1 if config.line_break else 0)
 
 
 def _fill(template: str, prompt: str, size: Size) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wallaroo.model.config import TASKS, VQ_FACTOR
+from wallaroo.model.config import CONTEXT_TOKENS, TASKS, TOKEN_PIXELS, VQ_FACTOR
 from wallaroo.model.errors import InputError, did_you_mean
 from wallaroo.workflows.options import (
     INT64_MAX,
@@ -27,18 +27,22 @@ from wallaroo.workflows.options import (
     text,
     whole,
 )
-from wallaroo.workflows.tasks import DRAWING_TASKS, EXACT, PICTURE_TASKS, PRESETS, SAMPLING
+from wallaroo.workflows.tasks import DRAWING_TASKS, EXACT, PICTURE_TASKS, PRESETS, SAMPLING, Preset
 
 if TYPE_CHECKING:
     from wallaroo.model.sampling import Sampling
 
 LANGUAGES = ("en", "zh")
 MAX_SAMPLES = 10_000
+MAX_NEW_TOKENS = 256
+"""Tokens of an answer where neither an option nor a preset says how many."""
+
 ALL_STEPS = (0.0, 1.0)
 """A `cfg_interval` that leaves no step out."""
 
 _SCALE = number("a finite number of at least 0", lambda scale: scale >= 0)
 _SIDE = whole(1, metavar="PIXELS")
+_SEEN = whole(TOKEN_PIXELS, CONTEXT_TOKENS * TOKEN_PIXELS, "PIXELS", f" ({TOKEN_PIXELS} pixels are a token)")
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class RunConfig:
         None,
         "run.preset",
         choice(*PRESETS),
-        "Sampling options of a published evaluation; options given beside it win.",
+        "Options of a published evaluation; options given beside it win.",
     )
     width: int | None = option(
         None,
@@ -236,10 +240,10 @@ class RunConfig:
         meaning=True,
     )
     max_new_tokens: int = option(
-        256,
+        None,
         "prompt.max_new_tokens",
         whole(1),
-        "Maximum tokens of an answer.",
+        "Maximum tokens of an answer (default 256).",
         tasks=("understand",),
         meaning=True,
     )
@@ -364,6 +368,25 @@ class RunConfig:
         meaning=True,
         later=True,
     )
+    # Pictures are scaled to whole tokens of 28x28 pixels, with about as many pixels as these allow.
+    min_pixels: int | None = option(
+        None,
+        "source.vision_min_pixels",
+        _SEEN,
+        "Enlarge smaller pictures for the vision tower (default: as the checkpoint was trained).",
+        tasks=("understand",),
+        meaning=True,
+        later=True,
+    )
+    max_pixels: int | None = option(
+        None,
+        "source.vision_max_pixels",
+        _SEEN,
+        "Reduce larger pictures for the vision tower (default: as the checkpoint was trained).",
+        tasks=("understand",),
+        meaning=True,
+        later=True,
+    )
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -378,7 +401,9 @@ class RunConfig:
             value = getattr(self, one.name)
             if value is not None or one.default is not None:
                 object.__setattr__(self, one.name, one.read(value))
-            if getattr(self, one.name) != one.default and not one.serves(self.task):
+            # A configuration that is copied has what `_fill` put into it.
+            left_out = (one.default, MAX_NEW_TOKENS if one.name == "max_new_tokens" else None)
+            if getattr(self, one.name) not in left_out and not one.serves(self.task):
                 raise OptionError(
                     f"{one.name} is for {' and '.join(one.tasks)}, but this is {self.task}: leave it out."
                 )
@@ -389,15 +414,16 @@ class RunConfig:
         """Sets what was left to the preset, the task or the model's defaults."""
         from wallaroo.model.sampling import Sampling
 
-        sampling, samples, strip_quotes = SAMPLING[self.task], 1, False
+        sampling, samples, others = Preset(self.task, SAMPLING[self.task])[1:]
         if self.preset is not None:
-            task, sampling, samples, strip_quotes = PRESETS[self.preset]
+            task, sampling, samples, others = PRESETS[self.preset]
             if task != self.task:
                 raise OptionError(
                     f"preset '{self.preset}' is for {task}, but this is {self.task}: leave it out."
                 )
-        given = {"samples": samples, "strip_quotes": strip_quotes or None}
-        for name, value in (dataclasses.asdict(Sampling(**sampling)) | given).items():
+        values = {**dataclasses.asdict(Sampling(**sampling)), "samples": samples}
+        values["max_new_tokens"] = MAX_NEW_TOKENS
+        for name, value in {**values, **others}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
@@ -422,11 +448,34 @@ class RunConfig:
             raise OptionError(f"{given} selects rows, but incremental plans all new ones: leave one out.")
         if self.task == "understand" and self.cfg > 1:
             raise OptionError(f"cfg is {self.cfg:g}, but answers have no guidance: give at most 1.")
+        self._check_pixels()
         for language, template in self.templates.items():
             try:
                 check_template(template)
             except InputError as error:
                 raise OptionError(f"template_{language}: {error}") from None
+
+    def _check_pixels(self) -> None:
+        """Checks the limits of pixels that are given; those of the checkpoint are not known here."""
+        from wallaroo.model.images import most_tokens
+        from wallaroo.model.prompts import TEMPLATE_TOKENS
+
+        if self.max_pixels is None:
+            return
+        least = self.min_pixels or TOKEN_PIXELS
+        if least > self.max_pixels:
+            raise OptionError(
+                f"min_pixels is {least}, but max_pixels is {self.max_pixels}: give at most that, or a larger "
+                f"max_pixels."
+            )
+        picture = most_tokens(least, self.max_pixels)
+        others = self.max_prompt_tokens + TEMPLATE_TOKENS + self.max_new_tokens
+        if picture + others > CONTEXT_TOKENS:
+            raise OptionError(
+                f"max_pixels is {self.max_pixels}, so a picture may take {picture:,} tokens, but the context "
+                f"of {CONTEXT_TOKENS:,} has {CONTEXT_TOKENS - others:,} left beside prompt and answer: "
+                f"lower max_pixels, max_prompt_tokens or max_new_tokens."
+            )
 
     @property
     def sampling(self) -> "Sampling":

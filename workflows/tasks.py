@@ -3,6 +3,8 @@
 Imports no library, because the command line reads it for its help.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 PICTURE_TASKS = ("edit", "understand")
@@ -24,19 +26,28 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 
 class Preset(NamedTuple):
-    """Parameters of a published evaluation."""
+    """Parameters of a published evaluation; others: values of options beside sampling and samples."""
 
     task: str
     sampling: dict[str, Any]
     samples: int = 1
-    strip_quotes: bool = False
+    others: Mapping[str, int] = MappingProxyType({})
 
 
 PRESETS = {
     "geneval": Preset("generate", {"cfg": 3.0, "temperature": 1.0, "top_k": 1000, "top_p": 1.0}, 4),
     "dpg": Preset(
-        "generate", {"cfg": 4.0, "temperature": 1.0, "top_k": 1000, "top_p": 0.95}, 4, strip_quotes=True
+        "generate",
+        {"cfg": 4.0, "temperature": 1.0, "top_k": 1000, "top_p": 0.95},
+        4,
+        others={"strip_quotes": True},
     ),
     "imgedit": Preset("edit", {"cfg": 3.0, "temperature": 1.0, "top_k": 1000, "top_p": 1.0}),
+    # What VLMEvalKit gives Qwen2.5-VL-7B-Instruct; its temperature and top-p leave the likeliest token too.
+    "vlmevalkit": Preset(
+        "understand",
+        {"cfg": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0},
+        others={"min_pixels": 1280 * 28 * 28, "max_pixels": 16384 * 28 * 28, "max_new_tokens": 2048},
+    ),
 }
 """The published settings. The size is not among them: theirs is the default of the checkpoint they used."""

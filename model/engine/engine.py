@@ -70,7 +70,7 @@ class Engine:
         self.new_recorder = None if self.backend == "block" else new_recorder
         self.reserves = self.new_recorder is not None or device.type == "cuda"
         steps = most_steps(model.config, task, self.options.max_new_tokens)
-        self.longest = longest_prompt(model.config, task, self.options.prompt_tokens) + steps, steps
+        self.longest = longest_prompt(model.config, task, self.options) + steps, steps
         self.streams = Streams(device)
         self.frequencies = rope_frequencies(model.config.decoder, device)
         ids = model.config.token_ids

@@ -9,10 +9,13 @@ from wallaroo.model.attention import KEY_BLOCK
 from wallaroo.model.config import SLOTS, DecoderConfig, ModelConfig, Size
 from wallaroo.model.engine.backends import default_backend
 from wallaroo.model.engine.requests import steps_of
+from wallaroo.model.prompts import TEMPLATE_TOKENS, source_tokens
 from wallaroo.model.sampling import ALWAYS
 
 GPU_GROUP_ROWS = (128, 64, 16)
 """Rows of a group on a GPU: the first that fits. Each group reads all weights, so large ones cost less."""
+LEAST_GROUP_ROWS = 4
+"""Rows of a group where memory is short, as where a picture to be understood takes thousands of tokens."""
 GPU_PREFILL = {"prefill_piece": 16, "prefill_pieces": 32}
 """512 tokens a forward on a GPU: fewer leave its arithmetic unused while it reads the weights."""
 GPU_VQ_SLICE = 4
@@ -21,8 +24,6 @@ MIN_SHARED = 1 << 15
 """Elements that torch gives a CPU thread at least."""
 VECTOR = 32
 """Elements that torch's float32 operators take at once where vectors are widest."""
-TEMPLATE_TOKENS = 128
-"""Tokens that a template and control tokens add to a prompt, at most for the built-in ones."""
 VQ_BYTES = 3500
 """Activations of a VQ decode in float32, bytes a pixel."""
 WAITING_ROWS = 32
@@ -43,9 +44,10 @@ class EngineOptions:
     vq_slice: pictures a VQ decode. vq_precision: `tf32` or `float32`, of its convolutions on CUDA.
     prefix_sharing: whether rows of one prompt share its prefill; prefix_tokens: prompt tokens kept for
         sharing when no row waits for them any more.
-    prompt_tokens, max_new_tokens: most tokens of a row's own prompt and of a text. With the largest size they
-        bound the keys of a row. On CUDA memory for these is taken once; a longer row takes more and makes
-        the recordings anew.
+    prompt_tokens, max_new_tokens: most tokens of a row's own prompt and of a text. pixels: least and most of
+        a picture to be understood, as the vision tower sees it; None for those of the checkpoint. With the
+        largest size these bound the keys of a row. On CUDA memory for them is taken once; a longer row takes
+        more and makes the recordings anew.
     attention: `block`, `sdpa`, `flash` or `triton`; None for what suits the device. `triton` takes all of
         the decoder through the kernels of `model.cuda`.
     graphs: whether decode steps on CUDA are recorded once and replayed (see model/cuda/graphs.py).
@@ -68,6 +70,7 @@ class EngineOptions:
     prefix_tokens: int = 16384
     prompt_tokens: int = 1024
     max_new_tokens: int = 256
+    pixels: tuple[int | None, int | None] = (None, None)
     attention: str | None = None
     graphs: bool = True
     decode_vq: bool = True
@@ -86,16 +89,10 @@ class EngineOptions:
         }
 
 
-def longest_prompt(config: ModelConfig, task: str, prompt_tokens: int) -> int:
-    """Tokens of the longest prompt of a task whose rows bring up to `prompt_tokens` of their own."""
-    seen = config.vision.patch_size * config.vision.spatial_merge_size
-    if task == "generate":
-        picture = 0
-    elif task == "edit":
-        picture = config.edit_pixels[1] // seen**2 + steps_of(_largest(config), config.line_break)
-    else:
-        picture = config.understand_pixels[1] // seen**2
-    return prompt_tokens + TEMPLATE_TOKENS + picture
+def longest_prompt(config: ModelConfig, task: str, options: EngineOptions) -> int:
+    """Tokens of the longest prompt of a task, for rows as the options have them."""
+    pictures = source_tokens(config.with_pixels(*options.pixels), task)
+    return options.prompt_tokens + TEMPLATE_TOKENS + pictures
 
 
 def most_steps(config: ModelConfig, task: str, max_new_tokens: int) -> int:
@@ -126,17 +123,19 @@ def gpu_options(
     base = EngineOptions(**given)
     decoder, largest = config.decoder, _largest(config)
     token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * element
-    prompt = longest_prompt(config, task, base.prompt_tokens)
+    prompt = longest_prompt(config, task, base)
     row = 2 * token * (prompt + most_steps(config, task, base.max_new_tokens))
+    pictures = 0 if task == "understand" else base.vq_slice * largest.height * largest.width * VQ_BYTES
+
     # Prompts on their way, those that wait for a slot, and those that are kept for rows to come.
     prompts = token * (prompt * (base.prefill_pieces + 1 + 2 * WAITING_ROWS) + base.prefix_tokens)
-    pictures = 0 if task == "understand" else base.vq_slice * largest.height * largest.width * VQ_BYTES
-    room = (1 - WORKING_SHARE) * free - pictures - prompts
-    fitting = int(max(0, room) // row)
+    room = (1 - WORKING_SHARE) * free - pictures
+    fitting = int(max(0, room - prompts) // row)
     group = next((rows for rows in GPU_GROUP_ROWS if rows <= fitting), GPU_GROUP_ROWS[-1])
-    group = given.get("group_rows", group)
+    # Most prompts are shorter than reckoned, so the least group is for rows that do not fit even alone.
+    group = given.get("group_rows", group if group * row <= room else LEAST_GROUP_ROWS)
     slots = max(1, min(fitting, SLOTS["cuda"]) // group) * group
-    smaller = tuple(rows for rows in GPU_GROUP_ROWS if rows < group)
+    smaller = tuple(rows for rows in (*GPU_GROUP_ROWS, LEAST_GROUP_ROWS) if rows < group)
     return EngineOptions(**({"group_rows": group, "slots": slots, "smaller": smaller} | given))
 
 

@@ -251,6 +251,11 @@ def test_pictures_within_parquet_files_are_referred_to_not_copied(pictures, tmp_
     found = sorted(understand(ds, device="cpu", max_new_tokens=2).take_all(), key=lambda row: row["row_id"])
     assert [row["text"] for row in found] == [row["text"] for row in rows]
     assert [row["error_type"] for row in found] == [row["error_type"] for row in rows]
+    options = {"device": "cpu", "max_new_tokens": 2, "min_pixels": 100352, "max_pixels": 200704}
+    large = sorted(understand(ds, **options).take_all(), key=lambda row: row["row_id"])
+    assert [row["error_type"] for row in large] == [row["error_type"] for row in rows]
+    # 128 to 256 tokens of a picture, where the checkpoint has 4 to 16.
+    assert large[0]["prompt_tokens"] - rows[0]["prompt_tokens"] > 100
     with pytest.raises(InputError, match="width is for generate, but this is edit"):
         edit(ds, prompt="make it red", width=64, height=64)
 

@@ -45,6 +45,20 @@ def test_a_look_tells_what_the_whole_run_takes(local_ray, tmp_path):
     )
 
 
+def test_memory_counts_what_sources_add_to_prompts():
+    from wallaroo.workflows.plans.plan import Plan
+
+    def found(**options):
+        config = RunConfig("m.jsonl", "", "understand", device="cpu", slots=4, max_new_tokens=64, **options)
+        return estimate(Plan(), config, None)
+
+    # 512 bytes of keys and values a token and layer of the embedded checkpoint, in float32.
+    own, wide = found(), found(max_pixels=784 * 1000)
+    assert (own.source_tokens, wide.source_tokens) == (56, 1000)
+    assert wide.kv_bytes - own.kv_bytes == own.kv_bytes // (128 + 56 + 64) * (1000 - 56)
+    assert "keys and values at prompts of 128 tokens and sources of 1,000" in "\n".join(wide.lines())
+
+
 @pytest.mark.parametrize("rate", ["0", "-1", "inf", "nan", "nowhere"])
 def test_a_rate_that_is_none(rate, tmp_path, monkeypatch):
     from wallaroo.workflows.plans.plan import Plan

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import wallaroo
 from wallaroo.jobs.config import SECTIONS, resolve
-from wallaroo.model.config import TASKS
+from wallaroo.model.config import TASKS, ModelConfig
 from wallaroo.model.errors import InputError
 from wallaroo.model.sampling import ALWAYS, Sampling
 from wallaroo.workflows.options import OptionError
@@ -64,6 +64,8 @@ def test_every_option_reaches_its_field_from_each_origin(option, run_file):
         "source.image_column": "photo",
         "run.id_column": "item",
         "source.root": "pictures",
+        "source.vision_min_pixels": "1568",
+        "source.vision_max_pixels": "100352",
         "run.where": "prompt LIKE '%cat%'",
         "run.max_error_rate": "0.5",
         "prompt.language": "zh",
@@ -267,6 +269,7 @@ def test_an_option_of_another_task_is_refused(option):
     value = {"image.format": "webp", "prompt.template_en": "a {prompt}", "prompt.template_zh": "{prompt}"}
     value |= {"prompt.text": "red", "source.root": "pictures", "image.width": "64", "image.height": "64"}
     value |= {"sampling.cfg_interval": "0:0.5"}
+    value |= {"source.vision_min_pixels": "1568", "source.vision_max_pixels": "1568"}
     beside = {"image.width": ["image.height=64"], "image.height": ["image.width=64"]}
     beside["image.quality"] = ["image.format=jpeg"]
     text = value.get(option.key, "5" if option.kind.metavar else "true")
@@ -290,12 +293,70 @@ def test_a_preset_sets_sampling_samples_and_quotes_and_nothing_else():
         spelt = dataclasses.replace(config, preset=None)
         assert spelt.config_digest_fields("") == config.config_digest_fields("")
         assert config.to_dict()["preset"] == name
+    told = made({"preset": "vlmevalkit"}, task="understand")
+    assert (told.min_pixels, told.max_pixels, told.max_new_tokens) == (1003520, 12845056, 2048)
+    assert told.sampling == made(task="understand").sampling
+    others = {"min_pixels": "784", "max_new_tokens": "256"}
+    told = made({"preset": "vlmevalkit", **others}, task="understand")
+    assert (told.min_pixels, told.max_pixels, told.max_new_tokens) == (784, 12845056, 256)
     assert made({"preset": "dpg", "cfg": "5"}).sampling == Sampling(5, 1, 1000, 0.95)
     assert RunConfig("", "", preset="dpg").sampling == Sampling(4, 1, 1000, 0.95)
     with pytest.raises(InputError, match="preset 'imgedit' is for edit, but this is generate"):
         made({"preset": "imgedit"})
     with pytest.raises(InputError, match="did you mean 'geneval'"):
         made({"preset": "genevall"})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["vision_min_pixels=783"], "must be a whole number from 784 to 25690112 (784 pixels are a token)."),
+        (
+            ["vision_max_pixels=25690113"],
+            "must be a whole number from 784 to 25690112 (784 pixels are a token).",
+        ),
+        (
+            ["vision_min_pixels=7840", "vision_max_pixels=1568"],
+            "min_pixels is 7840, but max_pixels is 1568: give at most that, or a larger max_pixels.",
+        ),
+        (
+            ["vision_max_pixels=25000000"],
+            "max_pixels is 25000000, so a picture may take 31,887 tokens, but the context of 32,768 has "
+            "31,360 left beside prompt and answer: lower max_pixels, max_prompt_tokens or max_new_tokens.",
+        ),
+    ],
+)
+def test_limits_of_pixels_have_rules(given, words):
+    with pytest.raises(InputError) as caught:
+        made({}, [f"source.{one}" for one in given], task="understand")
+    assert str(caught.value).endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"min_pixels": 1003520},
+            "min_pixels is 1,003,520, but must be at most max_pixels, which is 188,160 by",
+        ),
+        (
+            {"max_pixels": 784},
+            "min_pixels is 12,544 by the checkpoint, but must be at most max_pixels, which is 784:",
+        ),
+    ],
+)
+def test_limits_of_pixels_go_with_those_of_the_checkpoint(given, words):
+    asked = PlanSettings.of(RunConfig("", "", "understand", **given))
+    with pytest.raises(OptionError, match=re.escape(words)):
+        asked.check(ModelConfig())
+    asked.check(ModelConfig(understand_pixels=(784, 2000000)))
+
+
+def test_limits_of_pixels_are_part_of_what_a_row_is_where_they_are_given():
+    plain = made(task="understand").config_digest_fields("")
+    assert not {"min_pixels", "max_pixels"} & plain.keys()
+    given = made({"max_pixels": "784"}, task="understand").config_digest_fields("")
+    assert given == plain | {"max_pixels": 784}
 
 
 def test_answers_are_greedy_unless_told_otherwise():
@@ -345,6 +406,8 @@ def test_an_output_of_8_bit_weights_is_refused_in_one_sentence(mode, tmp_path):
 NUMBERS = st.floats() | st.integers(-5, 2**40)
 
 
+# The first call imports torch.
+@settings(deadline=None)
 @given(st.sampled_from(["cfg", "temperature", "top_k", "top_p"]), NUMBERS)
 def test_sampling_of_a_run_has_the_rules_of_a_row(name, value):
     try:

@@ -239,10 +239,12 @@ def test_messages_of_the_troubleshooting_table_are_those_of_the_code():
 
 def test_presets_are_those_of_the_code():
     rows = [[cell.strip("| `") for cell in row] for row in table(DOCS / "manifests.md", "Presets")]
-    for name, task, cfg, temperature, top_k, top_p, samples, quotes in rows:
+    for name, task, cfg, temperature, top_k, top_p, samples, others in rows:
         numbers = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = {key: float(value) for key, value in numbers.items()}
-        assert PRESETS[name] == (task, sampling, int(samples), quotes == "removed")
+        flags = re.findall(r"--([a-z-]+)(?: (\d+))?", others)
+        beside = {flag.replace("-", "_"): int(value) if value else True for flag, value in flags}
+        assert PRESETS[name] == (task, sampling, int(samples), beside)
     assert {row[0] for row in rows} == set(PRESETS)
 
 

@@ -14,7 +14,7 @@ from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig
 from wallaroo.model.counts import Operators, counted
 from wallaroo.model.decoder import MLP, PACKS, PackedLinear, PackedMLP, packed
 from wallaroo.model.engine.engine import Engine
-from wallaroo.model.engine.options import EngineOptions, even_threads, gpu_options
+from wallaroo.model.engine.options import EngineOptions, even_threads, gpu_options, longest_prompt
 from wallaroo.model.engine.pictures import Pictures
 from wallaroo.model.engine.requests import Request, Result
 from wallaroo.model.prompts import Prompt
@@ -469,16 +469,16 @@ def test_a_gpu_gets_as_many_slots_as_fit_in_groups_whose_shape_slots_do_not_chan
     large = ModelConfig(name="7b")
     chosen = [gpu_options(large, gigabytes << 30, 2) for gigabytes in (4, 8, 30, 120)]
     assert [(options.group_rows, options.slots) for options in chosen] == [
-        (16, 16),
+        (4, 4),
         (16, 16),
         (64, 64),
         (128, 128),
     ]
-    assert [options.smaller for options in chosen] == [(), (), (16,), (64, 16)]
+    assert [options.smaller for options in chosen] == [(), (4,), (16, 4), (64, 16, 4)]
     assert gpu_options(large, 120 << 30, 2, slots=16).group_rows == 128
     assert gpu_options(large, 120 << 30, 2, slots=16).slots == 16
     given = gpu_options(large, 120 << 30, 2, group_rows=32, vq_slice=8)
-    assert (given.group_rows, given.slots, given.smaller, given.vq_slice) == (32, 128, (16,), 8)
+    assert (given.group_rows, given.slots, given.smaller, given.vq_slice) == (32, 128, (16, 4), 8)
 
 
 def test_edit_prompts_count_when_a_group_is_chosen_for_a_gpu() -> None:
@@ -488,6 +488,21 @@ def test_edit_prompts_count_when_a_group_is_chosen_for_a_gpu() -> None:
     assert gpu_options(large, 30 << 30, 2, task="edit").group_rows == 16
     longer = gpu_options(large, 30 << 30, 2, task="generate", prompt_tokens=4096)
     assert longer.group_rows == 16
+
+
+def test_pictures_to_be_understood_count_at_the_limits_of_the_run() -> None:
+    large = ModelConfig(name="7b")
+    own, wide = EngineOptions(), EngineOptions(pixels=(1003520, 12845056))
+    assert longest_prompt(large, "understand", own) == 1024 + 128 + 240
+    assert longest_prompt(large, "understand", wide) == 1024 + 128 + 16384
+    assert longest_prompt(large, "generate", wide) == longest_prompt(large, "generate", own) == 1024 + 128
+    assert longest_prompt(large, "edit", wide) == 1024 + 128 + 240 + 32 * 32 + 31
+    found = [
+        gpu_options(large, gigabytes << 30, 2, task="understand", pixels=wide.pixels, max_new_tokens=2048)
+        for gigabytes in (120, 60, 30)
+    ]
+    assert [(one.group_rows, one.smaller) for one in found] == [(16, (4,)), (16, (4,)), (4, ())]
+    assert gpu_options(large, 120 << 30, 2, task="understand").group_rows == 128
 
 
 HALF = (0.0, 0.5)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from wallaroo.model.config import ModelConfig, Size
 from wallaroo.model.errors import RowError
-from wallaroo.model.images import cover_size, patchify, pixel_image, semantic_image, smart_resize
+from wallaroo.model.images import cover_size, most_tokens, patchify, pixel_image, semantic_image, smart_resize
 
 sides = st.integers(1, 6000)
 
@@ -39,6 +39,27 @@ def test_smart_resize_of_known_sizes(source, expected):
 
 def test_smart_resize_leaves_no_empty_side_under_tiny_limits():
     assert smart_resize(10, 1900, 784, 28224) == (28, 2296)
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens"),
+    [
+        ((12544, 188160), 240),
+        ((1003520, 12845056), 16384),
+        # Strips, whose shorter side grows to whole tokens.
+        ((1003520, 1003520), 1708),
+        ((784, 784), 15),
+    ],
+)
+def test_most_tokens_of_known_limits(limits, tokens):
+    assert most_tokens(*limits) == tokens
+
+
+@given(sides, sides, st.integers(784, 2_000_000), st.integers(0, 2_000_000))
+def test_no_picture_has_more_tokens_than_most(height, width, least, more):
+    if max(height, width) <= 200 * min(height, width):
+        rows, columns = smart_resize(height, width, least, least + more)
+        assert rows * columns <= 784 * most_tokens(least, least + more)
 
 
 @given(sides, sides)

@@ -378,3 +378,6 @@ def test_a_shard_s_pixels_in_and_out_stay_under_64_mib():
         rows = shard_rows(10**7, config, task)
         assert 3 * pixels * rows <= 64 << 20 < 3 * pixels * (rows + 1)
     assert shard_rows(10**7, config, "edit", restored=True) < shard_rows(10**7, config, "edit") // 4
+    # Few pictures are as large as the largest that would be seen whole.
+    assert shard_rows(10**7, config.with_pixels(1003520, 12845056), "understand") == 5
+    assert shard_rows(10**7, config.with_pixels(12845056, 12845056), "understand") == 1

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.pictures import base, real_pictures, save, write_pictures
+from wallaroo.actors.rows import requests
 from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.config import ModelConfig, Size
 from wallaroo.model.errors import RowError
@@ -340,6 +341,27 @@ def test_a_plan_keeps_the_text_of_a_picture_and_its_results_do_not():
     uris = [source["uri"] for source in loaded.column("source").to_pylist()]
     assert uris == ["data:", "data:image/jpeg", "data:image/png"]
     assert loaded.column("error_type").to_pylist() == ["", "", "image"]
+
+
+def test_a_picture_is_seen_within_the_limits_of_the_run(tmp_path):
+    Image.fromarray(base()).resize((300, 200)).save(tmp_path / "cat.png")
+    table = pa.table({"image": ["cat.png"], "prompt": ["what?"]})
+    asked = PlanSettings.of(RunConfig("", "", "understand"))
+    plan = plan_rows(table, asked, load_config(TINY), load_tokenizer(TINY), folder=str(tmp_path))
+    found = {}
+    for limits in ((None, None), (None, 6272), (50176, 100352), (784, 784 * 200)):
+        run = RunConstants("understand", "m" * 64, "c" * 64, min_pixels=limits[0], max_pixels=limits[1])
+        _, made = load_requests(plan, str(TINY), run, SourceOptions("/"))
+        (request,) = requests(made, ["row"])
+        assert request.prompt.semantic[1] - request.prompt.semantic[0] == request.semantic[..., 0].size // 784
+        found[limits] = request.semantic.shape[:2]
+    # By the checkpoint 3,136 to 12,544 pixels.
+    assert found == {
+        (None, None): (84, 112),
+        (None, 6272): (56, 84),
+        (50176, 100352): (196, 308),
+        (784, 784 * 200): (196, 308),
+    }
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPG_large", "png", ""])

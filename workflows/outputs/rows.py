@@ -68,6 +68,7 @@ class RunConstants:
     model_digest, config_digest: hex. image_format: `png`, `webp` or `jpeg`; image_quality as for
     `encode_image`. templates: language -> prompt template, where the built-in one is replaced.
     restore_size: whether a picture gets the size of its source. max_new_tokens: the most tokens of a text.
+    min_pixels, max_pixels: limits of a picture to be understood, None for those of the checkpoint.
     """
 
     task: str
@@ -79,6 +80,8 @@ class RunConstants:
     templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
     restore_size: bool = False
     max_new_tokens: int = 256
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import pyarrow as pa
 from wallaroo.actors.rows import to_ipc
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.plans.columns import carried_schema, check_columns
-from wallaroo.workflows.plans.layout import shard_rows
 from wallaroo.workflows.plans.rows import plan_rows, row_ids, sample_counts
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.sources.embedded import COLUMN
@@ -63,7 +62,7 @@ def plan_dataset(
     outputs[duplicates] = 1
     starts = np.cumsum([0, *outputs], dtype=np.int64)
     total = int(starts[-1])
-    shard = shard_rows(total, config, settings.task, settings.restore_size)
+    shard = settings.shard_rows(total, config)
     layout = ray.put((starts, frozenset(duplicates.tolist()), shard))
     plans = (
         rows.map_batches(

@@ -13,7 +13,7 @@ from wallaroo.workflows.outputs.schema import TEXT_TASKS
 
 SHARD_ROWS = (8, 256)
 SHARD_TEXTS = 4096
-RESTORED_PIXELS = 4 << 20
+SOURCE_PIXELS = 4 << 20
 SHARDS_WANTED = 32
 SHARD_PIXEL_BYTES = 64 << 20
 
@@ -21,14 +21,15 @@ SHARD_PIXEL_BYTES = 64 << 20
 def shard_rows(rows: int, config: ModelConfig, task: str = "generate", restored: bool = False) -> int:
     """Rows of a shard in a round of so many rows: enough shards for every replica to get several.
 
-    No more than are 64 MiB of pixels, in and out, in the largest sizes of the checkpoint. restored: whether
-    pictures get the sizes of their sources, which nobody knows yet: RESTORED_PIXELS are reckoned.
+    No more than are 64 MiB of pixels, in and out, in the largest sizes of the checkpoint. Where sources keep
+    their sizes, which nobody knows yet, SOURCE_PIXELS are reckoned: if results are restored to them
+    (`restored`), and if limits above it let the vision tower see them.
     """
     largest = max(size.height * size.width for size in config.size_list())
     pixels = {
         "generate": largest,
-        "edit": largest + config.edit_pixels[1] + (RESTORED_PIXELS if restored else largest),
-        "understand": config.understand_pixels[1],
+        "edit": largest + config.edit_pixels[1] + (SOURCE_PIXELS if restored else largest),
+        "understand": min(config.understand_pixels[1], max(config.understand_pixels[0], SOURCE_PIXELS)),
     }[task]
     least, most = SHARD_ROWS
     wanted = min(max(-(-rows // SHARDS_WANTED), least), SHARD_TEXTS if task in TEXT_TASKS else most)

@@ -30,7 +30,6 @@ from wallaroo.workflows.plans.increments import (
     write_known,
     write_pictures,
 )
-from wallaroo.workflows.plans.layout import shard_rows
 from wallaroo.workflows.plans.parts import folder_of, write_part
 from wallaroo.workflows.plans.passes import (
     RowCounts,
@@ -219,7 +218,7 @@ class _Planner:
         carried = carried_schema(self.source.schema, self.settings)
         now = old or Round(
             rows=rows,
-            shard_rows=shard_rows(rows, checkpoint.config, self.settings.task, self.settings.restore_size),
+            shard_rows=self.settings.shard_rows(rows, checkpoint.config),
             selected=selected,
             settings=self.settings.meaning(),
             model_digest=checkpoint.digest,
@@ -350,7 +349,7 @@ class _Increment(_Planner):
         while True:
             counts = counted(source, selected, np.zeros_like(selected), self.settings)
             rows = int(counts.outputs.sum())
-            most = PART_SHARDS * shard_rows(rows, config, self.settings.task, self.settings.restore_size)
+            most = PART_SHARDS * self.settings.shard_rows(rows, config)
             if rows <= most:
                 break
             # What is left over is new to the next round.

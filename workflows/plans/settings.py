@@ -7,10 +7,11 @@ from typing import Any
 import pyarrow as pa
 
 from wallaroo.model.config import ModelConfig
-from wallaroo.model.errors import RowError
+from wallaroo.model.errors import InputError, RowError
 from wallaroo.model.sampling import Sampling
 from wallaroo.workflows.manifests import layouts
 from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
+from wallaroo.workflows.plans.layout import shard_rows
 from wallaroo.workflows.plans.values import size_of
 from wallaroo.workflows.settings import OPTIONS, OptionError, RunConfig
 
@@ -37,6 +38,8 @@ class PlanSettings:
     image_root: str | None
     allow_https: bool
     restore_size: bool
+    min_pixels: int | None
+    max_pixels: int | None
     limit: int | None
     where: str | None
     incremental: bool
@@ -48,11 +51,21 @@ class PlanSettings:
         return cls(**{one.name: getattr(config, one.name) for one in dataclasses.fields(cls)})
 
     def check(self, config: ModelConfig) -> None:
-        """Raises OptionError if the checkpoint has no such size."""
+        """Raises OptionError if the checkpoint has no such size, or its limits of pixels do not go with those
+        that are given."""
         try:
             size_of(self.width, self.height, None, config)
-        except RowError as error:
+            self.model(config)
+        except (RowError, InputError) as error:
             raise OptionError(str(error)) from None
+
+    def model(self, config: ModelConfig) -> ModelConfig:
+        """The checkpoint's configuration with the limits of pixels that are given."""
+        return config.with_pixels(self.min_pixels, self.max_pixels)
+
+    def shard_rows(self, rows: int, config: ModelConfig) -> int:
+        """Rows of a shard in a round of so many rows, by the checkpoint's configuration."""
+        return shard_rows(rows, self.model(config), self.task, self.restore_size)
 
     def meaning(self) -> dict[str, Any]:
         """The values that decide what a planned row is, so that all parts of a plan must share them."""

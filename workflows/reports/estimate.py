@@ -12,6 +12,7 @@ from typing import Any
 
 from wallaroo.model.config import SLOTS, ModelConfig
 from wallaroo.model.errors import InputError
+from wallaroo.model.prompts import source_tokens
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import ESTIMATE_FILE, PLAN_FOLDER, list_done, shard_path
 from wallaroo.workflows.outputs.run_log import read_records
@@ -32,9 +33,9 @@ class Estimate:
     """rows: to be made. rate: rows/s of one replica, None if unknown, as are then the next three; rate_from:
     where it was measured, empty if it was given. replicas: most at once. seconds: wall time with all of them.
     cost: of the replica-hours, None without a price. weight_bytes: of the checkpoint's files. kv_bytes: of
-    the keys and values of all slots, at most. output_bytes: of the data set; bytes_from: where a row's was
-    measured, empty if it is the bound of lossless pictures. computed: what a computed rate assumes, empty if
-    the rate was measured or given.
+    the keys and values of all slots, at most; source_tokens: what a source picture adds to each, at most.
+    output_bytes: of the data set; bytes_from: where a row's was measured, empty if it is the bound of
+    lossless pictures. computed: what a computed rate assumes, empty if the rate was measured or given.
     """
 
     rows: int
@@ -49,6 +50,7 @@ class Estimate:
     output_bytes: int
     bytes_from: str
     computed: str = ""
+    source_tokens: int = 0
 
     def lines(self) -> list[str]:
         """The estimate for people."""
@@ -71,6 +73,7 @@ class Estimate:
         found.append(
             f"  memory of a replica: {size_in_words(self.weight_bytes)} of weights as stored, "
             f"{size_in_words(self.kv_bytes)} of keys and values at prompts of {PROMPT_TOKENS} tokens"
+            + (f" and sources of {self.source_tokens:,}" if self.source_tokens else "")
         )
         where = f"as in {self.bytes_from}" if self.bytes_from else "if no picture could be compressed"
         found.append(f"  output: {size_in_words(self.output_bytes)}, {where}")
@@ -108,6 +111,7 @@ def estimate(plan: Plan, config: RunConfig, rate: str | None, gpu: str | None = 
     pixels = sum(count * size.height * size.width for size, count in plan.sizes.items())
     unsized = rows - sum(plan.sizes.values())
     largest = max(size.height * size.width for size in model.size_list())
+    source = source_tokens(model.with_pixels(config.min_pixels, config.max_pixels), config.task)
     bound = 0 if config.task in TEXT_TASKS else (pixels + unsized * largest) * LOSSLESS_PIXEL_BYTES
     found = Estimate(
         rows=rows,
@@ -118,10 +122,11 @@ def estimate(plan: Plan, config: RunConfig, rate: str | None, gpu: str | None = 
         seconds=None if hours is None else hours * 3600 / replicas,
         cost=None if hours is None or price is None else hours * price,
         weight_bytes=sum(size for name, (size, _) in files.items() if name.endswith(".safetensors")),
-        kv_bytes=_kv_bytes(plan, config, model),
+        kv_bytes=_kv_bytes(plan, config, model, PROMPT_TOKENS + source),
         output_bytes=round(rows * row_bytes) if row_bytes else bound,
         bytes_from=bytes_from,
         computed=computed,
+        source_tokens=source,
     )
     if config.output:
         data = json.dumps(dataclasses.asdict(found)).encode() + b"\n"
@@ -182,7 +187,7 @@ def _row_bytes(output: str) -> float:
     return size / rows if rows else 0
 
 
-def _kv_bytes(plan: Plan, config: RunConfig, model: ModelConfig) -> int:
+def _kv_bytes(plan: Plan, config: RunConfig, model: ModelConfig, prompt: int) -> int:
     decoder = model.decoder
     largest = max(plan.sizes or model.size_list(), key=lambda size: size.height * size.width)
     height, width = largest.grid
@@ -192,7 +197,7 @@ def _kv_bytes(plan: Plan, config: RunConfig, model: ModelConfig) -> int:
     row = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * element
     # A GPU with room for fewer slots takes fewer.
     slots = config.slots or SLOTS["cpu" if config.device == "cpu" else "cuda"]
-    return slots * branches * (PROMPT_TOKENS + tokens) * row
+    return slots * branches * (prompt + tokens) * row
 
 
 def size_in_words(count: float) -> str:

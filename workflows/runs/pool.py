@@ -104,6 +104,7 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
         "graphs": not config.no_cuda_graphs,
         "prompt_tokens": config.max_prompt_tokens,
         "max_new_tokens": config.max_new_tokens,
+        "pixels": (config.min_pixels, config.max_pixels),
     }
     for name in ("slots", "group_rows"):
         if getattr(config, name) is not None:

@@ -46,7 +46,7 @@ def load_requests(
         return plan, requests_table(made)
     rows = plan.select([name for name in plan.column_names if name in RESULT_NAMES - {COLUMN}]).to_pylist()
     made = []
-    for positions, source in _sources(plan, rows, run.task, model, sources):
+    for positions, source in _sources(plan, rows, run, model, sources):
         for position in positions:
             values = rows[position]
             try:
@@ -130,10 +130,10 @@ def _loaded(plan: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
 
 
 def _sources(
-    plan: pa.Table, rows: Sequence[dict[str, Any]], task: str, model: str, options: SourceOptions
+    plan: pa.Table, rows: Sequence[dict[str, Any]], run: RunConstants, model: str, options: SourceOptions
 ) -> Iterator[tuple[list[int], Source | RowError]]:
     """Every distinct source of the planned rows, with their positions, made ready or refused."""
-    config = read_checkpoint(model).config
+    config = read_checkpoint(model).config.with_pixels(run.min_pixels, run.max_pixels)
     planned = [position for position, row in enumerate(rows) if row["status"] != "error"]
     named: dict[int, Reference] = {}
     cells: dict[str, dict[int, list[int]]] = {}
@@ -148,7 +148,7 @@ def _sources(
         else:
             named[position] = value
     positions = list(named)
-    for found, source in load_many(list(named.values()), task, config, options):
+    for found, source in load_many(list(named.values()), run.task, config, options):
         yield [positions[index] for index in found], source
     for path, wanted in cells.items():
         beside = dataclasses.replace(options, folder=folder_of(path))
@@ -158,5 +158,5 @@ def _sources(
             for row, value in few:
                 if isinstance(value, RowError):
                     yield wanted[row], value
-            for found, source in load_many([value for _, value in good], task, config, beside):
+            for found, source in load_many([value for _, value in good], run.task, config, beside):
                 yield [position for index in found for position in wanted[good[index][0]]], source
