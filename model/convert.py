@@ -5,9 +5,7 @@ computes.
 """
 
 import dataclasses
-import json
 import pickle
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,19 +13,22 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from wallaroo.model.checkpoint import (
-    DTYPES,
     SHARD_BYTES,
-    Shape,
     compare_shapes,
     expected_shapes,
-    new_folder,
     open_shard,
     save,
-    write_safetensors,
 )
 from wallaroo.model.config import SIZES_512, TASKS, DecoderConfig, ModelConfig, VisionConfig, VQConfig
 from wallaroo.model.errors import InputError
-from wallaroo.model.images import FRAMES, MEAN, MERGE, PATCH, STD
+from wallaroo.model.stock import (
+    PREPROCESSOR_FILE,
+    check_preprocessor,
+    from_stock,
+    read_json,
+    stock_files,
+    write_stock,
+)
 from wallaroo.model.tokenizer import Tokenizer, add_control_tokens, added_tokens, build
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ _UNUSED = "quantize.codebook_used"
 
 _EARLY_PIXELS = (12544, 254016)
 """Limits of the vision tower's pictures in training stages 2 and 3; the default is stage 4's."""
-
-_WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
 
 
 def rename(name: str) -> str | None:
@@ -99,8 +98,11 @@ def convert(
     """
     published = _state_dict(wallaroo, "state_dict", "Wallaroo checkpoint")
     tensors = _renamed(published, rename)
+    edits = any(name.startswith(_EDIT_PARTS) for name in tensors)
+    pixels = ModelConfig.understand_pixels if edits else _EARLY_PIXELS
     if understanding_only:
-        _write_stock(tensors, Path(backbone), output, str(wallaroo))
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(_IMAGE_PARTS)}
+        write_stock(kept, Path(backbone), output, str(wallaroo), pixels)
         return
     if vq is None:
         raise InputError("A checkpoint for pictures needs the image tokenizer; give --vq vq_ds16_t2i.pt.")
@@ -108,7 +110,6 @@ def convert(
     decoder, vision = _architecture(Path(backbone))
     sizes = dict(SIZES_512) if square is None else {"1.0": (square, square)}
     text = _tokenizer_json(Path(backbone), added_tokens(sizes, indicators))
-    edits = any(name.startswith(_EDIT_PARTS) for name in tensors)
     config = ModelConfig(
         decoder=decoder,
         vision=vision,
@@ -118,7 +119,7 @@ def convert(
         line_break=square is None,
         tasks=TASKS if edits else ("generate", "understand"),
         sizes=sizes,
-        understand_pixels=ModelConfig.understand_pixels if edits else _EARLY_PIXELS,
+        understand_pixels=pixels,
         token_ids=Tokenizer(text).token_ids,
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -159,9 +160,9 @@ def convert_start(
 
     decoder, vision = _architecture(Path(backbone))
     tensors = _renamed(_state_dict(vq, "model", "image tokenizer"), rename_vq)
-    for file_name, stored in _stock_files(Path(backbone)).items():
+    for file_name, stored in stock_files(Path(backbone)).items():
         with open_shard(Path(backbone) / file_name, "pt") as shard:
-            tensors |= {_from_stock(name): shard.get_tensor(name) for name in stored}
+            tensors |= {from_stock(name): shard.get_tensor(name) for name in stored}
     text = _tokenizer_json(Path(backbone), added_tokens(SIZES_512, indicators))
     config = ModelConfig(
         decoder=decoder,
@@ -225,24 +226,12 @@ def _renamed(
     return {new_name(name) or repr(name): tensor for name, tensor in published.items() if name != _UNUSED}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file} cannot be read ({error}); the backbone must be a folder of Qwen2.5-VL-7B-Instruct."
-        ) from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} must hold a JSON object, not a {type(values).__name__}.")
-    return values
-
-
 def _architecture(backbone: Path) -> tuple[DecoderConfig, VisionConfig]:
     """Decoder and vision tower of a backbone folder."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 
     file = backbone / "config.json"
-    values = _read_json(file)
+    values = read_json(file)
     if values.get("model_type") != "qwen2_5_vl":
         raise InputError(
             f"{file} is of a model of type {values.get('model_type')!r:.100}, but the backbone is "
@@ -276,7 +265,7 @@ def _architecture(backbone: Path) -> tuple[DecoderConfig, VisionConfig]:
     for name, (value, only) in fixed.items():
         if value != only:
             raise InputError(f"{file}: {name} is {value!r}, but Wallaroo's backbone has {only!r}.")
-    _check_preprocessor(_read_json(backbone / "preprocessor_config.json"), backbone)
+    check_preprocessor(read_json(backbone / PREPROCESSOR_FILE), backbone)
     return made.decoder, made.vision
 
 
@@ -284,29 +273,6 @@ def _fields(cls: type, theirs: Any) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(cls) if hasattr(theirs, field.name)]
     values = {name: getattr(theirs, name) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _check_preprocessor(values: dict[str, Any], backbone: Path) -> None:
-    """Raises InputError if pictures would have to be prepared in another way than ours."""
-    ours = {
-        "patch_size": PATCH,
-        "merge_size": MERGE,
-        "temporal_patch_size": FRAMES,
-        "image_mean": MEAN.tolist(),
-        "image_std": STD.tolist(),
-    }
-    for name, ours_is in ours.items():
-        value = values.get(name, ours_is)
-        same = value == ours_is
-        if isinstance(ours_is, list) and isinstance(value, list) and len(value) == len(ours_is):
-            same = all(
-                isinstance(a, int | float) and abs(a - b) < 1e-6 for a, b in zip(value, ours_is, strict=True)
-            )
-        if not same:
-            raise InputError(
-                f"{backbone / 'preprocessor_config.json'}: {name} is {value!r:.100}, but pictures are "
-                f"prepared with {ours_is}."
-            )
 
 
 def _vq_config(tensors: "Mapping[str, torch.Tensor]") -> VQConfig:
@@ -344,58 +310,3 @@ def _tokenizer_json(backbone: Path, tokens: list[str]) -> str:
         raise InputError(f"The tokenizer of {backbone} cannot be read ({error}).") from None
     add_control_tokens(tokenizer, tokens)
     return tokenizer.to_str()
-
-
-def _write_stock(
-    tensors: "Mapping[str, torch.Tensor]", backbone: Path, output: str | Path, source: str
-) -> None:
-    """Copy a backbone folder with our weights in place of its own: same files, names, shapes, types."""
-    import torch
-
-    files = _stock_files(backbone)
-    expected = {_from_stock(name): shape for stored in files.values() for name, (shape, _) in stored.items()}
-    ours = {name: tensor for name, tensor in tensors.items() if not name.startswith(_IMAGE_PARTS)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    compare_shapes(shapes, expected, f"{source} beside the backbone {backbone}")
-    with new_folder(output) as folder:
-        for file in sorted(backbone.iterdir()):
-            if file.is_file() and file.suffix not in _WEIGHT_FILES:
-                shutil.copyfile(file, folder / file.name)
-        for file_name, stored in files.items():
-            kinds = {name: getattr(torch, DTYPES[code]) for name, (_, code) in stored.items()}
-            write_safetensors(folder / file_name, {name: ours[_from_stock(name)] for name in stored}, kinds)
-
-
-def _stock_files(backbone: Path) -> dict[str, dict[str, tuple[Shape, str]]]:
-    """File -> tensor -> (shape, type) of a backbone folder's weights, each tensor of its index there."""
-    found: dict[str, dict[str, tuple[Shape, str]]] = {}
-    for file in sorted(backbone.glob("*.safetensors")):
-        with open_shard(file) as shard:
-            pieces = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-            found[file.name] = {
-                name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in pieces.items()
-            }
-    index = backbone / "model.safetensors.index.json"
-    places = _read_json(index).get("weight_map") if index.exists() else None
-    if places is not None and places != {name: file for file, names in found.items() for name in names}:
-        raise InputError(
-            f"{index} does not name the tensors that are in {backbone}; fetch the whole folder again."
-        )
-    for file_name, stored in found.items():
-        for name, (_, code) in stored.items():
-            if code not in DTYPES:
-                raise InputError(
-                    f"{backbone / file_name} holds '{name}' as {code}; give the published folder."
-                )
-    if not found:
-        raise InputError(f"The backbone {backbone} has no safetensors files to take names and shapes from.")
-    return found
-
-
-def _from_stock(name: str) -> str:
-    """Our name of a tensor of a stock folder, in the published naming or that of newer transformers."""
-    if name.startswith("visual."):
-        return "model." + name
-    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
-        return "model.language_model." + name.removeprefix("model.")
-    return name

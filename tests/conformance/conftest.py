@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.conformance import published
+from tests.conformance.models import published_tensors
+from tests.conformance.released import MIB, Released, byte_tokenizer_json
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +25,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def fixture_files(tmp_path_factory: pytest.TempPathFactory) -> Released:
+    """The weights of the published numbers in the published layout, written and converted."""
+    files = Released(
+        tmp_path_factory.mktemp("fixture"),
+        dict(published_tensors("tiny_model")),
+        dict(published_tensors("vq_model")),
+        {**published.metadata("tiny_model")["config"], "model_type": "qwen2_5_vl"},
+        byte_tokenizer_json(),
+    )
+    files.convert(shard_bytes=32 * MIB)
+    return files
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

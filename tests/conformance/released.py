@@ -5,10 +5,24 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import safe_open
 
-from wallaroo.model.checkpoint import expected_shapes
-from wallaroo.model.config import DecoderConfig, ModelConfig, VisionConfig
+from tests.conformance.models import config_of
+from tests.conformance.published import Family
+from tests.conformance.qwen import vocabulary_and_merges
+from wallaroo.model.checkpoint import expected_shapes, load
+from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from wallaroo.model.convert import convert
+from wallaroo.model.engine.engine import Engine
+from wallaroo.model.engine.options import EngineOptions
+from wallaroo.model.engine.requests import Request
+from wallaroo.model.prompts import Prompt
+from wallaroo.model.sampling import Sampling
+from wallaroo.model.tokenizer import QWEN_TOKENS, add_control_tokens, build
+
+MIB = 2**20
 
 PREPROCESSOR = {
     "min_pixels": 3136,
@@ -92,3 +106,112 @@ def _published_name(name: str) -> str:
 def zeros(config: ModelConfig) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors. Fresh zeros take no memory until somebody writes to them."""
     return {name: torch.zeros(shape) for name, shape in expected_shapes(config).items()}
+
+
+def byte_tokenizer_json() -> str:
+    """A Qwen2.5 tokenizer without merges, for vocabularies that are too small for more."""
+    vocabulary, _ = vocabulary_and_merges()
+    tokenizer = build({token: index for token, index in vocabulary.items() if index < 256}, [])
+    add_control_tokens(tokenizer, QWEN_TOKENS)
+    return tokenizer.to_str()
+
+
+def small_config(**changes) -> ModelConfig:
+    """An architecture in the published layout that is quickly written."""
+    values = {
+        "decoder": DecoderConfig(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            mrope_section=(2, 3, 3),
+        ),
+        "vision": VisionConfig(
+            depth=2,
+            hidden_size=16,
+            intermediate_size=24,
+            num_heads=2,
+            out_hidden_size=32,
+            fullatt_block_indexes=(1,),
+        ),
+        "vq": VQConfig(channels=32, z_channels=8, codebook_size=24),
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+@dataclasses.dataclass
+class Released:
+    """Files to convert, which a test may spoil before they are written."""
+
+    folder: Path
+    wallaroo: dict[str, torch.Tensor]
+    vq: dict[str, torch.Tensor]
+    config: dict
+    tokenizer: str
+
+    def convert(self, **options) -> Path:
+        output = self.folder / "checkpoint"
+        convert(
+            write_wallaroo(self.folder / "wallaroo.ckpt", self.wallaroo),
+            write_vq(self.folder / "vq.pt", self.vq),
+            write_backbone(self.folder / "backbone", self.config, self.tokenizer),
+            output,
+            **options,
+        )
+        return output
+
+
+def engine(folder: Path, task: str) -> Engine:
+    """An engine on a converted checkpoint, under the token ids that the published numbers were made with."""
+    model = load(folder, task)
+    like = config_of("tiny_model")
+    model.config = dataclasses.replace(model.config, token_ids=like.token_ids, sizes=like.sizes)
+    return Engine(model, task, EngineOptions(slots=1, group_rows=1, decode_vq=False, trace=True))
+
+
+def logits(engine: Engine, request: Request) -> np.ndarray:
+    (result,) = engine.run([request])
+    assert not result.error and result.logits is not None
+    return result.logits
+
+
+def fixture_request(family: str, case: dict, size: Size | None) -> Request:
+    """The prompt and forced tokens of a case, without guidance."""
+    arrays = Family(family, case["case"])
+    config = config_of("tiny_model")
+    ids, forced = arrays["ids"], arrays["tf_tokens"]
+    semantic = None
+    if family != "t2i":
+        start = int(np.flatnonzero(ids == config.token_ids["<|vision_start|>"])[0]) + 1
+        semantic = (start, start + int(np.prod(arrays["grid"])) // 4)
+    pixel = None
+    if family == "i2i":
+        assert semantic is not None
+        pixel = np.flatnonzero(ids[: semantic[0]] == config.token_ids["<|image_pad|>"]).astype(np.int32)
+    positions = arrays["pos"]
+    prompt = Prompt(ids, positions[:, : len(ids)], int(positions[0, len(ids)]), semantic, pixel)
+    return Request(
+        case["case"],
+        prompt,
+        None,
+        size,
+        0,
+        Sampling(cfg=1.0),
+        semantic=arrays["seg_image"] if semantic else None,
+        pixels=arrays["pixel_crop"] if family == "i2i" else None,
+        max_new_tokens=len(forced),
+        forced=forced,
+    )
+
+
+def stored(folder: Path) -> dict[str, tuple[str, list[int], str]]:
+    """Tensor -> file, shape, type."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "np") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                piece = shard.get_slice(name)
+                found[name] = (file.name, piece.get_shape(), piece.get_dtype())
+    return found

@@ -5,91 +5,34 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from tests.benchmarks.convert_memory import anonymous_memory, write_published
 from tests.conformance.cases import tolerances
-from tests.conformance.models import config_of, published_tensors, tiny
+from tests.conformance.models import config_of, tiny
 from tests.conformance.published import Family, Where, assert_close, cases, metadata
-from tests.conformance.qwen import qwen_tokenizer_json, vocabulary_and_merges, write_slow_tokenizer
+from tests.conformance.qwen import qwen_tokenizer_json, write_slow_tokenizer
 from tests.conformance.released import (
+    MIB,
+    Released,
+    byte_tokenizer_json,
+    engine,
+    fixture_request,
     flat_config,
+    logits,
+    small_config,
     split,
+    stored,
     write_backbone,
-    write_vq,
-    write_wallaroo,
     zeros,
 )
 from wallaroo.model.checkpoint import check, disk_tensors, load, load_config, load_tokenizer, verify_files
-from wallaroo.model.config import SIZES_512, DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
+from wallaroo.model.config import SIZES_512, Size, VQConfig
 from wallaroo.model.convert import convert, rename, rename_vq
-from wallaroo.model.engine.engine import Engine
-from wallaroo.model.engine.options import EngineOptions
-from wallaroo.model.engine.requests import Request
 from wallaroo.model.errors import InputError
-from wallaroo.model.prompts import Prompt
-from wallaroo.model.sampling import Sampling
-from wallaroo.model.tokenizer import QWEN_TOKENS, add_control_tokens, added_tokens, build
-
-MIB = 2**20
-
-
-def byte_tokenizer_json() -> str:
-    """A Qwen2.5 tokenizer without merges, for vocabularies that are too small for more."""
-    vocabulary, _ = vocabulary_and_merges()
-    tokenizer = build({token: index for token, index in vocabulary.items() if index < 256}, [])
-    add_control_tokens(tokenizer, QWEN_TOKENS)
-    return tokenizer.to_str()
-
-
-def small_config(**changes) -> ModelConfig:
-    """An architecture in the published layout that is quickly written."""
-    values = {
-        "decoder": DecoderConfig(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            mrope_section=(2, 3, 3),
-        ),
-        "vision": VisionConfig(
-            depth=2,
-            hidden_size=16,
-            intermediate_size=24,
-            num_heads=2,
-            out_hidden_size=32,
-            fullatt_block_indexes=(1,),
-        ),
-        "vq": VQConfig(channels=32, z_channels=8, codebook_size=24),
-    }
-    return ModelConfig(**{**values, **changes})
-
-
-@dataclasses.dataclass
-class Released:
-    """Files to convert, which a test may spoil before they are written."""
-
-    folder: Path
-    wallaroo: dict[str, torch.Tensor]
-    vq: dict[str, torch.Tensor]
-    config: dict
-    tokenizer: str
-
-    def convert(self, **options) -> Path:
-        output = self.folder / "checkpoint"
-        convert(
-            write_wallaroo(self.folder / "wallaroo.ckpt", self.wallaroo),
-            write_vq(self.folder / "vq.pt", self.vq),
-            write_backbone(self.folder / "backbone", self.config, self.tokenizer),
-            output,
-            **options,
-        )
-        return output
+from wallaroo.model.tokenizer import added_tokens
 
 
 @pytest.fixture
@@ -98,63 +41,6 @@ def released(tmp_path: Path) -> Released:
     tensors = {name: torch.randn(x.shape) for name, x in zeros(config).items()}
     return Released(
         tmp_path, *split(tensors), flat_config(config.decoder, config.vision), byte_tokenizer_json()
-    )
-
-
-@pytest.fixture(scope="module")
-def fixture_files(tmp_path_factory: pytest.TempPathFactory) -> Released:
-    """The weights of the published numbers in the published layout, written and converted."""
-    files = Released(
-        tmp_path_factory.mktemp("fixture"),
-        dict(published_tensors("tiny_model")),
-        dict(published_tensors("vq_model")),
-        {**metadata("tiny_model")["config"], "model_type": "qwen2_5_vl"},
-        byte_tokenizer_json(),
-    )
-    files.convert(shard_bytes=32 * MIB)
-    return files
-
-
-def engine(folder: Path, task: str) -> Engine:
-    """An engine on a converted checkpoint, under the token ids that the published numbers were made with."""
-    model = load(folder, task)
-    like = config_of("tiny_model")
-    model.config = dataclasses.replace(model.config, token_ids=like.token_ids, sizes=like.sizes)
-    return Engine(model, task, EngineOptions(slots=1, group_rows=1, decode_vq=False, trace=True))
-
-
-def logits(engine: Engine, request: Request) -> np.ndarray:
-    (result,) = engine.run([request])
-    assert not result.error and result.logits is not None
-    return result.logits
-
-
-def fixture_request(family: str, case: dict, size: Size | None) -> Request:
-    """The prompt and forced tokens of a case, without guidance."""
-    arrays = Family(family, case["case"])
-    config = config_of("tiny_model")
-    ids, forced = arrays["ids"], arrays["tf_tokens"]
-    semantic = None
-    if family != "t2i":
-        start = int(np.flatnonzero(ids == config.token_ids["<|vision_start|>"])[0]) + 1
-        semantic = (start, start + int(np.prod(arrays["grid"])) // 4)
-    pixel = None
-    if family == "i2i":
-        assert semantic is not None
-        pixel = np.flatnonzero(ids[: semantic[0]] == config.token_ids["<|image_pad|>"]).astype(np.int32)
-    positions = arrays["pos"]
-    prompt = Prompt(ids, positions[:, : len(ids)], int(positions[0, len(ids)]), semantic, pixel)
-    return Request(
-        case["case"],
-        prompt,
-        None,
-        size,
-        0,
-        Sampling(cfg=1.0),
-        semantic=arrays["seg_image"] if semantic else None,
-        pixels=arrays["pixel_crop"] if family == "i2i" else None,
-        max_new_tokens=len(forced),
-        forced=forced,
     )
 
 
@@ -213,106 +99,6 @@ def test_the_configuration_comes_from_the_backbone(fixture_files: Released):
     assert (config.layout, config.indicators, config.line_break) == ("eval", "added", True)
     assert config.sizes == SIZES_512 and config.tasks == ("generate", "edit", "understand")
     assert config.understand_pixels == (12544, 188160)
-
-
-def stock_folder(folder: Path, config: dict, newer_names: bool = False) -> Path:
-    """A Qwen2.5-VL folder as transformers writes it, or with the names that its modules have by now."""
-    from safetensors.torch import load_file, save_file
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config))
-    model.save_pretrained(folder, max_shard_size="150KB")
-    if newer_names:
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        index["weight_map"] = {}
-        for file in folder.glob("*.safetensors"):
-            tensors = {rename(f"wallaroo.{name}"): tensor for name, tensor in load_file(file).items()}
-            save_file(tensors, file, {"format": "pt"})
-            index["weight_map"] |= dict.fromkeys(tensors, file.name)
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "tokenizer.json").write_text(byte_tokenizer_json(), encoding="utf-8")
-    (folder / "LICENSE").write_text("as it was")
-    return folder
-
-
-def stored(folder: Path) -> dict[str, tuple[str, list[int], str]]:
-    """Tensor -> file, shape, type."""
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "np") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                piece = shard.get_slice(name)
-                found[name] = (file.name, piece.get_shape(), piece.get_dtype())
-    return found
-
-
-@pytest.mark.numerics
-@pytest.mark.parametrize("newer_names", [False, True])
-def test_an_understanding_only_folder_is_a_stock_one(
-    fixture_files: Released, tmp_path: Path, newer_names: bool
-):
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    backbone = stock_folder(tmp_path / "stock", fixture_files.config, newer_names)
-    assert ("model.language_model.norm.weight" if newer_names else "model.norm.weight") in stored(backbone)
-    output = tmp_path / "understanding"
-    convert(fixture_files.folder / "wallaroo.ckpt", None, backbone, output, understanding_only=True)
-
-    assert stored(output) == stored(backbone) and len({file for file, *_ in stored(output).values()}) > 1
-    assert {file.name for file in output.iterdir()} == {file.name for file in backbone.iterdir()}
-    for name in ("config.json", "model.safetensors.index.json", "tokenizer.json", "LICENSE"):
-        assert (output / name).read_bytes() == (backbone / name).read_bytes()
-
-    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        output, dtype=torch.float32, output_loading_info=True
-    )
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ours = engine(fixture_files.folder / "checkpoint", "understand")
-    ids_of = config_of("tiny_model").token_ids
-    for case in cases("mmu"):
-        arrays = Family("mmu", case["case"])
-        ids = torch.from_numpy(np.concatenate([arrays["ids"], arrays["tf_tokens"]])[None, :-1]).long()
-        with torch.inference_mode():
-            output_of = model(
-                input_ids=ids,
-                pixel_values=torch.from_numpy(arrays["pixel_values"]),
-                image_grid_thw=torch.from_numpy(arrays["grid"])[None].long(),
-                mm_token_type_ids=(ids == ids_of["<|image_pad|>"]).int(),
-            )
-        theirs = output_of.logits[0, len(arrays["ids"]) - 1 :].numpy()
-        where = Where("mmu", case["case"], "tf_logits")
-        allowed, _ = tolerances(tiny(), "understand", arrays)
-        assert_close(theirs, where, arrays["tf_logits"], allowed, "understanding-only folder in transformers")
-        found = logits(ours, fixture_request("mmu", case, None))
-        assert_close(found, where, theirs, allowed, "ours against transformers")
-
-
-def test_a_stock_folder_in_bfloat16_stays_so(fixture_files: Released, tmp_path: Path):
-    from safetensors.torch import load_file, save_file
-
-    backbone = stock_folder(tmp_path / "stock", fixture_files.config)
-    for file in backbone.glob("*.safetensors"):
-        save_file({name: x.bfloat16() for name, x in load_file(file).items()}, file)
-    output = tmp_path / "understanding"
-    convert(fixture_files.folder / "wallaroo.ckpt", None, backbone, output, understanding_only=True)
-    assert stored(output) == stored(backbone)
-    assert {kind for *_, kind in stored(output).values()} == {"BF16"}
-
-
-def test_an_incomplete_stock_folder_is_refused(fixture_files: Released, tmp_path: Path):
-    backbone = stock_folder(tmp_path / "stock", fixture_files.config)
-    min(backbone.glob("*.safetensors")).unlink()
-    with pytest.raises(InputError, match=r"index\.json does not name the tensors"):
-        convert(
-            fixture_files.folder / "wallaroo.ckpt", None, backbone, tmp_path / "o", understanding_only=True
-        )
-    for file in [*backbone.glob("*.safetensors"), backbone / "model.safetensors.index.json"]:
-        file.unlink()
-    with pytest.raises(InputError, match="no safetensors files"):
-        convert(
-            fixture_files.folder / "wallaroo.ckpt", None, backbone, tmp_path / "o", understanding_only=True
-        )
-    assert not (tmp_path / "o").exists()
 
 
 def test_a_real_vocabulary_gets_the_published_ids(released: Released, tmp_path: Path):
