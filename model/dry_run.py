@@ -142,7 +142,9 @@ def dry_run(
     Returns:
         `chosen`: see `measure`, by number of pictures, in the groups that a run chooses for the GPU;
         `fitting`: the same in groups of as many rows as pictures, which `--group-rows` asks for;
-        `predicted_images_per_second` of these by number; of all other counts the worst.
+        `predicted_images_per_second` of these by number, with their rows in `predicted_with_group_rows`;
+        `predicted_images_per_second_by_default` and `group_rows_by_default` of those that are chosen; of all
+        other counts the worst.
     """
     meter, size = Meter(gpu), Size(side, side)
     with meter.device:
@@ -164,9 +166,10 @@ def dry_run(
         "computed": f"computed, not measured; {assumptions(gpu)}",
         **{key: max(one[key] for one in found) for key in worst},
         "prefill_tokens_per_forward": min(one["prefill_tokens_per_forward"] for one in full),
-        "predicted_images_per_second": {
-            count: one["predicted_images_per_second"] for count, one in fitting.items()
-        },
+        "predicted_images_per_second": by_count(fitting, "predicted_images_per_second"),
+        "predicted_with_group_rows": by_count(fitting, "group_rows"),
+        "predicted_images_per_second_by_default": by_count(chosen, "predicted_images_per_second"),
+        "group_rows_by_default": by_count(chosen, "group_rows"),
         "predicted_seconds_of_one_image": 1 / fitting["1"]["predicted_images_per_second"]
         if "1" in fitting
         else None,
@@ -175,10 +178,15 @@ def dry_run(
     }
 
 
+def by_count(measured: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """One value of each measurement, by the number of pictures."""
+    return {count: one[key] for count, one in measured.items()}
+
+
 def predicted_rate(
     config: ModelConfig, gpu: Gpu, sizes: Mapping[Size, int], sampling: Sampling, **given: Any
-) -> float:
-    """Pictures a second of one GPU that makes many, computed and not measured.
+) -> tuple[float, int]:
+    """Pictures a second of one GPU that makes many, computed and not measured, and the rows of its groups.
 
     The commonest size is counted, as by `measure`; others take time by their steps.
 
@@ -205,7 +213,7 @@ def predicted_rate(
         found = measure(meter, model, images, common, sampling=sampling, **given)
     steps = {size: steps_of(size, config.line_break) for size in sizes}
     weighed = sum(count * steps[size] for size, count in sizes.items()) / steps[common]
-    return float(found["predicted_images_per_second"] * rows / weighed)
+    return float(found["predicted_images_per_second"] * rows / weighed), found["group_rows"]
 
 
 ROWS = {
@@ -239,6 +247,14 @@ def to_text(report: dict[str, Any]) -> str:
         lines.append(f"| {title} | " + " | ".join(f"{one[key]:.4g}" for one in columns.values()) + " |")
     if seconds := report["predicted_seconds_of_one_image"]:
         lines += ["", f"One picture in a group of one row: {seconds:.3g} s, computed, not measured."]
+    for count, one in report["fitting"].items():
+        default = report["chosen"][count]
+        if one is not default:
+            lines.append(
+                f"{count} at once: {one['predicted_images_per_second']:.3g} images/s with --group-rows "
+                f"{one['group_rows']}, {default['predicted_images_per_second']:.3g} in the default group of "
+                f"{default['group_rows']} rows."
+            )
     return "\n".join(lines)
 
 

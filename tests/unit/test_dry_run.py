@@ -46,6 +46,22 @@ def test_the_7b_keeps_its_bounds(seven_billion: dict) -> None:
 
 
 @needs_compiler
+def test_each_figure_says_the_group_that_it_belongs_to(seven_billion: dict) -> None:
+    """Rows of a group that are empty cost arithmetic, so small runs ask for small groups."""
+    report = seven_billion
+    assert report["predicted_with_group_rows"] == {"1": 1, "64": 64, "128": 128}
+    assert report["group_rows_by_default"] == {"1": 128, "64": 128, "128": 128}
+    asked, default = report["predicted_images_per_second"], report["predicted_images_per_second_by_default"]
+    assert asked["64"] > 1.4 * default["64"] and asked["128"] == default["128"]
+    text = to_text(report)
+    words = (
+        f"{asked['64']:.3g} images/s with --group-rows 64, {default['64']:.3g} in the default group of 128"
+    )
+    assert f"64 at once: {words} rows." in text
+    assert "128 at once" not in text
+
+
+@needs_compiler
 def test_the_7b_is_not_faster_than_the_roofline(seven_billion: dict) -> None:
     """The floor of reading all weights in each step, and of all arithmetic at the rate that is assumed."""
     gpu = find_gpu("H200")
@@ -153,6 +169,10 @@ def test_an_estimate_computes_the_rate_of_a_gpu() -> None:
     assert slower.rate is not None and slower.rate < found.rate
     small = estimate(planned(s96x64=8), config, None, "H100")
     assert small.rate is not None and small.rate > found.rate
+    assert "in groups of 128 rows, of which 8 are used: --group-rows 8 is faster)" in found.lines()[0]
+    asked = estimate(plan, replace(config, group_rows=8), None, "H100")
+    assert asked.rate is not None and asked.rate > found.rate
+    assert asked.lines()[0].endswith("; in groups of 8 rows)")
 
 
 def test_an_estimate_refuses_what_cannot_be_computed() -> None:

@@ -7,6 +7,7 @@ row is made.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,9 +171,13 @@ def _computed(gpu: str, plan: Plan, config: RunConfig, model: ModelConfig) -> tu
 
     given = {} if config.group_rows is None else {"group_rows": config.group_rows}
     graphs = not config.no_cuda_graphs
-    return predicted_rate(model, found, plan.sizes, config.sampling, graphs=graphs, **given), assumptions(
-        found
-    )
+    rate, group = predicted_rate(model, found, plan.sizes, config.sampling, graphs=graphs, **given)
+    words = f"{assumptions(found)}; in groups of {group:,} rows"
+    # A row without guidance takes half of a row.
+    rows = math.ceil(sum(plan.sizes.values()) / (1 if config.sampling.guided else 2))
+    if rows < group:
+        words += f", of which {rows:,} are used: --group-rows {rows} is faster"
+    return rate, words
 
 
 def _row_bytes(output: str) -> float:
