@@ -25,7 +25,7 @@ from wallaroo.jobs.cli import cli
 from wallaroo.jobs.config import SECTIONS
 from wallaroo.model.config import SIZES_512
 from wallaroo.model.training.recipe import Recipe
-from wallaroo.workflows.outputs.schema import result_schema
+from wallaroo.workflows.outputs.schema import NOTED_SOURCE_TYPE, result_schema
 from wallaroo.workflows.settings import OPTIONS
 from wallaroo.workflows.tasks import PRESETS
 
@@ -119,7 +119,11 @@ def test_every_flag_in_a_message_exists():
 
 
 def test_every_key_of_a_run_file_exists():
-    parts = {f"{field.name}.{inner.name}" for field in RESULTS for inner in list_of(field.type)}
+    parts = {
+        f"{field.name}.{inner.name}"
+        for field in [*RESULTS, pa.field("source", NOTED_SOURCE_TYPE)]
+        for inner in list_of(field.type)
+    }
     pattern = re.compile(rf"({'|'.join(SECTIONS)})\.(?!json|toml)\w+")
     named = {code for page in PAGES for code in inline_code(page) if pattern.fullmatch(code)}
     assert not named - KEYS - parts
