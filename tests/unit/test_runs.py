@@ -9,11 +9,16 @@ from itertools import pairwise
 
 import pytest
 
+from wallaroo.actors.watch import Counts
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.outputs import layout, run_file, run_log, shards
 from wallaroo.workflows.outputs.run_log import MAX_SAMPLES, RunLog, RunRecord
 from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.status import status
+from wallaroo.workflows.runs.monitor import MAX_DEATHS, check_health
+from wallaroo.workflows.runs.pool import make_pool
+from wallaroo.workflows.runs.stages import Tally
+from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.text import duration
 
 
@@ -219,3 +224,42 @@ def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
     found = status(output, clock)
     assert found.record is None and "0001.json cannot be read" in found.text()
     assert "12 of 12, 1 error (1 engine)" in found.text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "errors", "limit", "stops"),
+    [
+        (20, 3, 0.1, True),
+        (20, 2, 0.1, False),  # the rate itself is allowed
+        (19, 19, 0.1, False),  # too few rows to judge
+        (20, 20, None, False),
+        (20, 1, 0.0, True),
+    ],
+)
+def test_a_run_ends_at_its_error_rate(rows, errors, limit, stops):
+    config = RunConfig("", "", max_error_rate=limit)
+    made = Tally(rows=rows, ok=rows - errors, errors={"engine": errors})
+    if not stops:
+        return check_health(config, Counts(), made)
+    words = rf"{errors} of {rows} rows are errors \({errors} engine\), more than the --max-error-rate of"
+    with pytest.raises(InputError, match=f"{words} {limit:g} allows"):
+        check_health(config, Counts(), made)
+
+
+def test_a_run_ends_with_a_shard_whose_replicas_die_and_teach_nothing():
+    deaths = MAX_DEATHS + 1
+    counts = Counts(fruitless=deaths, hardest_shard=12, last_death="CUDA error")
+    with pytest.raises(InputError, match=f"{deaths} replicas died with shard 12.* 'CUDA error': try fewer"):
+        check_health(RunConfig("", ""), counts, Tally())
+    check_health(RunConfig("", ""), Counts(fruitless=MAX_DEATHS), Tally())
+
+
+@pytest.mark.parametrize(("replicas", "slots", "window"), [(1, 16, 12), (8, 16, 96), (64, 128, 2560)])
+def test_the_window_is_twice_what_the_stages_of_a_run_hold(replicas, slots, window):
+    # 1,600 rows in 100 shards: a replica holds one or eight of them and one more.
+    config = RunConfig("", "", replicas=(1, replicas), slots=slots)
+    pool = make_pool(config, "cuda", 1_600, 100)
+    assert pool.calls == 1 + slots // 16 and pool.window == window
+    # The queue makes no difference.
+    longer = make_pool(config, "cuda", 1_600_000, 100_000)
+    assert longer.window == window
