@@ -30,11 +30,22 @@ from wallaroo.workflows.tasks import PICTURE_TASKS
 def load_requests(
     plan: pa.Table, model: str, run: RunConstants, sources: SourceOptions
 ) -> tuple[pa.Table, pa.Table]:
-    """The plan of a shard as it is after loading, and its requests (under `actors.rows.REQUESTS`).
+    """Loads a shard: turns its planned rows into requests, and fetches and decodes their sources.
 
-    model: folder of a checkpoint. sources: what source pictures may be. Rows that the plan refuses ask for
-    nothing. A source that cannot be used makes its rows error rows of kind `image`; of the others the plan
-    comes to know the source's hash and size. Raises InputError for a storage that is out of order.
+    Rows that the plan refuses give no request. A source that cannot be used makes its rows error rows of kind
+    `image`.
+
+    Args:
+        plan: The planned rows.
+        model: Folder of a checkpoint.
+        run: Constants of all rows.
+        sources: What source images may be.
+
+    Returns:
+        The plan with hash, size and errors of the sources, and the requests under `actors.rows.REQUESTS`.
+
+    Raises:
+        InputError: A storage is out of order.
     """
     if run.task not in PICTURE_TASKS:
         rows = enumerate(plan.to_pylist())
