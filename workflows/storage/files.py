@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from wallaroo.workflows.storage.clients import s3_client, s3_filesystem
 from wallaroo.workflows.storage.errors import (
@@ -23,6 +23,7 @@ from wallaroo.workflows.storage.local import (
     COPY_BYTES,
     TEMPORARY,
     folder_locked,
+    info_of,
     local_info,
     local_names,
     replacing,
@@ -32,11 +33,13 @@ from wallaroo.workflows.storage.local import (
 )
 from wallaroo.workflows.storage.paths import FileInfo, bucket_and_key, is_s3
 from wallaroo.workflows.storage.retries import persistent
-from wallaroo.workflows.storage.s3 import list_s3, put_conditional, s3_names, uploading
+from wallaroo.workflows.storage.s3 import Ranges, put_conditional, s3_files, uploading
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.fs
+
+K = TypeVar("K")
 
 
 def read_bytes(path: str) -> bytes:
@@ -107,18 +110,36 @@ def list_files(folder: str) -> list[FileInfo]:
     """All files below a folder, at any depth, sorted by relative path; none if there is no folder."""
     with explained(folder):
         if is_s3(folder):
-            return list_s3(folder)
-        found = []
-        for root, _, names in os.walk(folder, onerror=raise_unless_missing):
-            for name in names:
-                if name.startswith(TEMPORARY):
-                    continue
-                path = os.path.join(root, name)
-                if os.path.isfile(path):  # not removed since it was listed, no pipe, no link to nowhere
-                    with suppress(FileNotFoundError):
-                        relative = os.path.relpath(path, folder).replace(os.sep, "/")
-                        found.append(local_info(path, relative))
-    return sorted(found, key=lambda file: file.relative)
+            return sorted(s3_files(folder), key=lambda file: file.relative)
+        return sorted(_local_files(folder), key=lambda file: file.relative)
+
+
+@persistent
+def list_stamps(folder: str, key: Callable[[str], K | None]) -> dict[K, str]:
+    """The stamps of the files below a folder, for listings that would be large as a list of FileInfo.
+
+    Args:
+        folder: Local or on S3; it may be absent.
+        key: What a file is called in the answer, from its relative path; None leaves it out.
+
+    Returns:
+        key -> `FileInfo.stamp`.
+    """
+    with explained(folder):
+        found = s3_files(folder) if is_s3(folder) else _local_files(folder)
+        named = ((key(file.relative), file) for file in found)
+        return {name: file.stamp for name, file in named if name is not None}
+
+
+def _local_files(folder: str) -> Iterator[FileInfo]:
+    for root, _, names in os.walk(folder, onerror=raise_unless_missing):
+        for name in names:
+            if name.startswith(TEMPORARY):
+                continue
+            path = os.path.join(root, name)
+            if os.path.isfile(path):  # not removed since it was listed, no pipe, no link to nowhere
+                with suppress(FileNotFoundError):
+                    yield local_info(path, os.path.relpath(path, folder).replace(os.sep, "/"))
 
 
 @persistent
@@ -136,12 +157,16 @@ def find_files(folder: str, wanted: Callable[[str], bool], most: int) -> list[st
     """
     found: list[str] = []
     with explained(folder):
-        for relative in s3_names(folder) if is_s3(folder) else local_names(folder):
+        for relative in _names(folder):
             if wanted(relative):
                 found.append(relative)
                 if len(found) == most:
                     break
     return found
+
+
+def _names(folder: str) -> Iterator[str]:
+    return (file.relative for file in s3_files(folder)) if is_s3(folder) else local_names(folder)
 
 
 @persistent
@@ -177,16 +202,32 @@ def open_source(path: str, start: int = 0) -> Iterator[IO[bytes]]:
                 yield file
 
 
+@contextmanager
+def open_ranges(path: str, size: int) -> Iterator[IO[bytes]]:
+    """A file of known size for reading in any order; on S3 see `Ranges`. Raises FileNotFoundError."""
+    with explained(path):
+        opened: Any = Ranges(path, size) if is_s3(path) else open(path, "rb")  # noqa: SIM115
+        with opened as file:
+            yield file
+
+
 @persistent
-def write_atomic(path: str, data: bytes | memoryview) -> None:
-    """Writes a file, whole or not at all, over the one there may be. On S3 it is one PUT."""
+def write_atomic(path: str, data: bytes | memoryview) -> str:
+    """Writes a file, whole or not at all, over the one there may be. On S3 it is one PUT.
+
+    Returns:
+        The stamp (`FileInfo.stamp`) that a listing gives this content of the path.
+    """
     with explained(path, writing=True):
         if is_s3(path):
             bucket, key = bucket_and_key(path)
-            s3_client().put_object(Bucket=bucket, Key=key, Body=bytes(data))
-            return
+            answer = s3_client().put_object(Bucket=bucket, Key=key, Body=bytes(data))
+            return FileInfo(path, "", len(data), answer["ETag"].strip('"')).stamp
         with replacing(path) as file:
             file.write(data)
+            file.flush()
+            # Of this very file: another writer may take the name before it could be asked for.
+            return info_of(os.fstat(file.fileno()), path, "").stamp
 
 
 @contextmanager
@@ -258,6 +299,20 @@ def delete(path: str) -> None:
             s3_client().delete_object(Bucket=bucket, Key=key)
         else:
             Path(path).unlink(missing_ok=True)
+
+
+@persistent
+def move(path: str, target: str) -> None:
+    """Gives a file another name in the same storage, over the file that may have it."""
+    with explained(path):
+        if is_s3(path):
+            bucket, key = bucket_and_key(path)
+            to, name = bucket_and_key(target)
+            s3_client().copy_object(Bucket=to, Key=name, CopySource={"Bucket": bucket, "Key": key})
+            s3_client().delete_object(Bucket=bucket, Key=key)
+        else:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
 
 
 @persistent

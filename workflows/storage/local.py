@@ -18,7 +18,11 @@ COPY_BYTES = 1 << 20
 
 
 def local_info(path: str, relative: str) -> FileInfo:
-    found = os.stat(path)
+    return info_of(os.stat(path), path, relative)
+
+
+def info_of(found: os.stat_result, path: str, relative: str) -> FileInfo:
+    """What a listing says of a local file."""
     return FileInfo(path, relative, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
 
 

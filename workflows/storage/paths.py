@@ -20,6 +20,11 @@ class FileInfo:
     size: int
     etag: str
 
+    @property
+    def stamp(self) -> str:
+        """Size and tag in one text: equal stamps of one path mean equal contents."""
+        return f"{self.size}:{self.etag}"
+
 
 def is_s3(path: str) -> bool:
     """Whether the path is on S3. Raises InputError for any other scheme."""

@@ -5,47 +5,69 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from wallaroo.model.errors import InputError
-from wallaroo.workflows.storage.clients import s3_client, s3_filesystem
-from wallaroo.workflows.storage.errors import explain_code, is_missing
+from wallaroo.workflows.storage.clients import s3_client
+from wallaroo.workflows.storage.errors import is_missing
 from wallaroo.workflows.storage.paths import FileInfo, bucket_and_key
 from wallaroo.workflows.storage.retries import patiently
 
 
-def list_s3(folder: str) -> list[FileInfo]:
-    bucket, key = bucket_and_key(folder)
-    prefix = f"{bucket}/{key}".rstrip("/") + "/"
-    try:
-        found = s3_filesystem().find(prefix, detail=True)
-    except FileNotFoundError:
-        found = {}
-    if not found:
-        # s3fs finds nothing in a bucket that is not there; boto3 says so.
-        try:
-            s3_client().head_bucket(Bucket=bucket)
-        except Exception as error:
-            if is_missing(error):
-                raise InputError(explain_code(folder, "NoSuchBucket")) from error
-            raise
-    return sorted(
-        (
-            FileInfo(f"s3://{name}", name.removeprefix(prefix), item["size"], item["ETag"].strip('"'))
-            for name, item in found.items()
-            # A key that ends with a slash is a folder that some tool has drawn.
-            if name.startswith(prefix) and item["type"] == "file" and not name.endswith("/")
-        ),
-        key=lambda file: file.relative,
-    )
-
-
-def s3_names(folder: str) -> Iterator[str]:
-    """Relative keys of the objects below a folder, a request for each 1,000 of them."""
+def s3_files(folder: str) -> Iterator[FileInfo]:
+    """The objects below a folder in the order of their keys, a request for each 1,000 of them."""
     bucket, key = bucket_and_key(folder)
     prefix = key.rstrip("/") + "/" if key else ""
     for page in s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
         for item in page.get("Contents", []):
             if not item["Key"].endswith("/"):  # a folder that some tool has drawn
-                yield item["Key"].removeprefix(prefix)
+                path, relative = f"s3://{bucket}/{item['Key']}", item["Key"].removeprefix(prefix)
+                yield FileInfo(path, relative, item["Size"], item["ETag"].strip('"'))
+
+
+class Ranges(io.RawIOBase):
+    """An object of known size for reading in any order, of which a window of WINDOW_BYTES is in memory.
+
+    Read from front to back it asks for each byte once; the first request, for the end of the object, has
+    the whole of a small one.
+    """
+
+    WINDOW_BYTES = 8 << 20
+
+    def __init__(self, path: str, size: int):
+        self.path, self.size = path, size
+        self._place = self._start = 0
+        self._window = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + (0, self._place, self.size)[whence]
+        return self._place
+
+    def read(self, count: int = -1) -> bytes:
+        start = self._place
+        stop = self.size if count < 0 else min(self.size, start + count)
+        if stop <= start:
+            return b""
+        if not (self._start <= start and stop <= self._start + len(self._window)):
+            first = start
+            last = min(self.size, max(stop, start + self.WINDOW_BYTES))
+            if last == self.size:
+                first = max(0, min(start, self.size - self.WINDOW_BYTES))
+            self._window = patiently(self.path, lambda: self._fetch(first, last))
+            self._start = first
+        self._place = stop
+        return self._window[start - self._start : stop - self._start]
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        bucket, key = bucket_and_key(self.path)
+        answer = s3_client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+        return answer["Body"].read()
 
 
 @contextmanager
