@@ -9,6 +9,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows.outputs import schema, shards, success
 from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.reports import finish as reports_finish
+from wallaroo.workflows.reports.error_lines import manifest_row
 from wallaroo.workflows.sources.embedded import parse_cell
 
 
@@ -126,7 +127,7 @@ def test_carried_columns_get_their_names_back(outputs):
     row |= {"marked": '{"a": "\\ud800"}', "nan": float("nan"), "source": {"uri": "s3://b/k.png"}}
     carried = ["in_prompt", "in_text", "in_house", "kind", "raw", "marked", "nan"]
     fields = [(name, pa.string()) for name in [*schema.RESULT_NAMES, *carried]]
-    line = reports_finish.manifest_row(row, pa.schema(fields, metadata={schema.JSON_MARK: b'["marked"]'}))
+    line = manifest_row(row, pa.schema(fields, metadata={schema.JSON_MARK: b'["marked"]'}))
     assert line == {
         "id": "a",
         "kind": "size",

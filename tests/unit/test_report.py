@@ -26,7 +26,8 @@ from wallaroo.workflows.reports import survey as reports_survey
 from wallaroo.workflows.reports.chart import draw_chart
 from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.gallery import thumbnail
-from wallaroo.workflows.reports.survey import Place, Stratum, Survey
+from wallaroo.workflows.reports.survey import Place, Survey
+from wallaroo.workflows.reports.tally import Stratum
 
 HOSTILE = (
     "<script>alert(1)</script>\" onload='x' </textarea><img src=x onerror=alert(1)>{{ 7*7 }} &amp; \x00\u202e"

@@ -8,6 +8,9 @@ RUN_FILE = "run.json"
 PLAN_FOLDER = "plan"
 DATA_FOLDER = "data"
 RUNS_FOLDER = "runs"
+SUMMARIES_FOLDER = "summaries"
+UNREADABLE_FOLDER = "unreadable"
+"""Where a resumed run puts files of `data/` that are damaged."""
 ERRORS_FILE = "errors.jsonl"
 SUCCESS_FILE = "_SUCCESS"
 CARD_FILE = "README.md"
@@ -49,10 +52,34 @@ def shard_number(name: str) -> int | None:
     return number if number is not None and shard_name(number) == name else None
 
 
+def list_stamps(output: str) -> dict[int, str]:
+    """Stamps of the shards that are there, by number. One listing; no file is opened."""
+    return storage.list_stamps(storage.join(output, DATA_FOLDER), shard_number)
+
+
 def list_done(output: str) -> set[int]:
     """Numbers of the shards that are there. One listing; no file is opened."""
-    found = (shard_number(info.relative) for info in storage.list_files(storage.join(output, DATA_FOLDER)))
-    return {number for number in found if number is not None}
+    return set(list_stamps(output))
+
+
+def summary_name(part: str) -> str:
+    """File name of the summary of a plan part, or of all of them where `part` is `all`."""
+    return f"{part}.jsonl.gz"
+
+
+def summary_path(output: str, part: str) -> str:
+    """Where the summary of a plan part lies; see `summary_name`."""
+    return storage.join(output, SUMMARIES_FOLDER, summary_name(part))
+
+
+def list_summaries(output: str) -> set[str]:
+    """Names of the summary files that are there."""
+    return set(storage.list_stamps(storage.join(output, SUMMARIES_FOLDER), str))
+
+
+def unreadable_path(output: str, shard: int) -> str:
+    """Where a resumed run puts the damaged file of a shard."""
+    return storage.join(output, UNREADABLE_FOLDER, shard_name(shard))
 
 
 def record_path(output: str, run: int) -> str:

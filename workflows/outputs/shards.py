@@ -16,11 +16,21 @@ from wallaroo.workflows.outputs.schema import lacking
 
 PICTURE_ROWS = 32
 """Rows of a row group with pictures: whoever wants one of them reads these, not the whole shard."""
+TALLY_KEY = b"wallaroo-tally"
+"""Key of the footer's metadata. Metadata of a schema begins with `wallaroo.`, and is carried along."""
 T = TypeVar("T")
 
 
-def shard_bytes(table: pa.Table) -> pa.Buffer:
-    """A result table as a Parquet file; equal tables give equal bytes."""
+def shard_bytes(table: pa.Table, tally: bytes = b"") -> pa.Buffer:
+    """A result table as a Parquet file; equal tables give equal bytes.
+
+    Args:
+        table: From `build_result_table`, or read back from such a file.
+        tally: What is counted of its rows, for the footer; empty for none.
+    """
+    # The table may come from a file with a tally of its own.
+    metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != TALLY_KEY}
+    table = table.replace_schema_metadata(metadata | ({TALLY_KEY: tally} if tally else {}))
     leaves = _leaf_columns(table.schema)
     # Pictures are compressed already; dictionaries and statistics of them would only cost.
     others = [leaf for leaf in leaves if leaf != "image.bytes"]
@@ -45,16 +55,27 @@ def _leaf_columns(schema: pa.Schema) -> list[str]:
     return [stored.column(index).path for index in range(len(stored))]
 
 
-def write_shard(output: str, shard: int, table: pa.Table) -> int:
-    """Writes the file of a shard, whole or not at all, and returns its size in bytes.
+def write_shard(output: str, shard: int, table: pa.Table, tally: bytes = b"") -> str:
+    """Writes the file of a shard, whole or not at all. Written twice, it differs in VOLATILE columns only.
 
-    table: from `build_result_table`. Written twice, it is the same file but for VOLATILE columns.
+    Args:
+        output: Folder of the run.
+        shard: Its number, which is that of all rows.
+        table: From `build_result_table`.
+        tally: What is counted of its rows, for the footer; empty for none.
+
+    Returns:
+        The stamp that a listing gives the file.
     """
     if pc.any(pc.not_equal(table.column("shard"), shard)).as_py():
         raise ValueError(f"the table of shard {shard} holds rows of another shard")
-    data = shard_bytes(table)
-    storage.write_atomic(shard_path(output, shard), memoryview(data))
-    return data.size
+    return storage.write_atomic(shard_path(output, shard), memoryview(shard_bytes(table, tally)))
+
+
+def without_tally(schema: pa.Schema) -> pa.Schema:
+    """The schema of a shard's rows, without what the footer says of them."""
+    metadata = {key: value for key, value in (schema.metadata or {}).items() if key != TALLY_KEY}
+    return schema.with_metadata(metadata)
 
 
 @contextmanager

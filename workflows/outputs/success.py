@@ -3,9 +3,7 @@
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import pyarrow as pa
+from typing import Any
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
@@ -13,17 +11,13 @@ from wallaroo.workflows.outputs.layout import SUCCESS_FILE
 from wallaroo.workflows.outputs.schema import FORMAT
 from wallaroo.workflows.outputs.values import read_json
 
-MAX_FOLDERS = 20
-ELSEWHERE = ""
-"""In place of a folder, where sources are in too many."""
-
 
 @dataclass
 class RowTotals:
     """Rows that are in `data/`: all, ok, and errors by kind.
 
     Of the ok rows also: sizes in pixels, width first, of their pictures; languages; and the folders that
-    their source pictures are in, at most MOST_FOLDERS of them told apart.
+    their source pictures are in.
     """
 
     rows: int = 0
@@ -32,28 +26,6 @@ class RowTotals:
     sizes: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
     languages: Counter[str] = dataclasses.field(default_factory=Counter)
     folders: Counter[str] = dataclasses.field(default_factory=Counter)
-
-    def _add(self, shard: "ShardTotals") -> None:
-        self.rows += shard.rows
-        self.ok += shard.rows - len(shard.errors)
-        for row in shard.errors:
-            self.errors[row["error_type"]] = self.errors.get(row["error_type"], 0) + 1
-        self.sizes += shard.sizes
-        self.languages += shard.languages
-        for folder, count in shard.folders.items():
-            known = folder in self.folders or len(self.folders) < MAX_FOLDERS
-            self.folders[folder if known else ELSEWHERE] += count
-
-
-class ShardTotals(NamedTuple):
-    """What the end of a run must know of one shard. errors: its error rows, without pictures."""
-
-    rows: int
-    errors: list[dict[str, Any]]
-    schema: pa.Schema
-    sizes: Counter[tuple[int, int]]
-    languages: Counter[str]
-    folders: Counter[str]
 
 
 def read_success(output: str) -> dict[str, Any] | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from wallaroo.model.errors import InputError, RowError
 from wallaroo.workflows.outputs.shards import map_shards, open_shard
-from wallaroo.workflows.reports.survey import Place, Stratum, name_of, shorten, size_of
+from wallaroo.workflows.reports.survey import Place, name_of, shorten
+from wallaroo.workflows.reports.tally import Stratum, size_of
 from wallaroo.workflows.sources.embedded import Cell, parse_cell, read_cells
 
 if TYPE_CHECKING:

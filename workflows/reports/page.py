@@ -26,7 +26,8 @@ from wallaroo.workflows.reports.gallery import (
     fetch_source,
     read_cards,
 )
-from wallaroo.workflows.reports.survey import MAX_PICTURES, Place, Stratum, shorten, survey_output
+from wallaroo.workflows.reports.survey import Place, shorten, survey_output
+from wallaroo.workflows.reports.tally import MAX_PICTURES, Stratum
 from wallaroo.workflows.text import duration
 
 MAX_BYTES = 8_000_000
@@ -58,7 +59,7 @@ def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
     preset = run["options"].get("preset")
     config = ({"preset": preset} if preset else {}) | run["config"]
     plan = read_plan(output)
-    survey = survey_output(output, plan.shards)
+    survey = survey_output(output, plan.parts)
     records, _ = read_records(output)
     shown = records[-MAX_RUNS:]
     facts = {

@@ -15,7 +15,7 @@ from wallaroo.workflows.outputs.layout import PLAN_FOLDER
 from wallaroo.workflows.outputs.values import json_line
 from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.plans.plan import Plan
-from wallaroo.workflows.reports.finish import as_given, manifest_row
+from wallaroo.workflows.reports.error_lines import as_given, manifest_row
 
 EXAMPLES = 3
 """Of each kind of error."""

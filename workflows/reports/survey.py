@@ -2,33 +2,18 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.outputs.layout import shard_path
+from wallaroo.workflows.reports.summaries import Part, Summaries
+from wallaroo.workflows.reports.tally import MAX_PICTURES, Details, Stratum, Tally, drawn
 
-from wallaroo.workflows.outputs.layout import list_done, shard_path
-from wallaroo.workflows.outputs.schema import TEXT_TASKS
-from wallaroo.workflows.outputs.shards import map_shards, open_shard
-
-MAX_PICTURES = 400
-"""Thumbnails of the gallery; an edit has two."""
 MAX_EXAMPLES = 20
 """Rows shown of each error kind."""
-
-
-class Stratum(NamedTuple):
-    """Rows that look alike to the gallery, which shows some of each.
-
-    width, height: pixels of the result; of the source (0 if unknown) where the result is a text.
-    """
-
-    task: str
-    language: str
-    width: int
-    height: int
 
 
 class Place(NamedTuple):
@@ -96,73 +81,49 @@ class Survey:
         return {stratum: places for stratum, places in chosen.items() if places}
 
 
-def survey_output(output: str, shards: range) -> Survey:
-    """What the data set holds in the planned `shards`, as far as they are done."""
-    survey = Survey()
-    done = sorted(shard for shard in list_done(output) if shard in shards)
-    for found in map_shards(lambda shard: _survey_shard(output, shard), done):
-        survey.add(found)
+def survey_output(output: str, parts: Sequence[Part]) -> Survey:
+    """What the data set holds in the planned parts, as far as they are done. Renews summaries."""
+    summaries, survey = Summaries(output, parts), Survey()
+    for part in parts:
+        tally = summaries.of_part(part)
+        survey.add(_survey_part(tally))
+        # Error rows are only looked at where some of them are still to be shown.
+        wanted = {kind for kind in tally.errors if len(survey.examples.get(_kind(kind), [])) < MAX_EXAMPLES}
+        for _, shard in summaries.of_shards(part) if wanted else ():
+            survey.add(_examples(shard.failed or ()))
+    survey.unreadable = [shard_path(output, shard) for shard in sorted(summaries.unreadable)]
+    with suppress(InputError, OSError):
+        summaries.save()
     return survey
 
 
-_COUNTED = (
-    "row_id",
-    "task",
-    "status",
-    "error_type",
-    "width",
-    "height",
-    "source.width",
-    "source.height",
-    "language",
-    "environment_digest",
-)
-_EXAMPLE = ("id", "sample", "status", "error_type", "error_message", "prompt")
+def _survey_part(tally: Tally) -> Survey:
+    details = tally.details or Details()
+    survey = Survey(tally.rows, tally.ok, environments=tally.environments, pictures=details.pictures)
+    for kind, count in tally.errors.items():
+        survey.errors[_kind(kind)] += count
+    for stratum, runs in details.places.items():
+        rows = drawn(runs, MAX_PICTURES)
+        survey.places[stratum] = [Place(draw, row.shard, row.position) for draw, row in rows]
+    return survey
 
 
-def _survey_shard(output: str, shard: int) -> Survey:
+def _examples(failed: Iterable[Mapping[str, Any]]) -> Survey:
     survey = Survey()
-    try:
-        with open_shard(output, shard) as parquet:
-            counted = parquet.read(columns=list(_COUNTED))
-            failed = "error" in counted.column("status").unique().to_pylist()
-            examples = parquet.read(columns=list(_EXAMPLE)) if failed else None
-    except (pa.ArrowException, OSError):
-        survey.unreadable.append(shard_path(output, shard))
-        return survey
-    survey.rows = len(counted)
-    draws = _draw(counted.column("row_id").to_numpy())
-    for position, row in enumerate(counted.to_pylist()):
-        if row["status"] != "ok":
-            survey.errors[shorten(row["error_type"], 60)] += 1
-            continue
-        survey.ok += 1
-        survey.environments[row["environment_digest"]] += 1
-        stratum = Stratum(row["task"], row["language"], *size_of(row))
-        survey.pictures[stratum] += 1
-        survey.places.setdefault(stratum, []).append(Place(int(draws[position]), shard, position))
-    for row in examples.to_pylist() if examples is not None else []:
-        kept = survey.examples.setdefault(shorten(row["error_type"], 60), [])
-        if row["status"] != "ok" and len(kept) < MAX_EXAMPLES:
-            kept.append(
-                Example(name_of(row), shorten(row["error_message"], 300), shorten(row["prompt"], 200))
-            )
+    for row in failed:
+        line = row["line"]
+        example = Example(
+            name_of({"id": line["id"], "sample": row["sample"]}),
+            shorten(line["message"], 300),
+            shorten(line.get("prompt"), 200),
+        )
+        survey.examples.setdefault(_kind(line["kind"]), []).append(example)
     survey.examples.pop("", None)
     return survey
 
 
-def size_of(row: Mapping[str, Any]) -> tuple[int, int]:
-    """Width and height of a row's picture, that of its source if the row is a text."""
-    shown = (row["source"] or {}) if row["task"] in TEXT_TASKS else row
-    return shown.get("width") or 0, shown.get("height") or 0
-
-
-def _draw(row_ids: np.ndarray) -> np.ndarray:
-    """A uint64 hash of each number (the finalizer of splitmix64)."""
-    z = row_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _kind(kind: str | None) -> str:
+    return shorten(kind, 60)
 
 
 def name_of(row: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import DATA_FOLDER, shard_number
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.plans.plan import read_given
-from wallaroo.workflows.reports.finish import as_given, manifest_row
+from wallaroo.workflows.reports.error_lines import as_given, manifest_row
 from wallaroo.workflows.settings import OPTIONS
 from wallaroo.workflows.sources.embedded import Cell
 from wallaroo.workflows.viewer.output import Output

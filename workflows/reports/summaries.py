@@ -1,0 +1,277 @@
+"""What `data/` holds, told by its listing and by summaries, so that finished shards need not be opened.
+
+Each plan part has a summary: the tally and the stamp of each of its shards. `all` has one tally for each
+part, with a digest of the part's stamps. A summary is a cache: the listing decides. A shard whose stamp no
+summary has is opened, and what is missing, damaged or out of date is made anew.
+"""
+
+import bisect
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import pyarrow as pa
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import list_stamps, list_summaries, shard_path, summary_name
+from wallaroo.workflows.outputs.shards import map_shards, open_shard
+from wallaroo.workflows.outputs.summary_files import read_lines, write_lines
+from wallaroo.workflows.reports.tally import ShardTally, Tally, tally_of_file
+
+ALL = "all"
+WRITE_SHARDS = 64
+"""So many new shards of a part are there before its summary is written while a run goes on."""
+WRITE_PARTS = 16
+"""So many parts are complete before `all` is written while a run goes on."""
+MAX_BYTES = 64 << 10
+"""Of a part's tally in `all`; a longer one is only in the part's own summary."""
+
+
+class Part(Protocol):
+    """What must be known of a plan part: its name, rows, first shard, and the number after its last one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def first_shard(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+
+
+class Entry(NamedTuple):
+    """Of one shard in a summary. text: its ShardTally as JSON."""
+
+    stamp: str
+    text: str
+
+    @property
+    def found(self) -> ShardTally:
+        return ShardTally.from_values(json.loads(self.text))
+
+
+@dataclass
+class _Open:
+    """A part of which shards are being written. new: how many since its summary was written."""
+
+    entries: dict[int, Entry] = field(default_factory=dict)
+    new: int = 0
+
+
+class Summaries:
+    """The shards of an output and what is in them.
+
+    Attributes:
+        output: Folder of the run.
+        parts: Of its plan, in order.
+        stamps: Of the shards that are there; from one listing, when it was made.
+        opened: How many files of `data/` were opened.
+        unreadable: Shards that cannot be read -> why, as far as it was looked.
+    """
+
+    def __init__(self, output: str, parts: Sequence[Part], renew: bool = True) -> None:
+        """Lists `data/` and `summaries/`.
+
+        Args:
+            output: Folder of the run.
+            parts: Of its plan.
+            renew: Whether summaries are written. Several may do so at once: each is right or passed over.
+        """
+        self.output, self.parts, self._renew = output, parts, renew
+        self.stamps = list_stamps(output)
+        self.opened = 0
+        self.unreadable: dict[int, str] = {}
+        self._names = list_summaries(output)
+        self._totals = self._read_all()
+        self._changed = False
+        self._last: tuple[str, dict[int, Entry]] = ("", {})
+        self._open: dict[str, _Open] = {}
+        self._complete = 0
+
+    def present(self, part: Part) -> list[int]:
+        """The shards of a part that are there and not known to be unreadable."""
+        numbers = range(part.first_shard, part.end)
+        return [shard for shard in numbers if shard in self.stamps and shard not in self.unreadable]
+
+    def missing(self) -> Iterator[int]:
+        """The shards that are not there, or are known to be unreadable, ascending."""
+        for part in self.parts:
+            for shard in range(part.first_shard, part.end):
+                if shard not in self.stamps or shard in self.unreadable:
+                    yield shard
+
+    def of_part(self, part: Part, details: bool = True) -> Tally:
+        """The tally of the shards of a part that are there.
+
+        Args:
+            part: Of the plan.
+            details: Whether they are wanted too; without them shards with long tallies stay closed.
+        """
+        key = _digest((shard, self.stamps[shard]) for shard in self.present(part))
+        known = self._totals.get(part.name)
+        if known is not None and known[0] == key and (known[1].details or not details):
+            return known[1]
+        total = Tally()
+        for _, found in self.of_shards(part, details):
+            total.add(found.tally)
+        if total.details is not None or not details:
+            key = _digest((shard, self.stamps[shard]) for shard in self.present(part))
+            self._totals[part.name] = (key, total)
+            self._changed = True
+        return total
+
+    def of_shards(self, part: Part, whole: bool = True) -> Iterator[tuple[int, ShardTally]]:
+        """Each shard of a part that is there and can be read, in order, with its tally.
+
+        Args:
+            part: Of the plan.
+            whole: Whether tallies must have details and error rows.
+        """
+        known = self._last[1] if self._last[0] == part.name else self._read_part(part)
+        fitting: dict[int, Entry] = {}
+        renewed = False
+        closed: list[int] = []
+        for shard in self.present(part):
+            entry = known.get(shard)
+            if entry is not None and entry.stamp == self.stamps[shard]:
+                fitting[shard] = entry
+            else:
+                closed.append(shard)
+        opened = {}
+        for shard, found in zip(closed, map_shards(self._read_shard, closed), strict=True):
+            self.opened += 1
+            if isinstance(found, str):
+                self.unreadable[shard] = found
+                continue
+            opened[shard] = found
+            fitting[shard] = Entry(self.stamps[shard], found.to_json().decode())
+            renewed = True
+        fitting = dict(sorted(fitting.items()))
+        self._last = (part.name, fitting)
+        if renewed or len(known) != len(fitting):
+            self._write_part(part, fitting)
+        for shard, entry in fitting.items():
+            tally = opened.pop(shard, None) or entry.found
+            if whole and not tally.whole:
+                self.opened += 1
+                again = self._read_shard(shard)
+                if isinstance(again, str):
+                    self.unreadable[shard] = again
+                    continue
+                tally = again
+            yield shard, tally
+
+    def add(self, shard: int, stamp: str, text: str) -> None:
+        """Takes in a shard that was written, and writes summaries now and then.
+
+        Args:
+            shard: Its number.
+            stamp: Of its file, as `write_shard` gives it.
+            text: Its ShardTally as JSON.
+        """
+        index = bisect.bisect([part.first_shard for part in self.parts], shard) - 1
+        part = self.parts[index]
+        now = self._open.get(part.name)
+        if now is None:
+            now = self._open[part.name] = _Open(self._read_part(part))
+        now.entries[shard] = Entry(stamp, text)
+        now.new += 1
+        complete = len(now.entries) == part.end - part.first_shard
+        if now.new < WRITE_SHARDS and not complete:
+            return
+        now.new = 0
+        # What could not be written is made anew by whoever needs it.
+        with suppress(InputError, OSError):
+            self._write_part(part, dict(sorted(now.entries.items())))
+        if complete:
+            self._close(part)
+
+    def _close(self, part: Part) -> None:
+        entries = sorted(self._open.pop(part.name).entries.items())
+        total = Tally()
+        for _, entry in entries:
+            total.add(entry.found.tally)
+        self._totals[part.name] = (_digest((shard, entry.stamp) for shard, entry in entries), total)
+        self._changed = True
+        self._complete += 1
+        if self._complete % WRITE_PARTS == 0:
+            with suppress(InputError, OSError):
+                self.save()
+
+    def save(self) -> None:
+        """Writes what is not written yet."""
+        for part in self.parts if self._open else ():
+            now = self._open.get(part.name)
+            if now is not None and now.new:
+                self._write_part(part, dict(sorted(now.entries.items())))
+                now.new = 0
+        if self._changed and self._renew:
+            lines = []
+            for name, (key, total) in self._totals.items():
+                line = json.dumps([name, key, total.to_values()], separators=(",", ":")).encode()
+                if len(line) <= MAX_BYTES:
+                    lines.append(line)
+            write_lines(self.output, ALL, lines)
+            self._changed = False
+
+    def _read_all(self) -> dict[str, tuple[str, Tally]]:
+        if summary_name(ALL) not in self._names:
+            return {}
+        rows = {part.name: part.rows for part in self.parts}
+        try:
+            found = {
+                str(name): (str(key), Tally.from_values(total))
+                for name, key, total in read_lines(self.output, ALL)
+            }
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return {}
+        return {name: one for name, one in found.items() if one[1].rows <= rows.get(name, -1)}
+
+    def _read_part(self, part: Part) -> dict[int, Entry]:
+        """What the summary of a part says, without what cannot be so."""
+        found: dict[int, Entry] = {}
+        if summary_name(part.name) not in self._names:
+            return found
+        for line in read_lines(self.output, part.name):
+            try:
+                shard, stamp, values = line
+                tally = ShardTally.from_values(values).tally
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+            if type(shard) is int and part.first_shard <= shard < part.end and tally.rows <= part.rows:
+                found[shard] = Entry(str(stamp), json.dumps(values, separators=(",", ":")))
+        return found
+
+    def _write_part(self, part: Part, entries: Mapping[int, Entry]) -> None:
+        if self._renew:
+            lines = (f"[{shard},{json.dumps(entry.stamp)},{entry.text}]" for shard, entry in entries.items())
+            write_lines(self.output, part.name, map(str.encode, lines))
+            self._names.add(summary_name(part.name))
+
+    def _read_shard(self, shard: int) -> ShardTally | str:
+        """What is in the file of a shard; the reason in words if it is none."""
+
+        def read() -> ShardTally:
+            with open_shard(self.output, shard) as parquet:
+                return tally_of_file(parquet, shard)
+
+        path = shard_path(self.output, shard)
+        try:
+            return storage.patiently(path, read)
+        except FileNotFoundError:
+            return "it vanished"
+        except (pa.ArrowException, OSError) as error:
+            return str(error).splitlines()[0][:200]
+
+
+def _digest(stamps: Iterable[tuple[int, str]]) -> str:
+    """Of shards and their stamps: the same one means the same files."""
+    text = hashlib.sha256()
+    for shard, stamp in stamps:
+        text.update(f"{shard} {stamp}\n".encode())
+    return text.hexdigest()
