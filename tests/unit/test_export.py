@@ -30,7 +30,8 @@ from wallaroo.workflows.outputs import schema as outputs_schema
 from wallaroo.workflows.outputs import values as outputs_values
 from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table, encode_image
 from wallaroo.workflows.outputs.schema import result_schema
-from wallaroo.workflows.plans.plan import Round
+from wallaroo.workflows.plans.plan import Round, read_plan
+from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.settings import OptionError
 
 HOSTILE = [
@@ -114,6 +115,7 @@ def make(outputs, output, tables, task="generate", image_format="png", quality=N
             table, made, run, Made("r", "e" * 64, 1), result_schema(carried), decode=decode
         )
         shards.write_shard(str(output), table.column("shard")[0].as_py(), built)
+    finish(str(output), read_plan(str(output)))
     return pq.read_table(output / "data").to_pylist()
 
 

@@ -24,6 +24,7 @@ from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import RESULT_NAMES, json_columns, result_schema
 from wallaroo.workflows.outputs.shards import open_shard
 from wallaroo.workflows.outputs.values import json_again, jsonable
+from wallaroo.workflows.plans.finished import finished
 from wallaroo.workflows.plans.plan import read_plan
 
 if TYPE_CHECKING:
@@ -68,11 +69,12 @@ class Results:
         self.task = str(run["config"].get("task", "generate"))
         done = list_done(output)
         missing = sum(shard not in done for shard in self.plan.shards)
-        if missing or not self.plan.complete:
-            what = f"{missing:,} of its {len(self.plan.shards):,} shards are missing"
+        if missing or finished(output, self.plan) is None:
+            what = "its last round did not end"
+            if missing:
+                what = f"{missing:,} of its {len(self.plan.shards):,} shards are missing"
             raise InputError(
-                f"{output} is not finished, {what if missing else 'its plan is not complete'}: "
-                f"start the run again, it makes what is missing."
+                f"{output} is not finished, {what}: start the run again, it makes what is missing."
             )
         self.schema = result_schema(self.plan.carried, bool(run["config"].get("save_tokens")))
         self.carried = [field for field in self.schema if field.name not in RESULT_NAMES]

@@ -15,8 +15,8 @@ from wallaroo.workflows.manifests.schema import Columns
 from wallaroo.workflows.outputs.layout import list_done, shard_name
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
-from wallaroo.workflows.outputs.shards import open_shard, shard_bytes
-from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.outputs.shards import open_shard, shard_bytes, without_tally
+from wallaroo.workflows.plans.finished import finished
 from wallaroo.workflows.plans.parts import folder_of
 from wallaroo.workflows.plans.rows import row_ids
 from wallaroo.workflows.sources.embedded import Cell
@@ -37,7 +37,7 @@ class OutputRows:
     """The rows of a finished run."""
 
     def __init__(self, path: str):
-        if read_success(path) is None:
+        if finished(path) is None:
             raise InputError(f"{path} is not finished: start its run again, it goes on by itself.")
         self.path = path
         self.task = str(read_run(path)["config"].get("task", "generate"))
@@ -46,7 +46,7 @@ class OutputRows:
         if not self.shards:
             raise InputError(f"{path} has no rows: give another data set.")
         with self._open(0) as parquet:
-            self.schema = parquet.schema_arrow
+            self.schema = without_tally(parquet.schema_arrow)
 
     def chunks(self, piece: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
         with self._open(piece) as parquet:

@@ -18,6 +18,7 @@ PICTURE_ROWS = 32
 """Rows of a row group with pictures: whoever wants one of them reads these, not the whole shard."""
 TALLY_KEY = b"wallaroo-tally"
 """Key of the footer's metadata. Metadata of a schema begins with `wallaroo.`, and is carried along."""
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -96,7 +97,7 @@ def open_shard(output: str, shard: int) -> Iterator[pq.ParquetFile]:
         yield parquet
 
 
-def map_shards(function: Callable[[int], T], shards: Iterable[int], threads: int = 8) -> Iterator[T]:
+def map_shards(function: Callable[[S], T], shards: Iterable[S], threads: int = 8) -> Iterator[T]:
     """`function(shard)` of every shard, in their order, a few at a time and never far ahead."""
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque[Future[T]] = deque()

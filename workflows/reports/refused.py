@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER
 from wallaroo.workflows.outputs.values import json_line
 from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.reports.error_lines import as_given, manifest_row
+from wallaroo.workflows.reports.planned import planned_shards
 
 EXAMPLES = 3
 """Of each kind of error."""
@@ -51,11 +49,13 @@ def refused_rows(output: str, plan: Plan, task: str) -> Iterator[Refused]:
     Raises:
         InputError: A file of the plan is absent or corrupt.
     """
+    stamps = storage.list_stamps(storage.join(output, PLAN_FOLDER), str)
     places: dict[int, int] = {}
     last: Refused | None = None
     for part in plan.parts:
         numbers = np.flatnonzero(plan.rounds[part.round].selected)
-        for table in _tables(storage.join(output, PLAN_FOLDER, part.file)):
+        shards = range(part.first_shard, part.end)
+        for _, table in planned_shards(output, part, stamps.get(part.file), shards):
             samples = table.column("sample").to_numpy()
             # The rows of a manifest row begin with its sample 0.
             place = places.get(part.round, -1) + np.cumsum(samples == 0)
@@ -77,18 +77,6 @@ def refused_rows(output: str, plan: Plan, task: str) -> Iterator[Refused]:
                 last = Refused(row["id"], number, row["error_type"], row["error_message"], 1, line)
     if last is not None:
         yield last
-
-
-def _tables(path: str) -> Iterator[pa.Table]:
-    """The shards of a part."""
-    with storage.explained(path):
-        filesystem, inner = storage.parquet_filesystem(path)
-        try:
-            with filesystem.open_input_file(inner) as file, pq.ParquetFile(file) as parquet:
-                for group in range(parquet.num_row_groups):
-                    yield parquet.read_row_group(group)
-        except (FileNotFoundError, pa.ArrowException) as error:
-            raise InputError(f"{path} is absent or corrupt: restore it, or give a new output.") from error
 
 
 def first_of_each_kind(rows: Iterator[Refused], path: str | None = None) -> dict[str, list[Refused]]:

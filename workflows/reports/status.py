@@ -118,7 +118,7 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
     from wallaroo.workflows.outputs.layout import list_done
     from wallaroo.workflows.outputs.lock import at_work
     from wallaroo.workflows.outputs.run_file import read_run
-    from wallaroo.workflows.outputs.success import read_success
+    from wallaroo.workflows.plans.finished import finished
     from wallaroo.workflows.plans.plan import read_plan
 
     read_run(output)
@@ -128,9 +128,8 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
     done_shards = sum(shard in done for shard in plan.shards)
     last = records[-1] if records else None
     heard = None if last is None else max(0.0, clock() - datetime.fromisoformat(last.updated).timestamp())
-    success = read_success(output) or {}
-    finished = plan.complete and success.get("parts") == [part.name for part in plan.parts]
-    if finished:
+    success = finished(output, plan)
+    if success is not None:
         state = "finished"
     elif at_work(output, watch=0):
         # Also while it plans, and has no record yet.
@@ -151,8 +150,8 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
         planned=plan.rows if plan.complete else None,
         shards=len(plan.shards),
         done_shards=done_shards,
-        done=success["rows"] if finished else last.done if last else None,
-        errors=success["errors"] if finished else last.errors if last else {},
+        done=success["rows"] if success else last.done if last else None,
+        errors=success["errors"] if success else last.errors if last else {},
         record=last,
         runs=len(records),
         unreadable=unreadable,

@@ -112,7 +112,7 @@ class Summaries:
             part: Of the plan.
             details: Whether they are wanted too; without them shards with long tallies stay closed.
         """
-        key = _digest((shard, self.stamps[shard]) for shard in self.present(part))
+        key = stamps_digest((shard, self.stamps[shard]) for shard in self.present(part))
         known = self._totals.get(part.name)
         if known is not None and known[0] == key and (known[1].details or not details):
             return known[1]
@@ -120,7 +120,7 @@ class Summaries:
         for _, found in self.of_shards(part, details):
             total.add(found.tally)
         if total.details is not None or not details:
-            key = _digest((shard, self.stamps[shard]) for shard in self.present(part))
+            key = stamps_digest((shard, self.stamps[shard]) for shard in self.present(part))
             self._totals[part.name] = (key, total)
             self._changed = True
         return total
@@ -196,7 +196,7 @@ class Summaries:
         total = Tally()
         for _, entry in entries:
             total.add(entry.found.tally)
-        self._totals[part.name] = (_digest((shard, entry.stamp) for shard, entry in entries), total)
+        self._totals[part.name] = (stamps_digest((shard, entry.stamp) for shard, entry in entries), total)
         self._changed = True
         self._complete += 1
         if self._complete % WRITE_PARTS == 0:
@@ -269,7 +269,7 @@ class Summaries:
             return str(error).splitlines()[0][:200]
 
 
-def _digest(stamps: Iterable[tuple[int, str]]) -> str:
+def stamps_digest(stamps: Iterable[tuple[int, str]]) -> str:
     """Of shards and their stamps: the same one means the same files."""
     text = hashlib.sha256()
     for shard, stamp in stamps:

@@ -5,6 +5,7 @@ plan part stand together in a summary (`workflows.reports.summaries`). Knows not
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,10 @@ class Tally:
         else:
             self.details = None
 
+    def counts(self) -> tuple[int, int, int, Counter[str], Counter[str]]:
+        """All but seconds and details."""
+        return self.rows, self.ok, self.refused, self.errors, self.environments
+
     def to_values(self) -> dict[str, Any]:
         """The tally as values of JSON."""
         values = {"rows": self.rows, "ok": self.ok, "refused": self.refused, "seconds": self.seconds}
@@ -182,6 +187,10 @@ class ShardTally(NamedTuple):
             if len(failed) != tally.errors.total():
                 raise ValueError("its error rows are not those counted")
         return cls(tally, failed)
+
+    def says(self, values: Any) -> bool:
+        """Whether parsed JSON is what `to_json` gives."""
+        return bool(values == json.loads(self.to_json()))
 
     @property
     def whole(self) -> bool:
@@ -260,7 +269,8 @@ def _count(table: pa.Table, shard: int) -> Tally:
     tally.details = details
     tally.rows = len(table)
     tally.refused = table.column("started_at").null_count
-    tally.seconds = round(pc.sum(table.column("seconds")).as_py() or 0.0, 3)
+    # Exact in any order, so that equal rows have equal tallies.
+    tally.seconds = round(math.fsum(table.column("seconds").drop_null().to_pylist()), 3)
     shown: dict[Stratum, list[tuple[int, int]]] = {}
     names = [name for name in COUNTED if name not in ("started_at", "seconds")]
     for position, row in enumerate(table.select(names).to_pylist()):

@@ -27,7 +27,7 @@ from wallaroo.workflows.storage.files import (
     write_stream,
 )
 from wallaroo.workflows.storage.local import COPY_BYTES, TEMPORARY
-from wallaroo.workflows.storage.paths import FileInfo, absolute_path, is_s3, join
+from wallaroo.workflows.storage.paths import FileInfo, absolute_path, is_s3, join, stamp_size
 from wallaroo.workflows.storage.retries import be_patient, patience, patiently
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "refuses_path",
     "remove_leftovers",
     "replace_if_match",
+    "stamp_size",
     "take_retries",
     "write_atomic",
     "write_stream",

@@ -26,6 +26,11 @@ class FileInfo:
         return f"{self.size}:{self.etag}"
 
 
+def stamp_size(stamp: str) -> int:
+    """The size in bytes that a `FileInfo.stamp` begins with."""
+    return int(stamp.partition(":")[0])
+
+
 def is_s3(path: str) -> bool:
     """Whether the path is on S3. Raises InputError for any other scheme."""
     scheme, mark, _ = path.partition("://")
