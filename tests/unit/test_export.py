@@ -438,6 +438,7 @@ def test_geneval_numbers_follow_the_manifest_though_a_look_came_first(outputs, t
         path.write_text(json.dumps(values))
     for shard, table in enumerate(tables):
         shards.write_shard(str(output), shard, outputs.result_table(table))
+    finish(str(output), read_plan(str(output)))
     export(str(output), str(tmp_path / "dest"), "geneval")
     found = read_geneval(tmp_path / "dest")
     assert {number: metadata["prompt"] for number, (metadata, _) in found.items()} == {

@@ -80,17 +80,24 @@ def without_tally(schema: pa.Schema) -> pa.Schema:
 
 
 @contextmanager
-def open_shard(output: str, shard: int) -> Iterator[pq.ParquetFile]:
+def open_shard(output: str, shard: int, data: bytes | None = None) -> Iterator[pq.ParquetFile]:
     """The file of a shard, for reading row group by row group.
 
-    Raises FileNotFoundError, and ArrowInvalid if another file lies in its place.
+    Args:
+        output: Folder of the run.
+        shard: Its number.
+        data: The whole file, where it was read already.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ArrowInvalid: Another file lies in its place.
     """
     path = shard_path(output, shard)
     filesystem, inner = storage.parquet_filesystem(path)
     with (
         storage.explained(path),
-        filesystem.open_input_file(inner) as file,
-        pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True) as parquet,
+        filesystem.open_input_file(inner) if data is None else pa.BufferReader(data) as file,
+        pq.ParquetFile(file, pre_buffer=data is None, page_checksum_verification=True) as parquet,
     ):
         if words := lacking(parquet.schema_arrow):
             raise pa.ArrowInvalid(words)

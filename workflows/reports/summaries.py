@@ -9,7 +9,7 @@ import bisect
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -104,6 +104,11 @@ class Summaries:
             for shard in range(part.first_shard, part.end):
                 if shard not in self.stamps or shard in self.unreadable:
                     yield shard
+
+    def forget_listing(self) -> None:
+        """Frees the memory of all that only `add` and `save` do without."""
+        self.stamps = {}
+        self._last = ("", {})
 
     def of_part(self, part: Part, details: bool = True) -> Tally:
         """The tally of the shards of a part that are there.
@@ -203,6 +208,15 @@ class Summaries:
             with suppress(InputError, OSError):
                 self.save()
 
+    @contextmanager
+    def saved(self) -> Iterator[None]:
+        """Saves when the block ends, however it does, so that the next start opens few files."""
+        try:
+            yield
+        finally:
+            with suppress(InputError, OSError):
+                self.save()
+
     def save(self) -> None:
         """Writes what is not written yet."""
         for part in self.parts if self._open else ():
@@ -256,13 +270,19 @@ class Summaries:
     def _read_shard(self, shard: int) -> ShardTally | str:
         """What is in the file of a shard; the reason in words if it is none."""
 
-        def read() -> ShardTally:
-            with open_shard(self.output, shard) as parquet:
+        def read(data: bytes | None = None) -> ShardTally:
+            with open_shard(self.output, shard, data) as parquet:
                 return tally_of_file(parquet, shard)
 
         path = shard_path(self.output, shard)
         try:
-            return storage.patiently(path, read)
+            try:
+                return storage.patiently(path, read)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, FileNotFoundError):
+                    raise
+                # From memory, so that no fault of the network can be taken for one of the file.
+                return read(storage.read_bytes(path))
         except FileNotFoundError:
             return "it vanished"
         except (pa.ArrowException, OSError) as error:

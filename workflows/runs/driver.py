@@ -91,9 +91,9 @@ def run(
             remaining = find_remaining(output, plan, config.retry_errors)
             if remaining.shards:
                 pool = _pool_of(resolved, remaining, device, replica)
-                made = _make_shards(
-                    resolved, remaining, pool, Monitor(resolved, remaining, pool, lock, run_log, report, stop)
-                )
+                monitor = Monitor(resolved, remaining, pool, lock, run_log, report, stop)
+                with remaining.summaries.saved():
+                    made = _make_shards(resolved, remaining, pool, monitor)
         lock.check()
         finish(output, plan)
         run_log.end("finished")

@@ -49,6 +49,7 @@ class Monitor:
         self._config, self._plan = resolved.config, resolved.plan
         self._pool, self._lock, self._run_log, self._report, self._stop = pool, lock, run_log, report, stop
         self._before = remaining.finished.rows
+        self._summaries = remaining.summaries
         self._total = Tally()
         self._total.add(remaining.finished)
         self._made = Tally()
@@ -100,6 +101,7 @@ class Monitor:
             self._made.add(tally)
             self._total.add(tally)
             self._written += tally.refused < tally.rows
+            self._summaries.add(row["shard"], row["stamp"], row["summary"])
 
     def _look(self, watch: Any) -> None:
         """Looks at lock, stop and replicas, reports, and raises if the run should not go on."""

@@ -1,14 +1,19 @@
 """What is left of a run: the shards that an output lacks, and those with error rows to retry."""
 
 import functools
+import logging
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 
 from wallaroo.workflows import storage
-from wallaroo.workflows.outputs.layout import SUCCESS_FILE, list_done
+from wallaroo.workflows.outputs.layout import SUCCESS_FILE, shard_path, unreadable_path
 from wallaroo.workflows.outputs.shards import map_shards
 from wallaroo.workflows.plans.plan import Plan
-from wallaroo.workflows.runs.stages import Tally, retriable_rows, tally_of
+from wallaroo.workflows.reports.summaries import Summaries
+from wallaroo.workflows.runs.stages import Tally, retriable_rows
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -19,15 +24,19 @@ class Remaining:
         shards: Their numbers, ascending.
         retried: Those among them that are finished but for error rows to retry.
         finished: Counts of the rows that stay as they are.
+        summaries: Of the output; they take in what is written.
     """
 
     shards: list[int]
     retried: frozenset[int]
     finished: Tally
+    summaries: Summaries
 
 
 def find_remaining(output: str, plan: Plan, retry_errors: bool = False) -> Remaining:
-    """Compares the listing of `data/` with the plan.
+    """Compares the listing of `data/` with the plan. Opens the files that no summary covers.
+
+    A file that cannot be read is moved aside, and its shard is made again.
 
     Args:
         output: Folder of the run.
@@ -38,15 +47,19 @@ def find_remaining(output: str, plan: Plan, retry_errors: bool = False) -> Remai
     Returns:
         What is left to make.
     """
-    done = list_done(output)
-    finished_shards = [shard for shard in plan.shards if shard in done]
-    missing = [shard for shard in plan.shards if shard not in done]
+    summaries = Summaries(output, plan.parts)
     finished, failed = Tally(), []
-    tallies = map_shards(functools.partial(tally_of, output), finished_shards)
-    for shard, tally in zip(finished_shards, tallies, strict=True):
-        finished.add(tally)
-        if tally.errors and retry_errors:
-            failed.append(shard)
+    for part in plan.parts:
+        tally = summaries.of_part(part, details=False)
+        finished.add(Tally.of(tally))
+        if retry_errors and tally.errors:
+            shards = summaries.of_shards(part, whole=False)
+            failed += [shard for shard, found in shards if found.tally.errors]
+    for shard, words in sorted(summaries.unreadable.items()):
+        _set_aside(output, shard, words)
+    summaries.save()
+    missing = list(summaries.missing())
+    summaries.forget_listing()
     retried = []
     kinds_of_shards = map_shards(functools.partial(retriable_rows, output), failed)
     for shard, kinds in zip(failed, kinds_of_shards, strict=True):
@@ -56,4 +69,13 @@ def find_remaining(output: str, plan: Plan, retry_errors: bool = False) -> Remai
             finished.errors = dict(Counter(finished.errors) - Counter(kinds))
     if retried:
         storage.delete(storage.join(output, SUCCESS_FILE))
-    return Remaining(sorted(missing + retried), frozenset(retried), finished)
+    return Remaining(sorted(missing + retried), frozenset(retried), finished, summaries)
+
+
+def _set_aside(output: str, shard: int, words: str) -> None:
+    """Moves the damaged file of a shard out of `data/`, which readers of the folder take as a whole."""
+    path, target = shard_path(output, shard), unreadable_path(output, shard)
+    # It may have vanished since it was listed.
+    with suppress(FileNotFoundError):
+        storage.move(path, target)
+        log.warning(f"{path} cannot be read ({words}): it is now {target}, and its shard is made again.")

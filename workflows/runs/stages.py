@@ -20,6 +20,8 @@ from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.shards import open_shard, write_shard
 from wallaroo.workflows.outputs.values import digest
 from wallaroo.workflows.plans.plan import Place, read_shard
+from wallaroo.workflows.reports import tally as row_tally
+from wallaroo.workflows.reports.tally import tally_of_table
 from wallaroo.workflows.runs.requests import load_requests
 from wallaroo.workflows.sources.references import SourceOptions
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
@@ -149,25 +151,33 @@ def write(
         watch: Handle of the run's `actors.watch.Watch`, or None.
 
     Returns:
-        `shard`, and `tally` for the driver: a Tally as JSON, empty where the shard was left to a later run.
+        `shard`, and for the driver `tally`, a Tally as JSON, and for summaries `stamp` and `summary`: the
+        file's stamp and its ShardTally as JSON. All are empty where the shard was left to a later run.
     """
     if not row["result"]:
-        return {"shard": row["shard"], "tally": ""}
+        return {"shard": row["shard"], "tally": "", "stamp": "", "summary": ""}
     storage.be_patient()
     table, shard = from_ipc(row["result"]), row["shard"]
     started = time.perf_counter()
     whole = storage.patiently(output, lambda: _merged(output, shard, table)) if shard in retried else table
-    size = write_shard(output, shard, whole)
+    summary = tally_of_table(whole, shard).to_json()
+    stamp = write_shard(output, shard, whole, summary)
     if watch is not None:
         watch.note_written.remote(shard)
-    tally, task = _tally(table), table.column("task")[0].as_py()
+    tally = Tally.of(tally_of_table(table, shard).tally)
+    task = table.column("task")[0].as_py()
     metrics.count("wallaroo_write_seconds_total", time.perf_counter() - started, task=task)
-    metrics.count("wallaroo_written_bytes_total", size, task=task)
+    metrics.count("wallaroo_written_bytes_total", storage.stamp_size(stamp), task=task)
     metrics.count("wallaroo_rows_total", tally.rows, task=task)
     for kind, number in tally.errors.items():
         metrics.count("wallaroo_errors_total", number, task=task, kind=kind)
     tally.retries = row["retries"] + storage.take_retries()
-    return {"shard": row["shard"], "tally": json.dumps(dataclasses.asdict(tally))}
+    return {
+        "shard": row["shard"],
+        "tally": json.dumps(dataclasses.asdict(tally)),
+        "stamp": stamp,
+        "summary": summary.decode(),
+    }
 
 
 def _merged(output: str, shard: int, rows: pa.Table) -> pa.Table:
@@ -207,6 +217,11 @@ class Tally:
     environments: list[str] = field(default_factory=list)
     retries: int = 0
 
+    @classmethod
+    def of(cls, found: row_tally.Tally) -> "Tally":
+        """The counts that a tally of rows has."""
+        return cls(found.rows, found.ok, found.refused, dict(found.errors), sorted(found.environments))
+
     def add(self, other: "Tally") -> None:
         """Adds the counts of another shard."""
         self.rows += other.rows
@@ -217,19 +232,6 @@ class Tally:
         self.retries += other.retries
 
 
-def _tally(table: pa.Table) -> Tally:
-    kinds = table.column("error_type").to_pylist()
-    errors = Counter(kind for kind in kinds if kind)
-    return Tally(
-        rows=table.num_rows,
-        ok=table.num_rows - errors.total(),
-        # A row that no replica began was refused before.
-        refused=table.column("started_at").null_count,
-        errors=dict(errors),
-        environments=sorted({name for name in table.column("environment_digest").to_pylist() if name}),
-    )
-
-
 def retriable_rows(output: str, shard: int) -> dict[str, int]:
     """How many rows of a finished shard are to be retried, by the kind of their error."""
     plan = read_shard(output, shard)
@@ -237,13 +239,3 @@ def retriable_rows(output: str, shard: int) -> dict[str, int]:
     with open_shard(output, shard) as parquet:
         data = parquet.read(columns=["row_id", "error_type"])
     return Counter(data.filter(pc.is_in(data.column("row_id"), wanted)).column("error_type").to_pylist())
-
-
-def tally_of(output: str, shard: int) -> Tally:
-    """Counts of a finished shard, from three of its columns."""
-
-    def read() -> Tally:
-        with open_shard(output, shard) as parquet:
-            return _tally(parquet.read(columns=["error_type", "started_at", "environment_digest"]))
-
-    return storage.patiently(output, read)

@@ -303,12 +303,19 @@ def delete(path: str) -> None:
 
 @persistent
 def move(path: str, target: str) -> None:
-    """Gives a file another name in the same storage, over the file that may have it."""
+    """Gives a file another name in the same storage, over the file that may have it.
+
+    Raises FileNotFoundError.
+    """
     with explained(path):
         if is_s3(path):
             bucket, key = bucket_and_key(path)
             to, name = bucket_and_key(target)
-            s3_client().copy_object(Bucket=to, Key=name, CopySource={"Bucket": bucket, "Key": key})
+            try:
+                s3_client().copy_object(Bucket=to, Key=name, CopySource={"Bucket": bucket, "Key": key})
+            except Exception as error:
+                raise_if_missing(path, error)
+                raise
             s3_client().delete_object(Bucket=bucket, Key=key)
         else:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
