@@ -19,7 +19,7 @@ SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please r
 
 class Proxy(ThreadingHTTPServer):
     """faults: how many requests had each. share: of those that have one, drawn by `seed`. delay: seconds
-    more that every answer takes."""
+    more that every answer takes. kinds: see `take`."""
 
     daemon_threads = True
 
@@ -30,6 +30,7 @@ class Proxy(ThreadingHTTPServer):
         self.delay = delay
         self.faults: Counter[str] = Counter()
         self.requests = 0
+        self.kinds: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._guard = threading.Lock()
 
@@ -47,6 +48,18 @@ class Proxy(ThreadingHTTPServer):
             self.faults[kind] += 1
             return kind
 
+    def note(self, command: str, path: str) -> None:
+        """Counts a request by its kind: LIST, or its verb."""
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(path).query, keep_blank_values=True)
+        with self._guard:
+            self.kinds["LIST" if "list-type" in query or "uploads" in query else command] += 1
+
+    def take(self) -> dict[str, int]:
+        """How many requests of each kind there were since this was last asked."""
+        with self._guard:
+            found, self.kinds = self.kinds, Counter()
+        return dict(found)
+
     def handle_error(self, request, client_address) -> None:
         """A client that went away is nothing to tell."""
 
@@ -57,6 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.note(self.command, self.path)
         fault = self.server.fault()
         time.sleep(self.server.delay)
         if fault == "throttle":

@@ -124,7 +124,8 @@ class Summaries:
         total = Tally()
         for _, found in self.of_shards(part, details):
             total.add(found.tally)
-        if total.details is not None or not details:
+        if total.rows and (total.details is not None or not details):
+            # Without what turned out to be unreadable.
             key = stamps_digest((shard, self.stamps[shard]) for shard in self.present(part))
             self._totals[part.name] = (key, total)
             self._changed = True
