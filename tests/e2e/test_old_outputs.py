@@ -7,7 +7,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from wallaroo.workflows.outputs.layout import DATA_FOLDER, ERRORS_FILE, SUCCESS_FILE, shard_path
+from wallaroo.workflows.outputs.layout import (
+    DATA_FOLDER,
+    ERRORS_FILE,
+    SUCCESS_FILE,
+    shard_path,
+    unreadable_path,
+)
 from wallaroo.workflows.outputs.schema import VOLATILE
 from wallaroo.workflows.reports.status import status
 from wallaroo.workflows.reports.verify import verify
@@ -37,11 +43,12 @@ def test_an_old_output_is_complete(old):
 
 def test_an_old_output_that_was_cut_off_is_resumed(old, local_ray):
     before = rows(old)
-    Path(shard_path(old.output, 1)).unlink()
+    Path(shard_path(old.output, 1)).write_bytes(b"")
     for name in (SUCCESS_FILE, ERRORS_FILE):
         (Path(old.output) / name).unlink()
     summary = run(old)
     assert (summary.rows, summary.ok, summary.before) == (19, 18, 11)
+    assert Path(unreadable_path(old.output, 1)).read_bytes() == b""
     assert verify(old.output).state == "complete"
     after = rows(old)
     # What depends on the CPU and on versions of libraries may differ in the shard that was made again.

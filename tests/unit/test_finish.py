@@ -6,10 +6,16 @@ import pyarrow as pa
 import pytest
 
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.datasets.export_files import Results
+from wallaroo.workflows.datasets.rows import OutputRows
 from wallaroo.workflows.outputs import schema, shards, success
 from wallaroo.workflows.plans.columns import GIVEN
+from wallaroo.workflows.plans.finished import finished
+from wallaroo.workflows.plans.plan import read_plan
 from wallaroo.workflows.reports import finish as reports_finish
 from wallaroo.workflows.reports.error_lines import manifest_row
+from wallaroo.workflows.reports.status import status
+from wallaroo.workflows.reports.verify import verify
 from wallaroo.workflows.sources.embedded import parse_cell
 
 
@@ -172,3 +178,42 @@ def test_a_picture_within_a_file_is_named_by_its_row(outputs, tmp_path):
     [line] = lines(tmp_path / "out")
     assert line["image"] == "s3://b/data/shard-00000003.parquet#801"
     assert parse_cell(line["image"]) == ("s3://b/data/shard-00000003.parquet", 801)
+
+
+def test_finished_means_the_same_for_all_who_ask(outputs, tmp_path):
+    """From the first part of a new round on, an output is unfinished until that round has ended."""
+    output = str(tmp_path / "out")
+    later = [outputs.plan_table(rows=4, first_row=12, shard=2)]
+
+    def answers():
+        try:
+            OutputRows(output)
+            selects = True
+        except InputError as error:
+            assert "is not finished" in str(error)
+            selects = False
+        try:
+            Results(output)
+            exports = True
+        except InputError as error:
+            assert "is not finished" in str(error)
+            exports = False
+        verdict = verify(output, lambda line: None).state
+        found = {finished(output) is not None, status(output).state == "finished", verdict == "complete"}
+        [answer] = found | {selects, exports, finished(output, read_plan(output)) is not None}
+        return answer
+
+    plan = outputs.make_output(output, two_shards(outputs))
+    assert not answers()
+    reports_finish.finish(output, plan)
+    assert answers()
+    # A round is planned, in part, in whole, made, and ended.
+    outputs.write_plan(output, later, complete=False)
+    assert not answers()
+    part = tmp_path / "out" / "plan" / "part-00001.json"
+    part.write_text(part.read_text().replace('"complete": false', '"complete": true'))
+    assert not answers()
+    shards.write_shard(output, 2, outputs.result_table(later[0]))
+    assert not answers()
+    reports_finish.finish(output, read_plan(output))
+    assert answers()

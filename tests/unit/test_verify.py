@@ -1,7 +1,9 @@
 """The verdict on outputs that are whole, half-made, or tampered with."""
 
 import io
+import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,9 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from wallaroo.jobs.cli import main
 from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
 from wallaroo.workflows.outputs import layout, shards
+from wallaroo.workflows.outputs.summary_files import read_lines, write_lines
+from wallaroo.workflows.reports import summaries
 from wallaroo.workflows.reports.finish import finish
+from wallaroo.workflows.reports.tally import tally_of_table
 from wallaroo.workflows.reports.verify import MAX_FAULTS, verify
 
 
@@ -29,9 +36,9 @@ def whole(outputs, tmp_path):
     return tmp_path
 
 
-def judged(output):
+def judged(output, **options):
     said = []
-    return verify(str(output), said.append), said
+    return verify(str(output), said.append, **options), said
 
 
 def rewrite(output, shard, change):
@@ -210,6 +217,104 @@ def test_of_many_faults_the_first_are_told(whole):
 def test_a_folder_that_is_no_output_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"has no run\.json"):
         verify(str(tmp_path))
+
+
+def test_each_file_is_opened_once_and_progress_is_told(whole, monkeypatch):
+    opens, told = Counter(), []
+    for module, name in ((storage, "read_bytes"), (storage, "open_ranges")):
+        plain = getattr(module, name)
+
+        def counting(path, *rest, plain=plain):
+            opens[path.removeprefix(f"{whole}/")] += 1
+            return plain(path, *rest)
+
+        monkeypatch.setattr(module, name, counting)
+    verdict, _ = judged(whole, on_progress=told.append)
+    assert verdict.state == "complete"
+    wanted = [f"data/shard-{n:08d}.parquet" for n in range(3)] + ["plan/part-00000-test.parquet"]
+    assert {path: opens[path] for path in wanted} == dict.fromkeys(wanted, 1)
+    assert [(one.rows, one.done, one.errors) for one in told] == [(85, 40, 1), (85, 80, 3), (85, 85, 3)]
+
+
+def test_a_footer_that_counts_otherwise_is_a_fault(whole):
+    path = layout.shard_path(str(whole), 1)
+    table = pq.read_table(path)
+    found = tally_of_table(table, 1)
+    shards.write_shard(str(whole), 1, table, found.to_json())
+    assert judged(whole)[0].state == "complete"
+    found.tally.environments["f" * 64] = 1
+    for tally in (found.to_json(), b"{}", b"[", b"\xff"):
+        shards.write_shard(str(whole), 1, table, tally)
+        verdict, said = judged(whole)
+        assert verdict.state == "broken" and f"{path} counts other rows in its footer" in said[0]
+
+
+@pytest.mark.parametrize("name", ["part-00000", "all"])
+def test_a_summary_that_counts_otherwise_is_a_fault(whole, name):
+    lines = read_lines(str(whole), name)
+    values = lines[0][2]["tally"] if name == "part-00000" else lines[0][2]
+    values["ok"] -= 1
+    values["errors"]["crash"] = 1
+    write_lines(str(whole), name, [json.dumps(line).encode() for line in lines])
+    verdict, said = judged(whole)
+    assert verdict.state == "broken" and layout.summary_path(str(whole), name) in said[0]
+    assert "delete the folder summaries" in said[0]
+
+
+def test_a_fast_look_opens_no_file_that_a_summary_covers(whole, monkeypatch):
+    opened = []
+    plain = summaries.open_shard
+    monkeypatch.setattr(summaries, "open_shard", lambda *rest: opened.append(rest[1]) or plain(*rest))
+    full, _ = judged(whole)
+    verdict, said = judged(whole, fast=True)
+    assert verdict == full and not opened
+    [sentence] = said
+    assert "is complete by names, sizes and counts: 85 of 85 rows, 82 ok" in sentence
+    assert "Not checked: pictures, texts" in sentence and "without --fast" in sentence
+    # What is in a picture it does not see; a file of another size or time is opened, and counted anew.
+    rewrite(whole, 1, lambda rows: rows[4].update(prompt="other"))
+    verdict, said = judged(whole, fast=True)
+    assert verdict.state == "complete" and opened == [1]
+    assert said[0] == "No summary covers 1 files as they are; their footers were read."
+    rewrite(whole, 1, lambda rows: rows.pop())
+    verdict, said = judged(whole, fast=True)
+    assert verdict.state == "broken" and any("has 39 rows, but 40 were planned" in words for words in said)
+    Path(layout.shard_path(str(whole), 1)).write_bytes(b"PAR1")
+    verdict, said = judged(whole, fast=True)
+    assert verdict.state == "broken" and "shard-00000001.parquet cannot be read" in said[0]
+    Path(layout.shard_path(str(whole), 1)).unlink()
+    verdict, said = judged(whole, fast=True)
+    assert verdict.state == "broken" and verdict.missing_shards == 1
+    (whole / "_SUCCESS").unlink()
+    verdict, said = judged(whole, fast=True)
+    assert verdict.state == "incomplete" and "1 of 3 files are missing" in said[-1]
+
+
+def test_the_command_looks_fast_too(whole, capsys):
+    def code(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(["verify", str(whole), *arguments])
+        return ended.value.code
+
+    assert code("--fast") == 0
+    assert "Not checked" in capsys.readouterr().out
+    rewrite(whole, 1, lambda rows: rows[4].update(prompt="other"))
+    assert code("--fast") == 0 and code() == 1
+
+
+@pytest.mark.parametrize("change", ["absent", "corrupt", "few"])
+def test_a_plan_that_cannot_be_read_is_one_sentence(whole, change):
+    path = whole / "plan" / "part-00000-test.parquet"
+    if change == "absent":
+        path.unlink()
+    elif change == "corrupt":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        pq.write_table(pq.read_table(path), path)
+    with pytest.raises(
+        InputError, match=r"part-00000-test\.parquet is (absent|corrupt), but part-00000\.json"
+    ):
+        judged(whole)
 
 
 @pytest.mark.parametrize("task", ["edit", "understand"])

@@ -26,6 +26,7 @@ from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.outputs.values import digest
 from wallaroo.workflows.plans.checks import refuse_inside
+from wallaroo.workflows.plans.finished import finished
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.plans.planner import extend_plan, is_complete, make_plan, open_plan
 from wallaroo.workflows.plans.settings import PlanSettings
@@ -238,12 +239,7 @@ def check_gpus(config: RunConfig, gpus: int) -> None:
 
 def is_finished(output: str, plan: Plan) -> bool:
     """Whether every row of a plan is known to be there, and the files that come after the last row too."""
-    success = read_success(output)
-    return (
-        success is not None
-        and success["parts"] == [part.name for part in plan.parts]
-        and storage.exists(storage.join(output, REPORT_FILE))
-    )
+    return finished(output, plan) is not None and storage.exists(storage.join(output, REPORT_FILE))
 
 
 def summary_of(config: RunConfig, started: float, before: int, made: int) -> RunSummary:
