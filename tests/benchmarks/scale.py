@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -232,6 +233,107 @@ def shard(folder: Path, shards: Sequence[int]) -> dict[str, float]:
         found |= {f"shard_{name}_ms_of_{count}": value for name, value in cost.items() if name != "wall"}
         words = ", ".join(f"{name} {value:.1f}" for name, value in cost.items())
         print(f"shard of {count:>7,}, CPU ms: {words.replace('cpu', 'driver')} (of time)", flush=True)
+    return found
+
+
+@probe
+def end(name: str, output: str) -> dict[str, float]:
+    """One of `scale_ends.ENDS` on an output."""
+    from tests.benchmarks.scale_ends import measured
+
+    return measured(name, output)
+
+
+def measure_end(name: str, output: str, count: int, note: str = "") -> dict[str, float]:
+    """Prints and returns what an end costs a shard."""
+    one = in_process("end", name, output)
+    print(
+        f"{name:<13} {count:>7,} shards{note}: {one['cpu']:.2f} CPU s, {1000 * one['cpu'] / count:.3f} ms a "
+        f"shard; {one['opened']:.0f} files opened, {one['data_opened']:.0f} of them shards; "
+        f"{one['rss_mib']:.0f} MiB",
+        flush=True,
+    )
+    return one
+
+
+@part
+def resume(folder: Path, shards: Sequence[int]) -> dict[str, float]:
+    """Resume, finish and report, with and without summaries, and a resume with four shards missing."""
+    from tests.benchmarks.scale_ends import MISSING, made_output, remove_shards, without_summaries
+
+    found = {}
+    for count in shards:
+        output = made_output(folder, count, linked=True)
+        for name in ("resume", "finish", "report"):
+            one = measure_end(name, output, count)
+            found[f"{name}_cpu_ms_of_{count}"] = 1000 * one["cpu"] / count
+        remove_shards(output)
+        one = measure_end("resume", output, count, f", {MISSING} missing")
+        found[f"resume_files_opened_of_{count}"] = found["resume_files_opened"] = one["opened"]
+    count = min(shards)
+    output = made_output(folder / "whole", count)
+    for name in ("resume", "finish", "report"):
+        without_summaries(output)
+        one = measure_end(name, output, count, " without summaries")
+        found[f"{name}_cpu_ms_without_summaries"] = 1000 * one["cpu"] / count
+    return found
+
+
+@part
+def verify(folder: Path, shards: Sequence[int]) -> dict[str, float]:
+    """All files of an output read back; those of the largest number of shards up to 10,000."""
+    from tests.benchmarks.scale_ends import made_output
+
+    count = max((one for one in shards if one <= 10_000), default=min(shards))
+    output = made_output(folder / "whole", count)
+    one = measure_end("verify", output, count)
+    fast = measure_end("verify --fast", output, count)
+    return {
+        "verify_opens_per_shard": one["data_opened"] / count,
+        "verify_cpu_ms": 1000 * one["cpu"] / count,
+        "verify_fast_cpu_ms": 1000 * fast["cpu"] / count,
+    }
+
+
+@part
+def requests(folder: Path, shards: Sequence[int]) -> dict[str, float]:
+    """S3 requests by kind, of an output with the plan parts of 40,000 shards but 25 shards in each."""
+    import dataclasses
+
+    from tests import conftest
+    from tests.benchmarks.scale_ends import ENDS, MISSING, on_s3
+    from tests.s3_proxy import proxy
+    from wallaroo.workflows import storage
+    from wallaroo.workflows.outputs import layout
+
+    server = conftest._start(str(Path(sys.executable).with_name("weed")), folder / "weed")
+    if server is None:
+        sys.exit("SeaweedFS does not start.")
+    found: dict[str, float] = {}
+    try:
+        os.environ |= server.variables()
+        output = on_s3(folder, "s3://ready", 1_000, 25)
+        kept = {
+            n: storage.read_bytes(layout.shard_path(output, n)) for n in range(5, 1_000, 1_000 // MISSING)
+        }
+        for shard in kept:
+            storage.delete(layout.shard_path(output, shard))
+        with proxy(server.endpoint, share=0) as counting:
+            os.environ |= dataclasses.replace(server, endpoint=counting.endpoint).variables()
+            for name, run in ENDS.items():
+                storage.forget_clients()
+                counting.take()
+                run(output)
+                kinds = counting.take()
+                total = sum(number for kind, number in kinds.items() if kind != "LIST")
+                words = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+                print(f"{name:<13} of 1,000 shards in 40 parts on S3: {words}", flush=True)
+                found[f"{name.replace(' --', '_')}_s3_requests"] = total
+                for path, data in kept.items():
+                    storage.write_atomic(path, data)
+    finally:
+        os.kill(server.pid, signal.SIGKILL)
+        os.waitpid(server.pid, 0)
     return found
 
 

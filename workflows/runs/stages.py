@@ -160,11 +160,12 @@ def write(
     table, shard = from_ipc(row["result"]), row["shard"]
     started = time.perf_counter()
     whole = storage.patiently(output, lambda: _merged(output, shard, table)) if shard in retried else table
-    summary = tally_of_table(whole, shard).to_json()
+    found = tally_of_table(whole, shard)
+    summary = found.to_json()
     stamp = write_shard(output, shard, whole, summary)
     if watch is not None:
         watch.note_written.remote(shard)
-    tally = Tally.of(tally_of_table(table, shard).tally)
+    tally = Tally.of((found if whole is table else tally_of_table(table, shard)).tally)
     task = table.column("task")[0].as_py()
     metrics.count("wallaroo_write_seconds_total", time.perf_counter() - started, task=task)
     metrics.count("wallaroo_written_bytes_total", storage.stamp_size(stamp), task=task)
