@@ -19,6 +19,7 @@ from tests.faults.test_poison import SICK
 from wallaroo.workflows.outputs.layout import list_done
 from wallaroo.workflows.outputs.schema import VOLATILE
 from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.outputs.summary_files import read_lines
 from wallaroo.workflows.reports.verify import verify
 from wallaroo.workflows.storage import write_atomic
 
@@ -144,6 +145,9 @@ def test_kills_at_certain_states_lose_nothing(place, request, base):
     rounds.dies("writing")
     there = list_done(output)
     assert there and read_success(output) is None
+    rounds.dies("summary")
+    # What was there at the start is in the summary, what was written since is not.
+    assert {shard for shard, _, _ in read_lines(output, "part-00000")} == there < list_done(output)
     # A replica dies too, before the last file is there, or the node that it is on.
     rounds.dies("success")
     assert (rounds.folder / "replica").exists()

@@ -14,6 +14,7 @@ from tests.faults.test_poison import Sick
 from wallaroo.actors.replica import Replica
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import list_done
+from wallaroo.workflows.reports import summaries
 from wallaroo.workflows.runs import driver as runs_driver
 from wallaroo.workflows.runs import stages
 from wallaroo.workflows.storage import files, local, s3
@@ -87,6 +88,15 @@ def main(config_file, state, folder):
     elif state in ("first", "writing", "retrying"):
         least = {"first": 0, "writing": 1, "retrying": 0}[state]
         runs_driver.write = functools.partial(dying_write, mark=mark, driver=os.getpid(), least=least)
+    elif state == "summary":
+        add = summaries.Summaries.add
+
+        def dying_add(*rest):
+            # The shard has its file; the summary that would say so is being written.
+            summaries.WRITE_SHARDS, summaries.write_lines = 1, die
+            add(*rest)
+
+        summaries.Summaries.add = dying_add
     elif state == "success":
         marks = {"mark": Path(folder) / "replica", "with_node": not storage.is_s3(config.output)}
         replica = type("Dies", (DiesAtWork,), marks)
