@@ -215,7 +215,7 @@ def test_of_many_faults_the_first_are_told(whole):
 
 
 def test_a_folder_that_is_no_output_is_one_sentence(tmp_path):
-    with pytest.raises(InputError, match=r"has no run\.json"):
+    with pytest.raises(InputError, match="there is no such folder, or it is empty"):
         verify(str(tmp_path))
 
 

@@ -4,20 +4,23 @@ import itertools
 import json
 import shutil
 import tempfile
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.outputs.layout import ERRORS_FILE, SUCCESS_FILE, shard_name, shard_path
+from wallaroo.workflows.outputs.layout import ERRORS_FILE, PLAN_FOLDER, SUCCESS_FILE, shard_name, shard_path
 from wallaroo.workflows.outputs.schema import FORMAT
 from wallaroo.workflows.outputs.success import RowTotals
+from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.reports.card import write_card
 from wallaroo.workflows.reports.error_lines import ErrorLines
+from wallaroo.workflows.reports.planned import planned_shards
 from wallaroo.workflows.reports.summaries import Summaries
 from wallaroo.workflows.reports.tally import Details, Tally
 
 if TYPE_CHECKING:
-    from wallaroo.workflows.plans.plan import Plan
+    from wallaroo.workflows.plans.plan import Plan, PlanPart
 
 
 def finish(output: str, plan: "Plan") -> RowTotals:
@@ -54,9 +57,8 @@ def finish(output: str, plan: "Plan") -> RowTotals:
                     f"elsewhere and start the run again."
                 )
             total.add(found)
-            for _, shard in summaries.of_shards(part) if found.errors else ():
-                for row in shard.failed or ():
-                    writer.add(row)
+            for row in _error_rows(summaries, part) if found.errors else ():
+                writer.add(row)
             _check_readable(summaries)
         writer.flush()
         lines.seek(0)
@@ -78,6 +80,28 @@ def finish(output: str, plan: "Plan") -> RowTotals:
     }
     storage.write_atomic(storage.join(output, SUCCESS_FILE), json.dumps(document, indent=2).encode() + b"\n")
     return counts
+
+
+def _error_rows(summaries: Summaries, part: "PlanPart") -> Iterator[dict[str, Any]]:
+    """The error rows of a part for `ErrorLines`, with what the plan kept of those that it refused."""
+    failed = {}
+    refused = []
+    for shard, found in summaries.of_shards(part):
+        if found.failed:
+            failed[shard] = found.failed
+        if found.tally.refused and part.error_rows:
+            refused.append(shard)
+    given: dict[int, str] = {}
+    if refused:
+        file = storage.info(storage.join(summaries.output, PLAN_FOLDER, part.file))
+        stamp, names = file.stamp if file else None, ["row_id", GIVEN]
+        for _, table in planned_shards(summaries.output, part, stamp, refused, names):
+            if GIVEN in table.column_names:
+                pairs = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+                given |= {row_id: text for row_id, text in pairs if text is not None}
+    for rows in failed.values():
+        for row in rows:
+            yield row | {GIVEN: given.get(row["row_id"])}
 
 
 def _check_readable(summaries: Summaries) -> None:

@@ -12,7 +12,11 @@ from wallaroo.workflows.plans.plan import PlanPart
 
 
 def planned_shards(
-    output: str, part: PlanPart, stamp: str | None, shards: Sequence[int]
+    output: str,
+    part: PlanPart,
+    stamp: str | None,
+    shards: Sequence[int],
+    columns: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, pa.Table]]:
     """Reads the planned rows of some shards of a part; one shard is in memory at a time.
 
@@ -21,6 +25,7 @@ def planned_shards(
         part: Of the plan.
         stamp: Of the part's file, from a listing of `plan/`; None if it is not there.
         shards: Numbers of shards of the part, ascending.
+        columns: Those wanted, if they are there; all if None.
 
     Returns:
         Each number with its rows.
@@ -40,7 +45,7 @@ def planned_shards(
             pq.ParquetFile(pa.PythonFile(file, mode="r")) as parquet,
         ):
             for shard in shards:
-                yield shard, parquet.read_row_group(shard - part.first_shard, use_threads=False)
+                yield shard, parquet.read_row_group(shard - part.first_shard, columns, use_threads=False)
     except FileNotFoundError:
         raise InputError(f"{path} is absent, {remedy}.") from None
     except (pa.ArrowException, OSError, IndexError) as error:
