@@ -17,6 +17,7 @@ from wallaroo.workflows.sources import fetch as sources_fetch
 from wallaroo.workflows.sources.fetch import Fetched, fetch, fetch_many
 from wallaroo.workflows.sources.prepare import load_many
 from wallaroo.workflows.sources.references import SourceOptions
+from wallaroo.workflows.storage import retries
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def test_what_is_wrong_with_one_object_is_its_rows_fault(s3, tmp_path):
         "large": "more than the allowed 1,000 bytes",
         "../set/good": "leads out",
     }
-    options = SourceOptions(f"{s3}/set", most_bytes=1000, patience_seconds=1)
+    options = SourceOptions(f"{s3}/set", most_bytes=1000)
     for (position,), found in fetch_many(list(cases), options):
         reference, expected = list(cases.items())[position]
         if isinstance(expected, bytes):
@@ -78,7 +79,7 @@ def test_an_object_that_may_not_be_read_is_its_rows_fault(s3, s3_server, monkeyp
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.stranger)
     storage.forget_clients()
     with pytest.raises(RowError, match="access is denied"):
-        fetch(f"{s3}/file", SourceOptions(s3, patience_seconds=1))
+        fetch(f"{s3}/file", SourceOptions(s3))
 
 
 @pytest.mark.parametrize(
@@ -94,19 +95,20 @@ def test_a_storage_out_of_order_is_no_rows_fault(s3, monkeypatch, variable, valu
     monkeypatch.setenv(variable, value)
     storage.forget_clients()
     with pytest.raises(InputError, match=reason) as caught:
-        list(fetch_many([f"{s3}/file", f"{s3}/other"], SourceOptions(s3, patience_seconds=1)))
+        list(fetch_many([f"{s3}/file", f"{s3}/other"], SourceOptions(s3)))
     assert not isinstance(caught.value, RowError)
 
 
 def test_a_storage_that_fails_for_a_while_is_waited_for(s3, s3_server, monkeypatch):
-    monkeypatch.setattr(sources_fetch, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(retries, "SHORTEST_PAUSE", 0.1)
     for number in range(4):
         storage.write_atomic(f"{s3}/{number}", b"%d" % number * 1000)
     with failing_at_first(s3_server.endpoint, 14) as (endpoint, faults):
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         storage.forget_clients()
         references = [f"{s3}/{number}" for number in range(4)]
-        found = list(fetch_many(references, SourceOptions(s3, fetches=2)))
+        with storage.patience():
+            found = list(fetch_many(references, SourceOptions(s3, fetches=2)))
     assert [one.data for _, one in found] == [b"%d" % number * 1000 for number in range(4)]
     assert len(faults) == 14
 

@@ -1,6 +1,7 @@
 """Manifests of tasks that start from pictures: where these are, and what is planned of them."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError, RowError
 from wallaroo.model.prompts import DEFAULT_QUESTION, edit_prompt
+from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
@@ -27,6 +29,7 @@ from wallaroo.workflows.runs.requests import load_requests
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.sources.embedded import Cell, parse_cell, read_cells
 from wallaroo.workflows.sources.references import SourceOptions
+from wallaroo.workflows.storage.checkpoints import fetch_folder, read_checkpoint
 
 CONFIG = load_config(TINY)
 TOKENIZER = load_tokenizer(TINY)
@@ -223,6 +226,36 @@ def test_the_ok_rows_of_an_output_are_a_manifest(tmp_path):
     (out / "_SUCCESS").unlink()
     with pytest.raises(InputError, match="is not finished"):
         discover(str(out), "edit")
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+@pytest.mark.parametrize("name", ["out [1]", "what?", "a*b", "**", "out #2"])
+def test_an_output_may_have_the_name_of_a_pattern(tmp_path, request, name, place):
+    write_output(tmp_path / name, [[{"id": "a", "sample": 0}], [{"id": "b", "sample": 0}]])
+    root = str(tmp_path)
+    if place == "s3":
+        root = request.getfixturevalue("s3")
+        for file in (path for path in (tmp_path / name).rglob("*") if path.is_file()):
+            storage.write_atomic(f"{root}/{file.relative_to(tmp_path)}", file.read_bytes())
+    _, rows = load(f"{root}/{name}", "understand")
+    assert [row["id"] for row in rows] == ["a", "b"]
+    cell = parse_cell(rows[1]["image"])
+    assert cell.path == f"{root}/{name}/data/shard-00000001.parquet"
+    ((_, value),) = read_cells(cell.path, [cell.row])
+    assert not isinstance(value, RowError)
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_a_checkpoint_may_have_the_name_of_a_pattern(tmp_path, request, place):
+    model = str(tmp_path / "m [1]*?")
+    if place == "s3":
+        model = f"{request.getfixturevalue('s3')}/m [1]*?"
+        for file in (path for path in TINY.rglob("*") if path.is_file()):
+            storage.write_atomic(f"{model}/{file.relative_to(TINY)}", file.read_bytes())
+    else:
+        shutil.copytree(TINY, model)
+    assert read_checkpoint(model).digest == read_checkpoint(str(TINY)).digest
+    assert load_config(fetch_folder(model, cache=tmp_path / "cache")) == CONFIG
 
 
 def test_the_picture_of_a_text_is_the_one_that_it_is_about(tmp_path):

@@ -1,4 +1,4 @@
-"""Bytes of source pictures from disk, S3 and https, many at once, with retries for each endpoint."""
+"""Bytes of source pictures from disk, S3 and https, many at once, with retries for each web host."""
 
 import errno
 import functools
@@ -112,8 +112,8 @@ def fetch(
         host = urllib.parse.urlsplit(uri).netloc
         return Fetched(uri, _patiently(host, lambda: _download(place, most, download), patience))
     if place.startswith("s3://"):
-        bucket = place.removeprefix("s3://").partition("/")[0]
-        return Fetched(place, _patiently(f"s3://{bucket}", lambda: _read_object(place, most), patience))
+        # Requests to S3 are retried by the storage itself.
+        return Fetched(place, _read_object(place, most))
     return Fetched(place, _patiently("", lambda: _read_file(place, most), patience))
 
 
@@ -176,7 +176,7 @@ def _read_object(path: str, most: int) -> bytes:
     except InputError as error:
         if storage.refuses_path(error):
             raise RowError("image", str(error)) from None
-        raise _Outage(error) from error
+        raise
     except ValueError:
         raise RowError("image", f"{shown(path)} is no valid path: correct it.") from None
 

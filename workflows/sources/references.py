@@ -33,8 +33,8 @@ class SourceOptions:
     folder: of the manifest, local or `s3://`; relative paths start there. https: whether https://
     sources are allowed. outside: whether relative paths may leave the folder, by `..` or by links.
     most_bytes: of a file. most_pixels: of a picture. decode_seconds: of CPU time for one picture.
-    patience_seconds: how long a storage that does not serve is asked again. fetches: sources that are
-    fetched at once, and so the most that wait in memory to be decoded.
+    patience_seconds: how long a disk or web host that does not serve is asked again. fetches: sources
+    that are fetched at once, and so the most that wait in memory to be decoded.
     """
 
     folder: str
