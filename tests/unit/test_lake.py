@@ -11,6 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyiceberg.catalog.memory import InMemoryCatalog
+from pyiceberg.partitioning import PartitionField, PartitionSpec
+from pyiceberg.schema import Schema
+from pyiceberg.transforms import IdentityTransform
+from pyiceberg.types import NestedField, StringType
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
@@ -55,6 +59,23 @@ def test_the_live_rows_of_a_delta_table(tmp_path):
     # A copy is the same manifest.
     shutil.copytree(path, tmp_path / "copy")
     assert discover(str(tmp_path / "copy")).identity() == discover(str(path)).identity()
+
+
+def test_a_delta_table_with_checkpoints_compacted_files_and_new_columns(tmp_path):
+    path = tmp_path / "t"
+    for number in range(12):
+        deltalake.write_deltalake(path, prompts(f"{number:02}"), mode="append")
+    table = deltalake.DeltaTable(path)
+    table.create_checkpoint()
+    table.optimize.compact()
+    words = [f"{number:02}" for number in range(12)]
+    assert [row["prompt"] for row in load(path)[1]] == words and len(discover(str(path)).files) == 1
+    table.vacuum(0, dry_run=False, enforce_retention_duration=False)
+    assert [row["prompt"] for row in load(path)[1]] == words
+    deltalake.write_deltalake(path, prompts("new", cfg=[2.0]), mode="append", schema_mode="merge")
+    assert load(path)[1][-1] == {"prompt": "new", "cfg": 2.0} and load(path)[1][0]["cfg"] is None
+    deltalake.DeltaTable(path).update(updates={"cfg": "3.0"}, predicate="prompt = '05'")
+    assert [row["cfg"] for row in load(path)[1] if row["cfg"]] == [3.0, 2.0]
 
 
 def test_partitions_of_a_delta_table_keep_their_types(tmp_path):
@@ -152,6 +173,22 @@ def test_the_live_rows_of_an_iceberg_table(tmp_path, catalog):
     assert discover(str(path)).passed_over["that the table no longer has"][0] == 1
     table.overwrite(prompts("d"))
     assert [row["prompt"] for row in load(path)[1]] == ["d"]
+
+
+def test_an_iceberg_table_with_partitions_and_a_new_column(tmp_path, catalog):
+    schema = Schema(NestedField(1, "prompt", StringType()), NestedField(2, "language", StringType()))
+    spec = PartitionSpec(PartitionField(2, 1000, IdentityTransform(), "language"))
+    table = catalog.create_table("n.t", schema, partition_spec=spec)
+    table.append(prompts("a", "b", language=["en", "zh"]))
+    with table.update_schema() as update:
+        update.add_column("cfg", StringType())
+    table.append(prompts("c", language=["en"], cfg=["2"]))
+    path = tmp_path / "warehouse" / "n" / "t"
+    assert load(path)[1] == [
+        {"prompt": "a", "language": "en", "cfg": None},
+        {"prompt": "b", "language": "zh", "cfg": None},
+        {"prompt": "c", "language": "en", "cfg": "2"},
+    ]
 
 
 def test_an_iceberg_table_whose_columns_were_renamed_or_moved_is_refused(tmp_path, catalog):

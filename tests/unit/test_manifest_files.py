@@ -217,6 +217,11 @@ def test_the_imagefolder_of_hugging_face(tmp_path):
     manifest = discover(str(tmp_path), "edit")
     assert [file.relative for file in manifest.files] == ["test/metadata.jsonl", "train/metadata.jsonl"]
     assert manifest.passed_over == {".csv that names no pictures": (1, "stats.csv")}
+    # A picture that no row names is no row, which is said.
+    files_of(tmp_path, "train/unnamed.png")
+    words = "Of the pictures beside the table, 3, those are read that its rows name."
+    assert discover(str(tmp_path), "edit").notes == (words,)
+    assert not discover(str(tmp_path / "train" / "metadata.jsonl"), "edit").notes
     names = column_names(
         pa.schema([("file_name", pa.string()), ("prompt", pa.string())]),
         PlanSettings.of(RunConfig("", "", "edit")),

@@ -138,6 +138,8 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
     ]
     if pictures:
         _refuse_tars(path, files, known)
+    if shown:
+        notes.append(f"Of the pictures beside the table, {len(shown):,}, those are read that its rows name.")
     return Manifest(path, tuple(known), passed.kinds, tuple(notes))
 
 
