@@ -93,7 +93,7 @@ def test_a_fresh_copy_is_the_same_manifest(tmp_path):
         ("empty", "the folder is empty"),
         ("*.csv", "no file matches it"),
         ("other", r"no Parquet, CSV or JSON Lines file, only such as 'x\.bin'"),
-        ("a.xlsx", r"suffix '\.xlsx'.*convert it"),
+        ("a.xlsx", r"suffix '\.xlsx'.*save the sheet as CSV"),
         ("out", r"is the output of a run.*errors\.jsonl"),
     ],
 )

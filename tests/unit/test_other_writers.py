@@ -130,7 +130,7 @@ def test_a_table_in_one_json_object_is_named_with_a_remedy(tmp_path, orient, nam
 def test_json_without_rows_is_named_with_a_remedy(tmp_path, text):
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(
-        InputError, match=r"m\.json (is one object that holds a table \(data\)|holds texts, numbers)"
+        InputError, match=r"m\.json (is one object that holds a table \(data\)|holds texts|is a JSON array of values)"
     ):
         prompts(tmp_path / "m.json")
 

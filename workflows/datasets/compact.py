@@ -26,7 +26,7 @@ from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.shards import open_shard, write_shard
 from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.plans.columns import with_given
-from wallaroo.workflows.plans.increments import read_known, write_known
+from wallaroo.workflows.plans.increments import read_planned, write_planned
 from wallaroo.workflows.plans.layout import SHARD_ROWS, SHARD_TEXTS, write_shards
 from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_plan, read_shard
 from wallaroo.workflows.reports.finish import finish
@@ -122,7 +122,7 @@ def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) 
         for shard, group in enumerate(groups, first)
     )
     rows = write_shards(storage.join(output, PLAN_FOLDER, file), tables)
-    known = read_known(output, plan.rounds)
+    known = read_planned(output, plan.rounds)
     start = plan.rounds[0]
     identities = {tuple(one): one for round_ in plan.rounds for one in round_.manifest}
     opening = Round(
@@ -134,7 +134,7 @@ def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) 
         manifest=list(identities.values()),
         carried=start.carried,
         warnings=start.warnings,
-        known=write_known(output, known.pairs, known.versions),
+        known=write_planned(output, known.pairs, known.versions),
         schema=start.schema,
     )
     part = PlanPart(

@@ -36,7 +36,7 @@ def row_of(line: dict[str, Any], task: str) -> tuple[dict[str, Any], str]:
         row["aspect_ratio"] = re.sub(r"^(\d+)x(\d+)$", r"\1:\2", size) if isinstance(size, str) else size
     url = line.get("url")
     if url != ENDPOINTS[task]:
-        other = next((name for name, known in ENDPOINTS.items() if known == url), "")
+        other = next((name for name, path in ENDPOINTS.items() if path == url), "")
         hint = f", which `wallaroo {other}` serves" if other else ""
         return row, f"is a request to {json.dumps(url)}{hint}, but {task} serves only {ENDPOINTS[task]}"
     asked = body.get("output_format")

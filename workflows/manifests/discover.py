@@ -126,7 +126,7 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
             f"'{example}': {_folder_remedy(example)}."
         )
     _count(files, taken, passed)
-    known = [
+    tables = [
         _manifest_file(
             file,
             format_of(file.relative, FORMATS | OTHER_FORMATS),
@@ -137,10 +137,10 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
         for file in chosen
     ]
     if pictures:
-        _refuse_tars(path, files, known)
+        _refuse_tars(path, files, tables)
     if shown:
         notes.append(f"Of the pictures beside the table, {len(shown):,}, those are read that its rows name.")
-    return Manifest(path, tuple(known), passed.kinds, tuple(notes))
+    return Manifest(path, tuple(tables), passed.kinds, tuple(notes))
 
 
 def _folder_remedy(example: str) -> str:
@@ -201,22 +201,22 @@ def _columns(file: ManifestFile) -> list[str] | None:
         return None
 
 
-def format_of(name: str, known: dict[str, str]) -> str:
+def format_of(name: str, formats: dict[str, str]) -> str:
     """The format that a name's suffix stands for; empty if there is none."""
     stem, suffix = os.path.splitext(name.lower())
     if suffix in COMPRESSED:
-        inner = known.get(os.path.splitext(stem)[1], "")
+        inner = formats.get(os.path.splitext(stem)[1], "")
         return "" if inner == "parquet" else inner
-    return known.get(suffix, "")
+    return formats.get(suffix, "")
 
 
 def _format(path: str) -> str:
     if form := format_of(path, FORMATS | OTHER_FORMATS):
         return form
     suffix = os.path.splitext(path)[1].lower()
-    known = ", ".join([*FORMATS, *OTHER_FORMATS])
+    suffixes = ", ".join([*FORMATS, *OTHER_FORMATS])
     raise InputError(
-        f"The manifest {path} has the suffix '{suffix}', but only {known} are read (those of text also with "
+        f"The manifest {path} has the suffix '{suffix}', but only {suffixes} are read (text also with "
         f"{', '.join(COMPRESSED)} behind): {_remedy(path)}."
     )
 
@@ -274,8 +274,8 @@ def _table(
         if file not in taken:
             stale = bool(format_of(file.relative, FORMATS))
             passed.add("that the table no longer has" if stale else suffix_kind(file.relative), file.relative)
-    known = [_manifest_file(file, "parquet", task, image_column, partition) for file, partition in live]
-    return Manifest(path, tuple(known), passed.kinds)
+    parts = [_manifest_file(file, "parquet", task, image_column, partition) for file, partition in live]
+    return Manifest(path, tuple(parts), passed.kinds)
 
 
 def _picture_manifest(

@@ -155,7 +155,7 @@ def _distinct(rows: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
 def _parse(templates: Sequence[str], lists: Mapping[str, Sequence[str]]) -> list[_Template]:
     if not templates:
         raise OptionError("There is no template: give at least one.")
-    known = _checked(lists)
+    checked = _checked(lists)
     used: set[str] = set()
     parsed = []
     for text in templates:
@@ -168,19 +168,19 @@ def _parse(templates: Sequence[str], lists: Mapping[str, Sequence[str]]) -> list
             )
         language = detect_language(plain) if re.search(r"\w", plain) else "en"
         inner = [match[1] for match in _PLACEHOLDER.finditer(text) if match[1]]
-        names = tuple(dict.fromkeys([*inner, *(name for name in known if name in _PARAMETERS)]))
+        names = tuple(dict.fromkeys([*inner, *(name for name in checked if name in _PARAMETERS)]))
         chosen = []
         for name in names:
-            values = known.get(name, {}).get(language) or known.get(name, {}).get("")
+            values = checked.get(name, {}).get(language) or checked.get(name, {}).get("")
             if values is None:
-                hint = did_you_mean(name, known) or f": give one with --set {name}=..."
+                hint = did_you_mean(name, checked) or f": give one with --set {name}=..."
                 raise OptionError(
                     f"The template '{text}' ({language}) has {{{name}}}, but there is no list of it{hint}"
                 )
             chosen.append(values)
         used.update(names)
         parsed.append(_Template(text, language, names, tuple(chosen)))
-    for name in known:
+    for name in checked:
         if name not in used:
             hint = did_you_mean(name, {*used, *_PARAMETERS}) or ": put it into one, or leave the list out."
             raise OptionError(f"The list '{name}' is used by no template{hint}")
@@ -189,7 +189,7 @@ def _parse(templates: Sequence[str], lists: Mapping[str, Sequence[str]]) -> list
 
 def _checked(lists: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[str, ...]]]:
     """Name -> language ("" for any) -> distinct values."""
-    known: dict[str, dict[str, tuple[str, ...]]] = {}
+    checked: dict[str, dict[str, tuple[str, ...]]] = {}
     for full, values in lists.items():
         name, mark, language = full.partition(".")
         if mark and language not in LANGUAGES:
@@ -205,8 +205,8 @@ def _checked(lists: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[st
         distinct = tuple(dict.fromkeys(value.strip() for value in values if value.strip()))
         if not distinct:
             raise OptionError(f"The list '{full}' has no values: give at least one.")
-        known.setdefault(name, {})[language] = distinct
-    return known
+        checked.setdefault(name, {})[language] = distinct
+    return checked
 
 
 def read_list(path: str) -> list[str]:

@@ -19,7 +19,7 @@ _DPG = {"item_id", "text", "question_natural_language"}
 
 
 def picture_column(names: Collection[str], given: str | None = None) -> str:
-    """The column that names or holds the picture of a row; `image` where nothing else is known."""
+    """The column that names or holds the picture of a row; `image` by default."""
     if given or IMAGE in names:
         return given or IMAGE
     if FILE_NAME in names:
@@ -37,7 +37,7 @@ def _other_case(names: Collection[str], name: str) -> str:
 
 
 def id_column(names: Collection[str], given: str | None = None) -> str:
-    """The column of ids; `id` where nothing else is known."""
+    """The column of ids; `id` by default."""
     if given or "id" in names:
         return given or "id"
     if has_questions(names):

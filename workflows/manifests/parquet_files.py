@@ -66,7 +66,7 @@ def parquet_batches(
 def _is_long(kind: pa.DataType) -> bool:
     """Whether a value of this type may have any length."""
     kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return any(known(kind) for known in kinds)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 def _refuse_repetition(column: pa.DictionaryArray, name: str, path: str, first_row: int) -> None:

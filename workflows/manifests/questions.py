@@ -18,8 +18,8 @@ MAX_REFERENCE_CHARACTERS = 64
 
 def is_questions(names: Collection[str], file: ManifestFile) -> bool:
     """Whether a file with these columns is a table of VLMEvalKit that `understand` reads."""
-    known = {"index", "question"} <= set(names) and bool({COLUMN, _PATH} & set(names))
-    return known and file.format == "tsv" and file.task == "understand" and "prompt" not in names
+    named = {"index", "question"} <= set(names) and bool({COLUMN, _PATH} & set(names))
+    return named and file.format == "tsv" and file.task == "understand" and "prompt" not in names
 
 
 def question_columns(names: Collection[str]) -> list[str]:

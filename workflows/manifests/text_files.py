@@ -252,8 +252,8 @@ def _json_object(line: bytes, task: str) -> tuple[dict[str, Any], str]:
     if is_request(value):
         value, wrong = row_of(value, task)
         fault = fault or wrong
-    if "\\u" in text and not is_text(again := json.dumps(value, ensure_ascii=False)):
-        value = json.loads(mended(again))
+    if "\\u" in text and not is_text(encoded := json.dumps(value, ensure_ascii=False)):
+        value = json.loads(mended(encoded))
         fault = fault or "holds half of a surrogate pair, which is no Unicode text"
     return value, fault
 

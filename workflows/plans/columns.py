@@ -51,7 +51,7 @@ MAX_SHORT = 3
 """Letters of names, such as `id` and `cfg`, for which only another case is a misspelling."""
 
 
-def known_columns(schema: pa.Schema, settings: PlanSettings) -> tuple[str, ...]:
+def parameter_columns(schema: pa.Schema, settings: PlanSettings) -> tuple[str, ...]:
     """The columns of a manifest that mean something, all others being carried through."""
     return tuple(column_names(schema, settings).values())
 
@@ -59,7 +59,7 @@ def known_columns(schema: pa.Schema, settings: PlanSettings) -> tuple[str, ...]:
 def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     """Warnings about columns that look like misspelt ones. Raises InputError if one is missing."""
     names = column_names(schema, settings)
-    known = tuple(names.values())
+    meant = tuple(names.values())
     needed = [names[COLUMN]] if settings.task in PICTURE_TASKS else []
     needed += [names["id"]] if settings.id_column else []
     if settings.prompt_column or (settings.task != "understand" and settings.prompt is None):
@@ -67,7 +67,7 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     for column in needed:
         if column in schema.names:
             continue
-        others = [name for name in schema.names if name not in known]
+        others = [name for name in schema.names if name not in meant]
         # A column that an earlier run's output had is not a misspelt one.
         others = [name for name in others if not re.fullmatch(f"(in_)+{re.escape(column)}", name)]
         if joined := next((name for name in others if column in re.split("[;|\t]", name)), ""):
@@ -102,8 +102,8 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     ]
     for name in schema.names:
         # A short name is near to too many.
-        near = [column for column in known if name.lower() == column or len(column) > MAX_SHORT]
-        hint = "" if name in known else did_you_mean(name.lower(), near, MIN_COMMON)
+        near = [column for column in meant if name.lower() == column or len(column) > MAX_SHORT]
+        hint = "" if name in meant else did_you_mean(name.lower(), near, MIN_COMMON)
         if hint:
             warnings.append(f"Column '{name}' has no meaning and is carried through{hint}")
     return warnings
@@ -127,10 +127,10 @@ def carried_schema(schema: pa.Schema, settings: PlanSettings) -> pa.Schema:
 
 def carried_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
     names: dict[str, str] = {}
-    known = known_columns(schema, settings)
-    kept = {name for name in schema.names if name not in known and name not in RESULT_NAMES}
+    meant = parameter_columns(schema, settings)
+    kept = {name for name in schema.names if name not in meant and name not in RESULT_NAMES}
     for name in schema.names:
-        if name in known or name == GIVEN:
+        if name in meant or name == GIVEN:
             continue
         new = name
         while new in RESULT_NAMES or (new != name and new in kept):

@@ -22,7 +22,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import Manifest, ManifestFile, decode_schema
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER
 from wallaroo.workflows.outputs.schema import json_columns
-from wallaroo.workflows.plans.columns import carried_schema, known_columns
+from wallaroo.workflows.plans.columns import carried_schema, parameter_columns
 from wallaroo.workflows.plans.plan import Round
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.sources.embedded import COLUMN, parse_cell, split_column
@@ -34,7 +34,7 @@ PAIR = np.dtype([("id_high", "u8"), ("id_low", "u8"), ("row_high", "u8"), ("row_
 _ID = ["id_high", "id_low"]
 
 
-class Known(NamedTuple):
+class PlannedPairs(NamedTuple):
     """All that earlier rounds have planned. pairs: PAIR [rows]. versions: int32 [rows]."""
 
     pairs: np.ndarray
@@ -59,7 +59,7 @@ def _bytes(pairs: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(raw).view(f"S{raw.shape[1]}").ravel()
 
 
-def read_known(output: str, rounds: Iterable[Round]) -> Known:
+def read_planned(output: str, rounds: Iterable[Round]) -> PlannedPairs:
     """What the rounds of a plan have left. Raises InputError if a file of theirs is gone or corrupt."""
     pairs, versions = [np.empty(0, PAIR)], [np.empty(0, np.int32)]
     for one in rounds:
@@ -75,10 +75,10 @@ def read_known(output: str, rounds: Iterable[Round]) -> Known:
             found[name] = table.column(name).to_numpy()
         pairs.append(found)
         versions.append(table.column("version").to_numpy())
-    return Known(np.concatenate(pairs), np.concatenate(versions))
+    return PlannedPairs(np.concatenate(pairs), np.concatenate(versions))
 
 
-def write_known(output: str, pairs: np.ndarray, versions: np.ndarray) -> str:
+def write_planned(output: str, pairs: np.ndarray, versions: np.ndarray) -> str:
     """Puts what a round plans beside the plan, and returns the file's name, which follows from its rows."""
     columns = {name: pairs[name] for name in PAIR.names or ()} | {"version": versions.astype(np.int32)}
     sink = io.BytesIO()
@@ -187,7 +187,7 @@ def joined_schema(found: pa.Schema, rounds: Sequence[Round], settings: PlanSetti
     for field in found:
         old = fields.get(field.name)
         if old is None:
-            if field.name not in known_columns(found, settings):
+            if field.name not in parameter_columns(found, settings):
                 raise InputError(
                     f"The manifest has the new column '{field.name}', but all rows of an output have the "
                     f"same columns: leave it out, or give a new output."

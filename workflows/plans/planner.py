@@ -22,13 +22,13 @@ from wallaroo.workflows.plans.checks import check_same, refuse_inside
 from wallaroo.workflows.plans.columns import carried_schema, check_columns
 from wallaroo.workflows.plans.increments import (
     PAIR,
-    Known,
+    PlannedPairs,
     picture_pairs,
-    read_known,
+    read_planned,
     row_pairs,
     unseen,
-    write_known,
     write_pictures,
+    write_planned,
 )
 from wallaroo.workflows.plans.parts import folder_of, write_part
 from wallaroo.workflows.plans.passes import (
@@ -140,15 +140,15 @@ def _make_increment(
     if output is None:
         raise OptionError("incremental is set, but there is no output to go on from: give OUTPUT.")
     while True:
-        known, left = read_known(output, plan.rounds), unseen(found, plan.rounds, settings)
+        earlier, left = read_planned(output, plan.rounds), unseen(found, plan.rounds, settings)
         identity, pairs = left.identity(), None
         if any(file.format == "pictures" for file in left.files):
-            left, pairs = _new_pictures(left, known, output)
+            left, pairs = _new_pictures(left, earlier, output)
         added = None
         if left.files:
             try:
                 source = ScannedManifest(left, plan.rounds, settings)
-                added = _Increment(source, settings, model, output, known, identity).added(plan, pairs)
+                added = _Increment(source, settings, model, output, earlier, identity).added(plan, pairs)
             except _LostRace:
                 plan = open_plan(found, settings, read_checkpoint(model).digest, output)
                 continue
@@ -161,11 +161,11 @@ def _make_increment(
         plan = added
 
 
-def _new_pictures(found: Manifest, known: Known, output: str) -> tuple[Manifest, np.ndarray]:
+def _new_pictures(found: Manifest, earlier: PlannedPairs, output: str) -> tuple[Manifest, np.ndarray]:
     """In place of a folder of pictures a manifest of those that are new, and PAIR of each."""
     files = list_pictures(found.path)
     pairs = picture_pairs(files)
-    new = np.flatnonzero(known.new(pairs)[0])
+    new = np.flatnonzero(earlier.new(pairs)[0])
     one = [write_pictures(output, [files[index] for index in new])] if len(new) else []
     return dataclasses.replace(found, files=tuple(one)), pairs[new]
 
@@ -325,12 +325,12 @@ class _Increment(_Planner):
         settings: PlanSettings,
         model: str,
         output: str,
-        known: Known,
+        earlier: PlannedPairs,
         identity: list[list[Any]],
     ):
         """identity: of the files that are read, and need not be again once all that is new is planned."""
         super().__init__(source, settings, model, output)
-        self.folder, self.known, self.identity, self.file = output, known, identity, ""
+        self.folder, self.earlier, self.identity, self.file = output, earlier, identity, ""
 
     def added(self, plan: Plan, pairs: np.ndarray | None) -> Plan | None:
         """The plan with a round of what is new; None if nothing is.
@@ -341,7 +341,7 @@ class _Increment(_Planner):
         if not source.rows:
             return None
         pairs = self._pairs() if pairs is None else pairs
-        selected, self.versions = self.known.new(pairs)
+        selected, self.versions = self.earlier.new(pairs)
         whole = selected.sum()
         if not whole:
             return None
@@ -358,7 +358,7 @@ class _Increment(_Planner):
             selected[chosen[max(1, len(chosen) * most // (rows + 1)) :]] = False
         if selected.sum() < whole:
             self.identity = []
-        self.file = write_known(self.folder, pairs[selected], self.versions[selected])
+        self.file = write_planned(self.folder, pairs[selected], self.versions[selected])
         return self._with_round(plan, selected)
 
     def _decided(self) -> dict[str, Any]:

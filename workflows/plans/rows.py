@@ -142,10 +142,10 @@ def plan_rows(
     """
     numbers = range(table.num_rows) if numbers is None else numbers
     faults = faults or {}
-    known = column_names(table.schema, settings)
-    ids, errors = row_ids(table, origin, numbers, known["id"])
+    names = column_names(table.schema, settings)
+    ids, errors = row_ids(table, origin, numbers, names["id"])
     counts = sample_counts(table, settings, numbers, faults, duplicates)
-    given = {name: _column(table, column) for name, column in known.items()}
+    given = {name: _column(table, column) for name, column in names.items()}
     present = {name: values for name, values in given.items() if values is not None and name != "id"}
     allowed = SourceOptions(settings.image_root or folder, https=settings.allow_https)
     rows = []
