@@ -129,9 +129,8 @@ def test_a_table_in_one_json_object_is_named_with_a_remedy(tmp_path, orient, nam
 )
 def test_json_without_rows_is_named_with_a_remedy(tmp_path, text):
     (tmp_path / "m.json").write_text(text)
-    with pytest.raises(
-        InputError, match=r"m\.json (is one object that holds a table \(data\)|holds texts|is a JSON array of values)"
-    ):
+    words = r"m\.json (is one object that holds a table \(data\)|holds texts|is a JSON array of values)"
+    with pytest.raises(InputError, match=words):
         prompts(tmp_path / "m.json")
 
 

@@ -37,12 +37,22 @@ PEEKED_FILES = 100
 
 
 def discover(path: str, task: str = "generate", image_column: str | None = None) -> Manifest:
-    """The files of a manifest: a file, all of a folder at any depth, or what matches a pattern.
+    """Finds the files of a manifest: a file, all of a folder at any depth, or what matches a pattern.
 
-    Hidden files, markers and what is of no known format are passed over, and counted. A task that starts
-    from pictures takes some, if nothing names them, and the output of a finished run. image_column: the
-    column that names or holds pictures, if the run gives one. Raises InputError if there is no such
-    manifest, it has no file of a known format, or it is the output of a run.
+    Hidden files, markers and files of other formats are not read, and counted. A task that starts from
+    pictures reads pictures that no table names, and the output of a finished run.
+
+    Args:
+        path: Local or `s3://`. A file or folder of that name comes before a pattern.
+        task: One of `model.config.TASKS`.
+        image_column: The column that names or holds pictures, if the run gives one.
+
+    Returns:
+        The files with their identity, and what is not read.
+
+    Raises:
+        InputError: There is no such manifest, it has no file that is read, or it is an output that the
+            task does not start from.
     """
     pictures = task in PICTURE_TASKS
     single = storage.info(path)

@@ -60,10 +60,13 @@ def is_pattern(path: str) -> bool:
 
 
 def list_manifest(path: str) -> Listing:
-    """All files of a folder, or those that match a pattern; none if there are none.
+    """Lists all files of a folder, or those that match a pattern. Follows links, each folder once.
 
-    A folder whose name looks like a pattern is a folder first. Links to folders are followed, each folder
-    being read once.
+    Args:
+        path: Local or `s3://`. A folder whose name looks like a pattern is a folder.
+
+    Returns:
+        The files in order of their relative paths, none if there are none, and links that lead nowhere.
     """
     if storage.is_s3(path):
         files = storage.list_files(path)

@@ -29,9 +29,16 @@ from wallaroo.workflows.sources.embedded import is_result
 
 
 def scan(file: ManifestFile) -> Scan:
-    """Columns of a file, and its pieces. Parquet costs a footer; the others are read through once.
+    """Reads what columns a file has, and cuts it into pieces. Of Parquet it reads the footer, of others all.
 
-    Raises InputError, naming the file, if it is corrupt or has columns that are not served.
+    Args:
+        file: As `discover` found it.
+
+    Returns:
+        Its pieces in order, and its Arrow schema, or the kinds of values in each column.
+
+    Raises:
+        InputError: The file is corrupt, or has columns that are not served; the message names it.
     """
     scans = {
         "parquet": scan_parquet,
@@ -106,10 +113,18 @@ class _readable:
 
 
 def read(piece: Piece, schema: pa.Schema, columns: Iterable[str] | None = None) -> Iterator[Batch]:
-    """The rows of a piece, in order, in the manifest's schema or these columns of it.
+    """Reads the rows of a piece, in order. Of a row with a fault the values are what could be read.
 
-    Of a row with a fault the values are there as far as they could be read. Raises InputError if the
-    file is corrupt, or no longer what it was when it was scanned.
+    Args:
+        piece: Of a file that was scanned.
+        schema: Of all files of the manifest.
+        columns: The columns that are wanted; all if None.
+
+    Yields:
+        Batches of at most a few thousand rows, with the faults of rows by their number in the file.
+
+    Raises:
+        InputError: The file is corrupt, or no longer what it was when it was scanned.
     """
     if columns is not None:
         wanted = set(columns)

@@ -52,12 +52,23 @@ MAX_SHORT = 3
 
 
 def parameter_columns(schema: pa.Schema, settings: PlanSettings) -> tuple[str, ...]:
-    """The columns of a manifest that mean something, all others being carried through."""
+    """The columns of a manifest that the task reads; all others are carried through."""
     return tuple(column_names(schema, settings).values())
 
 
 def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
-    """Warnings about columns that look like misspelt ones. Raises InputError if one is missing."""
+    """Checks the columns of a manifest.
+
+    Args:
+        schema: Of all files of the manifest.
+        settings: Of the run.
+
+    Returns:
+        Warnings about columns that are used under another name, or look like misspelt ones.
+
+    Raises:
+        InputError: A column is missing that the task needs or the run names.
+    """
     names = column_names(schema, settings)
     meant = tuple(names.values())
     needed = [names[COLUMN]] if settings.task in PICTURE_TASKS else []

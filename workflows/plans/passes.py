@@ -37,9 +37,18 @@ Task = Callable[..., dict[str, Any]]
 def each(
     items: list[dict[str, Any]], task: Task, **constants: Any
 ) -> Iterator[tuple[int, dict[str, Any], bytes]]:
-    """`task(item, **constants)` of every item, in Ray tasks, as they come: item's index, values, data.
+    """Runs `task(item, **constants)` for every item, in Ray tasks.
 
-    A fault of the input is an answer like any other, so that it arrives as the sentence it is.
+    Args:
+        items: Rows for Ray Data, each with its `index`.
+        task: See `Task`.
+        **constants: The same for all items.
+
+    Yields:
+        Index of an item, the values and the data that its task gave, in any order.
+
+    Raises:
+        InputError: A task raised it. It travels as a value, so that its sentence arrives unchanged.
     """
     import ray.data
 
@@ -136,7 +145,7 @@ def _scan(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def selected_rows(source: ScannedManifest, settings: PlanSettings) -> np.ndarray:
-    """bool [rows of the manifest]: those that `where` and `limit` choose."""
+    """Finds the rows that `where` and `limit` choose: bool [rows of the manifest]."""
     selected = np.ones(source.rows, bool)
     if settings.where is not None:
         Filter(settings.where, source.schema)  # says what is wrong with it before any task does
@@ -172,10 +181,19 @@ class RowCounts(NamedTuple):
 def counted(
     source: ScannedManifest, selected: np.ndarray, taken: np.ndarray, settings: PlanSettings
 ) -> RowCounts:
-    """How many planned rows each piece gives, and which of its rows repeat the id of an earlier one.
+    """Counts planned rows, and finds rows that repeat the id of an earlier one.
 
-    selected, taken: bool [rows of the manifest], those of this round and of earlier ones. Rows of an
-    earlier round come before all of this one.
+    A first pass hashes all ids to 8 bytes, for which the driver has room; a second one looks at those alone
+    whose hash occurs twice, by 16 bytes and by what else their rows say.
+
+    Args:
+        source: The manifest.
+        selected: bool [rows of the manifest], those of this round.
+        taken: The same of earlier rounds, whose rows come before all of this one.
+        settings: Of the run.
+
+    Returns:
+        How many rows each piece gives, and which of its rows repeat one.
     """
     names = set(source.schema.names)
     id_name = column_names(source.schema, settings)["id"]

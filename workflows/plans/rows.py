@@ -67,9 +67,16 @@ def said(text: str) -> Any:
 def row_ids(
     table: pa.Table, origin: str, numbers: Sequence[int], column: str = "id"
 ) -> tuple[list[str], dict[int, RowError]]:
-    """The id of every row, and errors by row number where the manifest gives none that can be used.
+    """Finds the id of every row.
 
-    column: of ids. Without it, or in such a row, it is the origin and the number of the row in it.
+    Args:
+        table: Some rows of a manifest.
+        origin: The file that they are from, relative to the manifest.
+        numbers: Their numbers in the file.
+        column: Of the ids. Without it, and in rows without one, origin and number make the id.
+
+    Returns:
+        The ids, and errors by number for rows whose id cannot be used.
     """
     given = _column(table, column)
     if given is None:
@@ -99,9 +106,17 @@ def sample_counts(
     faults: Collection[int] = (),
     duplicates: Collection[int] = (),
 ) -> np.ndarray:
-    """int64 [rows]: how many planned rows each row gives.
+    """Counts the planned rows that each row gives: its samples, or one if it becomes an error row.
 
-    That is one where the row cannot be read, repeats an id, or asks for an impossible number.
+    Args:
+        table: Some rows of a manifest.
+        settings: Of the run.
+        numbers: Their numbers in the file.
+        faults: Numbers of rows that cannot be read.
+        duplicates: Numbers of rows that repeat an id.
+
+    Returns:
+        int64 [rows].
     """
     counts = np.full(len(numbers), settings.samples, np.int64)
     for index, value in enumerate(_column(table, "samples") or ()):
@@ -132,13 +147,23 @@ def plan_rows(
     versions: Mapping[int, int] | None = None,
     folder: str = "",
 ) -> pa.Table:
-    """The planned rows of some manifest rows, in the schema `plan_schema(carried_schema(table.schema))`.
+    """Plans some rows of a manifest.
 
-    folder: where relative paths of pictures start, unless the settings say. origin, numbers: the file
-    the rows are from and their numbers in it, for ids and messages (0, 1, ... if None). faults: number ->
-    why the row cannot be read. duplicates: numbers of rows whose id belongs to an earlier one. versions:
-    number -> how often the row of this id was another one before, 0 for rows that are not named. `row_id`
-    counts from 0 and `shard` is 0: whoever puts tables together renumbers.
+    Args:
+        table: The rows.
+        settings: Of the run.
+        config: Of the model, with its table of sizes.
+        tokenizer: Of the model.
+        origin: The file that the rows are from, for ids and messages.
+        numbers: Their numbers in the file; 0, 1, ... if None.
+        faults: Number -> why the row cannot be read.
+        duplicates: Numbers of rows whose id belongs to an earlier one.
+        versions: Number -> how often the row of this id was another one before; 0 if it is not named.
+        folder: Where relative paths of pictures start, unless the settings say.
+
+    Returns:
+        The planned rows in the schema `plan_schema(carried_schema(table.schema))`. `row_id` counts from 0 and
+        `shard` is 0: whoever joins tables numbers them.
     """
     numbers = range(table.num_rows) if numbers is None else numbers
     faults = faults or {}

@@ -77,12 +77,22 @@ def decode(
     most_pixels: int = SourceOptions.most_pixels,
     seconds: float = SourceOptions.decode_seconds,
 ) -> Image.Image:
-    """The picture in some bytes: sRGB, 8 bits, upright as EXIF says, composed on white, its first frame.
+    """Decodes a picture: sRGB, 8 bits, upright as EXIF says, composed on white, its first frame.
 
     Of 16 bits the upper 8 are kept. The colours of a picture with an ICC profile are converted to sRGB; a
-    profile that is broken, or of other channels than the picture, is ignored, and `info[NOTE]` says so. HEIF
-    needs pillow-heif.
-    name: begins the message of the RowError("image") for what is no picture, or breaks a limit.
+    profile that is broken, or of other channels than the picture, is ignored. HEIF needs pillow-heif.
+
+    Args:
+        data: A file of one of FORMATS, or HEIF.
+        name: Of the picture; messages begin with it.
+        most_pixels: A picture with more is refused.
+        seconds: CPU time after which decoding is stopped.
+
+    Returns:
+        The picture in mode RGB. `info[NOTE]` says that a profile was ignored, if one was.
+
+    Raises:
+        RowError: ("image") The bytes are no picture, are damaged, or break a limit.
     """
     if not data:
         raise RowError("image", f"{name} is empty: copy it anew.")

@@ -55,9 +55,17 @@ class Fetched:
 def fetch_many(
     references: Sequence[Reference], options: SourceOptions
 ) -> Iterator[tuple[list[int], Fetched | RowError]]:
-    """Every distinct reference once, with its positions, in the order of the first ones.
+    """Fetches every distinct reference once. At most `options.fetches` are under way or waiting.
 
-    At most `options.fetches` sources are under way or waiting. Raises InputError as `fetch` does.
+    Args:
+        references: What stands in `image`, row by row.
+        options: Where sources may come from, and their limits.
+
+    Yields:
+        The positions of a reference, and its bytes or why it is refused, in the order of the first ones.
+
+    Raises:
+        InputError: A storage does not serve.
     """
     groups: dict[Any, list[int]] = {}
     for position, reference in enumerate(references):
@@ -91,11 +99,20 @@ def fetch(
     options: SourceOptions,
     download: Callable[[str, int], bytes] = https.download,
 ) -> Fetched:
-    """The bytes that a reference leads to.
+    """Fetches the bytes that a reference leads to.
 
-    download: address and most bytes -> bytes, in place of `https.download`.
-    Raises RowError("image") if there is no such source, it may not be read, or has too many bytes, and
-    for a web host that does not serve; InputError for a storage that does not.
+    Args:
+        reference: What stands in `image`.
+        options: Where sources may come from, and their limits.
+        download: Address and most bytes -> bytes, in place of `https.download`.
+
+    Returns:
+        The bytes, and where they are from.
+
+    Raises:
+        RowError: ("image") There is no such source, it may not be read or has too many bytes, or a web
+            host does not serve.
+        InputError: A storage does not serve.
     """
     data, path = parts_of(reference)
     place = path if data is not None else locate(path, options)
