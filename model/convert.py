@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from wallaroo.model.checkpoint import (
-    SHARD_BYTES,
-    compare_shapes,
-    expected_shapes,
-    open_shard,
-    save,
-)
+from wallaroo.model.checkpoint import save
 from wallaroo.model.config import SIZES_512, TASKS, DecoderConfig, ModelConfig, VisionConfig, VQConfig
 from wallaroo.model.errors import InputError
 from wallaroo.model.stock import (
@@ -29,7 +23,9 @@ from wallaroo.model.stock import (
     stock_files,
     write_stock,
 )
+from wallaroo.model.tensor_shapes import compare_shapes, expected_shapes
 from wallaroo.model.tokenizer import Tokenizer, add_control_tokens, added_tokens, build
+from wallaroo.model.weight_files import SHARD_BYTES, open_shard
 
 if TYPE_CHECKING:
     import torch

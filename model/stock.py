@@ -9,16 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wallaroo.model.checkpoint import (
-    DTYPES,
-    Shape,
-    compare_shapes,
-    new_folder,
-    open_shard,
-    write_safetensors,
-)
 from wallaroo.model.errors import InputError
 from wallaroo.model.images import FRAMES, MEAN, MERGE, PATCH, STD
+from wallaroo.model.tensor_shapes import Shape, compare_shapes
+from wallaroo.model.weight_files import DTYPES, new_folder, open_shard, write_safetensors
 
 if TYPE_CHECKING:
     import torch

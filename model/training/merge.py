@@ -9,18 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wallaroo.model.checkpoint import (
-    CONFIG,
-    TOKENIZER,
-    check,
-    disk_parts,
-    expected_shapes,
-    mapped_tensors,
-    model_digest,
-    save,
-)
+from wallaroo.model.checkpoint import CONFIG, TOKENIZER, check, disk_parts, mapped_tensors, model_digest, save
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
+from wallaroo.model.tensor_shapes import expected_shapes
 from wallaroo.model.training.lora import ABOUT, DOWN, LORA, UPDATES, is_update, update_of
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.start import start_weights

@@ -9,21 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wallaroo.model.checkpoint import (
-    SHARD_BYTES,
-    TOKENIZER,
-    disk_parts,
-    disk_tensors,
-    empty_model,
-    save,
-    shard_names,
-)
+from wallaroo.model.checkpoint import TOKENIZER, disk_parts, disk_tensors, empty_model, save
 from wallaroo.model.training import lora
 from wallaroo.model.training.lm import LMJob
 from wallaroo.model.training.process import Process, whole
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.vq import VQJob
 from wallaroo.model.wallaroo import Wallaroo
+from wallaroo.model.weight_files import SHARD_BYTES, shard_names
 
 RESULT = "checkpoint"
 

@@ -7,15 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wallaroo.model.checkpoint import (
-    check,
-    empty_model,
-    expected_shapes,
-    load_config,
-    mapped_tensors,
-)
+from wallaroo.model.checkpoint import check, empty_model, load_config, mapped_tensors
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
+from wallaroo.model.tensor_shapes import expected_shapes
 from wallaroo.model.training import lora
 from wallaroo.model.training.fresh import fresh_tensor
 from wallaroo.model.training.recipe import Recipe

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tests.conformance.models import config_of
 from tests.conformance.published import Family
 from tests.conformance.qwen import vocabulary_and_merges
-from wallaroo.model.checkpoint import expected_shapes, load
+from wallaroo.model.checkpoint import load
 from wallaroo.model.config import DecoderConfig, ModelConfig, Size, VisionConfig, VQConfig
 from wallaroo.model.convert import convert
 from wallaroo.model.engine.engine import Engine
@@ -20,6 +20,7 @@ from wallaroo.model.engine.options import EngineOptions
 from wallaroo.model.engine.requests import Request
 from wallaroo.model.prompts import Prompt
 from wallaroo.model.sampling import Sampling
+from wallaroo.model.tensor_shapes import expected_shapes
 from wallaroo.model.tokenizer import QWEN_TOKENS, add_control_tokens, build
 
 MIB = 2**20

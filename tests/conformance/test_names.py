@@ -3,9 +3,10 @@
 import torch
 
 from tests.conformance.published import metadata
-from wallaroo.model.checkpoint import disk_tensors, expected_shapes
+from wallaroo.model.checkpoint import disk_tensors
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.convert import rename, rename_vq
+from wallaroo.model.tensor_shapes import expected_shapes
 from wallaroo.model.wallaroo import Wallaroo
 
 HIDDEN, CODEBOOK, CODEBOOK_DIM = 3584, 16384, 8

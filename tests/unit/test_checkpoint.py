@@ -18,7 +18,6 @@ from wallaroo.model.checkpoint import (
     TINY,
     check,
     disk_tensors,
-    expected_shapes,
     load,
     load_config,
     load_tokenizer,
@@ -29,6 +28,7 @@ from wallaroo.model.checkpoint import (
 )
 from wallaroo.model.config import TASKS, ModelConfig
 from wallaroo.model.errors import InputError
+from wallaroo.model.tensor_shapes import expected_shapes
 from wallaroo.model.wallaroo import Wallaroo
 
 

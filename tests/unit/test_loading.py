@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from wallaroo.model.checkpoint import TINY, disk_tensors, empty_model, load, load_config, open_shard, save
+from wallaroo.model.checkpoint import TINY, disk_tensors, empty_model, load, load_config, save
 from wallaroo.model.cuda.loading import fill
 from wallaroo.model.errors import InputError
+from wallaroo.model.weight_files import open_shard
 
 OPENED = functools.partial(open_shard, framework="pt")
 

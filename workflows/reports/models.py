@@ -2,7 +2,7 @@
 
 import math
 
-from wallaroo.model.checkpoint import expected_shapes
+from wallaroo.model.tensor_shapes import expected_shapes
 from wallaroo.workflows.reports.estimate import size_in_words
 from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint, read_files
 

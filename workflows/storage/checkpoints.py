@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wallaroo.model import checkpoint
-from wallaroo.model.checkpoint import CONFIG, FILE_LIST, TOKENIZER, FileEntry, digest, parse_file_list
+from wallaroo.model.checkpoint import CONFIG, FILE_LIST, TOKENIZER, digest, parse_file_list
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
 from wallaroo.model.tokenizer import Tokenizer
+from wallaroo.model.weight_files import FileEntry
 from wallaroo.workflows.storage.clients import s3_client
 from wallaroo.workflows.storage.errors import explained, raise_if_missing
 from wallaroo.workflows.storage.files import info, read_bytes, write_atomic

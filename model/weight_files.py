@@ -1,0 +1,174 @@
+"""Safetensors files, read mapped and written tensor by tensor, and new folders for them.
+
+Knows nothing of which tensors a model has.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import safetensors
+
+from wallaroo.model.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 4 * 2**30
+"""Size of a shard, unless one tensor alone is larger."""
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""The number formats a checkpoint may hold: name in safetensors -> name in torch."""
+
+
+class FileEntry(NamedTuple):
+    """What `checkpoint.json` says of a file: size in bytes, sha256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@contextmanager
+def open_shard(file: Path, framework: str = "np") -> Iterator[Any]:
+    """A mapped safetensors file; its names and shapes need no torch, its weights `framework="pt"`.
+
+    Raises InputError if the file is not whole.
+    """
+    try:
+        with safetensors.safe_open(file, framework=framework) as shard:
+            yield shard
+    except safetensors.SafetensorError as error:
+        raise InputError(
+            f"{file} is not a whole safetensors file ({error}); copy or convert it again."
+        ) from None
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into that gets its name when all is written, and vanishes on an error.
+
+    Raises InputError if `folder` exists and is not empty.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} exists already and is not empty; name a new folder.")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        if folder.exists():
+            # What was for some eyes only stays so.
+            partial.chmod(stat.S_IMODE(folder.stat().st_mode))
+    except OSError as error:
+        raise InputError(f"{partial} cannot be made ({error.strerror}); name a folder that can.") from None
+    try:
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def shard_names(
+    tensors: "Mapping[str, torch.Tensor]", shard_bytes: int, dtype: "torch.dtype | None" = None
+) -> list[list[str]]:
+    """Names of the tensors of each weight file, in the order in which they are written."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(tensors):
+        size = tensors[name].numel() * (dtype or tensors[name].dtype).itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    # Wider numbers first, so that every tensor starts at a multiple of its item size.
+    return [
+        sorted(names, key=lambda name: (-(dtype or tensors[name].dtype).itemsize, name)) for names in shards
+    ]
+
+
+def write_shards(
+    folder: Path,
+    tensors: "Mapping[str, torch.Tensor]",
+    shard_bytes: int,
+    dtype: "torch.dtype | None",
+    make: "Callable[[str], torch.Tensor] | None" = None,
+) -> Iterator[tuple[str, FileEntry]]:
+    """Write tensors as `model-00001-of-0000N.safetensors`; yields name and entry of each file.
+
+    Holds one tensor in memory at a time, and none if the tensors are mapped and of the right type.
+    """
+    shards = shard_names(tensors, shard_bytes, dtype)
+    for number, names in enumerate(shards, 1):
+        place = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
+        file = f"model{place}.safetensors"
+        kinds = dict.fromkeys(names, dtype)
+        yield file, write_safetensors(folder / file, {name: tensors[name] for name in names}, kinds, make)
+
+
+def write_safetensors(
+    file: Path,
+    tensors: "Mapping[str, torch.Tensor]",
+    dtypes: "Mapping[str, torch.dtype | None]",
+    make: "Callable[[str], torch.Tensor] | None" = None,
+) -> FileEntry:
+    """Write one safetensors file tensor by tensor; a dtype of None keeps the tensor's own.
+
+    `make` gives the tensors that are on the meta device. The library's own writer makes a copy of the whole
+    file in memory.
+    """
+    import torch
+
+    codes = {getattr(torch, name): code for code, name in DTYPES.items()}
+    kinds = {name: dtypes[name] or tensor.dtype for name, tensor in tensors.items()}
+    # Wider numbers first, so that every tensor starts at a multiple of its item size.
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        if kinds[name] not in codes:
+            raise InputError(
+                f"Tensor '{name}' is of type {kinds[name]}; only {', '.join(DTYPES)} are written."
+            )
+        end = offset + tensors[name].numel() * kinds[name].itemsize
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": codes[kinds[name]], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+
+    def chunks() -> Iterator[Any]:
+        yield len(head).to_bytes(8, "little") + head
+        for name in order:
+            tensor = tensors[name]
+            if tensor.is_meta and make is not None:
+                tensor = make(name)
+            tensor = tensor.detach().to("cpu", kinds[name]).contiguous()
+            yield tensor.view(-1).view(torch.uint8).numpy().data
+
+    return write_file(file, chunks())
+
+
+def write_file(file: Path, chunks: Iterable[Any]) -> FileEntry:
+    """Write chunks of bytes to disk for good; gives size and sha256. InputError if the disk refuses."""
+    size, sha256 = 0, hashlib.sha256()
+    try:
+        with open(file, "wb") as out:
+            for chunk in chunks:
+                out.write(chunk)
+                sha256.update(chunk)
+                size += len(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be written ({error.strerror}); make room or rights for it."
+        ) from None
+    return FileEntry(size, sha256.hexdigest())
