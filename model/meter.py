@@ -3,9 +3,7 @@
 Knows nothing of what is asked of the engine.
 """
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from wallaroo.model.cuda.costs import COSTS
 from wallaroo.model.cuda.fake import FakeCuda, Operator, Seen
 from wallaroo.model.engine.engine import Engine
 from wallaroo.model.engine.options import EngineOptions
@@ -102,15 +101,6 @@ def lengths(group: Any) -> list[int]:
     return found
 
 
-def kernel_costs() -> dict[str, Callable[[dict[str, Any], list[int]], Cost]]:
-    """What the kernels say of their own work, by operator; empty where there are none."""
-    if importlib.util.find_spec("model.cuda.costs") is None:
-        return {}
-    costs: dict[str, Callable[[dict[str, Any], list[int]], Cost]]
-    costs = importlib.import_module("model.cuda.costs").COSTS
-    return costs
-
-
 def plain_cost(operator: Operator) -> Cost:
     """Work of an operator of torch: its arguments read and its results written once, but for operators that
     read or write parts of a tensor."""
@@ -167,7 +157,6 @@ class Meter:
         self.engine: Engine | None = None
         self.weights: set[int] = set()
         self.keys: set[int] = set()
-        self.costs = kernel_costs()
 
     def start(self, model: Wallaroo, task: str, options: EngineOptions) -> Engine:
         """An engine whose rounds are counted from now on, in place of the one before."""
@@ -206,10 +195,10 @@ class Meter:
 
     def _watch(self, operator: Operator) -> None:
         tensors = _tensors(operator.args, operator.kwargs)
-        if operator.name in self.costs:
+        if operator.name in COSTS:
             names = [argument.name for argument in operator.func._schema.arguments]
             given = dict(zip(names, operator.args, strict=False)) | operator.kwargs
-            cost = self.costs[operator.name](given, self._lengths(tensors))
+            cost = COSTS[operator.name](given, self._lengths(tensors))
         else:
             cost = plain_cost(operator)
             if operator.name not in (*GATHERS, *SCATTERS, *OVERWRITES):

@@ -109,3 +109,17 @@ def test_public_function_says_what_it_takes_and_gives(function, docstring):
     if arrays:
         shape = r"[\[(][\w.*+/ -]*,[\w.*+/, -]*[\])]"
         assert re.search(shape, docstring), f"takes or gives {arrays}, but states no shape such as (rows, n)"
+
+
+def test_no_text_names_a_module_by_its_folder_alone():
+    """Only a checkout has `model.gpu_check`; what is installed is `wallaroo.model.gpu_check`."""
+    root, seen = MODEL.parent, 0
+    for folder in ("model", "actors", "workflows", "jobs"):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    seen += 1
+                    if re.fullmatch(r"(model|actors|workflows|jobs)(\.\w+)+", node.value):
+                        file = root / node.value.replace(".", "/")
+                        assert not (file.is_dir() or file.with_suffix(".py").is_file()), (path, node.value)
+    assert seen > 1000
