@@ -26,9 +26,11 @@ class Visible:
     A forward takes n runs of t consecutive tokens: all rows of a group with t = 1 in decode, pieces of
     prompts in prefill.
 
-    rows: int64 `(n,)`, the cache row of each run, or None where run i is row i; limits: int64 `(n, t)`,
-    a query sees the keys below its limit; stops: the last limit of each run where the host knows it
-    (prefill), else None; longest: a bound on all limits that the host knows.
+    Attributes:
+        rows: int64 `(n,)`: the cache row of each run; None where run i is row i.
+        limits: int64 `(n, t)`: a query sees the keys below its limit.
+        stops: The last limit of each run where the host knows it (prefill), else None.
+        longest: A bound on all limits that the host knows.
     """
 
     rows: Tensor | None
@@ -208,8 +210,16 @@ BACKENDS: dict[str, Callable[[Visible, int, torch.dtype], Attention]] = {
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention within whole sequences, without a cache: q `(batch, tokens, heads, head_dim)`, k and v
-    with kv_heads -> `(batch, tokens, heads * head_dim)`."""
+    """Attention within whole sequences, without a cache.
+
+    Args:
+        q: `(batch, tokens, heads, head_dim)`.
+        k: `(batch, tokens, kv_heads, head_dim)`.
+        v: Likewise.
+
+    Returns:
+        `(batch, tokens, heads * head_dim)`.
+    """
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
     )

@@ -44,9 +44,17 @@ TOKENIZER = "tokenizer.json"
 
 
 def parse_file_list(data: bytes, where: str) -> dict[str, FileEntry]:
-    """File name -> entry, from the contents of a `checkpoint.json` found at `where`.
+    """Reads the contents of a `checkpoint.json`.
 
-    Raises InputError unless it lists plain file names, the configuration and the tokenizer among them.
+    Args:
+        data: The contents.
+        where: Path of the file, for messages.
+
+    Returns:
+        File name -> entry.
+
+    Raises:
+        InputError: It does not list plain file names, configuration and tokenizer among them.
     """
     try:
         values = json.loads(data)
@@ -69,9 +77,16 @@ def parse_file_list(data: bytes, where: str) -> dict[str, FileEntry]:
 
 
 def file_list(folder: str | Path) -> dict[str, FileEntry]:
-    """File name -> entry of a checkpoint folder; each file is there and has its size.
+    """Files of a checkpoint folder; each exists and has its size.
 
-    Raises InputError if the folder is none, or a file is missing or of another size.
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        File name -> entry.
+
+    Raises:
+        InputError: The folder is not a checkpoint, or a file is missing or of another size.
     """
     folder = Path(folder)
     try:
@@ -141,10 +156,18 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def check(folder: str | Path, task: str | None = None) -> ModelConfig:
-    """Everything about a checkpoint that can be told without reading its weights: its configuration.
+    """Checks all of a checkpoint that can be told without reading its weights.
 
-    Raises InputError if the files are not whole, the configuration or tokenizer is wrong, the model
-    cannot do `task`, or a tensor is missing, unexpected or wrong-shaped.
+    Args:
+        folder: The checkpoint.
+        task: What the model must be able to do; None for nothing.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InputError: The files are not whole, configuration or tokenizer is wrong, the model cannot do
+            `task`, or a tensor is missing, unexpected or wrong-shaped.
     """
     config = load_config(folder)
     if task is not None:
@@ -171,11 +194,19 @@ def load(
     device: "torch.device | str" = "cpu",
     dtype: "torch.dtype | None" = None,
 ) -> "Wallaroo":
-    """The model of a checkpoint folder, with the parts that `task` needs (all by default).
+    """The model of a checkpoint folder.
 
-    dtype: of decoder, vision tower, heads and adapters, float32 by default; the image tokenizer is
-    float32 always. Weights go from the mapped files into place, on a CPU tensor by tensor, to a GPU by
-    several readers. Raises InputError as `check` does.
+    Weights go from the mapped files into place, on a CPU tensor by tensor, to a GPU by several readers.
+
+    Args:
+        folder: The checkpoint.
+        task: Load only the parts that it needs; None for all.
+        device: Where to.
+        dtype: Of decoder, vision tower, heads and adapters, float32 by default. The image tokenizer is
+            float32 always.
+
+    Raises:
+        InputError: As `check` does.
     """
     import torch
 
@@ -199,9 +230,15 @@ def load(
 def empty_model(
     config: ModelConfig, task: str | None, device: "torch.device | str", dtype: "torch.dtype"
 ) -> "Wallaroo":
-    """A model with the parts of `task` (all by default), its parameters allocated and not yet filled.
+    """A model whose parameters are allocated and not yet filled.
 
     On the meta device its parameters have no memory, while its buffers are on the CPU.
+
+    Args:
+        config: Of the model.
+        task: Make only the parts that it needs; None for all.
+        device: Where.
+        dtype: Of all parameters but those of the image tokenizer, which are float32.
     """
     import torch
 
@@ -248,9 +285,16 @@ def disk_tensors(model: "Wallaroo") -> dict[str, "torch.Tensor"]:
 
 
 def mapped_tensors(folder: str | Path) -> dict[str, "torch.Tensor"]:
-    """The tensors of a checkpoint folder by their names on disk, mapped: numbers are read when used.
+    """The tensors of a checkpoint folder, mapped: numbers are read when used.
 
-    Raises InputError as `check` does.
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        Name on disk -> tensor.
+
+    Raises:
+        InputError: As `check` does.
     """
     check(folder)
     tensors: dict[str, torch.Tensor] = {}

@@ -120,17 +120,19 @@ class VQConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that `config.json` holds.
+    """What `config.json` holds.
 
-    layout: `eval` or `train`, where size indicators and assistant header stand in a prompt.
-    indicators: `added` (a token each) or `text` (spelt out in ordinary tokens).
-    line_break: whether rows of an image are separated by `<|end_of_line>|` and prompts carry
-        indicators; square checkpoints of the early stages have neither.
-    tasks: what the checkpoint can do; those of stages 1 to 3 lack `edit`.
-    sizes: ratio key -> (height, width) in pixels.
-    edit_pixels, understand_pixels: least and most pixels of the picture that the vision tower sees.
-    trained_tokens: task -> longest row seen in training, in tokens.
-    token_ids: id of every control token, by its text.
+    Attributes:
+        layout: `eval` or `train`: where size indicators and assistant header stand in a prompt.
+        indicators: `added` (one token each) or `text` (spelled out in ordinary tokens).
+        line_break: Whether `<|end_of_line>|` separates the rows of an image and prompts carry size
+            indicators. Square checkpoints of the early stages have neither.
+        tasks: What the checkpoint can do; checkpoints of stages 1 to 3 cannot edit.
+        sizes: Ratio of height to width -> (height, width) in pixels.
+        edit_pixels: Least and most pixels of the source of an edit, as the vision tower sees it.
+        understand_pixels: The same for `understand`.
+        trained_tokens: Task -> longest row seen in training, in tokens.
+        token_ids: Text of a control token -> its id.
     """
 
     decoder: DecoderConfig = DecoderConfig()

@@ -80,17 +80,22 @@ def convert(
     dtype: "torch.dtype | None" = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the folder `output`, which must not exist yet or be empty.
+    """Writes a checkpoint folder, or a stock Qwen2.5-VL folder, from the published files.
 
-    wallaroo: the published `.ckpt`. vq: LlamaGen's `vq_ds16_t2i.pt`, needless with `understanding_only`.
-    backbone: a Qwen2.5-VL folder, for configuration, tokenizer and preprocessor.
-    understanding_only: write a stock Qwen2.5-VL folder with the keys, shapes and types of `backbone`.
-    layout, indicators: how the checkpoint wants its prompts, see `ModelConfig`.
-    square: side in pixels of the one size of checkpoints of stages 1 to 3.1, which separate no rows.
-    dtype: of the new files, by default as stored.
+    Args:
+        wallaroo: The published `.ckpt`.
+        vq: LlamaGen's `vq_ds16_t2i.pt`; not needed with `understanding_only`.
+        backbone: A Qwen2.5-VL folder, for configuration, tokenizer and preprocessor.
+        output: Folder to write, which must not exist yet or be empty.
+        understanding_only: Write a stock Qwen2.5-VL folder with the keys, shapes and types of `backbone`.
+        layout: How the checkpoint wants its prompts, see `ModelConfig`.
+        indicators: Likewise.
+        square: Side in pixels of the one size of checkpoints of stages 1 to 3.1, which separate no rows.
+        dtype: Of the new files, by default as stored.
+        shard_bytes: Size of a weight file.
 
-    Raises InputError if a file is not what it should be; missing, unexpected and wrong-shaped tensors
-    are named.
+    Raises:
+        InputError: A file is not what it should be. Missing, unexpected and wrong-shaped tensors are named.
     """
     published = _state_dict(wallaroo, "state_dict", "Wallaroo checkpoint")
     tensors = _renamed(published, rename)

@@ -31,9 +31,18 @@ FACTORIES = (
 
 
 def minimal_flops(config: ModelConfig, requests: Iterable[Request]) -> dict[str, float]:
-    """Multiplications and additions that guided rows cannot do without, by phase: in prefill every prompt
-    once, in decode every fed token once a branch, attention over the keys that are there, and the head once
-    a drawn token."""
+    """Multiplications and additions that guided rows cannot do without.
+
+    In prefill every prompt counts once; in decode every fed token once a branch, attention over the keys that
+    exist, and the head once a drawn token.
+
+    Args:
+        config: Of the model.
+        requests: The rows.
+
+    Returns:
+        Phase -> count.
+    """
     decoder = config.decoder
     width = decoder.num_attention_heads * decoder.head_dim
     linear = decoder.hidden_size * (width + 2 * decoder.num_key_value_heads * decoder.head_dim)
@@ -147,8 +156,12 @@ def row_length(request: Request) -> float:
 
 
 def step_bytes(model: Wallaroo, requests: Sequence[Request]) -> float:
-    """Bytes that a decode step of guided rows has to read: weights once, and half-way through the pictures
-    the keys and values of both branches."""
+    """Bytes that a decode step of guided rows has to read.
+
+    Args:
+        model: Its weights are read once.
+        requests: The rows; keys and values of both branches count half-way through the pictures.
+    """
     decoder, item = model.config.decoder, model.dtype.itemsize
     _, head = model.image_parts("generate")
     weights = [*model.language_model.layers.parameters(), *head.parameters()]

@@ -104,9 +104,16 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """Hidden states after the final norm, `(tokens, H)`, for input embeddings `(tokens, H)`.
+        """Hidden states after the final norm.
 
-        cos, sin: `(tokens, 1, head_dim / 2)`, see `rope`.
+        Args:
+            x: Input embeddings `(tokens, H)`.
+            cos: `(tokens, 1, head_dim / 2)`, see `rope`.
+            sin: Likewise.
+            attend: Attention of a layer.
+
+        Returns:
+            `(tokens, H)`.
         """
         for index, layer in enumerate(self.layers):
             x = layer(x, index, cos, sin, attend)
@@ -167,9 +174,14 @@ def _is_packed(linear: nn.Linear) -> bool:
 
 
 def packed(part: Part, rows: int) -> Part:
-    """The same part of a model, its weights shared, for forwards of exactly `rows` tokens, as those of an
-    engine are. On CPUs it holds float32 matrices of up to PACKED_BYTES once more, packed; larger ones wait
-    for memory more than for arithmetic, and elsewhere nothing is gained.
+    """The same part of a model, its weights shared, for forwards of exactly `rows` tokens.
+
+    On CPUs it holds float32 matrices of up to PACKED_BYTES once more, packed. Larger ones wait for memory
+    more than for arithmetic, and on other devices nothing is gained.
+
+    Args:
+        part: Of the model.
+        rows: Tokens of each forward.
     """
     if isinstance(part, nn.Linear):
         return cast(Part, PackedLinear(part, rows)) if _is_packed(part) else part
@@ -181,10 +193,17 @@ def packed(part: Part, rows: int) -> Part:
 
 
 def product_in_float32(linear: nn.Module, x: Tensor) -> Tensor:
-    """The product `(n, outputs)` of a linear layer without bias and x `(n, inputs)`, in float32.
+    """The product of a linear layer without bias, in float32.
 
     On CUDA it is never rounded to the type of x: logits of 8 to 32 would step by a sixteenth to an eighth in
     bfloat16.
+
+    Args:
+        linear: The layer.
+        x: `(n, inputs)`.
+
+    Returns:
+        float32 `(n, outputs)`.
     """
     weight = cast(Tensor, linear.weight)
     if x.device.type == "cuda" and x.dtype != torch.float32:
@@ -201,9 +220,16 @@ def rope_frequencies(config: DecoderConfig, device: torch.device | str | None = 
 def rope(
     positions: Tensor, frequencies: Tensor, sections: tuple[int, int, int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(tokens, 1, head_dim / 2)` for MRoPE positions `(3, tokens)`.
+    """Cosines and sines of multimodal rotary positions (MRoPE, arXiv 2409.12191).
 
-    The pairs are dealt to the three axes (time, height, width) in `sections`, in order.
+    Args:
+        positions: `(3, tokens)`: time, height, width.
+        frequencies: `(head_dim / 2,)`.
+        sections: Pairs of each axis, dealt in order.
+        dtype: Of the result.
+
+    Returns:
+        Two tensors `(tokens, 1, head_dim / 2)`.
     """
     angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
     parts = angles.split(list(sections), dim=-1)

@@ -259,9 +259,14 @@ def to_text(report: dict[str, Any]) -> str:
 
 
 def print_dry_run(options: argparse.Namespace, sides: Sequence[int]) -> None:
-    """Prints what a GPU would do, a report a size; options: those of `model.bench`.
+    """Prints what a GPU would do, one report a size.
 
-    Raises InputError if no device can be made up in this process, or the GPU or its rates are unknown.
+    Args:
+        options: Those of `model.bench`.
+        sides: Of the pictures, in pixels.
+
+    Raises:
+        InputError: No device can be made up in this process, or the GPU or its rates are unknown.
     """
     if options.device != "cuda":
         raise InputError(f"the device is {options.device}, but a dry run is of cuda: give --device cuda.")

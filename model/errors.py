@@ -15,7 +15,8 @@ class InputError(ValueError):
 class RowError(InputError):
     """One row cannot be served, whatever becomes of its neighbours.
 
-    `kind` is a short stable word such as `size` or `prompt`, by which reports count errors.
+    Attributes:
+        kind: A short stable word such as `size` or `prompt`, by which reports count errors.
     """
 
     def __init__(self, kind: str, message: str):
@@ -27,9 +28,15 @@ class RowError(InputError):
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`; did you mean 'seed'?` for the nearest of `known`, or the empty string if none is near.
+    """The end of a sentence that names the nearest known name.
 
-    cutoff: least share of letters that two names have in common, in the same order.
+    Args:
+        name: What was given.
+        known: What exists.
+        cutoff: Least share of letters that two names have in common, in the same order.
+
+    Returns:
+        `; did you mean 'seed'?`, or the empty string if none is near.
     """
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""

@@ -27,10 +27,23 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 def smart_resize(
     height: int, width: int, min_pixels: int, max_pixels: int, factor: int = FACTOR
 ) -> tuple[int, int]:
-    """Height and width, in pixels, at which the vision tower sees a picture.
+    """Height and width at which the vision tower sees a picture (the rule of Qwen2.5-VL, arXiv 2502.13923).
 
-    Both are multiples of `factor`, about in the picture's ratio, and their product lies between the two
-    limits. Raises RowError("image") if one side is more than 200 times the other.
+    Both are multiples of `factor` in about the picture's ratio. Their product lies between the two limits,
+    except for long pictures at close or small limits (see `most_tokens`).
+
+    Args:
+        height: Of the picture, in pixels.
+        width: Likewise.
+        min_pixels: Least product.
+        max_pixels: Most product.
+        factor: Side of a token, in pixels.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        RowError: Kind `image`: one side is more than 200 times the other.
     """
     if max(height, width) > MAX_SIDE_RATIO * min(height, width):
         raise RowError(
@@ -50,10 +63,18 @@ def smart_resize(
 
 
 def most_tokens(min_pixels: int, max_pixels: int, factor: int = FACTOR) -> int:
-    """Tokens that any picture may come to, at most, by `smart_resize` between two limits in pixels.
+    """Upper bound on the tokens of any picture that `smart_resize` scales between two limits.
 
     A long picture may come to more than `max_pixels`: no side is under a token, and what is too small grows
     to whole tokens on both sides.
+
+    Args:
+        min_pixels: Least pixels.
+        max_pixels: Most pixels.
+        factor: Side of a token, in pixels.
+
+    Returns:
+        Tokens, squares of `factor` x `factor` pixels.
     """
     longest = math.isqrt(MAX_SIDE_RATIO * max_pixels) // factor
     shrunk = max(max_pixels // factor**2, longest)
@@ -65,9 +86,18 @@ def most_tokens(min_pixels: int, max_pixels: int, factor: int = FACTOR) -> int:
 
 
 def semantic_image(image: Image.Image, min_pixels: int, max_pixels: int) -> np.ndarray:
-    """The RGB picture as the vision tower sees it: uint8 [h, w, 3], both sides multiples of 28.
+    """A picture as the vision tower sees it.
 
-    Raises RowError("image") as `smart_resize` does.
+    Args:
+        image: RGB, upright.
+        min_pixels: Least pixels.
+        max_pixels: Most pixels.
+
+    Returns:
+        uint8 `(h, w, 3)`; both sides are multiples of 28.
+
+    Raises:
+        RowError: As `smart_resize` does.
     """
     height, width = smart_resize(image.height, image.width, min_pixels, max_pixels)
     return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
@@ -90,10 +120,14 @@ def pixel_image(image: Image.Image, size: Size) -> np.ndarray:
 
 
 def patchify(image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """A uint8 picture [h, w, 3] -> normalised patches float32 [n, 1176] and their grid (h/14, w/14).
+    """Cuts a picture into normalised patches for the vision tower.
 
-    Four patches that will become one token stand together. A patch holds its numbers as
-    (channel, frame, row, column).
+    Args:
+        image: uint8 `(h, w, 3)`; both sides are multiples of 28.
+
+    Returns:
+        Patches, float32 `(n, 1176)`, and their grid `(h / 14, w / 14)`. Four patches that become one token
+        stand together. A patch holds its numbers as (channel, frame, row, column).
     """
     height, width, channels = image.shape
     rows, columns = height // PATCH, width // PATCH

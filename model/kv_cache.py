@@ -16,8 +16,13 @@ from wallaroo.model.config import DecoderConfig
 class Prefix:
     """A prompt that has been through the decoder, ready to be copied into any slot.
 
-    keys, values: of whole blocks, `(layers, kv_heads, blocks, KEY_BLOCK, head_dim)`; hidden: `(H,)`, the last
-    token's output after the final norm, from which the first generated token is drawn.
+    Attributes:
+        keys: Of whole blocks, `(layers, kv_heads, blocks, KEY_BLOCK, head_dim)`.
+        values: Likewise.
+        hidden: `(H,)`: the last token's output after the final norm; the first generated token is drawn
+            from it.
+        length: Tokens of the prompt.
+        next_position: Position of the first generated token.
     """
 
     keys: Tensor

@@ -42,8 +42,10 @@ OVERWRITES = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "ate
 class Counted:
     """What one call of `Engine.step` took.
 
-    work, seen: by phase, the innermost `record_function` of the engine; needed: bytes of keys and values that
-    the sequences in slots have.
+    Attributes:
+        work: By phase, the innermost `record_function` of the engine.
+        seen: What happened, by phase.
+        needed: Bytes of keys and values of the sequences in slots.
     """
 
     work: dict[str, Work] = field(default_factory=dict)

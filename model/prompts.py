@@ -48,10 +48,12 @@ _LATIN = re.compile("[A-Za-z]")
 class Prompt:
     """Everything the decoder is fed before the first generated token.
 
-    ids: int32 [L]. positions: int32 [3, L], the time, height and width axes of MRoPE.
-    next_position: position of the first generated token, the same on all axes.
-    semantic: [start, stop) of the vision tower's embeddings among ids, or None.
-    pixel: int32 [h*w], indices of the pixel adapter's embeddings in raster order, or None.
+    Attributes:
+        ids: int32 `(L,)`.
+        positions: int32 `(3, L)`: the time, height and width axes of MRoPE.
+        next_position: Position of the first generated token, the same on all axes.
+        semantic: `[start, stop)` of the vision tower's embeddings among ids, or None.
+        pixel: int32 `(h * w,)`: indices of the pixel adapter's embeddings in raster order, or None.
     """
 
     ids: np.ndarray
@@ -88,10 +90,19 @@ def generate_prompt(
     language: str,
     template: str | None = None,
 ) -> Prompt:
-    """The prompt of a text-to-image row; with `prompt` empty, its null branch.
+    """The prompt of a text-to-image row; with an empty `prompt`, its null branch.
 
-    size: of the picture, in pixels. language: `en` or `zh`, picks the template unless one is given.
-    Raises InputError if the vocabulary has no indicator for a side, RowError for text that is no Unicode.
+    Args:
+        tokenizer: Of the checkpoint.
+        config: Of the checkpoint.
+        prompt: Text of the row.
+        size: Of the picture, in pixels.
+        language: `en` or `zh`: selects the template.
+        template: Replaces the built-in template.
+
+    Raises:
+        InputError: The vocabulary has no size indicator for a side.
+        RowError: The text is not valid Unicode.
     """
     request = _fill(template or TEMPLATES["generate", language], prompt, size)
     pieces = [*_system(), Control("<|im_start|>"), "user\n", request]
@@ -113,10 +124,20 @@ def edit_prompt(
     language: str,
     template: str | None = None,
 ) -> Prompt:
-    """The prompt of an editing row; with `prompt` empty, its null branch.
+    """The prompt of an editing row; with an empty `prompt`, its null branch.
 
-    size: of the picture that is made, in pixels. grid: rows and columns of the vision tower's merged
-    tokens of the source. Raises as `generate_prompt` does.
+    Args:
+        tokenizer: Of the checkpoint.
+        config: Of the checkpoint.
+        prompt: Instruction of the row.
+        size: Of the picture that is made, in pixels.
+        grid: Rows and columns of the vision tower's merged tokens of the source.
+        language: `en` or `zh`: selects the template.
+        template: Replaces the built-in template.
+
+    Raises:
+        InputError: The vocabulary has no size indicator for a side.
+        RowError: The text is not valid Unicode.
     """
     rows, columns = size.grid
     block = [Control("<|image_pad|>")] * columns
@@ -152,10 +173,15 @@ def understand_prompt(
 ) -> Prompt:
     """The prompt of a question about one picture.
 
-    config: not looked at, since every checkpoint asks alike. grid: rows and columns of the vision
-    tower's merged tokens. assistant_header: whether the prompt ends with the opening of the answer, as
-    it does in every real use.
-    Raises RowError for text that is no Unicode.
+    Args:
+        tokenizer: Of the checkpoint.
+        config: Not used, since every checkpoint asks alike.
+        question: Text of the row.
+        grid: Rows and columns of the vision tower's merged tokens.
+        assistant_header: Whether the prompt ends with the opening of the answer, as in every real use.
+
+    Raises:
+        RowError: The text is not valid Unicode.
     """
     pieces = [
         *_system(),

@@ -89,9 +89,16 @@ def text_requests(
 def edit_requests(
     config: ModelConfig, count: int, size: Size, text: int = 60, seen: int = 8
 ) -> list[Request]:
-    """Rows with sources of their own: a pixel block, `seen` x `seen` semantic tokens, `text` tokens.
+    """Rows with sources of their own.
 
     The null prompt, with a third of the text, is the same for all rows, since its picture is black.
+
+    Args:
+        config: Of the model.
+        count: Rows.
+        size: Of the pictures, in pixels.
+        text: Tokens of text.
+        seen: Side of the grid of semantic tokens.
     """
     rng = np.random.default_rng(0)
     rows, columns = size.grid

@@ -121,8 +121,14 @@ class Reference:
     ) -> list[Result]:
         """Serves requests of `generate` or `edit` that share size and sampling, in their order.
 
-        The draws follow `torch.multinomial` seeded with the first request's seed, not the engine's
-        draws: to compare, sample greedily or force tokens. trace: keep the logits after guidance.
+        The draws follow `torch.multinomial`, seeded with the first request's seed. They are not the
+        engine's: to compare, sample greedily or force tokens.
+
+        Args:
+            task: `generate` or `edit`.
+            requests: The rows.
+            trace: Whether to keep the logits after guidance.
+            decode_vq: Whether results have pixels.
         """
         first, count = requests[0], len(requests)
         assert all((r.size, r.sampling) == (first.size, first.sampling) for r in requests)

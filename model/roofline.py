@@ -19,8 +19,14 @@ PRECISIONS = {"half": 1.0, "tf32": 1 / 2, "float32": 1 / 15}
 
 @dataclass(frozen=True)
 class Gpu:
-    """bandwidth: bytes/s that a copy reaches; flops: 16-bit multiplications and additions a second that
-    large matrix products reach; memory: bytes."""
+    """A GPU and the rates that it is taken to reach.
+
+    Attributes:
+        name: Such as `H200`.
+        bandwidth: Bytes/s of a copy.
+        flops: 16-bit multiplications and additions/s of large matrix products.
+        memory: Bytes.
+    """
 
     name: str
     bandwidth: float
@@ -44,8 +50,14 @@ GPUS = {
 class Cost:
     """Work of one operator.
 
-    launches: kernels it starts; read, written: bytes; keys, weights: of `read`, those of the cache and of the
-    model; flops: multiplications and additions; precision: of these, a key of PRECISIONS.
+    Attributes:
+        launches: Kernels that it starts.
+        read: Bytes.
+        written: Bytes.
+        flops: Multiplications and additions.
+        keys: Bytes of `read` that are of the key-value cache.
+        weights: Bytes of `read` that are of the model.
+        precision: Of the arithmetic, a key of PRECISIONS.
     """
 
     launches: int = 1
@@ -99,9 +111,15 @@ class Work:
 
 
 def find_gpu(name: str, bandwidth: float | None = None, flops: float | None = None) -> Gpu:
-    """A known GPU, with other rates where they are given: bytes/s and operations/s that it reaches.
+    """A known GPU, perhaps with other rates.
 
-    Raises InputError if the name is unknown or a rate is not positive.
+    Args:
+        name: Such as `H200`, in any case.
+        bandwidth: Bytes/s that it reaches; None for the known rate.
+        flops: 16-bit operations/s that it reaches; None for the known rate.
+
+    Raises:
+        InputError: The name is unknown, or a rate is not positive.
     """
     known = {each.lower(): gpu for each, gpu in GPUS.items()}
     gpu = known.get(name.lower())

@@ -25,10 +25,11 @@ ALWAYS = (0.0, 1.0)
 class Sampling:
     """How one row's tokens are drawn.
 
-    cfg: scale of classifier-free guidance; at most 1 means that no null branch is run.
-    temperature: divides the logits; 0 is as good as greedy.
-    top_k: tokens kept before top-p, ties with the last one stay; 0 keeps all; 1 is greedy.
-    top_p: probability mass kept; 1 keeps all.
+    Attributes:
+        cfg: Scale of classifier-free guidance; at most 1 means that no null branch is run.
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Tokens kept before top-p; ties with the last one stay. 0 keeps all, 1 is greedy.
+        top_p: Probability mass kept; 1 keeps all.
     """
 
     cfg: float = 3.0
@@ -65,10 +66,17 @@ class Sampling:
 
 
 def draws(seed: int, count: int) -> np.ndarray:
-    """The uniform numbers of one row, float64 `(count,)` in [0, 1): number i belongs to position i.
+    """The uniform numbers of one row.
 
-    Philox is counter-based (Salmon et al. 2011), so a row's numbers depend on its seed alone and a
-    longer row begins with the numbers of a shorter one.
+    Philox is counter-based (Salmon et al. 2011), so a row's numbers depend on its seed alone, and a longer
+    row begins with the numbers of a shorter one.
+
+    Args:
+        seed: Of the row.
+        count: How many.
+
+    Returns:
+        float64 `(count,)` in [0, 1); number i belongs to position i.
     """
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
@@ -77,9 +85,12 @@ def draws(seed: int, count: int) -> np.ndarray:
 class Filters:
     """What the host knows of a batch's filters, so that no work is done for those that nobody uses.
 
-    A row's token is the same under any Filters that hold for it: they choose how the kept tokens are
-    found, never which. most: a bound on the top_k of all rows that have one; 0 if none has.
-    nucleus: whether any row has a top_p below 1.
+    A row's token is the same under any Filters that hold for it: they choose how the kept tokens are found,
+    never which.
+
+    Attributes:
+        most: Bound on the top_k of all rows that have one; 0 if none has.
+        nucleus: Whether any row has a top_p below 1.
     """
 
     most: int
@@ -97,10 +108,18 @@ class Filters:
 def kept_logits(
     logits: "Tensor", temperature: "Tensor", top_k: "Tensor", top_p: "Tensor", filters: Filters | None = None
 ) -> "Tensor":
-    """Logits `(rows, vocabulary)` float32 after temperature, with all but the kept ones at -inf.
+    """Logits after temperature, with all but the kept ones at -inf.
 
-    temperature, top_k, top_p: `(rows,)`. Top-k keeps every tie with the k-th largest; top-p keeps the
-    shortest prefix, in descending order of what is left, whose probabilities sum to more than p.
+    Args:
+        logits: float32 `(rows, vocabulary)`.
+        temperature: `(rows,)`.
+        top_k: `(rows,)`. Every tie with the k-th largest is kept.
+        top_p: `(rows,)`. The shortest prefix is kept, in descending order of what is left, whose
+            probabilities sum to more than p.
+        filters: What the host knows of the rows.
+
+    Returns:
+        float32 `(rows, vocabulary)`.
     """
     vocabulary = logits.shape[-1]
     filters = filters or Filters(vocabulary, True)
@@ -139,10 +158,21 @@ def sample(
     uniform: "Tensor",
     filters: Filters | None = None,
 ) -> "Tensor":
-    """One token a row, int64 `(rows,)`, by inverting the distribution at `uniform` float64 `(rows,)`.
+    """Draws one token a row, by inverting the distribution.
 
-    Greedy rows (`top_k` 1) take the largest logit, the lowest index on a tie. Nothing is read back to
-    the host, and a row's token does not depend on the other rows.
+    Greedy rows (`top_k` 1) take the largest logit, the lowest index on a tie. Nothing is read back to the
+    host, and a row's token does not depend on the other rows.
+
+    Args:
+        logits: float32 `(rows, vocabulary)`.
+        temperature: `(rows,)`.
+        top_k: `(rows,)`.
+        top_p: `(rows,)`.
+        uniform: float64 `(rows,)` in [0, 1).
+        filters: What the host knows of the rows.
+
+    Returns:
+        int64 `(rows,)`.
     """
     import torch
 

@@ -74,7 +74,9 @@ def indicator(side: int) -> str:
 def added_tokens(sizes: dict[str, tuple[int, int]], indicators: str = "added") -> list[str]:
     """All control tokens of a checkpoint, in the order of their ids.
 
-    sizes: ratio key -> (height, width) in pixels. indicators: `text` leaves the size indicators out.
+    Args:
+        sizes: Ratio -> (height, width) in pixels.
+        indicators: `text` leaves the size indicators out.
     """
     tokens = [*QWEN_TOKENS, *WALLAROO_TOKENS]
     if indicators == "added":
@@ -88,7 +90,9 @@ def added_tokens(sizes: dict[str, tuple[int, int]], indicators: str = "added") -
 def build(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer with Qwen2's normalisation and splitting, without added tokens.
 
-    vocabulary: token -> id and merges: pairs by rank, both in the byte alphabet of `vocab.json`.
+    Args:
+        vocabulary: Token -> id, in the byte alphabet of `vocab.json`.
+        merges: Pairs by rank, in the same alphabet.
     """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.normalizer = tokenizers.normalizers.NFC()
@@ -103,9 +107,14 @@ def build(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> toke
 
 
 def add_control_tokens(tokenizer: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
-    """Add `tokens` (text, in the order of their ids), keeping those that are there already.
+    """Adds control tokens, and keeps those that exist already.
 
-    Raises InputError if the vocabulary then holds another added token, or numbers them otherwise.
+    Args:
+        tokenizer: Changed in place.
+        tokens: Texts in the order of their ids.
+
+    Raises:
+        InputError: The vocabulary then holds another added token, or numbers them otherwise.
     """
     tokenizer.add_tokens([token for token in tokens if tokenizer.token_to_id(token) is None])
     found = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
@@ -122,7 +131,9 @@ def add_control_tokens(tokenizer: tokenizers.Tokenizer, tokens: Sequence[str]) -
 class Tokenizer:
     """A checkpoint's tokenizer.
 
-    token_ids: id of every control token, by its text. size: one more than the highest id.
+    Attributes:
+        token_ids: Text of a control token -> its id.
+        size: One more than the highest id.
     """
 
     def __init__(self, text: str, where: str = "tokenizer.json"):
@@ -158,8 +169,13 @@ class Tokenizer:
     def encode(self, pieces: Sequence[str]) -> list[int]:
         """Token ids of the pieces put together.
 
-        A `Control` gives its one id; neighbouring plain strings are joined and encoded as one text.
-        Raises InputError for an unknown control token, RowError (`prompt`) for text that is no Unicode.
+        Args:
+            pieces: A `Control` gives its one id; neighbouring plain strings are joined and encoded as one
+                text.
+
+        Raises:
+            InputError: A control token is unknown.
+            RowError: Kind `prompt`: the text is not valid Unicode.
         """
         ids: list[int] = []
         text: list[str] = []
@@ -180,9 +196,13 @@ class Tokenizer:
         return self.token_ids[token]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; control tokens and unused rows of the vocabulary give nothing.
+        """Text of token ids.
 
-        Bytes that are no UTF-8 become U+FFFD.
+        Args:
+            ids: Control tokens and unused rows of the vocabulary give nothing.
+
+        Returns:
+            The text; bytes that are not UTF-8 become U+FFFD.
         """
         return self._plain.decode(
             [int(i) for i in ids if int(i) not in self._controls], skip_special_tokens=False

@@ -63,8 +63,19 @@ def take_many(tower: "Qwen2_5_VisionTransformerPretrainedModel") -> None:
 def attend_by_length(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, cu_seq_lens_q: Tensor, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention within windows, one call for all windows of a length: q, k, v `(1, heads, n, head_dim)` and
-    ends of the windows `(windows + 1,)` -> `(1, n, heads, head_dim)`."""
+    """Attention within windows, one call for all windows of a length.
+
+    Args:
+        module: Not used; transformers gives it.
+        q: `(1, heads, n, head_dim)`.
+        k: Likewise.
+        v: Likewise.
+        cu_seq_lens_q: Ends of the windows, `(windows + 1,)`, from 0.
+        scaling: Of the scores.
+
+    Returns:
+        `(1, n, heads, head_dim)`, and None for the weights.
+    """
     ends = cu_seq_lens_q.tolist()
     starts: dict[int, list[int]] = defaultdict(list)
     for start, end in itertools.pairwise(ends):
@@ -80,8 +91,14 @@ def attend_by_length(
 
 
 def tower_plan(config: VisionConfig, grids: Tensor) -> dict[str, Tensor]:
-    """What the tower works out from the grids of its pictures, int64 `(B, 3)`, for its call; it takes
-    longer on the host than the tower on a GPU."""
+    """What the tower works out from the grids of its pictures, for its call.
+
+    It takes longer on the host than the tower on a GPU.
+
+    Args:
+        config: Of the tower.
+        grids: int64 `(B, 3)`: frames, rows and columns of patches.
+    """
     from transformers import vision_utils as theirs
 
     merge, patch = config.spatial_merge_size, config.patch_size

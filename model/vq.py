@@ -242,8 +242,14 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
     def for_cuda(self, kernels: bool) -> "VQModel":
-        """The same model, but its decoder has weights of its own, laid out for pictures whose channels lie
-        together, as tensor cores take them. kernels: whether norms are operators of `model.cuda`."""
+        """The same model with a decoder of its own for CUDA.
+
+        The decoder's weights are laid out for pictures whose channels lie together, as tensor cores take
+        them.
+
+        Args:
+            kernels: Whether norms are operators of `model.cuda`.
+        """
         made = copy.copy(self)
         made._modules = self._modules | {"decoder": _channels_last(self.decoder, kernels)}
         made.channels_last = True
@@ -273,8 +279,12 @@ class VQModel(nn.Module):
 
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Within it, convolutions on a CUDA device take their float32 inputs as `tf32` (10 bits after the point)
-    or as `float32`. Elsewhere nothing changes."""
+    """A context in which convolutions on CUDA have this precision. Elsewhere nothing changes.
+
+    Args:
+        name: `tf32` (10 bits after the point) or `float32`.
+        device: Where the convolutions run.
+    """
     if device.type != "cuda":
         yield
         return

@@ -28,9 +28,14 @@ def image_head(hidden: int, codebook_size: int) -> nn.Sequential:
 
 
 class Wallaroo(nn.Module):
-    """The parts that `tasks` need (all of the checkpoint's by default); the others are None.
+    """The parts of the model that some tasks need; the others are None.
 
-    Raises InputError if the checkpoint cannot do a task.
+    Args:
+        config: Of the checkpoint.
+        tasks: All of the checkpoint's by default.
+
+    Raises:
+        InputError: The checkpoint cannot do a task.
     """
 
     def __init__(self, config: ModelConfig, tasks: tuple[str, ...] | None = None):

@@ -36,9 +36,14 @@ class FileEntry(NamedTuple):
 
 @contextmanager
 def open_shard(file: Path, framework: str = "np") -> Iterator[Any]:
-    """A mapped safetensors file; its names and shapes need no torch, its weights `framework="pt"`.
+    """A mapped safetensors file.
 
-    Raises InputError if the file is not whole.
+    Args:
+        file: The file.
+        framework: `np` for names and shapes, which needs no torch; `pt` for weights.
+
+    Raises:
+        InputError: The file is not whole.
     """
     try:
         with safetensors.safe_open(file, framework=framework) as shard:
@@ -53,7 +58,11 @@ def open_shard(file: Path, framework: str = "np") -> Iterator[Any]:
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into that gets its name when all is written, and vanishes on an error.
 
-    Raises InputError if `folder` exists and is not empty.
+    Args:
+        folder: Its name in the end.
+
+    Raises:
+        InputError: `folder` exists and is not empty, or cannot be made.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -101,9 +110,19 @@ def write_shards(
     dtype: "torch.dtype | None",
     make: "Callable[[str], torch.Tensor] | None" = None,
 ) -> Iterator[tuple[str, FileEntry]]:
-    """Write tensors as `model-00001-of-0000N.safetensors`; yields name and entry of each file.
+    """Writes tensors as `model-00001-of-0000N.safetensors`.
 
     Holds one tensor in memory at a time, and none if the tensors are mapped and of the right type.
+
+    Args:
+        folder: Where to.
+        tensors: Name on disk -> tensor.
+        shard_bytes: Size of a file, unless one tensor alone is larger.
+        dtype: Type of the written tensors; None keeps each one's own.
+        make: Gives the tensors that are on the meta device, by name.
+
+    Yields:
+        Name and entry of each file.
     """
     shards = shard_names(tensors, shard_bytes, dtype)
     for number, names in enumerate(shards, 1):
@@ -119,10 +138,21 @@ def write_safetensors(
     dtypes: "Mapping[str, torch.dtype | None]",
     make: "Callable[[str], torch.Tensor] | None" = None,
 ) -> FileEntry:
-    """Write one safetensors file tensor by tensor; a dtype of None keeps the tensor's own.
+    """Writes one safetensors file tensor by tensor.
 
-    `make` gives the tensors that are on the meta device. The library's own writer makes a copy of the whole
-    file in memory.
+    The library's own writer makes a copy of the whole file in memory.
+
+    Args:
+        file: The file.
+        tensors: Name on disk -> tensor.
+        dtypes: Name -> type to write; None keeps the tensor's own.
+        make: Gives the tensors that are on the meta device, by name.
+
+    Returns:
+        Size and sha256 of the file.
+
+    Raises:
+        InputError: A type is not written, or the disk refuses.
     """
     import torch
 

@@ -87,11 +87,12 @@ class Seen:
 
 
 class FakeCuda(TorchDispatchMode):
-    """Inside `with FakeCuda() as device:` the device `cuda` exists.
+    """A device `cuda` that exists inside `with FakeCuda() as device:`.
 
-    seen: what happened, by phase, which is the innermost `torch.profiler.record_function` around it.
-    watch: called with every operator that would start a kernel, also with those of a replayed recording.
-    memory: bytes that the device says it has, all of them free.
+    Attributes:
+        seen: What happened, by phase, which is the innermost `torch.profiler.record_function` around it.
+        watch: Called with every operator that would start a kernel, also with those of a replayed recording.
+        memory: Bytes that the device says it has, all of them free.
     """
 
     def __init__(self, watch: Callable[[Operator], None] | None = None, memory: int = 139 << 30):

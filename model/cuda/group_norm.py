@@ -13,9 +13,15 @@ TILES = 4
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, swish: bool) -> Tensor:
-    """The norm of pictures `(B, C, H, W)` in the layout `channels_last`, and swish of it, in the same layout.
+    """Group norm of pictures, by three kernels. Equals `nn.GroupNorm`, then `F.silu` if `swish`.
 
-    Equals `nn.GroupNorm`, and `F.silu`; three kernels.
+    Args:
+        norm: Groups, weight, bias and epsilon.
+        x: `(B, C, H, W)` in the layout `channels_last`.
+        swish: Whether swish follows.
+
+    Returns:
+        As x.
     """
     out = torch.empty_like(x)
     assert norm.weight is not None and norm.bias is not None

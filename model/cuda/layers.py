@@ -34,9 +34,16 @@ register("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out)", rms_nor
 
 
 def add_rms_norm(residual: Tensor, x: Tensor, norm: RMSNorm, out: Tensor | None = None) -> Tensor:
-    """Adds x to the residual, both `(n, H)`, in place, and returns the norm of the sum.
+    """Adds x to the residual in place. Equals `residual += x`, then `RMSNorm`.
 
-    Equals `residual += x` and `RMSNorm`.
+    Args:
+        residual: `(n, H)`, changed.
+        x: `(n, H)`.
+        norm: Weight and epsilon.
+        out: Where the result goes; a new tensor by default.
+
+    Returns:
+        The norm of the sum, `(n, H)`.
     """
     out = torch.empty_like(residual) if out is None else out
     torch.ops.wallaroo.add_rms_norm(residual, x, norm.weight, norm.eps, out)

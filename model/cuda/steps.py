@@ -90,8 +90,12 @@ register(
 class Fed(NamedTuple):
     """What the layers take in a step.
 
-    x and its norm `normed`: `(n, H)`; cos and sin: `(n, head_dim / 2)`; seen: int64 `(n,)`, the keys of each
-    sequence with the new token's (see `attend`).
+    Attributes:
+        x: `(n, H)`.
+        normed: Its norm, `(n, H)`.
+        cos: `(n, head_dim / 2)`.
+        sin: Likewise.
+        seen: int64 `(n,)`: the keys of each sequence, the new token's included (see `attend`).
     """
 
     x: Tensor

@@ -16,10 +16,17 @@ AHEAD = 4
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor with the numbers of an array of any shape, such as `(n, m)`.
+    """Sends numbers to a device.
 
-    On a CPU it is the array's own memory where that can be written, on CUDA one asynchronous copy from pinned
-    memory, which torch keeps until the copy is done.
+    On a CPU the tensor is the array's own memory where that can be written. On CUDA it is one asynchronous
+    copy from pinned memory, which torch keeps until the copy is done.
+
+    Args:
+        array: Of any shape, such as `(n, m)`.
+        device: Where to.
+
+    Returns:
+        A tensor of the same shape.
     """
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     if device.type == "cpu":

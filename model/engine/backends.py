@@ -11,8 +11,16 @@ from wallaroo.model.cuda import ops
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """`block` on a CPU. On CUDA the first of `triton` and `flash` that works there in half precision, or
-    `sdpa`."""
+    """The attention backend that suits a device.
+
+    Args:
+        device: Where the engine runs.
+        dtype: Of the decoder.
+
+    Returns:
+        `block` on a CPU. On CUDA the first of `triton` and `flash` that works there in half precision, or
+        `sdpa`.
+    """
     if device.type == "cpu":
         return "block"
     return _fastest(device) if dtype in (torch.bfloat16, torch.float16) else "sdpa"

@@ -142,7 +142,11 @@ class Engine:
     def step(self) -> list[Result]:
         """One round: fill free slots, prefill a chunk, decode a token in every slot.
 
-        Returns the rows that are finished.
+        Returns:
+            The rows that are finished.
+
+        Raises:
+            torch.OutOfMemoryError: Memory ran out with the smallest group.
         """
         try:
             with self.streams.on_main():

@@ -34,29 +34,31 @@ WORKING_SHARE = 0.1
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What shapes an engine's work.
+    """What shapes an engine's work. `shapes` names the options that may change a row by rounding.
 
-    slots: rows that decode at once (rounded up to whole groups).
-    group_rows: guided rows a group, which is twice as many sequences.
-    smaller: values that `group_rows` falls back to, in turn, where memory runs out with one group.
-    prefill_piece: tokens of one prompt that stay together; prefill_pieces: pieces, of one or several
-        prompts, that go through the decoder at once.
-    vq_slice: pictures a VQ decode. vq_precision: `tf32` or `float32`, of its convolutions on CUDA.
-    prefix_sharing: whether rows of one prompt share its prefill; prefix_tokens: prompt tokens kept for
-        sharing when no row waits for them any more.
-    prompt_tokens, max_new_tokens: most tokens of a row's own prompt and of a text. pixels: least and most of
-        a picture to be understood, as the vision tower sees it; None for those of the checkpoint. With the
-        largest size these bound the keys of a row. On CUDA memory for them is taken once; a longer row takes
-        more and makes the recordings anew.
-    attention: `block`, `sdpa`, `flash` or `triton`; None for what suits the device. `triton` takes all of
-        the decoder through the kernels of `model.cuda`.
-    graphs: whether decode steps on CUDA are recorded once and replayed (see model/cuda/graphs.py).
-    decode_vq: whether pictures are wanted and not their tokens alone.
-    cfg_interval: first and last share of a picture's steps between which it is guided; lossy unless all are.
-        What follows needs no null branch, so more rows decode at once.
-    trace: keep each row's logits, and take tokens that are forced.
-
-    `shapes` names those that may change a row by rounding.
+    Attributes:
+        slots: Rows that decode at once, rounded up to whole groups.
+        group_rows: Guided rows of a group, which are twice as many sequences.
+        smaller: Values that replace `group_rows`, in turn, when memory runs out with a single group.
+        prefill_piece: Tokens of one prompt that stay together.
+        prefill_pieces: Pieces, of one or several prompts, of one forward.
+        vq_slice: Pictures of one VQ decode.
+        vq_precision: `tf32` or `float32`, of the VQ's convolutions on CUDA.
+        prefix_sharing: Whether rows with equal prompts share a prefill.
+        prefix_tokens: Prompt tokens kept for sharing after the last row that waits for them.
+        prompt_tokens: Most tokens of a row's own prompt. With `max_new_tokens`, `pixels` and the largest
+            size it bounds the keys of a row. On CUDA memory for so many is taken once; a longer row takes
+            more and makes the recordings anew.
+        max_new_tokens: Most tokens of a text.
+        pixels: Least and most pixels of a picture to be understood, as the vision tower sees it; None for the
+            limits of the checkpoint.
+        attention: `block`, `sdpa`, `flash` or `triton`; None chooses by device. `triton` runs the whole
+            decoder by the kernels of `model.cuda`.
+        graphs: Whether decode steps on CUDA are recorded once and replayed (see model/cuda/graphs.py).
+        decode_vq: Whether results have pixels, not only tokens.
+        cfg_interval: First and last share of a picture's steps between which it is guided; lossy unless (0,
+            1). Later steps have no null branch, so more rows decode at once.
+        trace: Whether to keep each row's logits and to take forced tokens.
     """
 
     slots: int = SLOTS["cpu"]
@@ -140,10 +142,18 @@ def gpu_options(
 
 
 def even_threads(config: DecoderConfig, options: EngineOptions, threads: int) -> int:
-    """The most of so many CPU threads with which a row's bits do not depend on where in its group it stands.
+    """The most CPU threads with which a row's bits do not depend on its place in the group.
 
     Threads share an operator's elements evenly. Where a share ends within a vector, its last elements go
     through other code, which rounds SiLU and powers of two otherwise. Only wide models are shared at all.
+
+    Args:
+        config: The decoder.
+        options: Of the engine.
+        threads: The upper bound.
+
+    Returns:
+        A number of threads from 1 to `threads`.
     """
     forwards = 2 * options.group_rows, options.prefill_piece * options.prefill_pieces
     widths = config.intermediate_size, config.num_attention_heads * KEY_BLOCK

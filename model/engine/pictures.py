@@ -83,8 +83,14 @@ class Pictures:
         self.ready.setdefault(size, []).append(_Picture(row, tokens, logits, self.rounds))
 
     def step(self, flush: bool) -> list[Result]:
-        """Begins to decode the slices that are full, or all pictures, and gives back those that are done. A
-        slice is filled up with its first picture."""
+        """Starts to decode full slices, or all pictures. A slice that is not full repeats its first picture.
+
+        Args:
+            flush: Whether to decode slices that are not full.
+
+        Returns:
+            The pictures that are done.
+        """
         width = self.options.vq_slice
         self.rounds += 1
         for size, ready in self.ready.items():

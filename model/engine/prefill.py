@@ -30,8 +30,11 @@ from wallaroo.model.wallaroo import Wallaroo
 class PendingPrefix:
     """A prompt on its way through the decoder, or through it (`prefix` is set).
 
-    waiting: rows that need it. done: tokens that have been through. scratch: its row in the scratch cache, -1
-    before the first piece. features: see `Prefill._features`.
+    Attributes:
+        waiting: Rows that need it.
+        done: Tokens that have been through.
+        scratch: Its row in the scratch cache; -1 before the first piece.
+        features: See `Prefill._features`.
     """
 
     key: Hashable
@@ -93,8 +96,13 @@ class Prefill:
         return known
 
     def release(self, prefixes: Iterable[PendingPrefix]) -> None:
-        """A row needs them no more. Forgets the least recently used prompts that no row waits for, down to
-        `prefix_tokens`."""
+        """Tells that a row needs its prompts no more.
+
+        Forgets the least recently used prompts that no row waits for, down to `prefix_tokens`.
+
+        Args:
+            prefixes: Prompts of the row.
+        """
         for pending in prefixes:
             pending.waiting -= 1
         idle = [pending for pending in self.prompts.values() if not pending.waiting and pending.prefix]
@@ -106,9 +114,11 @@ class Prefill:
             del self.prompts[pending.key]
 
     def step(self, rows: Iterable[Row], only_full: bool) -> None:
-        """Takes the next pieces of the prompts of `rows` through the decoder in one forward.
+        """Takes the next pieces of prompts through the decoder in one forward.
 
-        With `only_full` nothing is done unless every piece of the forward would be in use.
+        Args:
+            rows: Whose prompts, in this order.
+            only_full: Do nothing unless every piece of the forward would be in use.
         """
         width, count = self.options.prefill_piece, self.options.prefill_pieces
         pieces: list[tuple[PendingPrefix, int]] = []

@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 class Request:
     """One row to serve.
 
-    key: given back with the result; prompt: the conditional branch; null: the null branch, needed if
-    `sampling.guided`; size: of the picture in pixels, None for text; semantic `(h, w, 3)` and pixels
-    `(H, W, 3)`: the uint8 source as the vision tower and the VQ encoder take it (see model/images.py);
-    max_new_tokens: bound on a text's length; forced: tokens to take instead of the drawn ones, int32
-    `(n,)`, -1 where drawn, for scoring a given picture or text.
+    Attributes:
+        key: Given back with the result.
+        prompt: The conditional branch.
+        null: The null branch; needed if `sampling.guided`.
+        size: Of the picture in pixels; None for text.
+        seed: Fixes the row's draws.
+        sampling: Guidance, temperature and filters.
+        semantic: Source as the vision tower takes it, uint8 `(h, w, 3)` (see model/images.py).
+        pixels: Source as the VQ encoder takes it, uint8 `(H, W, 3)`.
+        max_new_tokens: Most tokens of a text.
+        forced: Tokens to take instead of the drawn ones, int32 `(n,)`, -1 where drawn; for scoring a given
+            picture or text.
     """
 
     key: Hashable
@@ -41,10 +48,14 @@ class Request:
 class Result:
     """What became of a row.
 
-    tokens: int32 `(n,)`, codebook indices in raster order or text token ids without the stop token;
-    pixels: uint8 `(H, W, 3)`, None for text; finish_reason: `length` or `stop`; prompt_tokens: of the
-    conditional branch; error: empty if all is well, else why the row could not be served; logits:
-    float32 `(n, vocabulary)` before temperature, only from an engine that traces.
+    Attributes:
+        key: Of the request.
+        tokens: int32 `(n,)`: codebook indices in raster order, or text token ids without the stop token.
+        pixels: uint8 `(H, W, 3)`; None for text.
+        finish_reason: `length` or `stop`.
+        prompt_tokens: Tokens of the conditional branch.
+        error: Why the row could not be served; empty if it was.
+        logits: float32 `(n, vocabulary)` before temperature; only from an engine that traces.
     """
 
     key: Hashable
@@ -60,11 +71,15 @@ class Result:
 class Row:
     """A request in the engine.
 
-    prefixes: its prompts, the conditional one first, until it has a slot. steps: all forwards from its first
-    draw to its last token. guided: the steps whose draw is guided, counted from 0. length: the keys that a
-    sequence of it may come to. line: steps that a line of the picture takes, its line end included; more than
-    `steps` if there is none. sequences: the places of its branches in a group, the first is its slot. step:
-    steps done.
+    Attributes:
+        request: What was asked.
+        prefixes: Its prompts, the conditional one first, until it has a slot.
+        steps: Forwards from its first draw to its last token.
+        guided: Steps whose draw is guided, counted from 0.
+        length: Most keys of one of its sequences.
+        line: Steps of a line of the picture, line end included; more than `steps` if there are no lines.
+        sequences: Places of its branches in a group; the first is its slot.
+        step: Steps done.
     """
 
     request: Request
