@@ -283,8 +283,12 @@ def _rows(output: str, shard: int) -> list[Mapping[str, Any]]:
 
 
 def to_text(table: list[Line]) -> str:
-    """The table for people."""
-    lines = [f"{'task':<11}{'kind':<22}{'language':<9}{'size':<9}{'rows':>5}  right"]
+    """One line for all rows, and the table by cell."""
+    # Every row is in one such line.
+    whole = [line for line in table if (line.language, line.size) == ("all", "all")]
+    rows, right = sum(line.rows for line in whole), sum(line.right["right"][0] for line in whole)
+    lines = [f"in all: {right:,} of {rows:,} rows are right, {100 * right / rows:.1f} %"]
+    lines += [f"{'task':<11}{'kind':<22}{'language':<9}{'size':<9}{'rows':>5}  right"]
     for line in table:
         shares = [
             f"{name} {100 * hits / of:.1f}" for name, (hits, of) in line.right.items() if name != "right"
@@ -293,10 +297,6 @@ def to_text(table: list[Line]) -> str:
         detail = f"  ({', '.join(shares)})" if shares else ""
         cell = f"{line.task:<11}{line.kind:<22}{line.language:<9}{line.size:<9}{line.rows:>5}"
         lines.append(f"{cell}  {100 * hits / of:5.1f} %{detail}")
-    # Every row is in one such line.
-    whole = [line for line in table if (line.language, line.size) == ("all", "all")]
-    rows, right = sum(line.rows for line in whole), sum(line.right["right"][0] for line in whole)
-    lines.append(f"in all: {right:,} of {rows:,} rows are right, {100 * right / rows:.1f} %")
     return "\n".join(lines)
 
 
