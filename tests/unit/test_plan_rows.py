@@ -334,7 +334,10 @@ def test_counts_agree_with_rows():
         (["Prompt", "PROMPT"], "did you mean 'Prompt'"),
         (["text", "tag"], "no column 'prompt': it has text, tag"),
         (["prompt\ttag"], "but 'prompt\ttag': separate the columns of a CSV file by commas"),
-        (["id;prompt"], "but 'id;prompt': separate the columns of a CSV file by commas, or name a file with"),
+        (
+            ["id|prompt"],
+            r"but 'id\|prompt': separate the columns of a CSV file by commas, semicolons",
+        ),
         (["id;words"], "separated by commas"),
         ([], "none at all"),
     ],

@@ -84,7 +84,7 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
         if joined := next((name for name in others if column in re.split("[;|\t]", name)), ""):
             raise InputError(
                 f"The manifest has no column '{column}', but '{joined}': separate the columns of a CSV file "
-                f"by commas, or name a file with tabs .tsv."
+                f"by commas, semicolons or tabs, the same in all rows."
             )
         hint = did_you_mean(column, others)
         if not hint and any("\t" in name or ";" in name for name in schema.names):
