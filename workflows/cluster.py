@@ -17,6 +17,9 @@ from typing import Any
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.settings import OPTIONS
+from wallaroo.workflows.text import counted
+
+log = logging.getLogger(__name__)
 
 _TOKEN = secrets.token_hex(32)
 """Of every local Ray of this process; Ray reads it once a process, so it cannot change."""
@@ -172,6 +175,31 @@ def _start(options: dict[str, Any], timeout: float) -> None:
                     f"Ray failed to start within {timeout:g} s. Check the load of this machine; "
                     f"a run waits longer with --ray-start-timeout."
                 ) from error
+
+
+def check_gpus(address: str | None, wanted: int, gpus: int, what: str = "replica") -> None:
+    """Tells what to do about GPUs that are not there.
+
+    Args:
+        address: Of the cluster, None for a local Ray.
+        wanted: GPUs that are needed at least.
+        gpus: How many Ray has now.
+        what: Each needs one.
+
+    Raises:
+        InputError: A local Ray lacks GPUs. A cluster may yet get some, so that there is only a warning.
+    """
+    if address is None and gpus < wanted:
+        need = "needs a GPU" if wanted == 1 else "need a GPU each"
+        raise InputError(
+            f"{counted(wanted, what)} {need}, but this machine has {gpus}: ask for fewer, choose the device "
+            f"cpu, or give the address of a cluster."
+        )
+    if gpus == 0:
+        log.warning(
+            f"The cluster at {address} has no GPU now, so this waits for one. If no autoscaler adds a node "
+            f"with GPUs, start one, or stop this and give --device cpu."
+        )
 
 
 def choose_device(device: str) -> str:

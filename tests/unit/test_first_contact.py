@@ -21,11 +21,11 @@ from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.workflows import storage
+from wallaroo.workflows.cluster import check_gpus
 from wallaroo.workflows.outputs.lock import OutputLock, Owner, at_work
 from wallaroo.workflows.plans.columns import check_columns
 from wallaroo.workflows.plans.rows import plan_rows
 from wallaroo.workflows.plans.settings import PlanSettings
-from wallaroo.workflows.runs.setup import check_gpus
 from wallaroo.workflows.settings import RunConfig, RunSummary
 from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint
 
@@ -72,15 +72,15 @@ def test_a_model_that_is_not_there_says_how_to_get_one(tmp_path, monkeypatch, na
 
 
 def test_gpus_that_are_not_there_are_told_with_what_to_do(caplog):
-    local = RunConfig("m", "out", device="cuda", replicas=(2, 4))
     with pytest.raises(InputError, match="2 replicas need a GPU each, but this machine has 1: ask for fewer"):
-        check_gpus(local, 1)
-    check_gpus(local, 2)
-    remote = RunConfig("m", "out", device="cuda", address="10.0.0.1:6379")
-    check_gpus(remote, 1)
+        check_gpus(None, 2, 1)
+    with pytest.raises(InputError, match="1 worker needs a GPU, but this machine has 0: ask for fewer"):
+        check_gpus(None, 1, 0, "worker")
+    check_gpus(None, 2, 2)
+    check_gpus("10.0.0.1:6379", 2, 1)
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        check_gpus(remote, 0)
+        check_gpus("10.0.0.1:6379", 2, 0)
     assert "The cluster at 10.0.0.1:6379 has no GPU now" in caplog.text and "--device cpu" in caplog.text
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wallaroo.actors.replica import Replica
 from wallaroo.workflows import storage
-from wallaroo.workflows.cluster import choose_device
+from wallaroo.workflows.cluster import check_gpus, choose_device
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.run_file import find_run
 from wallaroo.workflows.outputs.run_log import RunLog
@@ -22,7 +22,6 @@ from wallaroo.workflows.runs.pool import Pool, load_stage, make_pool, make_resul
 from wallaroo.workflows.runs.resume import Remaining, find_remaining
 from wallaroo.workflows.runs.setup import (
     Resolved,
-    check_gpus,
     connect,
     is_finished,
     resolve,
@@ -83,7 +82,8 @@ def run(
         if device == "cuda":
             import ray
 
-            check_gpus(config, int(ray.cluster_resources().get("GPU", 0)))
+            gpus = int(ray.cluster_resources().get("GPU", 0))
+            check_gpus(config.address, config.replicas[0], gpus)
         storage.remove_leftovers(output)
         run_log = stack.enter_context(RunLog(output, config.to_dict()))
         made = 0

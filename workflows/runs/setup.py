@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 
 from wallaroo.model import checkpoint
-from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import connected, origin_of
 from wallaroo.workflows.manifests.discover import discover
@@ -212,29 +211,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         model=model_path(config.model),
         image_root=None if config.image_root is None else absolute_path(config.image_root),
     )
-
-
-def check_gpus(config: RunConfig, gpus: int) -> None:
-    """Tells what to do about GPUs that are not there.
-
-    Args:
-        config: Of a run on GPUs.
-        gpus: How many Ray has now.
-
-    Raises:
-        InputError: A local Ray lacks the GPUs of the fewest replicas. A cluster may yet get some, so that
-            there is only a warning.
-    """
-    if config.address is None and gpus < config.replicas[0]:
-        raise InputError(
-            f"{config.replicas[0]} replicas need a GPU each, but this machine has {gpus}: ask for fewer, "
-            f"choose the device cpu, or give the address of a cluster."
-        )
-    if gpus == 0:
-        log.warning(
-            f"The cluster at {config.address} has no GPU now, so the run waits for one. If no autoscaler "
-            f"adds a node with GPUs, start one, or stop this run and give --device cpu."
-        )
 
 
 def is_finished(output: str, plan: Plan) -> bool:

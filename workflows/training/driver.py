@@ -28,7 +28,7 @@ from wallaroo.model.training.stage import choose, run_stage
 from wallaroo.model.training.start import check_start
 from wallaroo.model.training.state import STATES
 from wallaroo.workflows import storage
-from wallaroo.workflows.cluster import choose_device, connected
+from wallaroo.workflows.cluster import check_gpus, choose_device, connected
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.stopping import Stop
 from wallaroo.workflows.storage.checkpoints import fetch_folder
@@ -85,6 +85,10 @@ def train(
         # What a killed driver has left would stop the workers at once.
         storage.delete(storage.join(recipe.folder, STOP))
         device = choose_device(device)
+        if device == "cuda":
+            import ray
+
+            check_gpus(address, workers, int(ray.cluster_resources().get("GPU", 0)), "worker")
         data: Mapping[str, Any] = {
             task: Groups.of(paths) if recipe.stream else read(task, paths, recipe)
             for task, paths in files.items()
