@@ -155,8 +155,8 @@ def test_commands_say_that_a_run_is_at_work(outputs, tmp_path, capsys):
         return capsys.readouterr()
 
     words = f"A run is at work on {output} (process {os.getpid()} on {socket.gethostname()})."
-    assert "not finished; start it again" in said("status", output).out
-    assert "incomplete: 1 of 2 files are missing; 6 of 12 rows, 6 ok. No run is at work on it. Start" in (
+    assert "not finished; re-run the command to resume" in said("status", output).out
+    assert "incomplete: 1 of 2 files are missing; 6 of 12 rows, 6 ok. No run is at work on it. Re-run" in (
         said("verify", output).out
     )
     assert "A run is at work" not in said("export", "files", output, tmp_path / "files").err

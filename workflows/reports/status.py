@@ -102,10 +102,10 @@ class Status:
 _STATES = {
     "empty": "nothing is planned yet",
     "running": "running",
-    "silent": "the last run ended without a word, or cannot be heard; start it again, it goes on by itself",
-    "stopped": "stopped; start it again, it goes on by itself",
-    "failed": "failed; start it again when the reason is gone, it goes on by itself",
-    "unfinished": "not finished; start it again, it goes on by itself",
+    "silent": "no heartbeat; re-run the command to resume",
+    "stopped": "stopped; re-run the command to resume",
+    "failed": "failed; remove the cause, then re-run the command to resume",
+    "unfinished": "not finished; re-run the command to resume",
     "finished": "finished",
 }
 

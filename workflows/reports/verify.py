@@ -296,7 +296,7 @@ def _sentence(output: str, verdict: Verdict, plan: Plan, fast: bool) -> str:
         why = f"{verdict.missing_shards:,} of {len(plan.shards):,} files are missing"
     else:
         why = f"all rows are there, but {SUCCESS_FILE} does not say so"
-    remedy = "Verify again when it has ended." if running else "Start the run again: it goes on by itself."
+    remedy = "Verify again when it has ended." if running else "Re-run its command to resume."
     return f"{output} is incomplete: {why}; {rows}. {running or 'No run is at work on it.'} {remedy}"
 
 
