@@ -28,91 +28,116 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One stage of training, as a run file has it.
-
-    part: what learns, `vq` or `lm`. folder: gets the state, metrics and the result, `checkpoint`. base:
-    checkpoint folder, or `tiny`, whose configuration and tokenizer the result has; start: that of its first
-    weights (default base); parts that it lacks are drawn anew. copied: part -> part whose weights it begins
-    with instead. tasks: those of the result (default all of base).
-    size: side in pixels of a square stage, 0 for the sizes of base. data: task -> file of its rows
-    (part `vq`: of rows with pictures, under the name vq); rows: task -> rows a step; accumulate: pieces
-    that a step's rows are taken in. learn: prefixes of the parameters that learn (part `vq`: within the
-    image tokenizer), all by default; frozen: of those that do not, image tokenizer and vision tower by
-    default. warmup: steps in which the rate rises from 0; decay: steps at the end in which it falls to a
-    tenth. stream: whether Ray's workers read rows from Parquet as they need them, in an order that mixes
-    row groups, instead of having all in Ray's object store. largest_loss: text-to-image loss, text and image
-    added, above which a step is skipped, as one is whose losses are not finite; 0 for no such bound. drop:
-    share of prompts that become empty.
-    smoothing: label smoothing of the image tokens; null_smoothing: of those after such prompts. masked:
-    bound on the share of source latents that are kept in an edit; 0 keeps all. muon: whether matrices learn
-    by Muon, which takes fewer steps, instead of by AdamW, as all else does. templates: TASK_LANGUAGE ->
-    texts around a prompt, drawn at random. lengths: task -> tokens of a row at most, longer ones are left
-    out; least_side: of pictures to draw, those whose longer side is less, or more than twice the other,
-    are left out; 0 keeps all. semantic_pixels: most pixels that the vision tower sees, 0 for those of
-    base. lora: rank of updates that learn in place of the decoder's matrices `lora_targets`, 0 for none; then
-    nothing else learns but what `learn` names; lora_scale: factor of an update. checkpointing: whether
-    layers keep their inputs alone for the backward pass and compute the rest again, which takes a third more
-    time and much less memory. precision: `float32`, `bfloat16` for products, or `auto`, which is bfloat16 on
-    GPUs. threads: of torch, 0 for its own choice; workers: processes that make batches ahead, for a device
-    that would wait for them.
-    log_every, save_every, sample_every, validate_every: in steps, 0 for never. held_out: task -> file of rows
-    that are not learned; every `validate_every` steps the losses of `validate_steps` steps of them are logged
-    as held_out_TASK_HEAD, where no prompt is dropped.
-    Part `vq` alone: alike: weight of `unlike`, without which tokens tell of what is around a patch too, and
-    one plain background has many of them; plain: steps without quantisation, before the codebook is set;
-    revive: steps after which entries that nobody used get a new place.
-    """
+    """One stage of training: a table of a recipe file."""
 
     part: str
+    """What learns: `vq` (image tokenizer) or `lm` (everything else)."""
     folder: str
+    """Gets states, metrics, samples and the result."""
     base: str
+    """Checkpoint folder, or `tiny`, that gives the result its configuration and tokenizer."""
     data: dict[str, str]
+    """Task -> Parquet files of its rows; for part `vq`, rows with pictures under the name `vq`."""
     steps: int
+    """Steps of the stage."""
     rows: dict[str, int]
+    """Task -> rows of a step."""
     rate: float
+    """Highest learning rate."""
     start: str = ""
+    """Checkpoint folder of the first weights, by default `base`. Parts that it lacks are drawn by `seed`."""
     copied: dict[str, str] = field(default_factory=dict)
+    """Part -> part whose weights it starts with instead."""
     tasks: tuple[str, ...] = ()
+    """Tasks of the result, by default those of `base`."""
     seed: int = 0
+    """Decides new weights, the order of rows, and what is drawn for each."""
     size: int = 0
+    """Side of square pictures in pixels; 0 for the sizes of `base`."""
     warmup: int = 0
+    """Steps in which the rate rises from 0."""
     decay: int = 0
+    """Steps at the end in which the rate falls to a tenth."""
     largest_loss: float = 15.0
+    """A step whose loss of generate, text and image added, is higher is skipped; 0 for no bound. Steps whose
+    losses are not finite are always skipped."""
     accumulate: int = 1
+    """Pieces in which the rows of a step are processed."""
     drop: float = 0.1
+    """Share of prompts that become empty, for guidance."""
     smoothing: float = 0.0
+    """Label smoothing of image tokens."""
     null_smoothing: float = 0.0
+    """Label smoothing of image tokens after an empty prompt."""
     masked: float = 0.4
+    """Bound on the share of the source's latents that an edit row keeps; 0 keeps all."""
     muon: bool = False
+    """Whether matrices learn by Muon instead of AdamW."""
     learn: tuple[str, ...] = ()
+    """Prefixes of the parameters that learn, by default all; for part `vq` within the image tokenizer."""
     frozen: tuple[str, ...] = ("vq.", "visual.")
+    """Prefixes of the parameters that do not learn."""
     lora: int = 0
+    """Rank of the updates that learn in place of the decoder's matrices; 0 for none. Besides them only what
+    `learn` names learns."""
     lora_scale: float = 2.0
+    """Factor of an update."""
     lora_targets: tuple[str, ...] = LORA_TARGETS
+    """Matrices of a decoder layer that get updates."""
     checkpointing: bool = False
+    """Whether a layer keeps its input alone and is computed again in the backward pass."""
     precision: str = "auto"
+    """`float32`, `bfloat16` (for products), or `auto`: bfloat16 on GPUs."""
     stream: bool = False
+    """Whether Ray's workers read rows from Parquet when needed, instead of from Ray's object store."""
     threads: int = 0
+    """Threads of torch; 0 for its own choice."""
     workers: int = 0
+    """Processes that make batches ahead, without Ray."""
     log_every: int = 20
+    """Steps between two lines of metrics."""
     save_every: int = 200
+    """Steps between two states."""
     sample_every: int = 0
+    """Steps between two samples; 0 for none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of the samples, by default those of the first rows."""
     held_out: dict[str, str] = field(default_factory=dict)
+    """Task -> Parquet files of rows whose losses are logged and not learned."""
     validate_every: int = 0
+    """Steps between two losses of held-out rows."""
     validate_steps: int = 4
+    """Steps of held-out rows whose mean is logged. No prompt of theirs is dropped."""
     alike: float = 0.0
+    """Part `vq`: weight of the loss that gives equal patches one token; without it a token also depends on
+    what surrounds its patch."""
     plain: int = 0
+    """Part `vq`: steps without quantisation, after which the codebook is set."""
     revive: int = 0
+    """Part `vq`: steps after which unused codebook entries move; 0 for never."""
     templates: dict[str, list[str]] = field(default_factory=dict)
+    """`TASK_LANGUAGE` -> texts around a prompt, of which one is drawn for each row."""
     lengths: dict[str, int] = field(default_factory=dict)
+    """Task -> most tokens of a row; longer rows are left out."""
     least_side: int = 0
+    """Pictures to draw whose longer side has fewer pixels, or is over twice the other, are left out; 0 keeps
+    all."""
     semantic_pixels: int = 0
+    """Most pixels that the vision tower sees; 0 for those of `base`."""
 
     @classmethod
     def from_file(cls, path: str | Path, stage: str) -> "Recipe":
-        """The recipe of one stage, which is a table of a TOML file; what stands above all tables is of each.
+        """Reads a stage from a recipe file, whose keys above all tables apply to every stage.
 
-        Raises InputError for a file that cannot be read, lacks the stage or holds an unknown key.
+        Args:
+            path: TOML file.
+            stage: Name of its table.
+
+        Returns:
+            The stage's recipe.
+
+        Raises:
+            InputError: The file cannot be read, lacks the stage or has an impossible value.
         """
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -130,12 +155,24 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """Raises InputError for an unknown, missing or impossible value."""
-        known = {entry.name: entry for entry in dataclasses.fields(cls)}
+        """Makes a recipe from the values of a table.
+
+        Args:
+            values: Field -> value; lists become tuples.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            InputError: A key is unknown or missing, or a value is impossible.
+        """
+        entries = {entry.name: entry for entry in dataclasses.fields(cls)}
         for name in values:
-            if name not in known:
-                raise InputError(f"The recipe has an unknown key '{name}'{did_you_mean(name, known) or '.'}")
-        for name, entry in known.items():
+            if name not in entries:
+                raise InputError(
+                    f"The recipe has an unknown key '{name}'{did_you_mean(name, entries) or '.'}"
+                )
+        for name, entry in entries.items():
             needed = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
             if needed and name not in values:
                 raise InputError(f"The recipe lacks '{name}', which every stage needs.")
@@ -156,6 +193,11 @@ class Recipe:
             if target not in LORA_TARGETS:
                 near = did_you_mean(target, LORA_TARGETS) or f"; they are {', '.join(LORA_TARGETS)}."
                 raise InputError(f"The recipe's lora_targets has '{target}', which no layer has{near}")
+        if recipe.sample_prompts and (recipe.part == "vq" or "generate" not in recipe.rows):
+            raise InputError(
+                "The recipe has sample_prompts, but draws from prompts only if it trains generate; "
+                "leave them out."
+            )
         if recipe.lora and recipe.part == "vq":
             raise InputError("The recipe has lora, but the image tokenizer has no such layers; leave it out.")
         if recipe.size % VQ_FACTOR:
@@ -195,9 +237,16 @@ class Recipe:
         return recipe
 
     def share(self, world: int) -> dict[str, int]:
-        """Task -> rows of a step that each of `world` processes has in each piece.
+        """Divides the rows of a step.
 
-        Raises InputError if the rows of a step cannot be divided so, or the part learns in one process only.
+        Args:
+            world: Processes that share the training.
+
+        Returns:
+            Task -> rows of each process in each of the `accumulate` pieces.
+
+        Raises:
+            InputError: The rows cannot be divided evenly, or the part learns in one process only.
         """
         if self.part == "vq" and world > 1:
             raise InputError(
@@ -215,8 +264,11 @@ class Recipe:
         return {task: count // parts for task, count in self.rows.items()}
 
     def learns(self, name: str) -> bool:
-        """Whether a parameter of the language model learns, by its name: one that no task of the stage uses,
-        whatever the recipe says, does not."""
+        """Whether a parameter of the language model learns.
+
+        Args:
+            name: Of the parameter. One that no task of the stage uses never learns.
+        """
         used = [prefix for task in self.rows for prefix in _PARTS.get(task, ())]
         if not name.startswith(("language_model.", "lm_head.", "vq.", *used)):
             return False
@@ -225,7 +277,11 @@ class Recipe:
         return (name.startswith(self.learn) if self.learn else True) and not name.startswith(self.frozen)
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """The learning rate of a step.
+
+        Args:
+            step: Counted from 0.
+        """
         rate = self.rate * min(1.0, (step + 1) / self.warmup) if self.warmup else self.rate
         left = self.steps - step
         if left <= self.decay:

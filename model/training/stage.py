@@ -17,12 +17,13 @@ from wallaroo.model.errors import InputError
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.model.training.data import Row, Source, from_memory, pictures_of, read_rows
 from wallaroo.model.training.lm import LMJob
-from wallaroo.model.training.log import Log, due, progress, samples
+from wallaroo.model.training.log import Log, progress
 from wallaroo.model.training.loop import optimise
 from wallaroo.model.training.process import Process, process_of_group
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.result import finish, for_samples, result, result_folder
 from wallaroo.model.training.rows import fits
+from wallaroo.model.training.samples import draw, due, sample_prompts
 from wallaroo.model.training.sharding import fill, halves, recompute, shard
 from wallaroo.model.training.sizing import Sizes, device_bytes
 from wallaroo.model.training.start import check_start, empty_start, stage_config, start_model, start_weights
@@ -249,14 +250,15 @@ def run_stage(
 
     def after(step: int) -> None:
         if validation is not None and step % recipe.validate_every == 0:
-            told = validation.losses()
+            losses = validation.losses()
             if log is not None:
-                log(step, told)
-                say(progress(step, recipe.steps, told))
+                log(step, losses)
+                say(progress(step, recipe.steps, losses))
         if due(recipe, step):
             drawing = for_samples(job, recipe, process)
             if log is not None:
-                log.picture(step, samples(job, step, drawing))
+                prompts = sample_prompts(job, recipe)
+                log.picture(step, draw(job, step, prompts, drawing), prompts)
 
     done = optimise(job, recipe, report, process, after, files, stop)
     if log is not None:

@@ -33,7 +33,15 @@ MAX_STATES = 2
 
 FREE = (
     *("folder", "base", "start", "data", "steps", "threads", "workers", "accumulate", "checkpointing"),
-    *("log_every", "save_every", "sample_every", "held_out", "validate_every", "validate_steps"),
+    *(
+        "log_every",
+        "save_every",
+        "sample_every",
+        "sample_prompts",
+        "held_out",
+        "validate_every",
+        "validate_steps",
+    ),
 )
 """What a recipe may change between the start of a stage and its resume."""
 

@@ -13,8 +13,9 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from wallaroo.model.checkpoint import FILE_LIST
-from wallaroo.model.training.log import METRICS
+from wallaroo.model.training.log import ERRORS, METRICS
 from wallaroo.model.training.lora import ABOUT
+from wallaroo.model.training.samples import SAMPLES
 from wallaroo.model.training.state import WHOLE
 from wallaroo.workflows import storage
 
@@ -125,12 +126,13 @@ class Published:
         self._sizes: dict[str, int] = {}
 
     def fetch_log(self) -> None:
-        """Brings the metrics of an earlier start, so that new ones are added to them."""
-        try:
-            data = storage.read_bytes(storage.join(self.folder, METRICS))
-        except FileNotFoundError:
-            return
-        (self.local / METRICS).write_bytes(data)
+        """Downloads the files of an earlier start to which this one adds lines."""
+        for name in (METRICS, ERRORS, SAMPLES):
+            try:
+                data = storage.read_bytes(storage.join(self.folder, name))
+            except FileNotFoundError:
+                continue
+            (self.local / name).write_bytes(data)
 
     def publish(self) -> None:
         """Uploads log files and samples that have grown since the last time."""

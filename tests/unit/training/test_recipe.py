@@ -24,6 +24,7 @@ from wallaroo.model.training.recipe import Recipe
         ({"frozen": "vq."}, "a list, each of it a text"),
         ({"size": 72}, "size is 72, but must be a multiple of 16"),
         ({"part": "vq", "stream": True}, "streams rows, but the image tokenizer needs them all"),
+        ({"sample_prompts": ["a cat"]}, "draws from prompts only if it trains generate"),
         ({"precision": "fp8"}, "precision is 'fp8', but must be one of auto, float32, bfloat16"),
         ({"held_out": {"edit": "x"}}, "need both, so give both or neither"),
         ({"held_out": {"edit": "x"}, "validate_every": 2}, "held_out names 'edit', but must name tasks"),
