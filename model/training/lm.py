@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from wallaroo.model.attention import causal_attention
 from wallaroo.model.config import VisionConfig
-from wallaroo.model.decoder import rope, rope_frequencies
+from wallaroo.model.decoder import Attend, rope, rope_frequencies
 from wallaroo.model.errors import InputError
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.model.training.data import BadPicture, Source
 from wallaroo.model.training.losses import entropy
+from wallaroo.model.training.packed import Kernel, find_kernel, row_ends
 from wallaroo.model.training.process import Process
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.rows import Rows, TrainingRow
+from wallaroo.model.training.sharding import halves
 from wallaroo.model.training.sizing import Sizes
 from wallaroo.model.vision import take_many, tower_plan
 from wallaroo.model.wallaroo import Wallaroo
@@ -33,7 +35,8 @@ class Batch:
     ids, image: int64 `(B, T)`; positions: int64 `(3, B, T)`; target: bool `(B, T)`; patches of all
     sources and their grids int64 `(B, 3)`; semantic, pixel: places of their embeddings in the flattened
     `B * T`, and filled those of all that are no pads, `(tokens,)`; latents: `(n, 8)`; null: bool `(B,)`;
-    tower: what the vision tower works out from the grids. bad: why rows were replaced by others.
+    tower: what the vision tower works out from the grids. bad: why rows were replaced by others. lengths:
+    tokens of each row.
     """
 
     ids: Tensor
@@ -49,6 +52,7 @@ class Batch:
     latents: Tensor | None = None
     tower: dict[str, Tensor] = field(default_factory=dict)
     bad: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, rows: Sequence[TrainingRow], config: VisionConfig, bad: Sequence[str] = ()) -> "Batch":
@@ -86,6 +90,7 @@ class Batch:
             latents=put([row.latents for row in rows]),
             tower=tower_plan(config, grids) if grids is not None else {},
             bad=tuple(bad),
+            lengths=tuple(len(row.ids) for row in rows),
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -115,6 +120,7 @@ class LMLosses(nn.Module):
     def __init__(self, model: Wallaroo, smoothing: float = 0.0, null_smoothing: float = 0.0):
         super().__init__()
         self.model, self.smoothing, self.null_smoothing = model, smoothing, null_smoothing
+        self.kernel: Kernel | None = None
         if model.visual is not None:
             take_many(model.visual)
         # A model without memory yet has its buffers on the CPU.
@@ -155,6 +161,24 @@ class LMLosses(nn.Module):
         positions = torch.cat([batch.positions.flatten(1)[:, batch.filled] for batch in batches.values()], 1)
         cos, sin = rope(positions, self.frequencies, self.model.config.decoder.mrope_section, x.dtype)
         lengths = [len(batch.filled) for batch in batches.values()]
+        attend = self._attend_packed(batches) if self.kernel else self._attend_padded(batches)
+        return list(decoder(x, cos, sin, attend).split(lengths))
+
+    def _attend_packed(self, batches: Mapping[str, Batch]) -> Attend:
+        """One call of the kernel for the rows of all batches."""
+        kernel, rows = self.kernel, [length for batch in batches.values() for length in batch.lengths]
+        assert kernel is not None
+        ends, longest = row_ends(rows, self.frequencies.device), max(rows)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # Turned queries and keys are float32 where autocast has made v in bfloat16.
+            return kernel(q.to(v.dtype), k.to(v.dtype), v, ends, longest).flatten(1)
+
+        return attend
+
+    def _attend_padded(self, batches: Mapping[str, Batch]) -> Attend:
+        """One call of torch's attention for each batch, whose rows are padded."""
+        lengths = [len(batch.filled) for batch in batches.values()]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             parts = zip(batches.values(), *(part.split(lengths) for part in (q, k, v)), strict=True)
@@ -166,7 +190,7 @@ class LMLosses(nn.Module):
                 ]
             )
 
-        return list(decoder(x, cos, sin, attend).split(lengths))
+        return attend
 
     def _embedded(self, task: str, batch: Batch) -> Tensor:
         """What the decoder is given for a batch, `(tokens, H)` without pads."""
@@ -219,6 +243,14 @@ class LMJob:
     ):
         self.module = LMLosses(model, recipe.smoothing, recipe.null_smoothing)
         self.source, self.recipe, self.process = source, recipe, process or Process()
+        if halves(recipe, self.process):
+            decoder = model.config.decoder
+            self.module.kernel = find_kernel(
+                torch.device(self.process.device),
+                decoder.num_attention_heads,
+                decoder.num_key_value_heads,
+                decoder.head_dim,
+            )
         self.share = recipe.share(self.process.world)
         self.bad: list[str] = []
         self.rows = Rows(model, tokenizer, recipe)
