@@ -1,6 +1,6 @@
 """`python -m wallaroo.model.training RECIPES.toml STAGE [WORKERS]`: one stage without Ray.
 
-Of each file of rows it reads the JSON lines beside it.
+In place of each Parquet file it reads the JSON Lines file of the same name.
 """
 
 import sys
@@ -11,7 +11,7 @@ from wallaroo.model.training.stage import Stopped, train
 
 
 def main() -> None:
-    """Run the command; a mistake in it or in the recipe is one sentence."""
+    """Runs the command. A mistake in it or in the recipe ends in one sentence."""
     if len(sys.argv) not in (3, 4) or not "".join(sys.argv[3:] or "1").isdecimal():
         sys.exit("usage: python -m wallaroo.model.training RECIPES.toml STAGE [WORKERS]")
     try:

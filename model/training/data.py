@@ -1,4 +1,4 @@
-"""Rows to train on: where they come from, in which order, and how their pictures are opened.
+"""Rows to train on: their source, their order, and how their pictures are decoded.
 
 Knows nothing of tokens or losses.
 """
@@ -19,12 +19,22 @@ from PIL import Image
 from wallaroo.model.errors import InputError
 
 Row = Mapping[str, Any]
-"""prompt and language, and by task: picture (generate), image and picture (edit), image and answer
-(understand); pictures are encoded files. With prompt_zh, as the names of classes have it, a coin decides."""
+"""`prompt` and `language`, and by task `picture` (generate), `image` and `picture` (edit), `image` and
+`answer` (understand); pictures are encoded files. Of `prompt` and an optional `prompt_zh` one is drawn."""
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a JSONL file, pictures in base64. Raises InputError if it cannot be read."""
+    """Reads the rows of a JSON Lines file, whose pictures are in base64.
+
+    Args:
+        path: File.
+
+    Returns:
+        Its rows, pictures decoded from base64.
+
+    Raises:
+        InputError: The file cannot be read or is empty.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
@@ -40,16 +50,32 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 class Source(Protocol):
-    """Gives rows of a task from place `first` on, always the same; places have no end.
+    """Gives rows by their place, always the same for a place; places have no end."""
 
-    further: how many rows after each of them to take instead, for those that cannot be used.
-    """
+    def __call__(self, task: str, first: int, size: int, further: int = 0) -> Sequence[Row]:
+        """Gives the rows of consecutive places.
 
-    def __call__(self, task: str, first: int, size: int, further: int = 0) -> Sequence[Row]: ...
+        Args:
+            task: Of the rows.
+            first: First place, counted over all steps.
+            size: Number of places.
+            further: Rows to go on from each place, for those that cannot be used.
+
+        Returns:
+            `size` rows.
+        """
 
 
 def from_memory(data: Mapping[str, Sequence[Row]], seed: int) -> Source:
-    """Rows that can be had by their index, in an order of their own each epoch."""
+    """A source of rows that are read by their index, in another order each epoch.
+
+    Args:
+        data: Task -> rows.
+        seed: Decides the orders.
+
+    Returns:
+        The source.
+    """
 
     def rows(task: str, first: int, size: int, further: int = 0) -> Sequence[Row]:
         place, count = sorted(data).index(task), len(data[task])
@@ -59,8 +85,17 @@ def from_memory(data: Mapping[str, Sequence[Row]], seed: int) -> Source:
 
 
 def shuffled(count: int, first: int, size: int, seed: int) -> np.ndarray:
-    """Indices `(size,)` among `count` rows of the places from `first` on: each epoch takes every row once, in
-    an order of its own."""
+    """Indices of rows by their place: each epoch takes every row once, in another order.
+
+    Args:
+        count: Rows.
+        first: First place.
+        size: Number of places.
+        seed: Decides the orders.
+
+    Returns:
+        int64 `(size,)`, from 0 below `count`.
+    """
     places = range(first, first + size)
     return np.array([_order(count, seed, place // count)[place % count] for place in places])
 
@@ -71,7 +106,17 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def pictures_of(rows: Iterable[Row]) -> list[np.ndarray]:
-    """The pictures of rows, uint8 `(H, W, 3)`, for the image tokenizer."""
+    """Decodes all pictures of rows, for the image tokenizer.
+
+    Args:
+        rows: With `picture`, `image` or both.
+
+    Returns:
+        uint8 `(H, W, 3)` each.
+
+    Raises:
+        BadPicture: One cannot be decoded.
+    """
     return [
         np.array(open_picture(row[name])) for row in rows for name in ("picture", "image") if row.get(name)
     ]
@@ -82,13 +127,33 @@ class BadPicture(InputError):
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """An encoded picture in RGB. Raises BadPicture if it cannot be decoded."""
+    """Decodes a picture.
+
+    Args:
+        data: Encoded picture.
+
+    Returns:
+        The picture in RGB.
+
+    Raises:
+        BadPicture: It cannot be decoded.
+    """
     with _decoding(data), Image.open(io.BytesIO(data)) as image:
         return image.convert("RGB")
 
 
 def sides(data: bytes) -> tuple[int, int]:
-    """Height and width of an encoded picture."""
+    """The size of an encoded picture.
+
+    Args:
+        data: Encoded picture.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        BadPicture: Its header cannot be read.
+    """
     with _decoding(data), Image.open(io.BytesIO(data)) as image:
         return image.height, image.width
 

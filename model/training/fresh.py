@@ -13,7 +13,16 @@ from wallaroo.model.wallaroo import Wallaroo
 
 
 def fresh_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> Wallaroo:
-    """A model to train from nothing; each tensor's numbers depend on `seed` and its name alone."""
+    """Makes a model to train from nothing; each tensor depends on `seed` and its name alone.
+
+    Args:
+        config: Of the model.
+        seed: Of all weights.
+        dtype: Of all weights.
+
+    Returns:
+        The model, on the CPU.
+    """
     model = empty_model(config, None, "cpu", dtype)
     with torch.no_grad():
         for name, tensor in disk_tensors(model).items():
@@ -22,7 +31,7 @@ def fresh_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float
 
 
 def fresh_tensor(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """A tensor to train from nothing: biases 0, norms 1, matrices normal with the variance of their inputs.
+    """Draws a tensor: biases 0, norms 1, matrices normal with the variance of their inputs.
 
     Args:
         name: Its name on disk, which decides its numbers together with `seed`.

@@ -32,11 +32,21 @@ from wallaroo.model.wallaroo import Wallaroo
 class Batch:
     """Rows of one task, padded right to `T` places.
 
-    ids, image: int64 `(B, T)`; positions: int64 `(3, B, T)`; target: bool `(B, T)`; patches of all
-    sources and their grids int64 `(B, 3)`; semantic, pixel: places of their embeddings in the flattened
-    `B * T`, and filled those of all that are no pads, `(tokens,)`; latents: `(n, 8)`; null: bool `(B,)`;
-    tower: what the vision tower works out from the grids. bad: why rows were replaced by others. lengths:
-    tokens of each row.
+    Attributes:
+        ids: Text tokens, int64 `(B, T)`.
+        image: Image tokens, -1 elsewhere, int64 `(B, T)`.
+        positions: int64 `(3, B, T)`.
+        target: Places whose token is predicted, bool `(B, T)`.
+        null: Rows whose prompt was dropped, bool `(B,)`.
+        filled: Places without pads in the flattened `B * T`, int64 `(tokens,)`.
+        patches: Of all sources, `(n, 1176)`.
+        grids: Patches of each source along time, height and width, int64 `(B, 3)`.
+        semantic: Places of the vision tower's embeddings in the flattened `B * T`, int64 `(m,)`.
+        pixel: Places of the source's latents there, int64 `(k,)`.
+        latents: Of all sources, float32 `(k, 8)`.
+        tower: What the vision tower derives from the grids.
+        bad: Reasons for which rows were replaced.
+        lengths: Tokens of each row.
     """
 
     ids: Tensor
@@ -56,6 +66,16 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[TrainingRow], config: VisionConfig, bad: Sequence[str] = ()) -> "Batch":
+        """Pads rows of a task to a batch.
+
+        Args:
+            rows: At least one.
+            config: Of the vision tower.
+            bad: Reasons for which rows were replaced.
+
+        Returns:
+            The batch, on the CPU.
+        """
         longest = max(len(row.ids) for row in rows)
         shape = (len(rows), longest)
         ids, image, target = np.zeros(shape, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, bool)
@@ -94,7 +114,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
+        """Copies all tensors to a device."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
@@ -105,14 +125,20 @@ class Batch:
 
 
 class LMLosses(nn.Module):
-    """Next-token losses of all tasks of a step; everything is computed by the parts of one Wallaroo.
+    """Next-token losses of all tasks of a step.
 
-    smoothing, null_smoothing: label smoothing (Szegedy et al. 2016, section 7) of image tokens after a
-    prompt and after a dropped one. Guidance of scale s (Ho and Salimans 2022) draws by s log p(token |
-    prompt) - (s - 1) log p(token). Where neither wants a token, both are large negative numbers whose size
-    nothing has taught, and if the second happens to be the larger by half, at s = 3, that token wins over
-    the right one; smoothing bounds it. What a prompt's own smoothing lets through, guidance takes away: of
-    e and n, the shares spread evenly over all tokens, e^s / n^(s - 1) is left.
+    Label smoothing (Szegedy et al. 2016, section 7) serves guidance (Ho and Salimans 2022), which at scale s
+    draws by s log p(token | prompt) - (s - 1) log p(token). Both terms of an unlikely token are large
+    negative numbers that no loss bounds, so by chance such a token can win; smoothing bounds them. With
+    shares e after a prompt and n after a dropped one, guidance leaves e^s / n^(s - 1).
+
+    Args:
+        model: Computes everything.
+        smoothing: Share of label smoothing of image tokens after a prompt.
+        null_smoothing: The same after a dropped prompt.
+
+    Attributes:
+        kernel: Attends to packed rows; None for torch's attention over padded rows.
     """
 
     frequencies: Tensor
@@ -128,7 +154,14 @@ class LMLosses(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(model.config.decoder, device), persistent=False)
 
     def forward(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
-        """Losses by task and head, each a mean."""
+        """Computes the losses of a step.
+
+        Args:
+            batches: Task -> rows.
+
+        Returns:
+            `TASK_text` and `TASK_image` -> mean loss, float32 `()`.
+        """
         losses: dict[str, Tensor] = {}
         given = {task: batch.to(self.frequencies.device) for task, batch in batches.items()}
         for (task, batch), hidden in zip(given.items(), self._decoded(given), strict=True):
@@ -150,7 +183,15 @@ class LMLosses(nn.Module):
         return losses
 
     def hidden(self, task: str, batch: Batch) -> Tensor:
-        """The decoder's output `(B, T, H)` after the final norm."""
+        """Hidden states after the final norm.
+
+        Args:
+            task: Of the rows.
+            batch: Rows.
+
+        Returns:
+            `(B, T, H)`, zeros at pads.
+        """
         [made] = self._decoded({task: batch})
         return _padded(batch, made)
 
@@ -227,11 +268,22 @@ def _following(values: Tensor, end: int) -> Tensor:
 
 
 MAX_BAD = 100
-"""Rows in a row whose pictures cannot be decoded, after which a training fails."""
+"""Consecutive rows whose pictures cannot be decoded, after which a training fails."""
 
 
 class LMJob:
-    """Trains decoder, heads and adapters (and what else the recipe does not freeze) on rows of data."""
+    """Trains decoder, heads and adapters, and what else the recipe does not freeze; see `loop.Job`.
+
+    Args:
+        model: That learns; `requires_grad` of its parameters is set.
+        tokenizer: Of its base.
+        source: Gives the rows.
+        recipe: The stage.
+        process: One of those that share it, by default the only one.
+
+    Attributes:
+        bad: Reasons for which rows were replaced, each once.
+    """
 
     def __init__(
         self,
@@ -258,12 +310,19 @@ class LMJob:
             parameter.requires_grad_(recipe.learns(name))
         self.flops_per_token = Sizes(model.config, recipe, False, model).flops_per_token()
 
-    @classmethod
-    def beside(cls, job: "LMJob", source: Source, recipe: Recipe) -> "LMJob":
-        """A job on other rows with the same model, what learns untouched."""
-        made = copy.copy(job)
-        made.source, made.recipe, made.share = source, recipe, recipe.share(job.process.world)
-        made.rows, made.bad = copy.copy(job.rows), []
+    def with_rows(self, source: Source, recipe: Recipe) -> "LMJob":
+        """Makes a job with the same model on other rows; what learns does not change.
+
+        Args:
+            source: Gives the rows.
+            recipe: For them.
+
+        Returns:
+            The job.
+        """
+        made = copy.copy(self)
+        made.source, made.recipe, made.share = source, recipe, recipe.share(self.process.world)
+        made.rows, made.bad = copy.copy(self.rows), []
         made.rows.recipe = recipe
         return made
 

@@ -23,28 +23,54 @@ from wallaroo.model.training.state import Files, States
 
 
 class Job(Protocol):
-    """What a stage gives the loop."""
+    """What the loop trains: a module, its batches and its state.
+
+    Attributes:
+        flops_per_token: Operations of a forward and backward pass per token, 0 if unknown.
+    """
 
     flops_per_token: float
 
     @property
     def module(self) -> nn.Module:
-        """Its forward takes a batch and returns losses by name, each a mean, to be added."""
+        """Forward: a batch -> name -> mean loss, to be added."""
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
-        """Arguments of the module's forward, the same for the same step and piece."""
+        """Makes a batch.
+
+        Args:
+            step: From 0.
+            piece: Of the step, from 0.
+
+        Returns:
+            Arguments of the module's forward, always the same for a step and piece.
+        """
 
     def counts(self, *batch: Any) -> dict[str, int]:
-        """Of how many places each loss of a batch is the mean, and how many `tokens` the batch has."""
+        """Counts a batch.
+
+        Args:
+            batch: Arguments of the module's forward.
+
+        Returns:
+            Name of each loss -> places that it is the mean of, and `tokens` of the batch.
+        """
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Called when the parameters have moved; numbers for the log."""
+        """Called after the optimizer's step.
+
+        Args:
+            step: Number of steps done.
+
+        Returns:
+            Numbers for the log.
+        """
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside parameters and optimizer."""
+        """Tensors that a resume needs besides parameters and optimizer."""
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Takes back what `extra_state` gave."""
+        """Restores what `extra_state` gave."""
 
 
 def optimise(
@@ -56,19 +82,19 @@ def optimise(
     files: Files | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Trains from the last saved step of `recipe.folder`, if any, to `recipe.steps`.
+    """Trains from the last state of `recipe.folder`, if any, to `recipe.steps`.
 
-    AdamW 0.9/0.95 without weight decay, or Muon for matrices; gradient norm 1.0. Each loss is a mean over
-    all that it is taken of in a step, in whatever pieces and processes.
+    AdamW 0.9/0.95 without weight decay, or Muon for matrices; gradients are clipped at norm 1. A loss is the
+    mean over its places in the whole step, however that is divided into pieces and processes.
 
     Args:
         job: What is trained.
-        recipe: Its stage.
+        recipe: The stage.
         report: Gets step and metrics every `log_every` steps.
         process: One of those that share the training, by default the only one.
         after: Called after each step, in each process.
-        files: Where states lie, by default on the disk.
-        stop: Asked after each step in each process; if one says yes, all save the state and end.
+        files: Of states, by default on the disk.
+        stop: Called after each step in each process; if it is true in one, all save the state and end.
 
     Returns:
         Whether all steps are done.
@@ -98,7 +124,7 @@ def optimise(
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.rate_at(step)
                 optimizer.zero_grad(set_to_none=True)
-            # All pieces are made first: what a loss is divided by is known when all have been counted.
+            # All pieces are made first: a loss is divided by its places in the whole step.
             with meter.waiting():
                 pieces = list(itertools.islice(ahead, recipe.accumulate))
             sums, counts = _gradients(job, module, pieces, recipe, process)
@@ -130,13 +156,21 @@ def optimise(
             if stopped:
                 break
     finally:
-        # A state that is being written when training fails is the one to go on with.
+        # A state that is being written when training fails is the one to resume from.
         states.finish()
     return step == recipe.steps
 
 
 def make_optimizers(recipe: Recipe, learning: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters that learn, or with `muon` for those that Muon does not take."""
+    """Makes the optimizers of a stage: with `muon` Muon for matrices, AdamW for all else.
+
+    Args:
+        recipe: The stage.
+        learning: Name -> parameter that learns.
+
+    Returns:
+        One or two optimizers.
+    """
     matrices = [one for name, one in learning.items() if recipe.muon and takes(name, one)]
     others = [one for name, one in learning.items() if not (recipe.muon and takes(name, one))]
     made: list[torch.optim.Optimizer] = []
@@ -154,7 +188,7 @@ def make_optimizers(recipe: Recipe, learning: Mapping[str, nn.Parameter]) -> lis
 def _gradients(
     job: Job, module: nn.Module, pieces: Sequence[tuple[Any, ...]], recipe: Recipe, process: Process
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Makes the gradients of a step; gives its losses and what it has, those of all processes."""
+    """Computes the gradients of a step; gives its losses and its counts, summed over all processes."""
     counted = [job.counts(*piece) for piece in pieces]
     every = process.total({name: sum(one[name] for one in counted) for name in counted[0]})
     sums = dict.fromkeys([name for name in every if name not in ("tokens", "bad_rows")], 0.0)
@@ -186,8 +220,17 @@ class _Pieces(torch.utils.data.Dataset[tuple[Any, ...]]):
 
 
 def batches(job: Job, recipe: Recipe, step: int, overlapped: bool = False) -> Iterator[tuple[Any, ...]]:
-    """The batches from a step on, made ahead by `recipe.workers` processes; without any by a thread, a step
-    ahead, if `overlapped`, else when asked."""
+    """Makes the batches of a stage.
+
+    Args:
+        job: Makes each.
+        recipe: The stage; `workers` processes make batches ahead.
+        step: First step.
+        overlapped: Whether, without such processes, a thread makes the batches of the next step.
+
+    Yields:
+        Arguments of the module's forward for each piece of each step.
+    """
     places = range(step * recipe.accumulate, recipe.steps * recipe.accumulate)
     if overlapped and not recipe.workers:
         yield from _overlapped(_Pieces(job, recipe.accumulate), places, recipe.accumulate)

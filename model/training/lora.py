@@ -1,8 +1,8 @@
 """Low-rank updates of the decoder's matrices (LoRA, Hu et al. 2021): few numbers learn, the rest stays.
 
-    FOLDER/lora/lora.json             the recipe, and what the updates are updates of
-    FOLDER/lora/config.json           of the checkpoint that `merge` writes
-    FOLDER/lora/updates.safetensors   the updates, and what else has learned
+    FOLDER/lora/lora.json             the recipe, and the digest of the weights that the updates belong to
+    FOLDER/lora/config.json           configuration of the checkpoint that `merge` writes
+    FOLDER/lora/updates.safetensors   the updates, and other parameters that have learned
 
 Knows nothing of losses and steps.
 """
@@ -32,12 +32,12 @@ DOWN, UP = "lora_down", "lora_up"
 
 
 class LowRank(nn.Linear):
-    """A linear layer with an update of low rank beside its weight.
+    """A linear layer with an update of low rank added to its weight.
 
     Args:
-        linear: Whose weight and bias it takes over.
+        linear: Gives weight and bias.
         rank: Of the update.
-        scale: Its factor.
+        scale: Factor of the update.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float):
@@ -55,7 +55,12 @@ class LowRank(nn.Linear):
 
 
 def add(model: Wallaroo, recipe: Recipe) -> None:
-    """Gives the decoder's layers updates of the recipe's rank, not yet drawn."""
+    """Adds updates to the decoder's layers, not yet drawn.
+
+    Args:
+        model: Changed in place.
+        recipe: Gives rank, scale and targets.
+    """
     for layer in model.language_model.layers:
         for part in (layer.self_attn, layer.mlp):
             for name in recipe.lora_targets:
@@ -64,19 +69,19 @@ def add(model: Wallaroo, recipe: Recipe) -> None:
 
 
 def is_update(name: str) -> bool:
-    """Whether a parameter belongs to an update, by its name."""
+    """Whether a name is that of a parameter of an update."""
     return name.endswith((DOWN, UP))
 
 
 def update_of(
     name: str, config: ModelConfig, updates: Mapping[str, Tensor], scale: float
 ) -> Mapping[str, Tensor]:
-    """What an update adds to the tensors of a parameter.
+    """Computes what an update adds to the tensors of a parameter.
 
     Args:
-        name: Of the parameter that is updated, such as `...qkv_proj.weight`.
+        name: Of the updated parameter, such as `...qkv_proj.weight`.
         config: Of the model.
-        updates: Parameters of updates by their names, `(rank, inputs)` and `(outputs, rank)`.
+        updates: Name -> parameter of an update, `(rank, inputs)` or `(outputs, rank)`.
         scale: Factor of all updates.
 
     Returns:
@@ -92,13 +97,13 @@ def update_of(
 
 
 def write(folder: str | Path, recipe: Recipe, config: ModelConfig, learned: Mapping[str, Tensor]) -> None:
-    """Writes what a stage with updates has learned, whole or not at all.
+    """Writes what a stage with updates has learned, atomically.
 
     Args:
-        folder: To write, which must not exist yet or be empty.
+        folder: To write; it must be absent or empty.
         recipe: The stage.
-        config: Of the model that it makes.
-        learned: Parameters that learn, by their names.
+        config: Of the stage's result.
+        learned: Name -> parameter that learned.
     """
     start = recipe.start or recipe.base
     about = {"format": 1, "start_digest": model_digest(start), "recipe": dataclasses.asdict(recipe)}
@@ -109,5 +114,14 @@ def write(folder: str | Path, recipe: Recipe, config: ModelConfig, learned: Mapp
 
 
 def drawn(name: str, shape: Any, seed: int) -> Tensor:
-    """An update's parameter before the first step, `(rows, columns)`: the second of the two is zero."""
+    """Draws a parameter of an update before the first step.
+
+    Args:
+        name: Of the parameter; of the two that make an update, the second is zero.
+        shape: `(rows, columns)`.
+        seed: Of the stage.
+
+    Returns:
+        float32 `(rows, columns)`.
+    """
     return torch.zeros(*shape) if name.endswith(UP) else fresh_tensor(name, shape, seed)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024
-"""Places whose logits are in memory together: 0.6 GB in float32 at the vocabulary of Qwen2.5."""
+"""Places whose logits are in memory at once: 0.6 GB in float32 with the vocabulary of Qwen2.5."""
 
 
 def entropy(head: nn.Module, hidden: Tensor, targets: Tensor, smoothing: Tensor | float = 0.0) -> Tensor:

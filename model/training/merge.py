@@ -21,16 +21,16 @@ from wallaroo.model.training.start import start_weights
 def merge(
     folder: str | Path, output: str | Path, start: str | Path = "", dtype: "torch.dtype | None" = None
 ) -> None:
-    """Writes the checkpoint that a model with updates is, one tensor in memory at a time.
+    """Adds updates to the weights they belong to, and writes a checkpoint, one tensor in memory at a time.
 
     Args:
-        folder: That `write` has written, or that of its stage.
-        output: Checkpoint folder to write, which must not exist yet or be empty.
-        start: Checkpoint that the updates are of, by default where the stage found it.
-        dtype: Type of the written weights, by default that of the start.
+        folder: Of a stage with `lora`, or its folder of updates.
+        output: Checkpoint folder to write; it must be absent or empty.
+        start: Checkpoint that the updates belong to, by default that of the recipe.
+        dtype: Of the written weights, by default that of the start.
 
     Raises:
-        InputError: The folder holds no updates, or the start is another checkpoint.
+        InputError: The folder holds no updates, or they belong to another checkpoint.
     """
     folder = Path(folder)
     if (folder / LORA / ABOUT).is_file():

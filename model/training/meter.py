@@ -1,4 +1,4 @@
-"""How fast a training is and what it waits for. Knows nothing of losses."""
+"""Speed, memory and data wait of a training. Knows nothing of losses."""
 
 import contextlib
 import resource
@@ -10,18 +10,18 @@ import torch
 from wallaroo.model.training.process import Process
 
 MEASURED = ("tokens_per_second", "data_wait", "memory_peak_gb", "flops_per_second", "mfu")
-"""Names in the log that tell of speed and memory, not of what is learned."""
+"""Names in the log of speed and memory, which differ between runs that learn the same."""
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}
-"""Dense bfloat16 operations a second by part of a GPU's name, from the vendor's data sheets."""
+"""Part of a GPU's name -> dense bfloat16 operations a second, from the vendor's data sheets."""
 
 
 class Meter:
-    """Counts what happens between two readings.
+    """Measures a training between two readings.
 
     Args:
         process: One of those that share the training.
-        flops_per_token: Operations of a forward and backward pass for each token, 0 if not known.
+        flops_per_token: Operations of a forward and backward pass per token, 0 if unknown.
     """
 
     def __init__(self, process: Process, flops_per_token: float = 0.0):
@@ -41,7 +41,11 @@ class Meter:
         self._tokens += tokens
 
     def read(self) -> dict[str, float]:
-        """Numbers since the last reading: rates, the share of time that data was waited for, peak memory."""
+        """Reads and resets the meter.
+
+        Returns:
+            Numbers of MEASURED, and `skipped_steps` since the start.
+        """
         seconds = time.monotonic() - self._since
         rate = self._tokens / seconds
         numbers = {
@@ -60,7 +64,14 @@ class Meter:
 
 
 def peak_flops(device: str) -> float:
-    """Dense bfloat16 operations a second of a device, 0 if it is not in PEAK_FLOPS."""
+    """The peak rate of a device.
+
+    Args:
+        device: `cpu` or `cuda:N`.
+
+    Returns:
+        Dense bfloat16 operations a second, 0 if it is not in PEAK_FLOPS.
+    """
     if not device.startswith("cuda"):
         return 0.0
     name = torch.cuda.get_device_name(device)

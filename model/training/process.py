@@ -13,9 +13,9 @@ class Process:
     """One of the processes that share a training; by default the only one.
 
     Attributes:
-        rank: Its number, from 0.
-        world: How many there are.
-        device: Where it computes.
+        rank: Number of the process, from 0.
+        world: Number of processes.
+        device: On which it computes, `cpu` or `cuda:N`.
         shard: `none` if each process holds the whole model, `full` if each holds a shard of it.
         grouped: Whether they have joined a process group of torch.distributed.
     """
@@ -27,16 +27,30 @@ class Process:
     grouped: bool = False
 
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Each number's sum over all processes, which have the same names."""
+        """Sums numbers over all processes, which must call this together.
+
+        Args:
+            values: Name -> number; the same names in all processes.
+
+        Returns:
+            Name -> sum.
+        """
         summed = torch.tensor(list(values.values()), dtype=torch.float64)
         if self.grouped:
-            there = summed.to(self.device)
-            torch.distributed.all_reduce(there)
-            summed = there.cpu()
+            on_device = summed.to(self.device)
+            torch.distributed.all_reduce(on_device)
+            summed = on_device.cpu()
         return dict(zip(values, summed.tolist(), strict=True))
 
     def gathered(self, texts: list[str]) -> list[str]:
-        """The texts of all processes, which ask together."""
+        """Gathers texts of all processes, which must call this together.
+
+        Args:
+            texts: Of this process.
+
+        Returns:
+            Those of all processes, by rank.
+        """
         if not self.grouped:
             return texts
         found: list[Any] = [None] * self.world
@@ -45,7 +59,15 @@ class Process:
 
 
 def process_of_group(device: str, shard: str = "none") -> Process:
-    """This process as one of the process group that it has joined, with the device that it computes on."""
+    """Describes this process, which has joined a process group.
+
+    Args:
+        device: On which it computes; a GPU becomes the current one.
+        shard: `none` or `full`.
+
+    Returns:
+        The process.
+    """
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -53,5 +75,12 @@ def process_of_group(device: str, shard: str = "none") -> Process:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of any shape `(n, ...)` in one piece; of a sharded one all processes must ask together."""
+    """Gathers a tensor if it is sharded; then all processes must call this together.
+
+    Args:
+        tensor: `(n, ...)`, sharded or not.
+
+    Returns:
+        All of it, `(n, ...)`.
+    """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,4 +1,4 @@
-"""What a stage has made: a checkpoint folder or updates of LoRA, written from a model that may be sharded.
+"""The result of a stage: a checkpoint folder or updates of LoRA, written from a model that may be sharded.
 
 Knows nothing of steps.
 """
@@ -22,21 +22,25 @@ RESULT = "checkpoint"
 
 
 def result_folder(recipe: Recipe) -> Path:
-    """Where a stage puts what it has made: a checkpoint, or with `lora` its updates."""
+    """The folder of a stage's result: a checkpoint, or with `lora` its updates."""
     return Path(recipe.folder) / (lora.LORA if recipe.lora else RESULT)
 
 
 def result(recipe: Recipe) -> Path | None:
-    """What the stage has made, if it is there."""
+    """The folder of a stage's result; None before it is finished."""
     folder = result_folder(recipe)
     return folder if folder.exists() else None
 
 
 def finish(model: Wallaroo, recipe: Recipe, process: Process) -> None:
-    """Writes the stage's result, a checkpoint folder or with `lora` its updates, unless it is there.
+    """Writes a stage's result unless it exists; all processes must call this together.
 
-    Of a sharded model one parameter at a time is gathered, by all processes together, and written by the
-    first.
+    A sharded model is gathered one parameter at a time. The first process writes.
+
+    Args:
+        model: Trained, sharded or whole.
+        recipe: The stage.
+        process: One of those that share it.
     """
     if result(recipe) is not None:
         return
@@ -56,7 +60,7 @@ def finish(model: Wallaroo, recipe: Recipe, process: Process) -> None:
 
 
 class Gathered:
-    """The tensors of a model by their names on disk, gathered when asked for, with updates of LoRA added.
+    """Tensors of a model by their names on disk, gathered when they are read, with updates of LoRA added.
 
     Args:
         model: Sharded or whole.
@@ -97,7 +101,16 @@ class Gathered:
 
 
 def for_samples(job: "VQJob | LMJob", recipe: Recipe, process: Process) -> Wallaroo | None:
-    """A model that can draw, in the first process; None in others, and for the image tokenizer."""
+    """Gathers a model to draw samples; all processes must call this together.
+
+    Args:
+        job: Of the stage.
+        recipe: The stage.
+        process: One of those that share it.
+
+    Returns:
+        The model in the first process; None in others, and for the image tokenizer.
+    """
     if isinstance(job, VQJob):
         return None
     model = job.module.model

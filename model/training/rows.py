@@ -33,18 +33,25 @@ from wallaroo.model.vq import to_float
 from wallaroo.model.wallaroo import Wallaroo
 
 NO_LATENT = -1.0
-"""What stands in each number of a source latent that is masked in training."""
+"""Each number of a source latent that is masked in training."""
 
 
 @dataclass(frozen=True)
 class TrainingRow:
     """A row ready for a batch, `L` places long.
 
-    ids: text tokens; image: image tokens, -1 where there is none; positions: `(3, L)`; target: places
-    whose token is to be predicted, by the image head where `image` is set, else by the text head.
-    semantic: first and last place, exclusive, of the vision tower's embeddings; pixel: places of the
-    source's latents, `(n,)`, and latents those, `(n, 8)`; patches and grid: of the source. null: whether the
-    prompt was dropped.
+    Attributes:
+        ids: Text tokens, `(L,)`.
+        image: Image tokens, -1 elsewhere, `(L,)`.
+        positions: `(3, L)`.
+        target: Places whose token is predicted, by the image head where `image` is set, else by the text
+            head; bool `(L,)`.
+        semantic: First place of the vision tower's embeddings, and the place after the last.
+        patches: Of the source, `(n, 1176)`.
+        grid: Patches of the source along height and width.
+        pixel: Places of the source's latents, `(k,)`.
+        latents: Of the source, float32 `(k, 8)`.
+        null: Whether the prompt was dropped.
     """
 
     ids: np.ndarray
@@ -60,9 +67,16 @@ class TrainingRow:
 
 
 def response_row(prompt: Prompt, first: int, ids: np.ndarray, image: np.ndarray) -> TrainingRow:
-    """A prompt and its response; what is to be predicted begins at place `first`.
+    """Joins a prompt and its response.
 
-    ids, image: of the response, `(n,)`, as in TrainingRow.
+    Args:
+        prompt: Of the row.
+        first: First place whose token is predicted.
+        ids: Text tokens of the response, `(n,)`.
+        image: Image tokens of the response, -1 elsewhere, `(n,)`.
+
+    Returns:
+        The row, without patches and latents.
     """
     start, length = len(prompt.ids), len(prompt.ids) + len(ids)
     after = prompt.next_position + np.arange(len(ids))
@@ -79,14 +93,19 @@ def response_row(prompt: Prompt, first: int, ids: np.ndarray, image: np.ndarray)
 class Rows:
     """Makes training rows from rows of data, with the image tokenizer of a model.
 
-    What a picture becomes is kept for the next time, up to KEPT_BYTES in all; `prepare` makes it for many
+    Tokens and patches of pictures are cached, up to KEPT_BYTES in all. `prepare` fills the cache for many
     pictures at once, after which `make` needs neither model nor device.
+
+    Args:
+        model: Gives image tokenizer and configuration.
+        tokenizer: Of texts.
+        recipe: The stage.
     """
 
     KEPT_BYTES = 4 << 30
 
     SLICE = 64
-    """Pictures that go through the image tokenizer together."""
+    """Pictures in one forward of the image tokenizer."""
 
     def __init__(self, model: Wallaroo, tokenizer: Tokenizer, recipe: Recipe):
         assert model.vq is not None
@@ -100,9 +119,10 @@ class Rows:
         self.end = tokenizer.encode([Control("<|generate_end|>"), Control("<|im_end|>"), "\n"])
 
     def prepare(self, data: Mapping[str, Sequence[Row]]) -> None:
-        """Encodes all pictures of rows by task, SLICE of a size at a time, as far as there is room.
+        """Encodes the pictures of rows into the cache; those that cannot be decoded are left to `make`.
 
-        Pictures that cannot be decoded are left to `make`.
+        Args:
+            data: Task -> rows.
         """
         wanted: dict[Size, dict[bytes, None]] = {}
         for task, rows in data.items():
@@ -123,7 +143,19 @@ class Rows:
                             self._encode([one], size)
 
     def make(self, task: str, row: Row, generator: np.random.Generator) -> TrainingRow:
-        """A training row; `generator` decides what is dropped and masked, and the template."""
+        """Makes a training row.
+
+        Args:
+            task: Of the row.
+            row: Of data.
+            generator: Decides what is dropped and masked, and the template.
+
+        Returns:
+            The training row.
+
+        Raises:
+            BadPicture: A picture cannot be decoded.
+        """
         if task == "understand":
             return self._answer(row)
         prompt = "" if generator.random() < self.recipe.drop else str(row["prompt"])
@@ -215,8 +247,19 @@ def _templates(recipe: Recipe, task: str, language: str) -> list[str]:
 
 
 def fits(row: Row, task: str, tokenizer: Tokenizer, config: ModelConfig, recipe: Recipe) -> bool:
-    """Whether a stage trains on a row: neither too long, whatever is drawn for it, nor of a picture to draw
-    that is too small or too long. One whose picture cannot be opened counts as fit, and is told of later."""
+    """Whether a stage trains on a row, by its length and the size of its picture.
+
+    Args:
+        row: Of data.
+        task: Of the row.
+        tokenizer: Of texts.
+        config: Of the stage's result.
+        recipe: The stage, with `lengths` and `least_side`.
+
+    Returns:
+        False if the row is too long with any template, or its picture to draw is too small or too long. A
+        picture that cannot be decoded counts as fit; it is reported when the row is made.
+    """
     if task not in recipe.lengths and not (task == "generate" and recipe.least_side):
         return True
     try:

@@ -1,4 +1,4 @@
-"""How a model is spread over processes: whole on each (DDP), or in shards, a layer at a time (FSDP2).
+"""How processes share a model: each holds it whole (DDP), or a shard, gathered layer by layer (FSDP2).
 
 Knows nothing of losses and steps.
 """
@@ -20,27 +20,27 @@ from wallaroo.model.wallaroo import Wallaroo
 
 
 def layers_of(model: Wallaroo) -> list[nn.Module]:
-    """The parts that are gathered and recomputed as one: decoder layers and blocks of the vision tower."""
+    """The units that are gathered and recomputed: decoder layers and blocks of the vision tower."""
     layers = list(model.language_model.layers)
     return layers + (list(model.visual.blocks) if model.visual is not None else [])
 
 
 def recompute(model: Wallaroo) -> None:
-    """Makes each layer keep its input alone for the backward pass, where it computes the rest again."""
+    """Makes each layer keep its input alone, and compute the rest again in the backward pass."""
     for layer in layers_of(model):
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def shard(module: nn.Module, model: Wallaroo, process: Process, half: bool) -> None:
-    """Spreads what learns over the processes, of a model that has no memory yet, and allocates all.
+    """Shards the parameters of a model that learn, and allocates all.
 
-    Parameters and optimizer are float32 shards; a layer is gathered in bfloat16 (if `half`) where it is
-    computed. What does not learn is whole on each process, in bfloat16 but for the image tokenizer.
+    Parameters and optimizer are float32 shards; a layer is gathered in bfloat16 (if `half`) when it is
+    computed. What does not learn is whole on each process, in bfloat16 except the image tokenizer.
 
     Args:
-        module: What is called, with the model in it; `requires_grad` says what learns.
+        module: Whose forward is called, with the model in it; `requires_grad` marks what learns.
         model: On the meta device.
-        process: With its process group.
+        process: Of a process group.
         half: Whether layers compute in bfloat16.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -64,11 +64,11 @@ def shard(module: nn.Module, model: Wallaroo, process: Process, half: bool) -> N
 
 @torch.no_grad()
 def fill(model: Wallaroo, read: Callable[[str], Tensor], seed: int = 0) -> None:
-    """Puts weights into a model, of a sharded one this process's part, one parameter at a time.
+    """Copies weights into a model, one parameter at a time; of a sharded one only this process's part.
 
     Args:
-        model: With memory, sharded or not.
-        read: Gives a tensor by its name on disk.
+        model: Allocated, sharded or not.
+        read: Name on disk -> tensor.
         seed: Of the updates of LoRA, which are drawn.
     """
     for name, parameter in model.named_parameters():
@@ -94,19 +94,27 @@ def _fill_shard(parameter: Any, given: Tensor) -> None:
 
 
 def halves(recipe: Recipe, process: Process) -> bool:
-    """Whether a stage multiplies in bfloat16: the language model's do on a GPU, unless the recipe says so."""
+    """Whether a stage computes products in bfloat16, by its precision.
+
+    Args:
+        recipe: The stage. `auto` means bfloat16 for the language model on GPUs.
+        process: Any of its processes.
+    """
     if recipe.part == "vq" or recipe.precision == "float32":
         return False
     return recipe.precision == "bfloat16" or process.device.startswith("cuda")
 
 
 def spread(module: nn.Module, process: Process, unused: bool) -> nn.Module:
-    """What to call in place of a module so that gradients become the mean over all processes.
+    """Wraps a module so that its gradients become the mean over all processes.
 
     Args:
         module: Sharded already, or whole.
         process: One of those that share the training.
-        unused: Whether parameters that learn may have no part in a step.
+        unused: Whether a step may leave out parameters that learn.
+
+    Returns:
+        The module to call.
     """
     if process.shard == "full" or not process.grouped:
         return module
@@ -117,7 +125,12 @@ def spread(module: nn.Module, process: Process, unused: bool) -> nn.Module:
 
 @contextlib.contextmanager
 def synced(module: Any, last: bool) -> Iterator[None]:
-    """Gradients meet those of other processes after the last piece of a step alone."""
+    """Exchanges gradients with other processes after the last piece of a step only.
+
+    Args:
+        module: As `spread` gives it.
+        last: Whether the block computes the last piece.
+    """
     if hasattr(module, "set_requires_gradient_sync"):
         module.set_requires_gradient_sync(last)
         yield

@@ -1,6 +1,6 @@
 """The memory that a stage needs on each worker, computed from shapes before anything is allocated.
 
-Knows nothing of a device but its size. Numbers are estimates: what an allocator loses is in RESERVE.
+Of a device it knows the size alone. Numbers are estimates; RESERVE stands for what an allocator loses.
 """
 
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ SHARDS = ("auto", "none", "full")
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a worker needs.
+    """Memory of a worker.
 
     Attributes:
         shard: `none` or `full`.
-        workers: How many share the training.
-        parts: What for -> bytes.
+        workers: Number of workers.
+        parts: Purpose -> bytes.
     """
 
     shard: str
@@ -40,7 +40,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it, in bytes."""
+        """Sum of all parts in bytes."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
@@ -54,10 +54,10 @@ class Sizes:
     """Parameters of a stage's model, counted once for any number of workers.
 
     Args:
-        config: Of the model that the stage makes.
+        config: Of the stage's model.
         recipe: The stage.
-        half: Whether it multiplies in bfloat16.
-        model: The stage's own, if it is there already.
+        half: Whether products are in bfloat16.
+        model: Of the stage, by default one without memory.
     """
 
     def __init__(self, config: ModelConfig, recipe: Recipe, half: bool, model: Wallaroo | None = None):
@@ -83,7 +83,18 @@ class Sizes:
         )
 
     def need(self, workers: int, shard: str) -> Need:
-        """What each of some workers needs. Raises InputError if they cannot share a step."""
+        """Computes the memory of a worker.
+
+        Args:
+            workers: Number of workers.
+            shard: `none` or `full`.
+
+        Returns:
+            The need of each worker.
+
+        Raises:
+            InputError: The workers cannot share a step evenly.
+        """
         narrow = 2 if self.half else 4
         parts: dict[str, int] = {}
         if shard == "none":
@@ -127,8 +138,11 @@ class Sizes:
         return tokens * each
 
     def flops_per_token(self) -> float:
-        """Operations of forward and backward passes for a token in the decoder's layers and an image head (or
-        the text head): products with parameters, without those of queries and keys, and without the tower."""
+        """Operations of a forward and backward pass per token.
+
+        Counted are products with parameters of the decoder's layers and an image head (or the text head), not
+        those of queries and keys, and not the vision tower's.
+        """
         model = self.model
         head = model.gen_image_head or model.lm_head
         assert head is not None
@@ -141,15 +155,18 @@ class Sizes:
         return total
 
     def choose(self, workers: int, shard: str, available: int) -> Need:
-        """What workers need with the spread that is wanted, or with `auto` the first that fits.
+        """Chooses how a model is spread so that it fits.
 
         Args:
-            workers: How many share the training.
-            shard: `auto`, `none` or `full`.
-            available: Bytes of a worker's device, 0 if not known, which everything fits in.
+            workers: Number of workers.
+            shard: `none`, `full`, or `auto`: the first of the two that fits.
+            available: Memory of a worker's device in bytes; 0 for no bound.
+
+        Returns:
+            The need of each worker.
 
         Raises:
-            InputError: It does not fit; the message says how many workers it takes.
+            InputError: It does not fit; the message has the number of workers that it takes.
         """
         if shard not in SHARDS:
             raise InputError(f"shard is '{shard}', but must be one of {', '.join(SHARDS)}.")

@@ -40,7 +40,18 @@ def make_job(
     rows: Iterable[Row],
     process: Process,
 ) -> "VQJob | LMJob":
-    """The job of a stage; rows: all of them, whose pictures the image tokenizer keeps in memory."""
+    """Makes the job of a stage.
+
+    Args:
+        model: Of the stage.
+        recipe: The stage.
+        source: Gives the rows of the language model.
+        rows: All rows, whose pictures the image tokenizer keeps in memory.
+        process: One of those that share the stage.
+
+    Returns:
+        The job.
+    """
     if recipe.part == "vq":
         assert model.vq is not None
         return VQJob(model.vq, pictures_of(rows), recipe)
@@ -50,7 +61,20 @@ def make_job(
 def start_job(
     recipe: Recipe, source: Source, rows: Iterable[Row], process: Process
 ) -> "tuple[Wallaroo, VQJob | LMJob]":
-    """Model and job of a stage with the weights it starts with; spread over processes if they hold shards."""
+    """Makes model and job of a stage, with the weights that it starts with.
+
+    Args:
+        recipe: The stage.
+        source: Gives the rows of the language model.
+        rows: All rows, for the image tokenizer.
+        process: One of those that share the stage; with `full` the model is sharded.
+
+    Returns:
+        Model and job.
+
+    Raises:
+        InputError: As `check_start`.
+    """
     if process.shard == "none":
         model = start_model(recipe).to(process.device)
         job = make_job(model, recipe, source, rows, process)
@@ -67,19 +91,16 @@ def start_job(
 
 
 def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, shard: str = "auto") -> Path:
-    """Runs one stage on this machine, resumes it where it was, and gives the folder of its checkpoint.
-
-    SIGTERM makes it save its state and end.
+    """Runs one stage on this machine, from its last state if it has one. SIGTERM saves the state and ends it.
 
     Args:
-        recipe: The stage. Of each file of rows it names, the JSON lines beside it are read.
-        say: Gets a line of progress at a time.
-        workers: Processes that share each step, this one among them; on CPUs each has its part of the cores,
-            which is a little quicker than threads for a small model.
+        recipe: The stage. In place of each Parquet file the JSON Lines file of the same name is read.
+        say: Gets each line of progress.
+        workers: Processes that share each step, including this one; on CPUs they divide the cores.
         shard: `none` (each holds the whole model), `full` (each holds a shard), or `auto`.
 
     Returns:
-        The checkpoint folder.
+        The checkpoint folder, or with `lora` the folder of the updates.
 
     Raises:
         InputError: The recipe cannot be followed.
@@ -87,7 +108,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, 
     """
     recipe.share(workers)
     if (done := result(recipe)) is not None:
-        say(f"{done} is there already, so there is nothing to do")
+        say(f"{done} exists already, so there is nothing to do")
         return done
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as meeting:
@@ -112,12 +133,12 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, 
 
 
 class Stopped(Exception):
-    """A stage was stopped on purpose and can be resumed."""
+    """A stage was stopped by SIGTERM and can be resumed."""
 
 
 @contextlib.contextmanager
 def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM is only noted; gives a function that says whether it came."""
+    """Catches SIGTERM for the block; yields a function that says whether it came."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -130,13 +151,13 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
 
 
 def _silent(line: str) -> None:
-    """What processes but the first do with their progress."""
+    """Drops the progress of processes other than the first."""
 
 
 def _join(
     recipe: Recipe, say: Callable[[str], None], rank: int, world: int, meeting: str, shard: str
 ) -> Path | None:
-    """Runs a stage as one of its processes on this machine, which meet in a folder."""
+    """Runs a stage as one of its processes on this machine, which find each other by a folder."""
     if rank:
         # Ctrl-C is for the first, which ends the others.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -158,7 +179,7 @@ def _join(
             )
     if not cuda and world > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
-    # Nobody from outside is to join: the others are found by a file, and reached on this machine alone.
+    # Nobody from outside may join: processes find each other by a file, and talk over the loopback device.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = torch.distributed.FileStore(f"{meeting}/store", world)
     torch.distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
@@ -182,14 +203,17 @@ def _fitting(
 def choose(
     recipe: Recipe, process: Process, shard: str, say: Callable[[str], None], memory: int | None = None
 ) -> str:
-    """Whether each process holds the whole model (`none`) or a shard (`full`); says what memory it takes.
+    """Chooses whether each process holds the whole model or a shard, and prints the memory of a worker.
 
     Args:
         recipe: The stage.
-        process: Any one of those that share it.
+        process: One of those that share it.
         shard: `none`, `full` or `auto`.
         say: Gets one line, in the first process.
-        memory: Bytes of each device, by default of that of `process`; 0 if not known.
+        memory: Of each device in bytes, by default that of the device of `process`; 0 for no bound.
+
+    Returns:
+        `none` or `full`.
 
     Raises:
         InputError: It does not fit; the message has the number of workers that it takes.
@@ -214,21 +238,24 @@ def run_stage(
     source: Source | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Path | None:
-    """Runs one stage as one of its processes; that of rank 0 keeps the log and writes the checkpoint.
+    """Runs one stage as one of its processes; the first one writes log and result.
 
     Args:
         recipe: The stage.
-        data: Rows by task, of any length and kind of sequence.
-        process: Of those that share it.
-        say: Gets a line of progress at a time, in the first process.
+        data: Task -> rows.
+        process: One of those that share the stage.
+        say: Gets each line of progress, in the first process.
         ahead: Whether pictures of rows are encoded before the first step.
-        files: Where states lie, by default on the disk.
-        held_out: Rows by task whose losses are logged.
+        files: Of states, by default on the disk.
+        held_out: Task -> rows whose losses are logged.
         source: Gives the rows in place of `data`.
-        stop: Asked after each step; if a process says yes, all save the state and end.
+        stop: Called after each step; if it is true in one process, all save the state and end.
 
     Returns:
-        What the stage has made, None if it was stopped.
+        The folder of the result; None if the stage was stopped.
+
+    Raises:
+        InputError: The recipe cannot be followed.
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)

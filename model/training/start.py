@@ -1,4 +1,4 @@
-"""The model that a stage begins with: weights of a checkpoint, of another part, or drawn by seed."""
+"""The model that a stage starts with: weights of a checkpoint, of another part, or drawn by seed."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -19,8 +19,15 @@ from wallaroo.model.wallaroo import Wallaroo
 
 
 def stage_config(base: ModelConfig, recipe: Recipe) -> ModelConfig:
-    """The configuration of what a stage makes: of layout `train`; square stages have neither line ends nor
-    indicators."""
+    """The configuration of a stage's result.
+
+    Args:
+        base: Configuration of the recipe's base.
+        recipe: The stage.
+
+    Returns:
+        Configuration of layout `train`; square stages have neither line ends nor indicators.
+    """
     changes: dict[str, Any] = {"layout": "train", "trained_tokens": base.trained_tokens | recipe.lengths}
     if recipe.tasks:
         changes["tasks"] = recipe.tasks
@@ -33,9 +40,16 @@ def stage_config(base: ModelConfig, recipe: Recipe) -> ModelConfig:
 
 
 def start_model(recipe: Recipe) -> Wallaroo:
-    """The model with which a stage begins, in float32 on the CPU; see `start_weights`.
+    """Makes the model that a stage starts with, see `start_weights`.
 
-    Raises InputError as `check_start` does.
+    Args:
+        recipe: The stage.
+
+    Returns:
+        The model in float32 on the CPU.
+
+    Raises:
+        InputError: As `check_start`.
     """
     model = empty_start(recipe, "cpu")
     fill(model, start_weights(recipe, model.config), recipe.seed)
@@ -43,9 +57,17 @@ def start_model(recipe: Recipe) -> Wallaroo:
 
 
 def empty_start(recipe: Recipe, device: str) -> Wallaroo:
-    """The model of a stage before its weights are filled in, with updates if the recipe has `lora`.
+    """Makes the model of a stage without its weights, with updates if the recipe has `lora`.
 
-    Raises InputError as `check_start` does.
+    Args:
+        recipe: The stage.
+        device: Of the model.
+
+    Returns:
+        The model in float32.
+
+    Raises:
+        InputError: As `check_start`.
     """
     model = empty_model(check_start(recipe), None, device, torch.float32)
     if recipe.lora:
@@ -54,10 +76,15 @@ def empty_start(recipe: Recipe, device: str) -> Wallaroo:
 
 
 def start_weights(recipe: Recipe, config: ModelConfig) -> Callable[[str], Tensor]:
-    """Gives the weights with which a stage begins, by their names on disk; nothing is read before.
+    """Finds the weights that a stage starts with: those of the recipe's start, for `copied` parts those of
+    another part; tensors in neither are drawn by seed.
 
-    They are those of the recipe's start, for `copied` parts those of another part, and what is in neither is
-    drawn by seed.
+    Args:
+        recipe: The stage.
+        config: Of its model.
+
+    Returns:
+        Name on disk -> tensor, which is read only when asked for.
     """
     shapes, given = expected_shapes(config), mapped_tensors(recipe.start or recipe.base)
 
@@ -75,10 +102,17 @@ def _of_part(names: Iterable[str], part: str) -> list[str]:
 
 
 def check_start(recipe: Recipe) -> ModelConfig:
-    """The configuration of what a stage makes, once base and start have been looked at, the numbers apart.
+    """Checks base and start of a recipe without reading weights.
 
-    Raises InputError if base or start is no checkpoint, start lacks a tensor, they differ in a tensor's
-    shape, or a part cannot be copied to another.
+    Args:
+        recipe: The stage.
+
+    Returns:
+        The configuration of the stage's result.
+
+    Raises:
+        InputError: Base or start is no checkpoint, start lacks a tensor, they differ in a tensor's shape, or
+            a part cannot be copied to another.
     """
     config, start = stage_config(load_config(recipe.base), recipe), recipe.start or recipe.base
     mine = expected_shapes(config)

@@ -1,10 +1,10 @@
 """The state of a training: what learns and its optimizers, whole or absent, for any number of processes.
 
-    FOLDER/state/step-00000200/recipe.json    what a recipe must still say
+    FOLDER/state/step-00000200/recipe.json    settings of the recipe that must not change
     FOLDER/state/step-00000200/*.distcp       of torch.distributed.checkpoint, each process writes its part
-    FOLDER/state/step-00000200/.metadata      written last: without it there is no state
+    FOLDER/state/step-00000200/.metadata      written last: without it the state is ignored
 
-Knows nothing of object stores: `Files` are handed in.
+Knows nothing of object stores: the caller gives `Files`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ STATES = "state"
 WHOLE = ".metadata"
 RECIPE = "recipe.json"
 MAX_STATES = 2
-"""States that are kept: the last may be of a model that has just gone wrong."""
+"""States that are kept: the last one may be of a model that has just diverged."""
 
 FREE = (
     *("folder", "base", "start", "data", "steps", "threads", "workers", "accumulate", "checkpointing"),
@@ -47,37 +47,37 @@ FREE = (
 
 
 class Files(Protocol):
-    """Where states lie.
+    """A file system for states.
 
     Attributes:
-        folder: Of all states of a stage; paths are texts that begin with it.
-        on_disk: Whether what is written must be brought from the machine's memory to its disk.
+        folder: Of all states of a stage; all paths begin with it.
+        on_disk: Whether written files must be synced to the disk.
     """
 
     folder: str
     on_disk: bool
 
     def system(self) -> "FileSystemBase":
-        """For torch.distributed.checkpoint."""
+        """The same for torch.distributed.checkpoint."""
 
     def read(self, path: str) -> bytes | None:
-        """Contents of a file, None if it is absent."""
+        """Reads a file; None if it is absent."""
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes a small file and the folders above it."""
+        """Writes a small file, and makes the folders above it."""
 
     def whole(self) -> list[str]:
-        """Names of the folders in `folder` that hold a file WHOLE."""
+        """Lists the names of the folders in `folder` that hold a file WHOLE."""
 
     def folders(self) -> list[str]:
-        """Names of all folders in `folder`, none if that is absent."""
+        """Lists the names of all folders in `folder`, none if that is absent."""
 
     def remove(self, path: str) -> None:
-        """Removes a folder with all that is in it, WHOLE first."""
+        """Removes a folder with its files, WHOLE first."""
 
 
 class LocalFiles:
-    """States on a disk."""
+    """States on a disk, see `Files`."""
 
     on_disk = True
 
@@ -108,7 +108,7 @@ class LocalFiles:
 
 
 class StateJob(Protocol):
-    """What a job keeps besides parameters and optimizers."""
+    """The part of `loop.Job` that a state needs."""
 
     def extra_state(self) -> dict[str, Tensor]: ...
 
@@ -116,7 +116,13 @@ class StateJob(Protocol):
 
 
 class States:
-    """The states of one stage, as one of its processes sees them."""
+    """The states of a stage, as one of its processes.
+
+    Args:
+        recipe: The stage.
+        process: One of those that share it.
+        files: Of states, by default on the disk of the recipe's folder.
+    """
 
     def __init__(self, recipe: Recipe, process: Process, files: Files | None = None):
         self.recipe, self.process = recipe, process
@@ -127,7 +133,7 @@ class States:
         self._group = torch.distributed.new_group(backend="gloo") if process.grouped else None
 
     def steps(self) -> list[int]:
-        """Steps of the whole states, the last one first."""
+        """Lists the steps of whole states, the last one first."""
         numbers = [name.removeprefix("step-") for name in self.files.whole()]
         return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
@@ -137,7 +143,15 @@ class States:
         optimizers: Sequence[torch.optim.Optimizer],
         job: StateJob,
     ) -> int:
-        """Takes back the last whole state, and gives its step; 0 if there is none.
+        """Loads the last whole state.
+
+        Args:
+            kept: Name -> parameter, which is written.
+            optimizers: Of these; their moments are written.
+            job: Gets its extra state.
+
+        Returns:
+            The step of the state; 0 if there is none.
 
         Raises:
             InputError: The processes find different states, or the state is of another recipe.
@@ -178,7 +192,17 @@ class States:
         optimizers: Sequence[torch.optim.Optimizer],
         job: StateJob,
     ) -> None:
-        """Begins to write the state after a step; training may go on at once."""
+        """Starts to write a state, which goes on in the background.
+
+        Args:
+            step: Number of steps done.
+            kept: Name -> parameter.
+            optimizers: Of these.
+            job: Gives its extra state.
+
+        Raises:
+            InputError: The state before cannot be written.
+        """
         from torch.distributed.checkpoint import async_save
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
@@ -198,7 +222,11 @@ class States:
         )
 
     def finish(self) -> None:
-        """Waits for the state that is being written, then removes those before the last two."""
+        """Waits for the state that is being written, then removes states before the last MAX_STATES.
+
+        Raises:
+            InputError: The state cannot be written.
+        """
         if self._pending is None:
             return
         from torch.distributed.checkpoint.api import CheckpointException
@@ -245,7 +273,7 @@ class States:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, those that it arose from, and those of other processes."""
+    """An error, its causes, and errors of other processes."""
     yield error
     for more in (error.__cause__, error.__context__, *getattr(error, "failures", {}).values()):
         inner = more[0] if isinstance(more, tuple) else more
@@ -254,12 +282,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _say_nothing_of_one_process() -> None:
-    """torch warns of a process without a group, in whatever thread it writes."""
+    """Ignores torch's warning about a process without a group, which its writing threads raise."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _begin(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    """Makes the moments of a parameter that has had no gradient yet, as its optimizer would."""
+    """Makes the moments of a parameter without a gradient so far, as its optimizer would."""
     state = optimizer.state[parameter]
     if state:
         return
@@ -272,7 +300,7 @@ def _begin(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe must still say when it goes on, as JSON reads it back."""
+    """Settings that must not change between start and resume, as JSON gives them back."""
     values = {name: one for name, one in dataclasses.asdict(recipe).items() if name not in FREE}
     made: dict[str, Any] = json.loads(json.dumps(values))
     return made

@@ -13,11 +13,11 @@ from wallaroo.model.training.sharding import halves
 
 
 class Validation:
-    """The losses of always the same held-out rows, as one of the processes that share them.
+    """The losses of the same held-out rows each time, as one of the processes that share them.
 
     Args:
-        job: Of the stage, whose model and tokenizer it takes.
-        data: Held-out rows by task.
+        job: Of the stage; gives model and tokenizer.
+        data: Task -> held-out rows.
         recipe: The stage.
         process: One of those that share the training.
     """
@@ -27,10 +27,14 @@ class Validation:
         self.recipe = dataclasses.replace(recipe, rows=rows, data=dict.fromkeys(rows, ""), drop=0.0)
         self.process, self.module = process, job.module
         source = from_memory(data, recipe.seed)
-        self.job = LMJob.beside(job, source, self.recipe)
+        self.job = job.with_rows(source, self.recipe)
 
     def losses(self) -> dict[str, float]:
-        """Mean losses by task and head, `held_out_TASK_HEAD`; all processes must ask together."""
+        """Computes the losses; all processes must call this together.
+
+        Returns:
+            `held_out_TASK_HEAD` -> mean loss.
+        """
         half = halves(self.recipe, self.process) and self.process.shard == "none"
         kind = self.process.device.partition(":")[0]
         sums: dict[str, float] = {}

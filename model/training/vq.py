@@ -15,10 +15,18 @@ from wallaroo.model.vq import VQModel, to_float
 
 
 class VQLosses(nn.Module):
-    """Reconstruction and quantisation losses of pictures of several sizes, each `(B, 3, H, W)` from -1 to 1.
+    """Reconstruction and quantisation losses.
 
     Straight-through estimator and commitment of weight 0.25 (van den Oord et al. 2017) on normalised
-    vectors; reconstruction is the sum of mean absolute and mean squared error. alike: weight of `unlike`.
+    vectors; reconstruction is the sum of mean absolute and mean squared error.
+
+    Args:
+        vq: Image tokenizer.
+        alike: Weight of `unlike`.
+
+    Attributes:
+        last: Latents of the last forward, `(n, 8)`.
+        last_keys: Their `patch_keys`, int64 `(n,)`.
     """
 
     def __init__(self, vq: VQModel, alike: float = 0.0):
@@ -28,8 +36,15 @@ class VQLosses(nn.Module):
         self.last_keys = torch.zeros(0, dtype=torch.int64)
 
     def forward(self, batch: Sequence[Tensor], quantised: bool = True) -> dict[str, Tensor]:
-        """Losses to be added, of pictures of several sizes; `last` are then their latents `(n, 8)`, and
-        `last_keys` the `patch_keys` of these."""
+        """Computes the losses of pictures, and sets `last` and `last_keys`.
+
+        Args:
+            batch: Pictures of each size, `(B, 3, H, W)` from -1 to 1.
+            quantised: Whether the decoder gets codebook entries instead of latents.
+
+        Returns:
+            Name -> loss, to be added.
+        """
         device = self.vq.quant_conv.weight.device
         given = [pixels.to(device, non_blocking=True) for pixels in batch]
         latents = [self.vq.encode(pixels) for pixels in given]
@@ -43,10 +58,10 @@ class VQLosses(nn.Module):
             means, kinds = kind_means(self.last, self.last_keys)
             losses["alike"] = self.alike * unlike(flat, means, kinds)
             if quantised:
-                # A kind has the entry that is nearest to its mean.
+                # The entry of a kind is the one nearest to its mean.
                 codebook = self.vq.codebook()
-                told = unlike(flat, codebook, (means @ codebook.T).argmax(-1)[kinds])
-                losses["alike"] = losses["alike"] + self.alike * told
+                assigned = unlike(flat, codebook, (means @ codebook.T).argmax(-1)[kinds])
+                losses["alike"] = losses["alike"] + self.alike * assigned
         return losses
 
     def _of_size(self, pixels: Tensor, latents: Tensor, quantised: bool) -> dict[str, Tensor]:
@@ -65,7 +80,14 @@ class VQLosses(nn.Module):
 
 
 def patch_keys(pixels: Tensor) -> Tensor:
-    """A number for each patch of pictures `(B, 3, H, W)`, int64 `(B * h * w,)`, the same for equal ones."""
+    """Hashes the patches of pictures.
+
+    Args:
+        pixels: `(B, 3, H, W)` from -1 to 1.
+
+    Returns:
+        int64 `(B * h * w,)`, the same for equal patches.
+    """
     side = VQ_FACTOR
     levels = ((pixels + 1) * 127.5).round().long()
     patches = levels.unfold(2, side, side).unfold(3, side, side).movedim(1, 3).flatten(0, 2).flatten(1)
@@ -75,30 +97,51 @@ def patch_keys(pixels: Tensor) -> Tensor:
 
 
 def kind_means(latents: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Of latents `(n, 8)` with keys `(n,)` the mean of each kind of patch, unit vectors `(kinds, 8)`, and the
-    kind of each, `(n,)`."""
+    """Averages latents of equal patches.
+
+    Args:
+        latents: `(n, 8)`.
+        keys: Of their patches, `(n,)`.
+
+    Returns:
+        The mean of each kind of patch, unit vectors `(kinds, 8)`, and the kind of each latent, `(n,)`.
+    """
     kinds, place = keys.unique(return_inverse=True)
     sums = latents.new_zeros(len(kinds), latents.shape[1]).index_add_(0, place, latents)
     return F.normalize(sums, dim=-1), place
 
 
 ALIKE_TEMPERATURE = 0.05
+"""Divides the similarities in `unlike`."""
 
 
 def unlike(latents: Tensor, centres: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy of telling to which of the centres `(m, 8)` each of the latents `(n, 8)` belongs,
-    `wanted` `(n,)`, from how near they are (prototypes, Snell et al. 2017).
+    """Cross-entropy of classifying latents by the nearest centre (prototypes, Snell et al. 2017).
 
-    With one centre for each kind of patch equal patches are drawn together, and others apart.
+    With one centre for each kind of patch it pulls equal patches together, and pushes others apart.
+
+    Args:
+        latents: `(n, 8)`.
+        centres: `(m, 8)`.
+        wanted: Centre of each latent, `(n,)`.
+
+    Returns:
+        Mean loss, `()`.
     """
     return F.cross_entropy(latents @ centres.T / ALIKE_TEMPERATURE, wanted)
 
 
 def spread_codebook(latents: Tensor, entries: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
-    """Unit vectors `(entries, 8)` that cover unit vectors `(n, 8)`: k-means on the sphere.
+    """Finds a codebook by k-means on the sphere, started as k-means++ (Arthur and Vassilvitskii 2007).
 
-    It starts from vectors far from each other (Arthur and Vassilvitskii 2007); entries that lose their
-    members keep their place.
+    Args:
+        latents: Unit vectors `(n, 8)`.
+        entries: Number of codebook entries.
+        generator: Decides the start.
+        rounds: Of k-means; an entry that loses its members keeps its place.
+
+    Returns:
+        Unit vectors `(entries, 8)`.
     """
     first = int(torch.randint(len(latents), (1,), generator=generator))
     chosen = [latents[first]]
@@ -117,12 +160,16 @@ def spread_codebook(latents: Tensor, entries: int, generator: torch.Generator, r
 
 
 class VQJob:
-    """Trains the image tokenizer of a model on pictures, two sizes a batch.
+    """Trains the image tokenizer of a model on pictures, two sizes a batch; see `loop.Job`.
 
-    The first `plain` steps train encoder and decoder alone; then the codebook is spread over the latents
-    of the last steps. Every `revive` steps the entries that none of the last latents took are put where
-    patches that differ share an entry. Equal patches count once in both, or a plain background would take
-    most of the entries. pictures: uint8 `(H, W, 3)`.
+    The first `plain` steps train encoder and decoder alone; then the codebook is set by k-means over the
+    latents of the last steps. Every `revive` steps unused entries move to where different patches share an
+    entry. Equal patches count once in both, or a plain background would take most of the entries.
+
+    Args:
+        vq: Image tokenizer of a model.
+        pictures: uint8 `(H, W, 3)` each.
+        recipe: The stage.
     """
 
     KEPT = 40000

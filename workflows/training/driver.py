@@ -1,7 +1,7 @@
-"""Training on Ray: the loop of `model.training` in Ray Train's processes, on rows that Ray Data has read.
+"""Training on Ray: the loop of `model.training` in the workers of Ray Train.
 
-Rows lie in Ray's object store, on disk where memory is short, and each worker takes those of its share by
-their place, so that a step is the same however many workers there are. Knows nothing of losses and steps.
+Each worker takes the rows of its share by their place in the step, so that a step has the same rows for any
+number of workers. Knows nothing of losses and steps.
 """
 
 import dataclasses
@@ -56,30 +56,31 @@ def train(
     shard: str = "auto",
     stop: Stop | None = None,
 ) -> str:
-    """Runs one stage on Ray, resumes it where it was, and gives the folder of its checkpoint.
+    """Runs one stage on Ray, from its last state if it has one.
 
     Args:
-        recipe: The stage; its folder, base, start and data may be on S3.
-        workers: Processes that share each step, on a GPU each or on CPUs.
-        device: `cpu`, `cuda`, or `auto`, which is `cuda` where Ray has GPUs.
-        address: Of a running Ray cluster; None starts a local one. Its nodes share the disk of the recipe's
-            folder, unless that is on S3.
-        say: Gets a line of progress at a time.
+        recipe: The stage. Its folder, base, start and data may be on S3.
+        workers: Processes that share each step, each with a GPU or a CPU.
+        device: `cpu`, `cuda`, or `auto`: `cuda` if Ray has GPUs.
+        address: Of a running Ray cluster; None starts a local one. Unless the recipe's folder is on S3, the
+            nodes of the cluster share its disk.
+        say: Gets each line of progress.
         shard: `none` (each worker holds the whole model), `full` (each holds a shard), or `auto`.
-        stop: When to save the state and end; by default never, so that Ctrl-C loses the last steps.
+        stop: When to save the state and end; by default never, so that Ctrl-C loses the steps since the last
+            state.
 
     Returns:
-        The checkpoint folder.
+        The checkpoint folder, or with `lora` the folder of the updates.
 
     Raises:
-        RunStopped: As `stop` wished.
-        InputError: The recipe cannot be followed; before Ray starts as far as that can be told.
-        RunInProgress: Another training is at work in the folder.
+        RunStopped: `stop` asked for the end.
+        InputError: The recipe cannot be followed.
+        RunInProgress: Another training is active in the folder.
     """
     recipe = absolute(recipe)
     files = check(recipe, workers)
     if (done := finished(recipe)) is not None:
-        say(f"{done} is there already, so there is nothing to do")
+        say(f"{done} exists already, so there is nothing to do")
         return done
     with OutputLock(recipe.folder, "train"), connected(address, workers), _followed(recipe, say):
         # What a killed driver has left would stop the workers at once.
@@ -111,19 +112,20 @@ def train(
 
 
 PLANNED_WORKERS = (1, 8, 16, 64)
+"""Numbers of workers that `plan` computes."""
 
 
 def plan(recipe: Recipe, workers: int, shard: str = "auto", gigabytes: float = 80.0) -> list[str]:
-    """What a stage takes, in lines for people; reads footers of data and no weights.
+    """Counts the rows and computes the memory of a stage on GPUs; reads footers of data and no weights.
 
     Args:
-        recipe: The stage, for GPUs, which compute in bfloat16 unless it says otherwise.
-        workers: A number of workers to look at, beside PLANNED_WORKERS.
+        recipe: The stage.
+        workers: A number of workers to compute, in addition to PLANNED_WORKERS.
         shard: `none`, `full` or `auto`.
-        gigabytes: Memory of a GPU.
+        gigabytes: Memory of a GPU in GB.
 
     Returns:
-        Lines.
+        Lines to print.
 
     Raises:
         InputError: The recipe cannot be followed.
@@ -153,7 +155,14 @@ def _rows(path: str) -> int:
 
 
 def finished(recipe: Recipe) -> str | None:
-    """The stage's checkpoint folder, if it is there."""
+    """The folder of what a stage has made.
+
+    Args:
+        recipe: The stage.
+
+    Returns:
+        Its path, on a disk or S3; None if the stage is not finished.
+    """
     if not storage.is_s3(recipe.folder):
         done = result(recipe)
         return None if done is None else str(done)
@@ -163,7 +172,17 @@ def finished(recipe: Recipe) -> str | None:
 
 
 def local(recipe: Recipe) -> Recipe:
-    """With base and start on this machine, from S3 where they are there."""
+    """Fetches base and start from S3 if they are on it.
+
+    Args:
+        recipe: The stage.
+
+    Returns:
+        The recipe with their folders on this machine.
+
+    Raises:
+        InputError: One of them is no checkpoint.
+    """
     changes: dict[str, Any] = {
         name: str(fetch_folder(getattr(recipe, name))) for name in ("base", "start") if getattr(recipe, name)
     }
@@ -171,7 +190,7 @@ def local(recipe: Recipe) -> Recipe:
 
 
 def _choose(recipe: Recipe, workers: int, device: str, shard: str, say: Callable[[str], None]) -> str:
-    """`none` or `full`, and what memory it takes, told before a worker starts."""
+    """Chooses `none` or `full`, and prints the memory of a worker before any starts."""
     import ray
 
     memory = ray.get(ray.remote(num_gpus=1)(device_bytes).remote("cuda:0")) if device == "cuda" else 0
@@ -179,7 +198,14 @@ def _choose(recipe: Recipe, workers: int, device: str, shard: str, say: Callable
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """With paths that hold good in a process with another working folder."""
+    """Makes the paths of a recipe absolute, for processes with another working directory.
+
+    Args:
+        recipe: The stage.
+
+    Returns:
+        The recipe with absolute paths; those on S3 unchanged.
+    """
     named = {name: getattr(recipe, name) for name in ("folder", "base", "start")}
     changes: dict[str, Any] = {name: absolute_path(path) for name, path in named.items() if path}
     for name in ("data", "held_out"):
@@ -188,9 +214,20 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def check(recipe: Recipe, workers: int) -> dict[str, list[str]]:
-    """The Parquet files of each task, in order. Raises InputError for a recipe that cannot be followed."""
+    """Checks a recipe as far as that is possible without reading rows or weights.
+
+    Args:
+        recipe: The stage, with absolute paths.
+        workers: Processes that share it.
+
+    Returns:
+        Task -> its Parquet files, in order.
+
+    Raises:
+        InputError: The recipe cannot be followed.
+    """
     if workers < 1:
-        raise InputError(f"There would be {workers} workers; ask for at least 1.")
+        raise InputError(f"workers is {workers}, but must be at least 1.")
     recipe.share(workers)
     if recipe.workers:
         raise InputError(
@@ -203,7 +240,7 @@ def check(recipe: Recipe, workers: int) -> dict[str, list[str]]:
 
 
 def _fit(given: dict[str, Any], workers: int, device: str, stop: Stop) -> None:
-    """Raises InputError for what a worker was given and cannot use."""
+    """Runs the workers; an InputError of a worker is raised here."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -228,9 +265,10 @@ def _fit(given: dict[str, Any], workers: int, device: str, stop: Stop) -> None:
 
 
 def _apart(action: Callable[[], Any], note: str, stop: Stop) -> None:
-    """Does it in a thread of its own: in the main one Ray Train would keep Ctrl-C for itself.
+    """Runs an action in a thread of its own, since Ray Train handles Ctrl-C itself in the main one.
 
-    The wish to stop becomes the file `note`, which the workers look for; then they have the time of grace.
+    When `stop` asks for the end, the file `note` is written, which the workers look for; then they have the
+    time of grace.
     """
     failed: list[BaseException] = []
 
@@ -242,26 +280,26 @@ def _apart(action: Callable[[], Any], note: str, stop: Stop) -> None:
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
-    told = False
+    noted = False
     with stop.deferred():
         stop.listen()
         while thread.is_alive():
             thread.join(JOIN_SECONDS)
-            if stop.asked() and not told:
+            if stop.asked() and not noted:
                 storage.write_atomic(note, b"")
-                told = True
+                noted = True
             if stop.over():
                 break
-    if told:
+    if noted:
         storage.delete(note)
     if failed:
         raise failed[0]
-    if told:
+    if noted:
         raise stop.stopped()
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What each worker does."""
+    """Runs the stage as one of the workers."""
     from ray.train.torch import get_device
 
     recipe: Recipe = config["recipe"]
@@ -269,7 +307,7 @@ def _work(config: dict[str, Any]) -> None:
     given = {"data": config["data"], "held_out": config["held_out"], "process": process}
     if recipe.stream:
         given |= {"data": {}, "source": _streamed(recipe, config["data"], process)}
-    with _told(storage.join(recipe.folder, STOP), process.rank == 0) as stop:
+    with _noted(storage.join(recipe.folder, STOP), process.rank == 0) as stop:
         if not storage.is_s3(recipe.folder):
             run_stage(local(recipe), **given, stop=stop)
             return
@@ -290,7 +328,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _streamed(recipe: Recipe, groups: Mapping[str, Groups], process: Process) -> Streamed:
-    """The rows of a worker, which keeps the row group of each of its places and the one after it."""
+    """The rows of a worker, which keeps the current row group of each of its places and the next one."""
     places = sum(recipe.share(process.world).values()) * recipe.accumulate
     return Streamed(
         groups,
@@ -303,8 +341,8 @@ def _streamed(recipe: Recipe, groups: Mapping[str, Groups], process: Process) ->
 
 
 @contextmanager
-def _told(note: str, looks: bool) -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether a file is there, which a thread looks for now and then."""
+def _noted(note: str, looks: bool) -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether a file exists; if `looks`, a thread polls it."""
     found, over = threading.Event(), threading.Event()
     pause = S3_POLL_SECONDS if storage.is_s3(note) else POLL_SECONDS
 
@@ -325,7 +363,7 @@ def _told(note: str, looks: bool) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _followed(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
-    """Says what the workers write into the log, for as long as the block lasts."""
+    """Prints the lines that the workers add to the log while the block lasts."""
     file, over = storage.join(recipe.folder, METRICS), threading.Event()
     pause = S3_POLL_SECONDS if storage.is_s3(file) else POLL_SECONDS
     seen = len(_log(file))

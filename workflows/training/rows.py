@@ -1,4 +1,4 @@
-"""Rows to train on: which files and columns they come from, and those that lie in Ray's object store.
+"""Rows to train on: their files and columns, and those in Ray's object store.
 
 Knows nothing of workers and steps.
 """
@@ -31,16 +31,27 @@ COLUMNS = {
     "edit": ("prompt", "image", "picture"),
     "understand": ("prompt", "image", "answer"),
 }
-"""Task -> columns that its rows need; `language` is told from the prompt where it is absent."""
+"""Task -> columns that its rows need; `language` is detected from the prompt where it is absent."""
 
 PICTURES = ("picture", "image")
 
 BLOCK_ROWS = 64
-"""Rows that lie together in the object store: a worker fetches all of them to read one."""
+"""Rows of a block in the object store; a worker fetches all of them to read one."""
 
 
 def find(named: Mapping[str, str], recipe: Recipe) -> dict[str, list[str]]:
-    """The Parquet files of each task, in order, of files, folders and patterns."""
+    """Finds the Parquet files of each task, and checks their columns.
+
+    Args:
+        named: Task -> file, folder or pattern.
+        recipe: The stage.
+
+    Returns:
+        Task -> its files, in order.
+
+    Raises:
+        InputError: A task is unknown, has no file, or a file lacks a column.
+    """
     files = {}
     for task, path in named.items():
         if recipe.part == "lm" and task not in COLUMNS:
@@ -72,9 +83,11 @@ def _check_columns(task: str, path: str) -> None:
 
 
 class Rows(Sequence[Row]):
-    """Rows of blocks in Ray's object store, by their index.
+    """Rows in Ray's object store, by their index.
 
-    blocks: references to Arrow tables; ends: number of rows up to the end of each.
+    Args:
+        blocks: References to Arrow tables.
+        ends: Number of rows up to the end of each, `(blocks,)`.
     """
 
     def __init__(self, blocks: Sequence[Any], ends: Sequence[int]):
@@ -92,7 +105,19 @@ class Rows(Sequence[Row]):
 
 
 def read(task: str, paths: Sequence[str], recipe: Recipe) -> Rows:
-    """All rows of files that a stage trains on, in their order, each with what a task needs of it."""
+    """Reads the rows of files that a stage trains on into the object store.
+
+    Args:
+        task: Of the rows.
+        paths: Parquet files.
+        recipe: The stage.
+
+    Returns:
+        The rows in the order of their files, each with the columns that the task needs.
+
+    Raises:
+        InputError: A column has another type or is empty in a row.
+    """
     import ray
 
     filesystem, _ = storage.parquet_filesystem(paths[0])
@@ -108,7 +133,18 @@ def read(task: str, paths: Sequence[str], recipe: Recipe) -> Rows:
 
 
 def needed(table: pa.Table, task: str) -> pa.Table:
-    """The columns that a task needs of rows: texts, and pictures as their encoded bytes."""
+    """Keeps the columns that a task needs, pictures as their encoded bytes.
+
+    Args:
+        table: Rows of a file, `(rows,)`.
+        task: Of the rows.
+
+    Returns:
+        The same rows, with `language` where they have a prompt.
+
+    Raises:
+        InputError: A column has another type or is empty in a row.
+    """
     made = {}
     for name in COLUMNS.get(task, [name for name in PICTURES if name in table.column_names]):
         column = table.column(name).combine_chunks()
@@ -143,7 +179,13 @@ def _fitting(table: pa.Table, task: str, recipe: Recipe) -> pa.Table:
 
 
 def fitting(row: Row, task: str, recipe: Recipe) -> bool:
-    """Whether a stage trains on a row, see `model.training.rows.fits`."""
+    """Whether a stage trains on a row, see `model.training.rows.fits`.
+
+    Args:
+        row: With the columns that the task needs.
+        task: Of the row.
+        recipe: The stage; its base is fetched if it is on S3.
+    """
     config, tokenizer = _prompting(str(fetch_folder(recipe.base)))
     return fits(row, task, tokenizer, stage_config(config, recipe), recipe)
 

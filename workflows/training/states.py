@@ -1,4 +1,4 @@
-"""A stage of training whose folder is on S3: its states, and what workers write into folders of their own.
+"""A stage of training whose folder is on S3: its states, and files that workers write locally first.
 
 Knows nothing of what is trained.
 """
@@ -21,7 +21,11 @@ from wallaroo.workflows import storage
 
 
 class S3States:
-    """States on S3, see `model.training.state.Files`."""
+    """States on S3, see `model.training.state.Files`.
+
+    Args:
+        folder: Of all states of a stage, `s3://...`.
+    """
 
     on_disk = False
 
@@ -56,7 +60,7 @@ class S3States:
 
 
 class _S3System(FileSystemBase):
-    """What torch.distributed.checkpoint wants of a file system."""
+    """S3 as a file system of torch.distributed.checkpoint."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
@@ -73,7 +77,7 @@ class _S3System(FileSystemBase):
         return storage.join(str(path), suffix)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        # The file is small: it says where the tensors are. One PUT makes the state whole.
+        # The file is small: it lists where the tensors are. One PUT completes the state.
         storage.write_atomic(str(new_path), storage.read_bytes(str(path)))
         storage.delete(str(path))
 
@@ -95,7 +99,7 @@ class _S3System(FileSystemBase):
 
 
 class _Counted(io.BufferedIOBase):
-    """A stream for writing that knows how far it is, which an upload does not."""
+    """A stream for writing that counts its bytes, which an upload does not."""
 
     def __init__(self, stream: Any):
         self.stream, self.done = stream, 0
@@ -114,11 +118,11 @@ class _Counted(io.BufferedIOBase):
 
 
 class Published:
-    """Files of a worker's own folder, brought to S3 as they change.
+    """Files in a worker's local folder, uploaded as they change.
 
     Args:
-        local: The worker's folder.
-        folder: That on S3.
+        local: Folder of the worker.
+        folder: Folder of the stage on S3.
     """
 
     def __init__(self, local: str, folder: str):
@@ -135,7 +139,7 @@ class Published:
             (self.local / name).write_bytes(data)
 
     def publish(self) -> None:
-        """Uploads log files and samples that have grown since the last time."""
+        """Uploads the files of the log and samples whose size has changed since the last time."""
         for file in self.local.iterdir():
             if file.is_file() and self._sizes.get(file.name) != file.stat().st_size:
                 data = file.read_bytes()
@@ -143,7 +147,11 @@ class Published:
                 self._sizes[file.name] = len(data)
 
     def publish_result(self, name: str) -> None:
-        """Uploads a folder below the worker's, the file that says that it is whole last."""
+        """Uploads what the stage has made, the file that marks it whole last.
+
+        Args:
+            name: Folder in the worker's.
+        """
         files = sorted((self.local / name).iterdir(), key=lambda file: file.name in (FILE_LIST, ABOUT))
         for file in files:
             with (

@@ -1,7 +1,8 @@
-"""Rows to train on, read from Parquet as they are needed, one row group at a time.
+"""Rows to train on, read from Parquet when they are needed, one row group at a time.
 
-A step has R rows of a task. Each of its R places is a lane with an even share of the rows of an epoch, so a
-worker reads only what its own places need, and any number of workers reads the same. Knows nothing of Ray.
+A step has R rows of a task. Each of its R places is a lane with an even share of the rows of an epoch. So a
+worker reads only the row groups of its own places, and a step has the same rows for any number of workers.
+Knows nothing of Ray.
 """
 
 import functools
@@ -24,7 +25,7 @@ READERS = 4
 """Threads that read row groups ahead."""
 
 MAX_UNFIT = 1000
-"""Rows after each other that may be too long or too small, before a training fails."""
+"""Consecutive rows that may be too long or too small before a training fails."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Groups:
 
     Attributes:
         places: Path and number of each row group.
-        sizes: Its rows.
+        sizes: Number of rows of each.
     """
 
     places: Sequence[tuple[str, int]]
@@ -41,7 +42,17 @@ class Groups:
 
     @classmethod
     def of(cls, paths: Sequence[str]) -> "Groups":
-        """Reads the footers of files. Raises InputError for one that is no Parquet file."""
+        """Reads the footers of files.
+
+        Args:
+            paths: Parquet files, in order.
+
+        Returns:
+            Their row groups.
+
+        Raises:
+            InputError: A file is no Parquet file.
+        """
         with ThreadPoolExecutor(READERS) as pool:
             footers = list(pool.map(_group_sizes, paths))
         places = [
@@ -51,7 +62,7 @@ class Groups:
 
     @property
     def rows(self) -> int:
-        """All rows."""
+        """Number of all rows."""
         return sum(self.sizes)
 
 
@@ -66,18 +77,21 @@ def _group_sizes(path: str) -> list[int]:
 
 
 class Streamed:
-    """The rows of a stage in an order that its seed fixes, see `model.training.data.Source`.
+    """The rows of a stage in an order that depends on its seed alone, see `model.training.data.Source`.
 
-    An epoch takes the row groups in a new order, their rows in a new order too, and deals them to the lanes
-    in equal runs; the few rows that are left over, fewer than a step has, are left out of that epoch.
+    Each epoch has an order of row groups, and of rows within them. It deals them to the lanes in equal runs;
+    the remainder, fewer rows than a step has, is left out of that epoch.
 
     Args:
-        groups: Of each task.
+        groups: Task -> its row groups.
         rows: Task -> rows of a step.
         seed: Decides the order.
-        needed: Of a table of a task's rows, the columns that it needs.
-        fits: Whether a task trains on a row; else the row after it is taken.
-        kept: Row groups that are kept in memory, at least those of this worker's lanes.
+        needed: `(table, task)` -> the columns that the task needs.
+        fits: `(row, task)` -> whether a stage trains on the row; else the next row is taken.
+        kept: Row groups in memory, at least those of this worker's lanes.
+
+    Raises:
+        InputError: A task has fewer rows than a step.
     """
 
     def __init__(
@@ -103,7 +117,20 @@ class Streamed:
         self._order = functools.lru_cache(maxsize=2 * len(rows))(self._ordered)
 
     def __call__(self, task: str, first: int, size: int, further: int = 0) -> Sequence[Row]:
-        """Rows at places from `first` on, each replaced by the one `further` after it."""
+        """Reads rows of consecutive places.
+
+        Args:
+            task: Of the rows.
+            first: First place, counted over all steps.
+            size: Number of places.
+            further: Rows to go on from each place, for those that cannot be used.
+
+        Returns:
+            `size` rows.
+
+        Raises:
+            InputError: MAX_UNFIT consecutive rows do not fit the stage.
+        """
         return [self._fitting(task, place, further) for place in range(first, first + size)]
 
     def _fitting(self, task: str, place: int, further: int) -> Row:
@@ -122,7 +149,7 @@ class Streamed:
         run = groups.rows // self.rows[task]
         epoch, offset = divmod(step, run)
         order, ends = self._order(task, epoch)
-        # Counted over the epoch's row groups, in their order.
+        # Counted over the row groups in the order of the epoch.
         index = (lane * run + offset + further) % groups.rows
         turn = int(np.searchsorted(ends, index, side="right"))
         start = int(ends[turn - 1]) if turn else 0
