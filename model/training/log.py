@@ -55,7 +55,13 @@ class Log:
                     file.write(json.dumps({"task": task, "message": message}) + "\n")
 
     def picture(self, step: int, pixels: np.ndarray, prompts: Sequence[tuple[str, str]]) -> None:
-        """Adds a strip of samples, see `write_sample`."""
+        """Adds a strip of samples, see `write_sample`.
+
+        Args:
+            step: After which it was drawn.
+            pixels: uint8 `(H, W, 3)`.
+            prompts: Prompt and language of each picture.
+        """
         write_sample(self.folder, step, pixels, prompts)
         if self._board:
             words = "\n".join(f"{number}. {prompt}" for number, (prompt, _) in enumerate(prompts, 1))

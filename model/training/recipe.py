@@ -12,6 +12,7 @@ from typing import Any
 from wallaroo.model.checkpoint import TINY
 from wallaroo.model.config import VQ_FACTOR
 from wallaroo.model.errors import InputError, did_you_mean
+from wallaroo.model.prompts import TEMPLATES
 
 _PARTS = {
     "generate": ("gen_",),
@@ -19,6 +20,9 @@ _PARTS = {
     "understand": ("visual.",),
 }
 """Task -> beginnings of the names of parameters that not all tasks use."""
+
+_TEMPLATES = tuple(f"{task}_{language}" for task, language in TEMPLATES)
+"""Keys of `templates`."""
 
 LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """The matrices of a decoder layer."""
@@ -189,6 +193,14 @@ class Recipe:
         recipe = cls(**made)
         if recipe.part not in ("vq", "lm"):
             raise InputError(f"The recipe's part is '{recipe.part}', but must be vq or lm.")
+        for task in recipe.lengths:
+            if task not in _PARTS:
+                near = did_you_mean(task, _PARTS) or f"; tasks are {', '.join(_PARTS)}."
+                raise InputError(f"The recipe's lengths has '{task}', which is no task{near}")
+        for name in recipe.templates:
+            if name not in _TEMPLATES:
+                near = did_you_mean(name, _TEMPLATES) or f"; they are {', '.join(_TEMPLATES)}."
+                raise InputError(f"The recipe's templates has '{name}', which no prompt has{near}")
         for target in recipe.lora_targets:
             if target not in LORA_TARGETS:
                 near = did_you_mean(target, LORA_TARGETS) or f"; they are {', '.join(LORA_TARGETS)}."

@@ -56,6 +56,8 @@ def test_logs_and_checkpoints_are_published(tmp_path, s3):
     published = Published(str(local), out)
     published.fetch_log()
     (local / "metrics.jsonl").write_text('{"step": 1}\n')
+    for name in ("errors.jsonl", "samples.jsonl"):
+        (local / name).write_text("{}\n")
     published.publish()
     (local / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     published.publish()
@@ -64,6 +66,7 @@ def test_logs_and_checkpoints_are_published(tmp_path, s3):
     again = tmp_path / "again"
     again.mkdir()
     Published(str(again), out).fetch_log()
-    assert (again / "metrics.jsonl").read_bytes() == (local / "metrics.jsonl").read_bytes()
+    for name in ("metrics.jsonl", "errors.jsonl", "samples.jsonl"):
+        assert (again / name).read_bytes() == (local / name).read_bytes()
     fetched = load(fetch_folder(f"{out}/checkpoint", cache=tmp_path / "cache")).state_dict()
     assert all(torch.equal(tensor, fetched[name]) for name, tensor in load(TINY).state_dict().items())
