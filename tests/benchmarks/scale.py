@@ -147,14 +147,15 @@ def plan(output: str, shards: str, rows: str) -> dict[str, float]:
     """Plans an output of so many shards of so many rows each."""
     from wallaroo.model.checkpoint import TINY
     from wallaroo.workflows.cluster import connected
-    from wallaroo.workflows.plans import planner
+    from wallaroo.workflows.plans.planner import make_plan
     from wallaroo.workflows.plans.settings import PlanSettings
 
-    # As large manifests are cut, though this one is small.
-    planner.shard_rows = lambda *_: int(rows)
+    # A manifest so small would make few shards.
+    PlanSettings.shard_rows = lambda *_: int(rows)
     usage = Usage()
     with connected(cpus=2):
-        planner.make_plan(f"{output}.jsonl", PlanSettings.of(run_config(output)), str(TINY), output)
+        made = make_plan(f"{output}.jsonl", PlanSettings.of(run_config(output)), str(TINY), output)
+    assert len(made.shards) == int(shards), f"{len(made.shards)} shards are planned"
     return usage.numbers()
 
 
