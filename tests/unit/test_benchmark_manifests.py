@@ -14,7 +14,7 @@ from PIL import Image
 
 from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.errors import InputError, RowError
-from wallaroo.workflows.manifests import text_files
+from wallaroo.workflows.manifests import csv_rows, text_files
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
@@ -171,7 +171,7 @@ def test_questions_about_several_pictures_are_refused_and_lists_of_one_are_not(t
 
 def test_a_picture_in_text_may_be_as_long_as_a_data_uri(tmp_path):
     data = png(3, 1000)
-    assert len(text_of(data)) > text_files.FIELD_CHARACTERS
+    assert len(text_of(data)) > csv_rows.FIELD_CHARACTERS
     for suffix, separator in ((".tsv", "\t"), (".csv", ",")):
         path = tmp_path / f"a{suffix}"
         table = pd.DataFrame({"index": [1], "question": ["?"], "image": [text_of(data)]})
@@ -179,7 +179,7 @@ def test_a_picture_in_text_may_be_as_long_as_a_data_uri(tmp_path):
         (row,), _ = planned(path, "understand")
         assert fetched(row) == data and row["prompt"] == "?"
     # Prompts are no pictures, and a quote that is never closed must not take all that follows it.
-    pd.DataFrame({"prompt": ["x" * (text_files.FIELD_CHARACTERS + 1)]}).to_csv(tmp_path / "p.csv")
+    pd.DataFrame({"prompt": ["x" * (csv_rows.FIELD_CHARACTERS + 1)]}).to_csv(tmp_path / "p.csv")
     (row,), _ = planned(tmp_path / "p.csv", "generate")
     assert "is not valid CSV" in row["error_message"]
 

@@ -48,7 +48,7 @@ def test_a_broken_archive_is_one_sentence(tmp_path, pack, suffix):
         prompts(tmp_path)
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("told", [False, True])
 def test_separators_of_excel(tmp_path, monkeypatch, separator, encoding, told):
@@ -76,6 +76,26 @@ def test_the_unicode_text_of_excel_is_a_table_and_other_text_is_prompts(tmp_path
     assert [(row["prompt"], row["tag"]) for row in rows] == [("a cat", "x")]
     (tmp_path / "n.txt").write_text("a\tprompt with tabs\nprompt\n")
     assert prompts(tmp_path / "n.txt") == ["a\tprompt with tabs", "prompt"]
+
+
+def test_a_list_of_pictures_that_find_writes(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "a b.png")
+    (tmp_path / "list.txt").write_text("photos/a b.png\r\n\n/none.png\n")
+    for task, options in (("understand", {}), ("edit", {"prompt": "x"})):
+        rows, _ = planned(tmp_path / "list.txt", task, **options)
+        assert [row["source"]["uri"] for row in rows] == [str(tmp_path / "photos" / "a b.png"), "/none.png"]
+        assert [row["id"] for row in rows] == ["list.txt:0", "list.txt:1"]
+
+
+def test_questions_in_other_columns_are_named(tmp_path):
+    for column, told in (("text", True), ("conversations", True), ("note", False), ("question", False)):
+        (tmp_path / "m.jsonl").write_text(json.dumps({"image": "a.png", column: "what is it?"}) + "\n")
+        (row,), warnings = planned(tmp_path / "m.jsonl", "understand")
+        assert (f"Column '{column}' may hold questions" in " ".join(warnings)) == told
+        assert (row["prompt"] == "what is it?") == (column == "question")
+        (row,), warnings = planned(tmp_path / "m.jsonl", "understand", prompt="who?")
+        assert row["prompt"] == "who?" and not warnings
 
 
 SPARK_CSV = (

@@ -30,6 +30,7 @@ from wallaroo.workflows.storage.paths import hub_remedy
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
 HASHED_BYTES = 64 << 20
+_TEXT_FORMATS = frozenset(("json", "jsonl", "csv", "tsv", "lines"))
 _SPARK_PART = re.compile(r"(.*/)?part-\d{5,}-[^/]+")
 """Files that Spark writes. A text of it has a row a line."""
 PEEKED_FILES = 100
@@ -339,7 +340,7 @@ def _manifest_file(
         etag=etag,
         cells=cells,
         column=(image_column or "") if cells else "",
-        task=task if task in PICTURE_TASKS and form in ("json", "jsonl", "csv", "tsv") else "",
+        task=task if task in PICTURE_TASKS and form in _TEXT_FORMATS else "",
         partition=partition,
     )
     if form == "lines" and has_header(made):

@@ -1,27 +1,19 @@
-"""Rows of CSV, TSV, JSON and plain lines, with byte offsets, so that a file can be read in pieces."""
+"""Files of CSV, TSV, JSON and plain lines, cut into pieces at rows, and read piece by piece."""
 
-import codecs
-import csv
 import functools
 import itertools
 import json
-import re
-from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import pyarrow as pa
 
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.manifests import questions
 from wallaroo.workflows.manifests.batch_requests import is_request, row_of
-from wallaroo.workflows.manifests.questions import (
-    is_questions,
-    question_columns,
-    question_row,
-    shared_pictures,
-)
+from wallaroo.workflows.manifests.csv_rows import Row, csv_header, csv_rows, csv_values, read_line
 from wallaroo.workflows.manifests.schema import is_text, kind_of, mended, text_table
-from wallaroo.workflows.manifests.streams import LINE_BYTES, first_line, is_compressed, open_text
+from wallaroo.workflows.manifests.streams import is_compressed, open_text
 from wallaroo.workflows.manifests.types import (
     BATCH_ROWS,
     PIECE_BYTES,
@@ -33,10 +25,8 @@ from wallaroo.workflows.manifests.types import (
     check_width,
 )
 from wallaroo.workflows.outputs.schema import json_columns
-from wallaroo.workflows.sources.references import MAX_INLINE_CHARACTERS
+from wallaroo.workflows.sources.embedded import COLUMN
 
-FIELD_CHARACTERS = 1 << 20
-"""Most characters of a CSV field; of tasks that start from pictures it may be one in base64."""
 COMPRESSED_TIMES = 8
 """A piece of a compressed file is so many times as large as others."""
 PEEKED_ROWS = 100
@@ -45,192 +35,43 @@ DEEPEST = 100
 """Lists and objects within each other, in a value of JSON; what goes beyond has no sense, and no end."""
 
 
-class _Row(NamedTuple):
-    """A row of a text file: its bytes, its values, and what is wrong with it (empty if nothing is)."""
-
-    start: int
-    stop: int
-    values: Any
-    fault: str
-
-
-class _Lines:
-    """The lines of a stream as text, and how far it was read. Bad UTF-8 survives as lone surrogates."""
-
-    def __init__(self, file: IO[bytes], path: str, position: int):
-        self.file, self.path, self.position = file, path, position
-        self.held: list[bytes] = []
-        self.pending: deque[bytes] = deque()
-
-    def __iter__(self) -> "_Lines":
-        return self
-
-    def mark(self) -> None:
-        """A row begins here; `held` will be the lines that are read of it."""
-        self.held = []
-
-    def back(self, kept: int) -> None:
-        """Lets the lines of the row be read once more, but for the first ones that are kept."""
-        self.pending.extendleft(reversed(self.held[kept:]))
-        self.position -= sum(map(len, self.held[kept:]))
-        del self.held[kept:]
-
-    def __next__(self) -> str:
-        line = self.pending.popleft() if self.pending else _line(self.file, self.path)
-        if not line:
-            raise StopIteration
-        start, self.position = self.position, self.position + len(line)
-        self.held.append(line)
-        return (line if start else line.removeprefix(codecs.BOM_UTF8)).decode("utf-8", "surrogateescape")
-
-
-def _line(file: IO[bytes], path: str) -> bytes:
-    line = file.readline(LINE_BYTES)
-    if len(line) == LINE_BYTES and not line.endswith(b"\n"):
-        raise InputError(f"{path} has a line of more than {LINE_BYTES >> 20} MiB: check its format.")
-    return line
-
-
-class _Dialect(NamedTuple):
-    """How a CSV or TSV file separates its fields, and the byte at which its header starts."""
-
-    delimiter: str
-    start: int
-
-
-@functools.lru_cache(maxsize=64)
-def _dialect(file: ManifestFile) -> _Dialect:
-    """Commas or tabs, as the suffix says; in a CSV file also semicolons or tabs if the header has no comma.
-
-    Excel writes semicolons in many countries, and a line `sep=;` before the header.
-    """
-    if file.format == "tsv":
-        return _Dialect("\t", 0)
-    line = first_line(file)
-    if told := re.fullmatch(rb"(?:\xef\xbb\xbf)?\"?sep=([,;\t])\"?\r?\n?", line):
-        return _Dialect(told[1].decode(), len(line))
-    text = line.decode(errors="replace")
-    for delimiter in (",", ";", "\t"):
-        try:
-            if len(next(csv.reader([text], delimiter=delimiter), [])) > 1:
-                return _Dialect(delimiter, 0)
-        except csv.Error:
-            break
-    return _Dialect(",", 0)
-
-
-def _csv_rows(stream: IO[bytes], file: ManifestFile, start: int, width: int = 0) -> Iterator[_Row]:
-    """Rows of a CSV or TSV stream that stands at byte `start`. Blank lines are none.
-
-    width: fields of a row, 0 for the header. A row that is no valid CSV is given up with its first line.
-    """
-    csv.field_size_limit(MAX_INLINE_CHARACTERS if file.task else FIELD_CHARACTERS)
-    lines, delimiter = _Lines(stream, file.path, start), _dialect(file).delimiter
-    reader = csv.reader(lines, strict=True, delimiter=delimiter)
-    while True:
-        begin = lines.position
-        lines.mark()
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            other = _other_quotes(lines, delimiter, width)
-            fault = "" if other else f"is not valid {file.format.upper()} ({error})"
-            reader = csv.reader(lines, strict=True, delimiter=delimiter)
-            yield _Row(begin, lines.position, other, fault)
-            continue
-        if fields:
-            yield _Row(begin, lines.position, fields, "")
-
-
-def _other_quotes(lines: _Lines, delimiter: str, width: int) -> list[str] | None:
-    """The fields of a row that is no valid CSV, if other writers would have written it so.
-
-    Spark puts a backslash before a quote. Most writers of TSV know no quotes: one that begins a field is a
-    part of its text.
-    """
-    if width and any(b'\\"' in line for line in lines.held):
-        lines.back(0)
-        doubled = (line.replace('\\"', '""') for line in lines)
-        try:
-            fields = next(csv.reader(doubled, strict=True, delimiter=delimiter))
-            if len(fields) == width:
-                return fields
-        except (csv.Error, StopIteration):
-            pass
-    lines.back(1)
-    first = lines.held[0]
-    if delimiter != "\t" or len(first) > FIELD_CHARACTERS:
-        return None
-    return first.decode("utf-8", "surrogateescape").rstrip("\r\n").split("\t")
-
-
-def csv_header(file: ManifestFile, stream: IO[bytes]) -> _Row | None:
-    """The first row of a CSV file, its names checked; None if the file is empty."""
-    start = _dialect(file).start
-    stream.seek(start)
-    first = next(_csv_rows(stream, file, start), None)
-    if first is None:
-        return None
-    if first.fault:
-        raise InputError(f"The header of {file.path} {first.fault}: repair the file.")
-    if not all(map(is_text, first.values)):
-        raise InputError(f"The header of {file.path} is not valid UTF-8: save the file as UTF-8.")
-    names = [name.strip() or f"column_{index}" for index, name in enumerate(first.values)]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{file.path} has two columns named '{name}': rename one.")
-    check_width(file, names)
-    return first._replace(values=tuple(names))
-
-
 def scan_csv(file: ManifestFile) -> Scan:
     with open_text(file) as stream:
         header = csv_header(file, stream)
         if header is None:
             return Scan([])
         stream.seek(header.stop)
-        rows = _csv_rows(stream, file, header.stop, len(header.values))
+        rows = csv_rows(stream, file, header.stop, len(header.values))
         pieces = list(_pieces(file, rows, header.stop, header.values))
-    names = question_columns(header.values) if is_questions(header.values, file) else header.values
+    names = (
+        questions.question_columns(header.values)
+        if questions.is_questions(header.values, file)
+        else header.values
+    )
     return Scan(pieces, kinds={name: {"str"} for name in names})
 
 
-def _csv_values(row: _Row, header: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    """Values of a CSV row by column, as far as it can be read, and what is wrong with it."""
-    if row.fault:
-        return {}, row.fault
-    if len(row.values) != len(header):
-        return {}, f"has {len(row.values)} fields, but the header has {len(header)}"
-    values = dict(zip(header, row.values, strict=True))
-    bad = [name for name, text in values.items() if not is_text(text)]
-    if bad:
-        values = {name: mended(text) for name, text in values.items()}
-        return values, f"is not valid UTF-8 in column '{bad[0]}'"
-    return values, ""
-
-
-def _line_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[_Row]:
+def _line_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[Row]:
     """Rows of a stream that stands at byte `start`, one a line; values is a dict. Blank lines are none."""
     while True:
-        line = _line(stream, file.path)
+        line = read_line(stream, file.path)
         if not line:
             return
         begin, start = start, start + len(line)
         if begin == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.isspace() and line:
-            values = _prompt(line) if file.format == "lines" else _json_object(line, file.task)
-            yield _Row(begin, start, *values)
+            values = _text(line, file.task) if file.format == "lines" else _json_object(line, file.task)
+            yield Row(begin, start, *values)
 
 
-def _prompt(line: bytes) -> tuple[dict[str, Any], str]:
-    """A line that is a prompt, and what is wrong with it."""
+def _text(line: bytes, task: str) -> tuple[dict[str, Any], str]:
+    """A line that is a prompt, or for tasks that start from a picture its path; and what is wrong with it."""
+    column = COLUMN if task else "prompt"
     try:
-        return {"prompt": line.decode().strip()}, ""
+        return {column: line.decode().strip()}, ""
     except UnicodeDecodeError:
-        return {"prompt": line.decode(errors="replace").strip()}, "is not valid UTF-8"
+        return {column: line.decode(errors="replace").strip()}, "is not valid UTF-8"
 
 
 def _json_object(line: bytes, task: str) -> tuple[dict[str, Any], str]:
@@ -276,7 +117,7 @@ def _json_name(value: Any) -> str:
 def scan_lines(file: ManifestFile) -> Scan:
     kinds: dict[str, set[str]] = {}
 
-    def noted(rows: Iterable[_Row]) -> Iterator[_Row]:
+    def noted(rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
             for name, value in row.values.items():
                 kinds.setdefault(name, set()).add(kind_of(value))
@@ -324,7 +165,7 @@ def _is_table(value: dict[str, Any]) -> bool:
 
 
 def _pieces(
-    file: ManifestFile, rows: Iterable[_Row], start: int, header: tuple[str, ...] = ()
+    file: ManifestFile, rows: Iterable[Row], start: int, header: tuple[str, ...] = ()
 ) -> Iterator[Piece]:
     first = count = 0
     stop = start
@@ -356,14 +197,14 @@ def read_text(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
 
 def _text_values(piece: Piece, stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], str]]:
     if piece.file.format in ("csv", "tsv"):
-        questions = is_questions(piece.header, piece.file)
+        asks = questions.is_questions(piece.header, piece.file)
         shared = functools.partial(_shared_pictures, piece.file)
-        for row in _csv_rows(stream, piece.file, piece.start, len(piece.header)):
+        for row in csv_rows(stream, piece.file, piece.start, len(piece.header)):
             if row.start >= piece.stop:
                 return
-            values, fault = _csv_values(row, piece.header)
-            if questions and not fault:
-                values, fault = question_row(values, shared)
+            values, fault = csv_values(row, piece.header)
+            if asks and not fault:
+                values, fault = questions.question_row(values, shared)
             yield values, fault
     else:
         for row in _line_rows(stream, piece.file, piece.start):
@@ -374,7 +215,7 @@ def _text_values(piece: Piece, stream: IO[bytes]) -> Iterator[tuple[dict[str, An
 
 @functools.lru_cache(maxsize=2)
 def _shared_pictures(file: ManifestFile) -> dict[str, str]:
-    return shared_pictures(functools.partial(_every_row, file))
+    return questions.shared_pictures(functools.partial(_every_row, file))
 
 
 def _every_row(file: ManifestFile) -> Iterator[dict[str, str]]:
@@ -384,8 +225,8 @@ def _every_row(file: ManifestFile) -> Iterator[dict[str, str]]:
         if header is None:
             return
         stream.seek(header.stop)
-        for row in _csv_rows(stream, file, header.stop, len(header.values)):
-            values, fault = _csv_values(row, header.values)
+        for row in csv_rows(stream, file, header.stop, len(header.values)):
+            values, fault = csv_values(row, header.values)
             if not fault:
                 yield values
 

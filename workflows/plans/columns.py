@@ -47,6 +47,9 @@ Parquet file the number of its row there. The rest of it is learnt when it is lo
 MIN_COMMON = 0.75
 """Share of letters from which a column is taken for a misspelt one (`sede` and `seed` have three of four)."""
 
+QUESTIONS = frozenset(("text", "query", "instruction", "questions", "conversations", "messages"))
+"""Columns of other tools that hold questions, among other things."""
+
 MAX_SHORT = 3
 """Letters of names, such as `id` and `cfg`, for which only another case is a misspelling."""
 
@@ -111,6 +114,13 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
         and actual in schema.names
         and getattr(settings, f"{name}_column") is None
     ]
+    if settings.task == "understand" and settings.prompt is None and names["prompt"] not in schema.names:
+        questions = [name for name in schema.names if name.lower() in QUESTIONS]
+        warnings += [
+            f"Column '{name}' may hold questions, but each picture is only described: --prompt-column names "
+            f"the column of the questions."
+            for name in questions[:1]
+        ]
     for name in schema.names:
         # A short name is near to too many.
         near = [column for column in meant if name.lower() == column or len(column) > MAX_SHORT]

@@ -1,0 +1,179 @@
+"""Rows of CSV and TSV as Python, Excel, Spark and others write them, with byte offsets."""
+
+import codecs
+import csv
+import functools
+import re
+from collections import deque
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows.manifests.schema import is_text, mended
+from wallaroo.workflows.manifests.streams import LINE_BYTES, first_line
+from wallaroo.workflows.manifests.types import ManifestFile, check_width
+from wallaroo.workflows.sources.references import MAX_INLINE_CHARACTERS
+
+FIELD_CHARACTERS = 1 << 20
+"""Most characters of a CSV field; of tasks that start from pictures it may be one in base64."""
+
+
+class Row(NamedTuple):
+    """A row of a text file: its bytes, its values, and what is wrong with it (empty if nothing is)."""
+
+    start: int
+    stop: int
+    values: Any
+    fault: str
+
+
+class _Lines:
+    """The lines of a stream as text, and how far it was read. Bad UTF-8 survives as lone surrogates."""
+
+    def __init__(self, file: IO[bytes], path: str, position: int):
+        self.file, self.path, self.position = file, path, position
+        self.held: list[bytes] = []
+        self.pending: deque[bytes] = deque()
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def mark(self) -> None:
+        """A row begins here; `held` will be the lines that are read of it."""
+        self.held = []
+
+    def back(self, kept: int) -> None:
+        """Lets the lines of the row be read once more, but for the first ones that are kept."""
+        self.pending.extendleft(reversed(self.held[kept:]))
+        self.position -= sum(map(len, self.held[kept:]))
+        del self.held[kept:]
+
+    def __next__(self) -> str:
+        line = self.pending.popleft() if self.pending else read_line(self.file, self.path)
+        if not line:
+            raise StopIteration
+        start, self.position = self.position, self.position + len(line)
+        self.held.append(line)
+        return (line if start else line.removeprefix(codecs.BOM_UTF8)).decode("utf-8", "surrogateescape")
+
+
+def read_line(file: IO[bytes], path: str) -> bytes:
+    line = file.readline(LINE_BYTES)
+    if len(line) == LINE_BYTES and not line.endswith(b"\n"):
+        raise InputError(f"{path} has a line of more than {LINE_BYTES >> 20} MiB: check its format.")
+    return line
+
+
+class _Dialect(NamedTuple):
+    """How a CSV or TSV file separates its fields, and the byte at which its header starts."""
+
+    delimiter: str
+    start: int
+
+
+@functools.lru_cache(maxsize=64)
+def _dialect(file: ManifestFile) -> _Dialect:
+    """Commas or tabs, as the suffix says; in a CSV file also semicolons or tabs if the header has no comma.
+
+    Excel writes semicolons in many countries, and a line `sep=;` before the header.
+    """
+    if file.format == "tsv":
+        return _Dialect("\t", 0)
+    line = first_line(file)
+    if told := re.fullmatch(rb"(?:\xef\xbb\xbf)?\"?sep=([,;\t|])\"?\r?\n?", line):
+        return _Dialect(told[1].decode(), len(line))
+    text = line.decode(errors="replace")
+    for delimiter in (",", ";", "\t", "|"):
+        try:
+            if len(next(csv.reader([text], delimiter=delimiter), [])) > 1:
+                return _Dialect(delimiter, 0)
+        except csv.Error:
+            break
+    return _Dialect(",", 0)
+
+
+def csv_rows(stream: IO[bytes], file: ManifestFile, start: int, width: int = 0) -> Iterator[Row]:
+    """Reads the rows of a CSV or TSV stream. Blank lines are none.
+
+    Args:
+        stream: Of the file; it stands at byte `start`.
+        file: The file, whose header tells how fields are separated.
+        start: Byte at which a row begins.
+        width: Fields of a row; 0 for the header.
+
+    Yields:
+        The rows with their fields. A row that is no valid CSV ends with its first line.
+    """
+    csv.field_size_limit(MAX_INLINE_CHARACTERS if file.task else FIELD_CHARACTERS)
+    lines, delimiter = _Lines(stream, file.path, start), _dialect(file).delimiter
+    reader = csv.reader(lines, strict=True, delimiter=delimiter)
+    while True:
+        begin = lines.position
+        lines.mark()
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            other = _other_quotes(lines, delimiter, width)
+            fault = "" if other else f"is not valid {file.format.upper()} ({error})"
+            reader = csv.reader(lines, strict=True, delimiter=delimiter)
+            yield Row(begin, lines.position, other, fault)
+            continue
+        if fields:
+            yield Row(begin, lines.position, fields, "")
+
+
+def _other_quotes(lines: _Lines, delimiter: str, width: int) -> list[str] | None:
+    """The fields of a row that is no valid CSV, if other writers would have written it so.
+
+    Spark puts a backslash before a quote. Most writers of TSV know no quotes: one that begins a field is a
+    part of its text.
+    """
+    if width and any(b'\\"' in line for line in lines.held):
+        lines.back(0)
+        doubled = (line.replace('\\"', '""') for line in lines)
+        try:
+            fields = next(csv.reader(doubled, strict=True, delimiter=delimiter))
+            if len(fields) == width:
+                return fields
+        except (csv.Error, StopIteration):
+            pass
+    lines.back(1)
+    first = lines.held[0]
+    if delimiter != "\t" or len(first) > FIELD_CHARACTERS:
+        return None
+    return first.decode("utf-8", "surrogateescape").rstrip("\r\n").split("\t")
+
+
+def csv_header(file: ManifestFile, stream: IO[bytes]) -> Row | None:
+    """The first row of a CSV file, its names checked; None if the file is empty."""
+    start = _dialect(file).start
+    stream.seek(start)
+    first = next(csv_rows(stream, file, start), None)
+    if first is None:
+        return None
+    if first.fault:
+        raise InputError(f"The header of {file.path} {first.fault}: repair the file.")
+    if not all(map(is_text, first.values)):
+        raise InputError(f"The header of {file.path} is not valid UTF-8: save the file as UTF-8.")
+    names = [name.strip() or f"column_{index}" for index, name in enumerate(first.values)]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{file.path} has two columns named '{name}': rename one.")
+    check_width(file, names)
+    return first._replace(values=tuple(names))
+
+
+def csv_values(row: Row, header: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """Values of a CSV row by column, as far as it can be read, and what is wrong with it."""
+    if row.fault:
+        return {}, row.fault
+    if len(row.values) != len(header):
+        return {}, f"has {len(row.values)} fields, but the header has {len(header)}"
+    values = dict(zip(header, row.values, strict=True))
+    bad = [name for name, text in values.items() if not is_text(text)]
+    if bad:
+        values = {name: mended(text) for name, text in values.items()}
+        return values, f"is not valid UTF-8 in column '{bad[0]}'"
+    return values, ""
