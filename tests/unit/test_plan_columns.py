@@ -11,10 +11,11 @@ import pytest
 from wallaroo.jobs.config import resolve
 from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.errors import InputError, RowError
-from wallaroo.workflows.manifests.types import ManifestFile, Piece
+from wallaroo.workflows.manifests.types import ManifestFile, Piece, encode_schema
 from wallaroo.workflows.plans.columns import GIVEN, carried_schema, check_columns, plan_schema, with_given
-from wallaroo.workflows.plans.increments import row_pairs
+from wallaroo.workflows.plans.increments import check_carried, joined_schema, row_pairs
 from wallaroo.workflows.plans.passes import considered_rows, ids_of
+from wallaroo.workflows.plans.plan import Round
 from wallaroo.workflows.plans.rows import derived_seed, plan_rows
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.plans.values import is_absent
@@ -256,3 +257,22 @@ def test_a_column_with_our_own_name_is_not_carried():
         ).names
         == []
     )
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_an_output_whose_columns_were_read_otherwise_is_not_gone_on_with(grows):
+    """Version 0.1.0 carried a column of questions through, and asked every picture to be described."""
+    schema = pa.schema([("image", pa.string()), ("question", pa.string()), ("n", pa.int64())])
+    settings = PlanSettings.of(RunConfig("", "", "understand"))
+
+    def round_of(*carried):
+        fields = pa.schema([schema.field(name) for name in carried])
+        return Round(1, 8, np.ones(1, bool), {}, "", [], fields, [], "", encode_schema(schema))
+
+    check = joined_schema if grows else check_carried
+    for rounds in ([], [round_of("n")]):
+        check(schema, rounds, settings)
+    with pytest.raises(InputError, match="Column 'question' of the manifest is read by this version"):
+        check(schema, [round_of("question", "n")], settings)
+    with pytest.raises(InputError, match="Column 'n' of the manifest is carried by this version"):
+        check(schema, [round_of()], settings)

@@ -205,8 +205,30 @@ def joined_schema(found: pa.Schema, rounds: Sequence[Round], settings: PlanSetti
             f"give it the type it had, or give a new output."
         )
     joined = pa.schema(fields.values(), metadata=first.metadata)
-    assert carried_schema(joined, settings).names == rounds[0].carried.names
+    check_carried(joined, rounds, settings)
     return joined
+
+
+def check_carried(schema: pa.Schema, rounds: Sequence[Round], settings: PlanSettings) -> None:
+    """Checks that a plan goes on with the columns that it began with.
+
+    Args:
+        schema: Of the manifest.
+        rounds: Of the plan so far.
+        settings: Of the run.
+
+    Raises:
+        InputError: A column is read as a parameter that an earlier version carried through, or the reverse.
+    """
+    if not rounds:
+        return
+    before, now = rounds[0].carried.names, carried_schema(schema, settings).names
+    if differing := sorted({*before} ^ {*now}):
+        use = "carried" if differing[0] in now else "read"
+        raise InputError(
+            f"Column '{differing[0]}' of the manifest is {use} by this version, but was not when the output "
+            f"was begun: give a new output, or use the version that began it."
+        )
 
 
 def _fits(field: pa.Field, old: pa.Field) -> bool:

@@ -23,6 +23,7 @@ from wallaroo.workflows.plans.columns import carried_schema, check_columns
 from wallaroo.workflows.plans.increments import (
     PAIR,
     PlannedPairs,
+    check_carried,
     picture_pairs,
     read_planned,
     row_pairs,
@@ -184,6 +185,7 @@ class _Planner:
         source = self.source
         if plan.rounds and len(plan.rounds[0].selected) != source.rows:
             raise _changed(source.manifest.path)
+        check_carried(source.schema, plan.rounds, self.settings)
         if plan.parts and not plan.complete:
             plan = self._with_round(plan, plan.rounds[-1].selected, plan.rounds[-1])
         selected = selected_rows(source, self.settings)
