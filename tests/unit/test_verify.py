@@ -64,7 +64,7 @@ def test_missing_files_are_incomplete(whole):
     (whole / "data" / "shard-00000001.parquet").unlink()
     verdict, said = judged(whole)
     assert (verdict.state, verdict.missing_shards, verdict.rows) == ("incomplete", 1, 45)
-    assert "1 of 3 files are missing" in said[-1] and "Start the run again" in said[-1]
+    assert "1 of 3 files are missing" in said[-1] and "Re-run its command to resume" in said[-1]
 
 
 def test_all_rows_without_success_are_incomplete(whole):
