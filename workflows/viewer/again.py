@@ -118,6 +118,8 @@ def _options(options: Mapping[str, Any]) -> list[str]:
     for one in OPTIONS.values():
         if one.name in _OF_ROW or not (one.meaning or one.name in _OTHERS):
             continue
+        if "task" in options and not one.serves(options["task"]):
+            continue  # filled for every task, but no flag of this one
         outer, _, inner = one.stored.partition(".")
         value = (options.get(outer) or {}).get(inner) if inner else options.get(outer)
         if value is None or value is False or (value := one.read(value)) == one.default:
