@@ -39,6 +39,7 @@ from wallaroo.workflows.reports.summaries import ALL, Summaries, stamps_digest
 from wallaroo.workflows.reports.tally import Tally
 from wallaroo.workflows.reports.verify_rows import Check, Contents, short
 from wallaroo.workflows.settings import Progress
+from wallaroo.workflows.text import counted
 
 MAX_FAULTS = 20
 """So many faults are told one by one, the others only counted."""
@@ -276,7 +277,7 @@ def _sentence(output: str, verdict: Verdict, plan: Plan, fast: bool) -> str:
     rows = f"{verdict.rows:,} of {verdict.planned:,} rows, {verdict.ok:,} ok"
     if verdict.errors:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in verdict.errors.items())
-        rows += f", {sum(verdict.errors.values()):,} error rows ({kinds})"
+        rows += f", {counted(sum(verdict.errors.values()), 'error row')} ({kinds})"
     if verdict.state == "complete" and fast:
         return (
             f"{output} is complete by names, sizes and counts: {rows}. Not checked: pictures, texts and "
