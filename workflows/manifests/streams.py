@@ -29,8 +29,6 @@ _HEAD_BYTES = 64 << 10
 _COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
 """Suffix of a compressed file -> its first bytes."""
 _BINARY = (b"PK\x03\x04", b"PAR1")
-_BARE = re.compile(rb'\s*\[\s*["0-9-][^\n]*\s*\Z|\s*\[\s*\n\s*["0-9-]')
-"""The head of an array of texts or numbers, on one line or over several; not a line among others."""
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{}]', re.DOTALL)
 """A text, a bracket, or the quote of a text whose end is not read yet."""
@@ -98,7 +96,7 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
             f"{file.path} is no text, but Parquet, or a ZIP archive as Excel writes: save it as Parquet or "
             f"as CSV in UTF-8, with that suffix."
         )
-    if file.format in ("jsonl", "json") and _BARE.match(head.removeprefix(codecs.BOM_UTF8)):
+    if file.format in ("jsonl", "json") and _is_bare_array(head.removeprefix(codecs.BOM_UTF8)):
         raise InputError(
             f"{file.path} is a JSON array of values without names: write each row as an object, such as "
             f'{{"prompt": "a cat"}}.'
@@ -106,6 +104,15 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
     if file.format in ("jsonl", "json") and _is_document(head, file.format):
         steps.append(lambda raw: _stream(_flat(raw, file.path)))
     return head, steps
+
+
+def _is_bare_array(head: bytes) -> bool:
+    """Whether JSON is an array of texts or numbers, on one line or over several, but no line among others."""
+    text = head.lstrip()
+    first = text[1:].lstrip()
+    if not text.startswith(b"[") or first[:1] not in {bytes([one]) for one in b'"-0123456789'}:
+        return False
+    return b"\n" in text[: len(text) - len(first)] or b"\n" not in text.rstrip()
 
 
 def _gunzip(raw: IO[bytes]) -> IO[bytes]:
