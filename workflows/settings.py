@@ -283,6 +283,15 @@ class RunConfig(RunControl):
         meaning=True,
         later=True,
     )
+    embed_metadata: bool = option(
+        False,
+        "image.embed_metadata",
+        SWITCH,
+        "Write prompt, seed, model digest and IPTC's digital source type into each picture as XMP.",
+        tasks=DRAWING_TASKS,
+        meaning=True,
+        later=True,
+    )
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

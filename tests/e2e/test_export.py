@@ -1,5 +1,6 @@
 """Exports from and to S3, against a real server: the same files as between local folders."""
 
+import dataclasses
 import io
 import json
 
@@ -12,6 +13,10 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.export import export
 from wallaroo.workflows.outputs import layout, shards
+from wallaroo.workflows.outputs.xmp import DIGITAL_SOURCE_TYPE, embed, xmp_packet
+from wallaroo.workflows.reports.verify import verify
+from wallaroo.workflows.runs.driver import run
+from wallaroo.workflows.settings import RunConfig
 
 ROWS, SHARD_ROWS, SIDE = 48, 16, 256
 """Pictures of noise, of which some dozens are more than one part of a multipart upload."""
@@ -88,3 +93,29 @@ def test_an_export_that_fails_leaves_no_half_object(s3, output):
 def test_a_folder_of_the_output_is_refused(output):
     with pytest.raises(InputError, match="lies in"):
         export(output, f"{output}/data/x", "files")
+
+
+def test_a_run_embeds_metadata_and_so_does_its_resumed_rest(tmp_path, local_ray):
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "a red circle", "id": "a"}\n{"prompt": "猫", "id": "b"}\n'
+    )
+    config = RunConfig(
+        str(tmp_path / "prompts.jsonl"), str(tmp_path / "out"), embed_metadata=True, device="cpu"
+    )
+    plain = dataclasses.replace(config, output=str(tmp_path / "plain"), embed_metadata=False)
+    run(config)
+    run(plain)
+    made, without = rows_of(config.output), rows_of(plain.output)
+    for row, bare in zip(made, without, strict=True):
+        packet = xmp_packet(row["prompt"], str(row["seed"]), row["model_digest"])
+        assert DIGITAL_SOURCE_TYPE.encode() in packet
+        assert row["image"]["bytes"] == embed(bare["image"]["bytes"], packet)
+    with pytest.raises(InputError, match="embed_metadata is true there and absent here"):
+        run(dataclasses.replace(config, embed_metadata=False))
+    with pytest.raises(InputError, match="embed_metadata is absent there and true here"):
+        run(dataclasses.replace(plain, embed_metadata=True))
+    (tmp_path / "out" / "data" / layout.shard_name(0)).unlink()
+    run(config)
+    again = rows_of(config.output)
+    assert [row["sha256"] for row in again] == [row["sha256"] for row in made]
+    assert verify(config.output).ok

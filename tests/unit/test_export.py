@@ -24,12 +24,12 @@ from wallaroo.jobs.cli import main
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.datasets.export import FORMATS, export
 from wallaroo.workflows.datasets.export_files import file_stem
-from wallaroo.workflows.datasets.xmp import DIGITAL_SOURCE_TYPE, embed, xmp_packet
 from wallaroo.workflows.outputs import layout, run_file, shards
 from wallaroo.workflows.outputs import schema as outputs_schema
 from wallaroo.workflows.outputs import values as outputs_values
 from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table, encode_image
 from wallaroo.workflows.outputs.schema import result_schema
+from wallaroo.workflows.outputs.xmp import DIGITAL_SOURCE_TYPE, embed, xmp_packet
 from wallaroo.workflows.plans.plan import Round, read_plan
 from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.settings import OptionError
@@ -95,12 +95,19 @@ def planned(outputs, ids, samples=1, errors=(), edit=lambda row: row, shard_rows
     ]
 
 
-def make(outputs, output, tables, task="generate", image_format="png", quality=None):
+def make(outputs, output, tables, task="generate", image_format="png", quality=None, embedded=False):
     """A finished output of these shards; returns its rows. Pictures are noise made of the seed."""
-    fields = outputs.FIELDS | {"task": task}
+    fields = outputs.FIELDS | {"task": task} | ({"embed_metadata": True} if embedded else {})
     run_file.put_run(str(output), fields)
     outputs.write_plan(output, tables)
-    run = RunConstants(task, "m" * 64, outputs_values.digest(fields), "exact", image_format, quality)
+    run = RunConstants(
+        task,
+        "m" * 64,
+        outputs_values.digest(fields),
+        image_format=image_format,
+        image_quality=quality,
+        embed_metadata=embedded,
+    )
     for table in tables:
         carried = pa.schema(
             [field for field in table.schema if field.name not in outputs_schema.RESULT_NAMES],
@@ -615,6 +622,30 @@ def test_metadata_goes_into_files_whose_pixels_stay(outputs, image_format, quali
         assert found == expected
     else:
         assert found.endswith("…") and expected.startswith(found[:-1]) and len(found) > 10_000
+
+
+def test_metadata_that_is_there_is_not_written_twice(outputs):
+    made = embed(encode_image(outputs.picture(5), "png")[0], xmp_packet("a", "12", "m" * 64))
+    assert embed(made, xmp_packet("a", "12", "m" * 64)) == made
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+def test_a_run_embeds_what_an_export_of_its_pictures_would(outputs, tmp_path, image_format):
+    tables = planned(outputs, ["a", "b"], errors=(1,))
+    plain = make(outputs, tmp_path / "plain", tables, image_format=image_format)
+    marked = make(outputs, tmp_path / "marked", tables, image_format=image_format, embedded=True)
+    data, made = plain[0]["image"]["bytes"], marked[0]["image"]["bytes"]
+    assert made == embed(data, xmp_packet("prompt of a", "1000", "m" * 64))
+    assert (pixels(made) == pixels(data)).all()
+    assert marked[0]["sha256"] == sha256(made)
+    assert marked[0]["content_digest"] != plain[0]["content_digest"]
+    export(str(tmp_path / "plain"), str(tmp_path / "a"), "files", embed_metadata=True)
+    export(str(tmp_path / "marked"), str(tmp_path / "b"), "files")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    # Also where the format needs other files than the run's.
+    export(str(tmp_path / "plain"), str(tmp_path / "c"), "dpg-single", embed_metadata=True)
+    export(str(tmp_path / "marked"), str(tmp_path / "d"), "dpg-single")
+    assert tree(tmp_path / "c") == tree(tmp_path / "d")
 
 
 def test_metadata_of_what_is_no_picture_is_refused():

@@ -106,7 +106,8 @@ def export(
     """Writes the ok rows of a finished run to the folder `dest` in a format of FORMATS.
 
     output, dest: local or `s3://`. embed_metadata: write prompt, seed, model digest and IPTC's digital
-    source type into every picture file, whose pixels stay as they are. image_urls: for `openai-batch`,
+    source type into every picture file, whose pixels stay as they are; the files of a run with this option
+    have them anyway. image_urls: for `openai-batch`,
     write pictures as files to `dest`/images, and into the lines their URLs below this one, instead of
     base64. Only files of the export's own names are written, and none is removed. overwrite: replace files
     that have other content, and write beside files that no export of this format makes.
@@ -138,7 +139,7 @@ def export(
         _refuse_foreign(dest, form)
     count = Count()
     with Sink(dest, overwrite) as sink:
-        chosen.write(results, sink, count, Options(embed_metadata, image_urls))
+        chosen.write(results, sink, count, Options(embed_metadata or results.embedded, image_urls))
     return ExportSummary(
         dest,
         chosen.what,

@@ -21,9 +21,9 @@ from wallaroo.workflows.datasets.export_rows import (
     picture_of,
     pixels_of,
 )
-from wallaroo.workflows.datasets.xmp import embed
 from wallaroo.workflows.outputs.rows import encode_image
 from wallaroo.workflows.outputs.values import json_line
+from wallaroo.workflows.outputs.xmp import embed
 from wallaroo.workflows.plans.parts import folder_of
 from wallaroo.workflows.plans.values import in_words
 from wallaroo.workflows.sources.decode import decode

@@ -57,7 +57,8 @@ class Row(NamedTuple):
 
 
 class Results:
-    """The rows of a finished output. ok, errors: how many rows of the kind have been met.
+    """The rows of a finished output. ok, errors: how many rows of the kind have been met. embedded: whether
+    its pictures hold metadata.
 
     Raises InputError if it is none, or lacks a shard.
     """
@@ -67,6 +68,7 @@ class Results:
         self.output, self.ok, self.errors = output, 0, 0
         self.plan = read_plan(output)
         self.task = str(run["config"].get("task", "generate"))
+        self.embedded = bool(run["config"].get("embed_metadata"))
         done = list_done(output)
         missing = sum(shard not in done for shard in self.plan.shards)
         if missing or finished(output, self.plan) is None:

@@ -11,10 +11,10 @@ import numpy as np
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.datasets.export_files import MARK, Row, file_stem, place
-from wallaroo.workflows.datasets.xmp import embed, xmp_packet
 from wallaroo.workflows.outputs.rows import encode_image
 from wallaroo.workflows.outputs.schema import MIME_TYPES
 from wallaroo.workflows.outputs.values import jsonable
+from wallaroo.workflows.outputs.xmp import embed, xmp_packet
 
 SUFFIXES = {MIME_TYPES["png"]: "png", MIME_TYPES["webp"]: "webp", MIME_TYPES["jpeg"]: "jpg"}
 

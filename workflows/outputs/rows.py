@@ -15,6 +15,7 @@ from PIL import Image
 
 from wallaroo.workflows.outputs.schema import MIME_TYPES, RESULT_NAMES, TEXT_TASKS
 from wallaroo.workflows.outputs.values import digest
+from wallaroo.workflows.outputs.xmp import embed, xmp_packet
 from wallaroo.workflows.tasks import EXACT
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class RunConstants:
     `encode_image`. templates: language -> prompt template, where the built-in one is replaced.
     restore_size: whether a picture gets the size of its source. max_new_tokens: the most tokens of a text.
     min_pixels, max_pixels: limits of a picture to be understood, None for those of the checkpoint.
+    embed_metadata: whether the file of a picture holds XMP.
     """
 
     task: str
@@ -82,6 +84,7 @@ class RunConstants:
     max_new_tokens: int = 256
     min_pixels: int | None = None
     max_pixels: int | None = None
+    embed_metadata: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,15 +221,17 @@ def _result_row(
         assert pixels is not None
         if run.restore_size:
             pixels = restore_size(pixels, row["source"]["height"], row["source"]["width"])
-        row |= _picture_values(row["row_id"], pixels, run)
+        row |= _picture_values(row, pixels, run)
     return row | {"content_digest": _content_digest(row, run)}
 
 
-def _picture_values(row_id: int, pixels: np.ndarray, run: RunConstants) -> dict[str, Any]:
+def _picture_values(row: Mapping[str, Any], pixels: np.ndarray, run: RunConstants) -> dict[str, Any]:
     """The columns of a result that is a picture."""
     encoded, mime_type = encode_image(pixels, run.image_format, run.image_quality)
+    if run.embed_metadata:
+        encoded = embed(encoded, xmp_packet(row["prompt"] or "", str(row["seed"]), run.model_digest))
     return {
-        "image": {"bytes": encoded, "path": image_path(row_id, run.image_format)},
+        "image": {"bytes": encoded, "path": image_path(row["row_id"], run.image_format)},
         "mime_type": mime_type,
         "height": pixels.shape[0],
         "width": pixels.shape[1],
@@ -250,6 +255,8 @@ def _content_digest(row: Mapping[str, Any], run: RunConstants) -> str:
         fields["max_new_tokens"] = run.max_new_tokens
     else:
         fields |= {"image_format": run.image_format, "image_quality": run.image_quality}
+        # Absent where it is false, so that rows of older versions keep their digest.
+        fields |= {"embed_metadata": True} if run.embed_metadata else {}
     fields["source"] = (row.get("source") or {}).get("sha256")
     fields["template"] = run.templates.get(row["language"] or "")
     return digest(fields)

@@ -65,17 +65,24 @@ def _xml_text(text: str) -> str:
 
 
 def embed(data: bytes, packet: bytes) -> bytes:
-    """The file `data` with an XMP packet in it. It must be PNG, JPEG or WebP and have none yet.
+    """The file with an XMP packet in it; unchanged if it holds this packet already.
 
-    Raises ValueError if it is of none of these formats.
+    Args:
+        data: A PNG, JPEG or WebP file without another packet.
+        packet: Of `xmp_packet`.
+
+    Raises:
+        ValueError: The file is of none of these formats.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR":
-        return _embed_png(data, packet)
-    if data.startswith(b"\xff\xd8\xff"):
-        return _embed_jpeg(data, packet)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _embed_webp(data, packet)
-    raise ValueError(f"a file that begins with {data[:16]!r} is neither PNG nor JPEG nor WebP")
+        write = _embed_png
+    elif data.startswith(b"\xff\xd8\xff"):
+        write = _embed_jpeg
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        write = _embed_webp
+    else:
+        raise ValueError(f"a file that begins with {data[:16]!r} is neither PNG nor JPEG nor WebP")
+    return data if packet in data else write(data, packet)
 
 
 def _embed_png(data: bytes, packet: bytes) -> bytes:
