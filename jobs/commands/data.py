@@ -220,10 +220,22 @@ def _pair(text: str) -> tuple[str, str]:
     help="For openai-batch: write pictures to DEST/images, and URLs under this one into the lines.",
 )
 @click.option(
+    "--c2pa",
+    nargs=2,
+    metavar="CERT KEY",
+    help="For files: sign Content Credentials with a certificate and its key (PEM); needs the extra c2pa.",
+)
+@click.option(
     "--overwrite", is_flag=True, help="Replace files that differ, and write beside files of other tools."
 )
 def export(
-    format: str, output: str, dest: str, embed_metadata: bool, image_urls: str | None, overwrite: bool
+    format: str,
+    output: str,
+    dest: str,
+    embed_metadata: bool,
+    image_urls: str | None,
+    c2pa: tuple[str, str] | None,
+    overwrite: bool,
 ) -> int:
     """Write the ok rows of OUTPUT to DEST in the format of another tool.
 
@@ -256,7 +268,13 @@ def export(
 
     tell_run(output)
     summary = write(
-        output, dest, format, embed_metadata=embed_metadata, image_urls=image_urls, overwrite=overwrite
+        output,
+        dest,
+        format,
+        embed_metadata=embed_metadata,
+        image_urls=image_urls,
+        c2pa=c2pa,
+        overwrite=overwrite,
     )
     click.echo(summary.text())
     return ERROR_ROWS if summary.errors or summary.left_out else OK

@@ -14,13 +14,14 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from wallaroo.model.errors import InputError, did_you_mean
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets import export_benchmarks
+from wallaroo.workflows.datasets.content_credentials import CredentialSigner
 from wallaroo.workflows.datasets.export_batch import openai_batch
 from wallaroo.workflows.datasets.export_files import Results, Row, Sink
 from wallaroo.workflows.datasets.export_rows import (
@@ -32,6 +33,7 @@ from wallaroo.workflows.datasets.export_rows import (
     source_facts,
     stem_of,
 )
+from wallaroo.workflows.datasets.export_signed import signed_pictures
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.values import json_line, jsonable
 from wallaroo.workflows.settings import OptionError
@@ -55,7 +57,8 @@ class ExportSummary:
     what: an ok row gives. exported: ok rows that are in DEST now. errors: error rows, which are not.
     left_out: ok rows that the format has no place for, and why. unchanged: files, among `files`, that were
     there as they should be. renamed: rows whose id made no safe file name. misses: files that an evaluator
-    looks for and that are not there, of which missed are the first.
+    looks for and that are not there, of which missed are the first. unread: sources that signed edits name
+    only, since they are not what they were.
     """
 
     dest: str
@@ -69,6 +72,7 @@ class ExportSummary:
     renamed: int
     misses: int
     missed: tuple[str, ...]
+    unread: int = 0
 
     def text(self) -> str:
         """The summary as a sentence or a few."""
@@ -87,6 +91,10 @@ class ExportSummary:
             more = self.misses - len(self.missed)
             names = ", ".join(self.missed) + (f" and {_number(more, 'more file')}" if more else "")
             parts.append(f"the evaluator will miss {names}")
+        if self.unread:
+            parts.append(
+                f"{_number(self.unread, 'source')} named by digest alone, since they are not what they were"
+            )
         return "; ".join(parts) + "."
 
 
@@ -101,19 +109,29 @@ def export(
     *,
     embed_metadata: bool = False,
     image_urls: str | None = None,
+    c2pa: tuple[str, str] | None = None,
     overwrite: bool = False,
 ) -> ExportSummary:
-    """Writes the ok rows of a finished run to the folder `dest` in a format of FORMATS.
+    """Writes the ok rows of a finished run in a format of FORMATS.
 
-    output, dest: local or `s3://`. embed_metadata: write prompt, seed, model digest and IPTC's digital
-    source type into every picture file, whose pixels stay as they are; the files of a run with this option
-    have them anyway. image_urls: for `openai-batch`,
-    write pictures as files to `dest`/images, and into the lines their URLs below this one, instead of
-    base64. Only files of the export's own names are written, and none is removed. overwrite: replace files
-    that have other content, and write beside files that no export of this format makes.
-    Raises OptionError for a format or option that does not exist, InputError if the output is not
-    finished, is of another task than the format, or cannot be read, and without overwrite if DEST holds
-    such files.
+    Only files of the export's own names are written, and none is removed.
+
+    Args:
+        output: The folder of the run, local or `s3://`.
+        dest: The folder to write to, local or `s3://`.
+        form: Name of the format.
+        embed_metadata: Write prompt, seed, model digest and IPTC's digital source type into every picture
+            file, whose pixels stay as they are; the files of a run with this option have them anyway.
+        image_urls: For `openai-batch`, write pictures as files to `dest`/images, and into the lines their
+            URLs below this one, instead of base64.
+        c2pa: For `files`, paths of certificate and key as PEM: sign Content Credentials into every picture.
+        overwrite: Replace files that have other content, and write beside files that no export of this
+            format makes.
+
+    Raises:
+        OptionError: A format or option does not exist, or is for others.
+        InputError: The output is not finished, is of another task than the format, or cannot be read;
+            certificate or key cannot sign; without overwrite, DEST holds such files.
     """
     if form not in FORMATS:
         hint = did_you_mean(form, FORMATS) or "."
@@ -122,6 +140,8 @@ def export(
         raise OptionError(f"image_urls is for openai-batch, but format is '{form}': leave it out.")
     if embed_metadata and FORMATS[form].what != "picture":
         raise OptionError(f"embed_metadata is for pictures, but format '{form}' has none: leave it out.")
+    if c2pa is not None and form != "files":
+        raise OptionError(f"c2pa is for the format files, but format is '{form}': leave it out.")
     chosen = FORMATS[form]
     results = Results(output)
     if results.task not in chosen.tasks:
@@ -137,9 +157,10 @@ def export(
     _refuse_inside(output, dest)
     if not overwrite:
         _refuse_foreign(dest, form)
+    signer = CredentialSigner(*c2pa) if c2pa is not None else None
     count = Count()
     with Sink(dest, overwrite) as sink:
-        chosen.write(results, sink, count, Options(embed_metadata or results.embedded, image_urls))
+        chosen.write(results, sink, count, Options(embed_metadata or results.embedded, image_urls, signer))
     return ExportSummary(
         dest,
         chosen.what,
@@ -152,6 +173,7 @@ def export(
         count.renamed,
         count.misses,
         tuple(count.missed),
+        count.unread,
     )
 
 
@@ -179,13 +201,18 @@ def _refuse_foreign(dest: str, form: str) -> None:
 
 def _files(results: Results, sink: Sink, count: Count, options: Options) -> None:
     """Pictures by id, and `metadata.jsonl` as Hugging Face's imagefolder wants it."""
+    ok = filter(lambda row: row.ok, results.rows())
+    named = ((row, f"{stem_of(row, count)}.{SUFFIXES[row.values['mime_type']]}") for row in ok)
+    files: Iterator[tuple[Row, str, bytes]]
+    if options.signer is None:
+        files = ((row, name, picture_of(row, options)) for row, name in named)
+    else:
+        files = signed_pictures(named, options.signer, sink, count, options)
     with sink.stream("metadata.jsonl") as lines:
-        for row in filter(lambda row: row.ok, results.rows()):
-            name = f"{stem_of(row, count)}.{SUFFIXES[row.values['mime_type']]}"
-            data = picture_of(row, options)
+        for row, name, data in files:
             sink.put(name, functools.partial(bytes, data), len(data))
             facts = {"file_name": name} | picture_facts(row)
-            if options.embed:
+            if options.embed or options.signer is not None:
                 facts["sha256"] = hashlib.sha256(data).hexdigest()
             lines.write(json_line(facts | results.carried_values(row, facts, _no_file_name, text=True)))
             count.exported += 1

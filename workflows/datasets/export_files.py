@@ -228,6 +228,11 @@ class Sink:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
+    def read(self, relative: str) -> bytes | None:
+        """The bytes of a file below the folder; None if there is none."""
+        path = storage.join(self.dest, relative)
+        return storage.read_bytes(path) if storage.info(path) is not None else None
+
     def put(self, relative: str, make: Callable[[], bytes], size: int) -> None:
         """Writes what `make()` returns, in a thread; size: memory that this takes until it is done, bytes."""
         path = storage.join(self.dest, relative)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.datasets.content_credentials import CredentialSigner
 from wallaroo.workflows.datasets.export_files import MARK, Row, file_stem, place
 from wallaroo.workflows.outputs.rows import encode_image
 from wallaroo.workflows.outputs.schema import MIME_TYPES
@@ -24,18 +25,24 @@ NAMED_FILES = 10
 
 
 class Options(NamedTuple):
+    """embed: write metadata into pictures. image_urls: see `export`. signer: signs pictures, if given."""
+
     embed: bool
     image_urls: str | None
+    signer: CredentialSigner | None = None
 
 
 @dataclass
 class Count:
-    """What an export has done so far. missed: the first files that it has no picture for; misses: of all."""
+    """What an export has done so far. missed: the first files that it has no picture for; misses: of all.
+    unread: sources of edits that are not what they were any more.
+    """
 
     exported: int = 0
     left_out: int = 0
     renamed: int = 0
     misses: int = 0
+    unread: int = 0
     missed: list[str] = field(default_factory=list)
 
     def miss(self, name: str) -> None:

@@ -123,7 +123,7 @@ class Look:
         if self.rules.near_duplicates is not None:
             places = np.flatnonzero(why == KEPT).tolist()
             references = [self.rows.reference(rows[place]) for place in places]
-            for positions, fetched in _fetched(references, SourceOptions(folder=self.rows.folder(piece))):
+            for positions, fetched in fetch_all(references, SourceOptions(folder=self.rows.folder(piece))):
                 try:
                     if isinstance(fetched, RowError):
                         raise fetched
@@ -151,7 +151,7 @@ class Look:
             )
 
 
-def _fetched(
+def fetch_all(
     references: Sequence[Reference], options: SourceOptions
 ) -> Iterator[tuple[list[int], Fetched | RowError]]:
     """Every distinct picture with the positions that name it, also those in rows of Parquet files."""
