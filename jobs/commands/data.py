@@ -207,7 +207,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 @click.command(short_help="Export results for another tool.")
 @click.argument("format", help="One of the formats below.")
-@click.argument("output", help="Folder of a finished run.")
+@click.argument("output", help="Folder of a finished run; with --partial, of any.")
 @click.argument("dest", help="Folder to write to.")
 @click.option(
     "--embed-metadata",
@@ -226,6 +226,9 @@ def _pair(text: str) -> tuple[str, str]:
     help="For files: sign Content Credentials with a certificate and its key (PEM); needs the extra c2pa.",
 )
 @click.option(
+    "--partial", is_flag=True, help="Export what is finished of a run that is at work or was stopped."
+)
+@click.option(
     "--overwrite", is_flag=True, help="Replace files that differ, and write beside files of other tools."
 )
 def export(
@@ -235,6 +238,7 @@ def export(
     embed_metadata: bool,
     image_urls: str | None,
     c2pa: tuple[str, str] | None,
+    partial: bool,
     overwrite: bool,
 ) -> int:
     """Write the ok rows of OUTPUT to DEST in the format of another tool.
@@ -261,8 +265,8 @@ def export(
       wallaroo export files out/first pictures --embed-metadata
       wallaroo export webdataset out/first s3://bucket/shards
 
-    Exit codes: 0 every row was exported; 1 nothing can be exported; 3 error rows, or rows that the format
-    cannot hold, were left out.
+    Exit codes: 0 every row was exported, with --partial every finished row; 1 nothing can be exported; 3
+    error rows, or rows that the format cannot hold, were left out.
     """
     from wallaroo.workflows.datasets.export import export as write
 
@@ -274,6 +278,7 @@ def export(
         embed_metadata=embed_metadata,
         image_urls=image_urls,
         c2pa=c2pa,
+        partial=partial,
         overwrite=overwrite,
     )
     click.echo(summary.text())

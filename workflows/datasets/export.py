@@ -1,6 +1,6 @@
 """Results in the formats of other tools: folders of pictures, WebDataset, benchmarks' trees, JSON lines.
 
-An export reads the shards of a finished run one after the other and writes files that follow from them
+An export reads the shards of a run one after the other and writes files that follow from them
 alone, each whole or absent; so it may be cut off, and given again it leaves what is there already as it
 is. Error rows have nothing to export and are only counted. Knows nothing of Ray, and of pictures only
 what a format asks for.
@@ -15,7 +15,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from wallaroo.model.errors import InputError, did_you_mean
@@ -34,6 +33,13 @@ from wallaroo.workflows.datasets.export_rows import (
     stem_of,
 )
 from wallaroo.workflows.datasets.export_signed import signed_pictures
+from wallaroo.workflows.datasets.export_summary import (
+    PARTIAL_FILE,
+    ExportSummary,
+    put_mark,
+    refuse_foreign_mark,
+    remove_mark,
+)
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.values import json_line, jsonable
 from wallaroo.workflows.settings import OptionError
@@ -50,58 +56,6 @@ _ANSWER_FACTS = (
 )
 
 
-@dataclass(frozen=True)
-class ExportSummary:
-    """What an export did.
-
-    what: an ok row gives. exported: ok rows that are in DEST now. errors: error rows, which are not.
-    left_out: ok rows that the format has no place for, and why. unchanged: files, among `files`, that were
-    there as they should be. renamed: rows whose id made no safe file name. misses: files that an evaluator
-    looks for and that are not there, of which missed are the first. unread: sources that signed edits name
-    only, since they are not what they were.
-    """
-
-    dest: str
-    what: str
-    exported: int
-    errors: int
-    left_out: int
-    why: str
-    files: int
-    unchanged: int
-    renamed: int
-    misses: int
-    missed: tuple[str, ...]
-    unread: int = 0
-
-    def text(self) -> str:
-        """The summary as a sentence or a few."""
-        parts = [
-            f"{_number(self.exported, self.what)} exported to {self.dest}, {_number(self.files, 'file')}"
-        ]
-        if self.unchanged:
-            parts[0] += f" of which {self.unchanged:,} there already"
-        if self.errors:
-            parts.append(f"{_number(self.errors, 'error row')} with nothing to export")
-        if self.left_out:
-            parts.append(f"{_number(self.left_out, 'ok row')} left out, since {self.why}")
-        if self.renamed:
-            parts.append(f"{_number(self.renamed, 'name')} with a hash, since the id is no safe file name")
-        if self.misses:
-            more = self.misses - len(self.missed)
-            names = ", ".join(self.missed) + (f" and {_number(more, 'more file')}" if more else "")
-            parts.append(f"the evaluator will miss {names}")
-        if self.unread:
-            parts.append(
-                f"{_number(self.unread, 'source')} named by digest alone, since they are not what they were"
-            )
-        return "; ".join(parts) + "."
-
-
-def _number(count: int, word: str) -> str:
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
-
-
 def export(
     output: str,
     dest: str,
@@ -110,11 +64,12 @@ def export(
     embed_metadata: bool = False,
     image_urls: str | None = None,
     c2pa: tuple[str, str] | None = None,
+    partial: bool = False,
     overwrite: bool = False,
 ) -> ExportSummary:
-    """Writes the ok rows of a finished run in a format of FORMATS.
+    """Writes the ok rows of a run in a format of FORMATS.
 
-    Only files of the export's own names are written, and none is removed.
+    Only files of the export's own names are written, and none is removed but the mark of a partial export.
 
     Args:
         output: The folder of the run, local or `s3://`.
@@ -125,12 +80,15 @@ def export(
         image_urls: For `openai-batch`, write pictures as files to `dest`/images, and into the lines their
             URLs below this one, instead of base64.
         c2pa: For `files`, paths of certificate and key as PEM: sign Content Credentials into every picture.
+        partial: Export what is finished of a run that is at work or was stopped. `_partial.json` in `dest`
+            then says so, until a complete export.
         overwrite: Replace files that have other content, and write beside files that no export of this
             format makes.
 
     Raises:
         OptionError: A format or option does not exist, or is for others.
-        InputError: The output is not finished, is of another task than the format, or cannot be read;
+        InputError: The output is not finished (with `partial`: has no finished shard), is of another task
+            than the format, or cannot be read;
             certificate or key cannot sign; without overwrite, DEST holds such files.
     """
     if form not in FORMATS:
@@ -143,7 +101,7 @@ def export(
     if c2pa is not None and form != "files":
         raise OptionError(f"c2pa is for the format files, but format is '{form}': leave it out.")
     chosen = FORMATS[form]
-    results = Results(output)
+    results = Results(output, partial)
     if results.task not in chosen.tasks:
         fit = ", ".join(name for name, one in FORMATS.items() if results.task in one.tasks)
         raise InputError(
@@ -157,10 +115,15 @@ def export(
     _refuse_inside(output, dest)
     if not overwrite:
         _refuse_foreign(dest, form)
+        refuse_foreign_mark(dest)
     signer = CredentialSigner(*c2pa) if c2pa is not None else None
     count = Count()
-    with Sink(dest, overwrite) as sink:
+    with Sink(dest, overwrite, (lambda: put_mark(dest, results)) if results.partial else None) as sink:
         chosen.write(results, sink, count, Options(embed_metadata or results.embedded, image_urls, signer))
+    if results.partial:
+        put_mark(dest, results, exported=count.exported, errors=results.errors, missing_rows=results.missing)
+    else:
+        remove_mark(dest)
     return ExportSummary(
         dest,
         chosen.what,
@@ -174,6 +137,11 @@ def export(
         count.misses,
         tuple(count.missed),
         count.unread,
+        results.finished_shards,
+        len(results.plan.shards),
+        results.missing,
+        results.plan.complete,
+        results.partial,
     )
 
 
@@ -187,7 +155,7 @@ def _refuse_inside(output: str, dest: str) -> None:
 
 
 def _refuse_foreign(dest: str, form: str) -> None:
-    names = re.compile(FORMATS[form].names)
+    names = re.compile(rf"{PARTIAL_FILE}|{FORMATS[form].names}")
     found = storage.find_files(dest, lambda name: not names.fullmatch(name), 1)
     if found:
         raise InputError(

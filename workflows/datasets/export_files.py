@@ -1,4 +1,4 @@
-"""What every export format needs: the rows of a finished output, safe names, a place to write files.
+"""What every export format needs: the rows of an output, safe names, a place to write files.
 
 Rows are read row group by row group, in order; files are written whole, several at a time, and only
 where they are not there already. Knows nothing of any format.
@@ -25,10 +25,13 @@ from wallaroo.workflows.outputs.schema import RESULT_NAMES, json_columns, result
 from wallaroo.workflows.outputs.shards import open_shard
 from wallaroo.workflows.outputs.values import json_again, jsonable
 from wallaroo.workflows.plans.finished import finished
-from wallaroo.workflows.plans.plan import read_plan
+from wallaroo.workflows.plans.plan import read_plan, read_shard
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
+
+MISSING = "missing"
+"""Status of a planned row whose shard is not there."""
 
 WRITERS = 8
 WAITING_BYTES = 32 << 20
@@ -57,38 +60,60 @@ class Row(NamedTuple):
 
 
 class Results:
-    """The rows of a finished output. ok, errors: how many rows of the kind have been met. embedded: whether
-    its pictures hold metadata.
+    """The rows of an output.
 
-    Raises InputError if it is none, or lacks a shard.
+    Attributes:
+        ok, errors, missing: How many rows of the kind have been met; missing are those of shards that are
+            not there.
+        embedded: Whether its pictures hold metadata.
+        partial: Whether the output is not finished.
+        finished_shards: How many shards were there at the start; no other is read.
     """
 
-    def __init__(self, output: str):
+    def __init__(self, output: str, partial: bool = False):
+        """Reads the plan, and lists what is there.
+
+        Args:
+            output: Its folder, local or on S3.
+            partial: Whether an output may do that is not finished.
+
+        Raises:
+            InputError: The folder is no output, or is not finished; with `partial`, no shard is.
+        """
         run = read_run(output)
-        self.output, self.ok, self.errors = output, 0, 0
+        self.output, self.ok, self.errors, self.missing = output, 0, 0, 0
         self.plan = read_plan(output)
         self.task = str(run["config"].get("task", "generate"))
         self.embedded = bool(run["config"].get("embed_metadata"))
-        done = list_done(output)
-        missing = sum(shard not in done for shard in self.plan.shards)
-        if missing or finished(output, self.plan) is None:
+        self._done = list_done(output).intersection(self.plan.shards)
+        self.finished_shards = len(self._done)
+        missing = len(self.plan.shards) - self.finished_shards
+        self.partial = bool(missing) or finished(output, self.plan) is None
+        if self.partial and not partial:
             what = "its last round did not end"
             if missing:
                 what = f"{missing:,} of its {len(self.plan.shards):,} shards are missing"
             raise InputError(
-                f"{output} is not finished, {what}: start the run again, it makes what is missing."
+                f"{output} is not finished, {what}: start the run again, it makes what is missing, or export "
+                f"what is finished with --partial."
             )
+        if self.partial and not self._done:
+            raise InputError(f"{output} has no finished shard yet: try again when the first is there.")
         self.schema = result_schema(self.plan.carried, bool(run["config"].get("save_tokens")))
         self.carried = [field for field in self.schema if field.name not in RESULT_NAMES]
         self.marked = json_columns(self.schema)
 
     def rows(self, pictures: bool = True) -> Iterator[Row]:
-        """Every row in order, error rows too; a row group at a time is in memory."""
+        """Every row in order, error rows too; a row group at a time is in memory.
+
+        A planned row that is not there yet comes without a picture, as a row that is not ok.
+        """
         before: dict[str, Any] | None = None
         waiting: Row | None = None
         for values, picture, number in self._stored(pictures):
             self.ok += values["status"] == "ok"
-            self.errors += values["status"] != "ok"
+            self.missing += values["status"] == MISSING
+            self.errors += values["status"] not in ("ok", MISSING)
             follows = before is not None and place(values) == (*place(before)[:2], before["sample"] + 1)
             if waiting is not None:
                 yield waiting._replace(followed=follows)
@@ -98,7 +123,7 @@ class Results:
 
     def forget(self) -> None:
         """Starts to count anew, for a format that goes over the rows twice."""
-        self.ok = self.errors = 0
+        self.ok = self.errors = self.missing = 0
 
     def _stored(self, pictures: bool) -> Iterator[tuple[dict[str, Any], bytes | None, int]]:
         position: dict[int, int] = {}
@@ -115,6 +140,9 @@ class Results:
                     yield values, picture, int(numbers[position[part.round]])
 
     def _shard(self, shard: int, pictures: bool) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+        if shard not in self._done:
+            yield from self._planned(shard)
+            return
         try:
             with open_shard(self.output, shard) as parquet:
                 for group in range(parquet.num_row_groups):
@@ -124,6 +152,22 @@ class Results:
                 f"{shard_path(self.output, shard)} cannot be read ({str(error).splitlines()[0]}): "
                 f"move it elsewhere and start the run again."
             ) from error
+
+    def _planned(self, shard: int) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+        """The rows of a shard that is not there, as far as they are planned.
+
+        Names and numbers of the others follow from them, and are those of a complete export.
+        """
+        absent = {
+            "task": self.task,
+            "status": MISSING,
+            "error_type": MISSING,
+            "error_message": "it is not made yet",
+        }
+        plan = read_shard(self.output, shard)
+        names = [name for name in plan.column_names if name in self.schema.names]
+        for values in plan.select(names).to_pylist():
+            yield dict.fromkeys(self.schema.names) | values | absent, None
 
     def _group(
         self, parquet: "pq.ParquetFile", group: int, pictures: bool
@@ -208,10 +252,12 @@ def _nested(kind: pa.DataType) -> bool:
 class Sink:
     """Writes files below a folder, some at once; leaves those alone that are already as they should be.
 
-    Raises InputError for a file that has other bytes, unless it may overwrite.
+    Raises InputError for a file that has other bytes, unless it may overwrite. begin: called before the
+    first file.
     """
 
-    def __init__(self, dest: str, overwrite: bool = False):
+    def __init__(self, dest: str, overwrite: bool = False, begin: Callable[[], None] | None = None):
+        self._begin = begin
         self.dest, self.overwrite, self.files, self.unchanged = dest, overwrite, 0, 0
         # The first look at a place must not be that of several threads, which would share a half-made client.
         storage.info(storage.join(dest, "metadata.jsonl"))
@@ -235,10 +281,16 @@ class Sink:
 
     def put(self, relative: str, make: Callable[[], bytes], size: int) -> None:
         """Writes what `make()` returns, in a thread; size: memory that this takes until it is done, bytes."""
+        self._start()
         path = storage.join(self.dest, relative)
         self._waiting.append((size, self._pool.submit(_write, path, make, self.overwrite)))
         while len(self._waiting) > 2 * WRITERS or sum(taken for taken, _ in self._waiting) > WAITING_BYTES:
             self._take()
+
+    def _start(self) -> None:
+        if self._begin is not None:
+            self._begin()
+            self._begin = None
 
     def _take(self) -> None:
         written = self._waiting.popleft()[1].result()
@@ -248,6 +300,7 @@ class Sink:
     @contextlib.contextmanager
     def stream(self, relative: str) -> Iterator[Any]:
         """A file that is written bit by bit, and is there when all others are."""
+        self._start()
         path = storage.join(self.dest, relative)
         if not self.overwrite and storage.exists(path):
             with storage.open_source(path) as there:

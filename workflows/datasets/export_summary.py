@@ -1,0 +1,142 @@
+"""What an export says of itself: its summary in words, and the mark of one that is partial."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from wallaroo.model.errors import InputError
+from wallaroo.workflows import storage
+from wallaroo.workflows.datasets.export_files import Results
+
+PARTIAL_FILE = "_partial.json"
+"""Lies in DEST while what is there is not the whole output."""
+
+_WRITER = "wallaroo export --partial"
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What an export did.
+
+    Attributes:
+        dest: Where its files are.
+        what: An ok row gives.
+        exported: Ok rows that are in `dest` now.
+        errors: Error rows, which are not.
+        left_out: Ok rows that the format has no place for.
+        why: They are left out.
+        files: Written, or there already as they should be.
+        unchanged: Of these, how many were there.
+        renamed: Rows whose id made no safe file name.
+        misses: Files that an evaluator looks for and that are not there.
+        missed: The first of them.
+        unread: Sources that signed edits only name, since they are not what they were.
+        finished_shards: Shards of the output that were there.
+        shards: Shards that are planned.
+        missing_rows: Planned rows of shards that were not there.
+        planned: Whether the plan was complete.
+        partial: Whether the output was not finished.
+    """
+
+    dest: str
+    what: str
+    exported: int
+    errors: int
+    left_out: int
+    why: str
+    files: int
+    unchanged: int
+    renamed: int
+    misses: int
+    missed: tuple[str, ...]
+    unread: int = 0
+    finished_shards: int = 0
+    shards: int = 0
+    missing_rows: int = 0
+    planned: bool = True
+    partial: bool = False
+
+    def text(self) -> str:
+        """The summary as a sentence or a few."""
+        parts = [
+            f"{_number(self.exported, self.what)} exported to {self.dest}, {_number(self.files, 'file')}"
+        ]
+        if self.unchanged:
+            parts[0] += f" of which {self.unchanged:,} there already"
+        if self.errors:
+            parts.append(f"{_number(self.errors, 'error row')} with nothing to export")
+        if self.left_out:
+            parts.append(f"{_number(self.left_out, 'ok row')} left out, since {self.why}")
+        if self.renamed:
+            parts.append(f"{_number(self.renamed, 'name')} with a hash, since the id is no safe file name")
+        if self.misses:
+            more = self.misses - len(self.missed)
+            names = ", ".join(self.missed) + (f" and {_number(more, 'more file')}" if more else "")
+            parts.append(f"the evaluator will miss {names}")
+        if self.unread:
+            parts.append(
+                f"{_number(self.unread, 'source')} named by digest alone, since they are not what they were"
+            )
+        return f"{self._partial_text()}{'; '.join(parts)}."
+
+    def _partial_text(self) -> str:
+        if not self.partial:
+            return ""
+        done = self.exported + self.errors + self.left_out
+        so_far = "" if self.planned else " so far"
+        return (
+            f"Partial export: {self.finished_shards:,} of {_number(self.shards, 'shard')} and {done:,} of "
+            f"{_number(done + self.missing_rows, 'row')} planned{so_far} are finished. "
+        )
+
+
+def _number(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def refuse_foreign_mark(dest: str) -> None:
+    """Raises InputError if a file of somebody else has the name of the mark."""
+    if _read_mark(dest) == {}:
+        raise InputError(
+            f"{storage.join(dest, PARTIAL_FILE)} exists, and no export wrote it: choose another DEST, or "
+            f"--overwrite to replace it."
+        )
+
+
+def put_mark(dest: str, results: Results, **counts: int) -> None:
+    """Writes the mark of a partial export.
+
+    Args:
+        dest: The folder of the export.
+        results: Of the output.
+        **counts: Numbers of rows, as far as they are known.
+    """
+    document = {
+        "partial": True,
+        "written_by": _WRITER,
+        "output": results.output,
+        "finished_shards": results.finished_shards,
+        "shards": len(results.plan.shards),
+        "plan_complete": results.plan.complete,
+        **counts,
+    }
+    storage.write_atomic(storage.join(dest, PARTIAL_FILE), json.dumps(document, indent=2).encode() + b"\n")
+
+
+def remove_mark(dest: str) -> None:
+    """Removes the mark of an earlier export from what is whole now; a file of somebody else stays."""
+    if _read_mark(dest):
+        storage.delete(storage.join(dest, PARTIAL_FILE))
+
+
+def _read_mark(dest: str) -> dict[str, Any] | None:
+    """What the mark says; empty if the file is somebody else's, None if there is none."""
+    try:
+        found = json.loads(storage.read_bytes(storage.join(dest, PARTIAL_FILE)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        return {}
+    return found if isinstance(found, dict) and found.get("written_by") == _WRITER else {}
