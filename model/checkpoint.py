@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
+from wallaroo.model.new_folder import FILE_LIST, new_folder
 from wallaroo.model.tensor_shapes import Shape, compare_shapes, expected_shapes
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.model.weight_files import (
     DTYPES,
     SHARD_BYTES,
     FileEntry,
-    new_folder,
     open_shard,
     write_file,
     write_shards,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 TINY = Path(__file__).parent / "tiny"
 """The small checkpoint that comes with the program."""
 
-FILE_LIST = "checkpoint.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 
@@ -312,8 +311,9 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     dtype: "torch.dtype | None" = None,
     make: "Callable[[str], torch.Tensor] | None" = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint folder, which must not exist yet or be empty.
+    """Write a checkpoint folder, which must not exist yet or be empty, unless it may overwrite.
 
     Args:
         tensors: Tensors by their names on disk, or a model.
@@ -322,6 +322,7 @@ def save(
         shard_bytes: Size of a weight file, unless one tensor alone is larger.
         dtype: Type of the written weights, by default that of each tensor.
         make: Gives a tensor by its name when it is written, for those of `tensors` on the meta device.
+        overwrite: Whether the folder may hold files, see `new_folder`.
 
     Raises:
         InputError: Names or shapes are not those of the configuration, or the disk refuses.
@@ -330,7 +331,7 @@ def save(
         tensors = disk_tensors(tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     compare_shapes(shapes, expected_shapes(config), "The model to be saved")
-    with new_folder(folder) as made:
+    with new_folder(folder, overwrite) as made:
         entries = dict(write_shards(made, tensors, shard_bytes, dtype, make))
         config_json = json.dumps(config.to_dict(), indent=1) + "\n"
         for name, text in ((CONFIG, config_json), (TOKENIZER, tokenizer_json)):

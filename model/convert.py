@@ -5,6 +5,7 @@ computes.
 """
 
 import dataclasses
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,6 +80,7 @@ def convert(
     square: int | None = None,
     dtype: "torch.dtype | None" = None,
     shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint folder, or a stock Qwen2.5-VL folder, from the published files.
 
@@ -86,24 +88,26 @@ def convert(
         wallaroo: The published `.ckpt`.
         vq: LlamaGen's `vq_ds16_t2i.pt`; not needed with `understanding_only`.
         backbone: A Qwen2.5-VL folder, for configuration, tokenizer and preprocessor.
-        output: Folder to write, which must not exist yet or be empty.
+        output: Folder to write, which must not exist yet or be empty, unless it may overwrite.
         understanding_only: Write a stock Qwen2.5-VL folder with the keys, shapes and types of `backbone`.
         layout: How the checkpoint wants its prompts, see `ModelConfig`.
         indicators: Likewise.
         square: Side in pixels of the one size of checkpoints of stages 1 to 3.1, which separate no rows.
         dtype: Of the new files, by default as stored.
         shard_bytes: Size of a weight file.
+        overwrite: Whether `output` may hold files, see `wallaroo.model.new_folder`.
 
     Raises:
         InputError: A file is not what it should be. Missing, unexpected and wrong-shaped tensors are named.
     """
+    _refuse_backbone(output, backbone)
     published = _state_dict(wallaroo, "state_dict", "Wallaroo checkpoint")
     tensors = _renamed(published, rename)
     edits = any(name.startswith(_EDIT_PARTS) for name in tensors)
     pixels = ModelConfig.understand_pixels if edits else _EARLY_PIXELS
     if understanding_only:
         kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(_IMAGE_PARTS)}
-        write_stock(kept, Path(backbone), output, str(wallaroo), pixels)
+        write_stock(kept, Path(backbone), output, str(wallaroo), pixels, overwrite)
         return
     if vq is None:
         raise InputError("A checkpoint for pictures needs the image tokenizer; give --vq vq_ds16_t2i.pt.")
@@ -125,7 +129,7 @@ def convert(
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     compare_shapes(shapes, expected_shapes(config), f"{wallaroo} with {vq}")
-    save(tensors, config, text, output, shard_bytes, dtype)
+    save(tensors, config, text, output, shard_bytes, dtype, overwrite=overwrite)
 
 
 def convert_start(
@@ -137,6 +141,7 @@ def convert_start(
     indicators: str = "added",
     dtype: "torch.dtype | None" = None,
     shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> None:
     """Write the checkpoint that training stage 1 starts from: backbone and image tokenizer, all else new.
 
@@ -146,11 +151,12 @@ def convert_start(
     Args:
         backbone: Folder of Qwen2.5-VL with its weights.
         vq: LlamaGen's `vq_ds16_t2i.pt`.
-        output: Folder to write, which must not exist yet or be empty.
+        output: Folder to write, which must not exist yet or be empty, unless it may overwrite.
         seed: Decides the numbers of the new parts.
         indicators: Whether size indicators are tokens, see `ModelConfig`.
         dtype: Type of the written weights, by default as stored, and float32 for new parts.
         shard_bytes: Size of a weight file.
+        overwrite: Whether `output` may hold files, see `wallaroo.model.new_folder`.
 
     Raises:
         InputError: A file is not what it should be, or tensors are missing, unexpected or wrong-shaped.
@@ -159,6 +165,7 @@ def convert_start(
 
     from wallaroo.model.training.fresh import fresh_tensor
 
+    _refuse_backbone(output, backbone)
     decoder, vision = _architecture(Path(backbone))
     tensors = _renamed(_state_dict(vq, "model", "image tokenizer"), rename_vq)
     for file_name, stored in stock_files(Path(backbone)).items():
@@ -182,7 +189,12 @@ def convert_start(
     def make(name: str) -> torch.Tensor:
         return fresh_tensor(name, new[name], seed)
 
-    save(tensors | empty, config, text, output, shard_bytes, dtype, make)
+    save(tensors | empty, config, text, output, shard_bytes, dtype, make, overwrite)
+
+
+def _refuse_backbone(output: str | Path, backbone: str | Path) -> None:
+    if os.path.realpath(output) == os.path.realpath(backbone):
+        raise InputError(f"{output} is the backbone, whose files are read; name another folder to write.")
 
 
 def _state_dict(path: str | Path, key: str, what: str) -> "dict[str, torch.Tensor]":

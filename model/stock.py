@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from wallaroo.model.errors import InputError
 from wallaroo.model.images import FRAMES, MEAN, MERGE, PATCH, STD
+from wallaroo.model.new_folder import new_folder
 from wallaroo.model.tensor_shapes import Shape, compare_shapes
-from wallaroo.model.weight_files import DTYPES, new_folder, open_shard, write_safetensors
+from wallaroo.model.weight_files import DTYPES, open_shard, write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +149,7 @@ def write_stock(
     output: str | Path,
     source: str,
     pixels: tuple[int, int],
+    overwrite: bool = False,
 ) -> None:
     """Copies a backbone folder with other weights in place of its own: same files, names, shapes, types.
 
@@ -156,9 +158,10 @@ def write_stock(
     Args:
         tensors: By our names, those of the language model and the vision tower alone.
         backbone: The folder to copy.
-        output: Folder to write, which must not exist yet or be empty.
+        output: Folder to write, which must not exist yet or be empty, unless it may overwrite.
         source: Where the tensors are from, for messages and the README.
         pixels: Least and most pixels of a picture in the training of the tensors, for the README.
+        overwrite: Whether `output` may hold files, see `wallaroo.model.new_folder`.
 
     Raises:
         InputError: Tensors are missing, unexpected or wrong-shaped, or the backbone is no whole folder.
@@ -169,7 +172,7 @@ def write_stock(
     expected = {from_stock(name): shape for stored in files.values() for name, (shape, _) in stored.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     compare_shapes(shapes, expected, f"{source} beside the backbone {backbone}")
-    with new_folder(output) as folder:
+    with new_folder(output, overwrite) as folder:
         for file in sorted(backbone.iterdir()):
             if file.is_file() and file.suffix not in _WEIGHT_FILES:
                 shutil.copyfile(file, folder / file.name)

@@ -1,4 +1,4 @@
-"""Safetensors files, read mapped and written tensor by tensor, and new folders for them.
+"""Safetensors files, read mapped and written tensor by tensor.
 
 Knows nothing of which tensors a model has.
 """
@@ -6,8 +6,6 @@ Knows nothing of which tensors a model has.
 import hashlib
 import json
 import os
-import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,36 +50,6 @@ def open_shard(file: Path, framework: str = "np") -> Iterator[Any]:
         raise InputError(
             f"{file} is not a whole safetensors file ({error}); copy or convert it again."
         ) from None
-
-
-@contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into that gets its name when all is written, and vanishes on an error.
-
-    Args:
-        folder: Its name in the end.
-
-    Raises:
-        InputError: `folder` exists and is not empty, or cannot be made.
-    """
-    folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists already and is not empty; name a new folder.")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        if folder.exists():
-            # What was for some eyes only stays so.
-            partial.chmod(stat.S_IMODE(folder.stat().st_mode))
-    except OSError as error:
-        raise InputError(f"{partial} cannot be made ({error.strerror}); name a folder that can.") from None
-    try:
-        yield partial
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def shard_names(

@@ -51,6 +51,9 @@ if RECIPES.startswith(os.pardir):
     metavar="PIXELS",
     help="For checkpoints of stages 1 to 3.1: the side of their one size.",
 )
+@click.option(
+    "--overwrite", is_flag=True, help="Replace a checkpoint, or files of the same names; others stay."
+)
 def convert(
     output: str,
     weights: str | None,
@@ -63,6 +66,7 @@ def convert(
     layout: str | None,
     indicators: str,
     square: int | None,
+    overwrite: bool,
 ) -> int:
     """Turn the published files of Wallaroo into OUTPUT, a checkpoint folder for --model. All are local.
 
@@ -100,7 +104,9 @@ def convert(
     kind = None if dtype is None else getattr(torch, dtype)
     if weights is None:
         assert vq is not None
-        convert_start(backbone, vq, output, seed=seed or 0, indicators=indicators, dtype=kind)
+        convert_start(
+            backbone, vq, output, seed=seed or 0, indicators=indicators, dtype=kind, overwrite=overwrite
+        )
         click.echo(output)
         return OK
     write(
@@ -113,6 +119,7 @@ def convert(
         indicators=indicators,
         square=square,
         dtype=kind,
+        overwrite=overwrite,
     )
     click.echo(output)
     return OK
@@ -141,6 +148,7 @@ def convert(
     default="60s",
     help="Time to save the state after Ctrl-C or SIGTERM, such as 90s or 10m (default 60s).",
 )
+@click.option("--overwrite", is_flag=True, help="Write into a folder that holds files of others.")
 @click.option("--plan", is_flag=True, help="Print rows and memory a worker, and start nothing.")
 @click.option(
     "--gpu-memory", type=float, default=80.0, metavar="GB", help="With --plan: of a GPU (default 80)."
@@ -153,6 +161,7 @@ def train(
     address: str | None,
     shard: str,
     grace: float,
+    overwrite: bool,
     plan: bool,
     gpu_memory: float,
 ) -> int:
@@ -170,7 +179,7 @@ def train(
         return OK
     stop = Stop(grace, kept="The last saved state is kept")
     with stop.signals():
-        click.echo(on_ray.train(recipe, workers, device, address, click.echo, shard, stop))
+        click.echo(on_ray.train(recipe, workers, device, address, click.echo, shard, stop, overwrite))
     return OK
 
 
@@ -183,7 +192,8 @@ train.help = f"""Train STAGE, a table of RECIPES.TOML, with Ray Train, on rows i
 Copy a file of {RECIPES} and put your paths in: published.toml has the stages of the 7B, lora.toml a style
 from pictures, tiny.toml a small model from nothing. The stage's folder, on a disk or on S3, gets
 metrics.jsonl, TensorBoard's files, samples, states and, at the end, the checkpoint. Re-run the same command
-to resume from the last state, with any number of workers that share a step's rows evenly.
+to resume from the last state, with any number of workers that share a step's rows evenly. A folder that holds files of others is refused without
+--overwrite.
 
 Exit codes: 0; 1 the training failed; 2 a mistake in the command line or the recipe; 4 another training is
 at work in the folder.
@@ -199,7 +209,10 @@ at work in the folder.
     type=click.Choice(["float32", "bfloat16"]),
     help="Of the weights (default: that of the start).",
 )
-def merge(stage: str, output: str, start: str, dtype: str | None) -> int:
+@click.option(
+    "--overwrite", is_flag=True, help="Replace a checkpoint, or files of the same names; others stay."
+)
+def merge(stage: str, output: str, start: str, dtype: str | None, overwrite: bool) -> int:
     """Add the updates that STAGE, the folder of a stage with `lora`, has learned to the weights it began
     with, and write OUTPUT, a checkpoint folder for --model.
 
@@ -213,7 +226,13 @@ def merge(stage: str, output: str, start: str, dtype: str | None) -> int:
     from wallaroo.model.training.merge import merge as write
     from wallaroo.workflows.storage.checkpoints import model_path
 
-    write(stage, output, start and model_path(start), None if dtype is None else getattr(torch, dtype))
+    write(
+        stage,
+        output,
+        start and model_path(start),
+        None if dtype is None else getattr(torch, dtype),
+        overwrite,
+    )
     click.echo(output)
     return OK
 

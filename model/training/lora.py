@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from wallaroo.model.checkpoint import CONFIG, disk_parts, model_digest
 from wallaroo.model.config import ModelConfig
+from wallaroo.model.new_folder import new_folder
 from wallaroo.model.training.fresh import fresh_tensor
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.wallaroo import Wallaroo
-from wallaroo.model.weight_files import new_folder, write_file, write_safetensors
+from wallaroo.model.weight_files import write_file, write_safetensors
 
 LORA = "lora"
 ABOUT = "lora.json"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -19,15 +20,20 @@ from wallaroo.model.training.start import start_weights
 
 
 def merge(
-    folder: str | Path, output: str | Path, start: str | Path = "", dtype: "torch.dtype | None" = None
+    folder: str | Path,
+    output: str | Path,
+    start: str | Path = "",
+    dtype: "torch.dtype | None" = None,
+    overwrite: bool = False,
 ) -> None:
     """Adds updates to the weights they belong to, and writes a checkpoint, one tensor in memory at a time.
 
     Args:
         folder: Of a stage with `lora`, or its folder of updates.
-        output: Checkpoint folder to write; it must be absent or empty.
+        output: Checkpoint folder to write; it must be absent or empty, unless it may overwrite.
         start: Checkpoint that the updates belong to, by default that of the recipe.
         dtype: Of the written weights, by default that of the start.
+        overwrite: Whether `output` may hold files, see `wallaroo.model.new_folder`.
 
     Raises:
         InputError: The folder holds no updates, or they belong to another checkpoint.
@@ -46,6 +52,9 @@ def merge(
     recipe = Recipe.from_dict(values)
     where = str(start or recipe.start or recipe.base)
     recipe = dataclasses.replace(recipe, base=where, start=where)
+    for origin in (where, str(folder)):
+        if os.path.realpath(output) == os.path.realpath(origin):
+            raise InputError(f"{output} is read, so it cannot be written; name another folder.")
     check(where)
     if model_digest(where) != about["start_digest"]:
         raise InputError(
@@ -79,7 +88,7 @@ def merge(
         for name, shape in shapes.items()
     }
     tokenizer = (Path(where) / TOKENIZER).read_text(encoding="utf-8")
-    save(empty, config, tokenizer, output, dtype=dtype, make=make)
+    save(empty, config, tokenizer, output, dtype=dtype, make=make, overwrite=overwrite)
 
 
 def _parts(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:

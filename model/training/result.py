@@ -4,12 +4,15 @@ Knows nothing of steps.
 """
 
 import itertools
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from wallaroo.model.checkpoint import TOKENIZER, disk_parts, disk_tensors, empty_model, save
+from wallaroo.model.errors import InputError
+from wallaroo.model.new_folder import FILE_LIST
 from wallaroo.model.training import lora
 from wallaroo.model.training.lm import LMJob
 from wallaroo.model.training.process import Process, whole
@@ -29,7 +32,16 @@ def result_folder(recipe: Recipe) -> Path:
 def result(recipe: Recipe) -> Path | None:
     """The folder of a stage's result; None before it is finished."""
     folder = result_folder(recipe)
-    return folder if folder.exists() else None
+    return folder if (folder / (lora.ABOUT if recipe.lora else FILE_LIST)).is_file() else None
+
+
+def check_result(recipe: Recipe) -> None:
+    """Raises InputError if the result of a stage would find its place taken; told before it trains."""
+    folder = result_folder(recipe)
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(
+            f"{folder} exists, and no stage made it: move it elsewhere, or name another folder in the recipe."
+        )
 
 
 def finish(model: Wallaroo, recipe: Recipe, process: Process) -> None:

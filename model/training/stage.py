@@ -16,12 +16,13 @@ from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.model.training.data import Row, Source, from_memory, pictures_of, read_rows
+from wallaroo.model.training.folder import claim
 from wallaroo.model.training.lm import LMJob
 from wallaroo.model.training.log import Log, progress
 from wallaroo.model.training.loop import optimise
 from wallaroo.model.training.process import Process, process_of_group
 from wallaroo.model.training.recipe import Recipe
-from wallaroo.model.training.result import finish, for_samples, result, result_folder
+from wallaroo.model.training.result import check_result, finish, for_samples, result, result_folder
 from wallaroo.model.training.rows import fits
 from wallaroo.model.training.samples import draw, due, sample_prompts
 from wallaroo.model.training.sharding import fill, halves, recompute, shard
@@ -90,7 +91,13 @@ def start_job(
     return model, job
 
 
-def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, shard: str = "auto") -> Path:
+def train(
+    recipe: Recipe,
+    say: Callable[[str], None] = print,
+    workers: int = 1,
+    shard: str = "auto",
+    overwrite: bool = False,
+) -> Path:
     """Runs one stage on this machine, from its last state if it has one. SIGTERM saves the state and ends it.
 
     Args:
@@ -98,18 +105,21 @@ def train(recipe: Recipe, say: Callable[[str], None] = print, workers: int = 1, 
         say: Gets each line of progress.
         workers: Processes that share each step, including this one; on CPUs they divide the cores.
         shard: `none` (each holds the whole model), `full` (each holds a shard), or `auto`.
+        overwrite: Whether the stage's folder may hold files of others.
 
     Returns:
         The checkpoint folder, or with `lora` the folder of the updates.
 
     Raises:
-        InputError: The recipe cannot be followed.
+        InputError: The recipe cannot be followed, or its folder is somebody else's.
         Stopped: SIGTERM came.
     """
     recipe.share(workers)
     if (done := result(recipe)) is not None:
         say(f"{done} exists already, so there is nothing to do")
         return done
+    check_result(recipe)
+    claim(recipe.folder, overwrite)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as meeting:
         spawned = torch.multiprocessing.get_context("spawn")

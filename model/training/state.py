@@ -9,6 +9,7 @@ Knows nothing of object stores: the caller gives `Files`.
 
 import dataclasses
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 STATES = "state"
 WHOLE = ".metadata"
 RECIPE = "recipe.json"
+_STATE_NAME = re.compile(r"step-(\d{8,})")
 MAX_STATES = 2
 """States that are kept: the last one may be of a model that has just diverged."""
 
@@ -134,8 +136,8 @@ class States:
 
     def steps(self) -> list[int]:
         """Lists the steps of whole states, the last one first."""
-        numbers = [name.removeprefix("step-") for name in self.files.whole()]
-        return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+        matches = map(_STATE_NAME.fullmatch, self.files.whole())
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def load(
         self,
@@ -243,7 +245,8 @@ class States:
         if self.process.rank == 0:
             kept = {self._path(step) for step in self.steps()[:MAX_STATES]}
             for name in self.files.folders():
-                if f"{self.folder}/{name}" not in kept:
+                # Folders of other names are not ours.
+                if _STATE_NAME.fullmatch(name) and f"{self.folder}/{name}" not in kept:
                     self.files.remove(f"{self.folder}/{name}")
 
     def _path(self, step: int) -> str:

@@ -28,6 +28,7 @@ from tests.conformance.released import (
     write_backbone,
     zeros,
 )
+from wallaroo.jobs.cli import main
 from wallaroo.model.checkpoint import check, disk_tensors, load, load_config, load_tokenizer, verify_files
 from wallaroo.model.config import SIZES_512, Size, VQConfig
 from wallaroo.model.convert import convert, rename, rename_vq
@@ -319,3 +320,33 @@ def test_memory_stays_within_a_shard(tmp_path: Path):
     shards = [file.stat().st_size for file in (tmp_path / "checkpoint").glob("*.safetensors")]
     assert len(shards) > 8
     assert peak - before < 1.2 * max(shards) + 32 * MIB
+
+
+def test_an_output_is_replaced_if_so_told(released: Released):
+    released.convert()
+    output = released.folder / "mine"
+    output.mkdir()
+    (output / "config.json").write_text("mine")
+    (output / "thesis.tex").write_text("mine")
+    words = ["convert", "--wallaroo", str(released.folder / "wallaroo.ckpt")]
+    words += ["--vq", str(released.folder / "vq.pt"), "--backbone", str(released.folder / "backbone")]
+
+    def run(*more: str) -> int:
+        with pytest.raises(SystemExit) as left:
+            main([*words, *more])
+        return left.value.code
+
+    assert run(str(output)) == 1
+    assert {file.name: file.read_text() for file in output.iterdir()} == {
+        "config.json": "mine",
+        "thesis.tex": "mine",
+    }
+    assert run(str(output), "--overwrite") == 0
+    assert run(str(released.folder / "new")) == 0
+    found = {file.name: file.read_bytes() for file in output.iterdir()}
+    assert found.pop("thesis.tex") == b"mine"
+    assert found == {file.name: file.read_bytes() for file in (released.folder / "new").iterdir()}
+    # The backbone is no place to write, whatever is told.
+    before = {file.name: file.read_bytes() for file in (released.folder / "backbone").iterdir()}
+    assert run(str(released.folder / "backbone"), "--overwrite") == 1
+    assert {file.name: file.read_bytes() for file in (released.folder / "backbone").iterdir()} == before

@@ -28,6 +28,7 @@ from wallaroo.model.checkpoint import (
 )
 from wallaroo.model.config import TASKS, ModelConfig
 from wallaroo.model.errors import InputError
+from wallaroo.model.new_folder import new_folder
 from wallaroo.model.tensor_shapes import expected_shapes
 from wallaroo.model.wallaroo import Wallaroo
 
@@ -394,3 +395,79 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, tiny_tensors: dict[str, to
     with pytest.raises(InputError, match=r"lm_head\.weight"):
         save(odd, load_config(TINY), tokenizer_json(), tmp_path / "new")
     assert not list(tmp_path.iterdir())
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_somebody_else_calls_partial_stays(tmp_path: Path, kind: str):
+    partial = tmp_path / "new.partial"
+    if kind == "folder":
+        partial.mkdir()
+        (partial / "thesis.tex").write_text("mine")
+    elif kind == "file":
+        partial.write_text("mine")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "thesis.tex").write_text("mine")
+        partial.symlink_to(tmp_path / "elsewhere")
+    before = files_of(tmp_path)
+    words = r"new\.partial, which would be written first, exists and is not ours"
+    with pytest.raises(InputError, match=words), new_folder(tmp_path / "new"):
+        pytest.fail("it began to write")
+    assert files_of(tmp_path) == before and partial.is_symlink() == (kind == "link")
+
+
+def test_what_a_killed_writer_left_is_written_anew(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "new") as made:
+        kept = shutil.copytree(made, tmp_path / "kept")
+        raise KeyboardInterrupt
+    assert not (tmp_path / "new.partial").exists()
+    kept.rename(tmp_path / "new.partial")
+    (tmp_path / "new.partial" / "half").write_text("x")
+    with new_folder(tmp_path / "new") as made:
+        (made / "whole").write_text("x")
+    assert files_of(tmp_path) == {"new/whole": b"x"}
+
+
+def test_a_checkpoint_is_replaced_if_so_told_and_files_of_others_stay(
+    tmp_path: Path, tiny_tensors: dict[str, torch.Tensor]
+):
+    folder, config, text = tmp_path / "there", load_config(TINY), tokenizer_json()
+    save(tiny_tensors, config, text, folder, shard_bytes=1 << 20)
+    many = set(files_of(folder))
+    (folder / "thesis.tex").write_text("mine")
+    before = files_of(folder)
+    with pytest.raises(InputError, match=r"is not empty, it holds .*; name a new folder, or --overwrite"):
+        save(tiny_tensors, config, text, folder)
+    assert files_of(folder) == before
+    # One that fails changes nothing.
+    odd = {**tiny_tensors, "lm_head.weight": tiny_tensors["lm_head.weight"].double()}
+    with pytest.raises(InputError, match=r"lm_head\.weight"):
+        save(odd, config, text, folder, overwrite=True)
+    assert files_of(folder) == before
+    save(tiny_tensors, config, text, folder, overwrite=True)
+    save(tiny_tensors, config, text, tmp_path / "other")
+    now = files_of(folder)
+    assert now.pop("thesis.tex") == b"mine"
+    assert now == files_of(tmp_path / "other") and len(now) < len(many)
+    check(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "there"]
+
+
+def test_a_file_is_no_folder_to_overwrite(tmp_path: Path, tiny_tensors: dict[str, torch.Tensor]):
+    (tmp_path / "there").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="exists already and is no folder; name a new one"):
+            save(tiny_tensors, load_config(TINY), tokenizer_json(), tmp_path / "there", overwrite=overwrite)
+    assert files_of(tmp_path) == {"there": b"mine"}
+
+
+def test_a_folder_in_the_way_of_a_file_is_named(tmp_path: Path):
+    (tmp_path / "there" / "whole").mkdir(parents=True)
+    told = pytest.raises(InputError, match=r"there/whole cannot be replaced")
+    with told, new_folder(tmp_path / "there", overwrite=True) as made:
+        (made / "whole").write_text("x")
+    assert (tmp_path / "there" / "whole").is_dir() and not (tmp_path / "there.partial").exists()

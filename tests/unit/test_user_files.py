@@ -8,9 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from wallaroo.jobs import cli
+from wallaroo.model.checkpoint import TINY
 from wallaroo.model.config import Size
 from wallaroo.model.errors import InputError
+from wallaroo.model.training.recipe import Recipe
 from wallaroo.workflows import storage
+from wallaroo.workflows.datasets.compact import _remove_others as remove_others
 from wallaroo.workflows.datasets.export import export
 from wallaroo.workflows.datasets.rules import Rules
 from wallaroo.workflows.datasets.select import select
@@ -23,6 +26,8 @@ from wallaroo.workflows.runs import driver, setup
 from wallaroo.workflows.scenes.write import write as write_shapes
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.storage.clients import s3_client
+from wallaroo.workflows.training.driver import _claim as claim_stage
+from wallaroo.workflows.training.driver import _remove_note as remove_note
 
 PROJECT = {
     "README.md": "my project",
@@ -278,3 +283,68 @@ def test_a_selection_is_replaced_by_another_if_so_told(outputs, tmp_path):
     select(str(tmp_path / "out"), str(tmp_path / "few"), split, overwrite=True)
     assert not (tmp_path / "few" / "data" / "shard-00000000.parquet").exists()
     assert (tmp_path / "few" / "data" / "mine.parquet").read_text() == "mine"
+
+
+def test_training_on_s3_stays_out_of_a_folder_of_other_files(s3):
+    theirs = {"notes.txt": "mine", "stop": "mine"}
+    fill(f"{s3}/stage", theirs)
+    values = {"part": "lm", "base": str(TINY), "folder": f"{s3}/stage", "steps": 1, "rate": 1e-3}
+    recipe = Recipe.from_dict(values | {"data": {"generate": "x.parquet"}, "rows": {"generate": 1}})
+    with pytest.raises(InputError, match=r"it holds notes\.txt, stop; name another folder in the recipe, or"):
+        claim_stage(recipe, False)
+    assert contents(f"{s3}/stage") == theirs
+    claim_stage(recipe, True)
+    remove_note(f"{s3}/stage/stop")
+    assert contents(f"{s3}/stage").items() >= theirs.items()
+    # It is a stage's from now on.
+    claim_stage(recipe, False)
+    storage.write_atomic(f"{s3}/stage/stop", b"")
+    remove_note(f"{s3}/stage/stop")
+    assert set(contents(f"{s3}/stage")) == {"notes.txt", "stage.json"}
+
+
+def test_compacting_removes_no_file_of_others(outputs, tmp_path):
+    folder = tmp_path / "out"
+    theirs = {
+        "plan/part-notes.md": "mine",
+        "plan/known-issues.txt": "mine",
+        "data/shard-mine.parquet": "mine",
+    }
+    card_of(outputs, folder)
+    fill(folder, theirs | {"plan/part-00000-0123456789abcdef.parquet": "of a try that was cut off"})
+    remove_others(str(folder), read_plan(str(folder)))
+    found = {file.relative for file in storage.list_files(str(folder))}
+    assert theirs.keys() <= found and "plan/part-00000-0123456789abcdef.parquet" not in found
+
+
+def test_a_selection_removes_nothing_that_it_did_not_write(outputs, tmp_path):
+    card_of(outputs, tmp_path / "out")
+    few = tmp_path / "few"
+    select(str(tmp_path / "out"), str(few), Rules())
+    assert (few / "data" / "shard-00000000.parquet").exists()
+    theirs = {"data/part-00007.parquet": "mine", "extra/shard-00000001.parquet": "mine"}
+    fill(few, theirs)
+    split = Rules(split={"train": 0.5, "test": 0.5})
+    select(str(tmp_path / "out"), str(few), split, overwrite=True)
+    assert not (few / "data" / "shard-00000000.parquet").exists()
+    assert (few / "train" / "shard-00000000.parquet").exists()
+    select(str(tmp_path / "out"), str(few), Rules(), overwrite=True)
+    assert not (few / "train" / "shard-00000000.parquet").exists()
+    assert {name: (few / name).read_text() for name in theirs} == theirs
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_selection_that_was_cut_short_leaves_no_stale_rows(outputs, tmp_path, noted):
+    card_of(outputs, tmp_path / "out")
+    few = tmp_path / "few"
+    select(str(tmp_path / "out"), str(few), Rules(split={"train": 0.5, "test": 0.5}))
+    # As it was before its last step; older versions noted no files.
+    path = few / "_selection.json"
+    claim = json.loads(path.read_text())
+    assert claim.pop("result") and claim["files"]
+    if not noted:
+        del claim["files"]
+    path.write_text(json.dumps(claim))
+    select(str(tmp_path / "out"), str(few), Rules())
+    rows = {file.relative for file in storage.list_files(str(few)) if file.relative.endswith(".parquet")}
+    assert rows == {"data/shard-00000000.parquet"}

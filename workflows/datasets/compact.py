@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from wallaroo.workflows.reports.page import write_report
 
 MAX_BYTES = 256 << 20
 """Of a merged shard, which is held in memory."""
+
+_PLAN_FILE = re.compile(r"part-\d{5,}(\.json|-[0-9a-f]{16}\.parquet)|(known|pictures)-[0-9a-f]{16,}\.\w+")
+"""Names of a plan's files; others are not ours."""
 
 NUMBERS = 1_000_000
 """Merged shards begin at a multiple of it, so that those of an increment never meet what was cut off."""
@@ -163,7 +167,7 @@ def _remove_others(output: str, plan: Plan) -> None:
     kept = {part.file for part in plan.parts} | {one.known for one in plan.rounds}
     kept |= {f"{part.name}.json" for part in plan.parts}
     for file in storage.list_files(storage.join(output, PLAN_FOLDER)):
-        if file.relative not in kept and file.relative.startswith(("part-", "known-", "pictures-")):
+        if file.relative not in kept and _PLAN_FILE.fullmatch(file.relative):
             storage.delete(file.path)
     for file in storage.list_files(storage.join(output, DATA_FOLDER)):
         shard = shard_number(file.relative)

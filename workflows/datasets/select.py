@@ -37,17 +37,23 @@ def select(source: str, dest: str, rules: Rules, overwrite: bool = False) -> Sel
     rules.check()
     rows = OutputRows(source) if storage.exists(storage.join(source, RUN_FILE)) else ManifestRows(source)
     look = Look(rows, rules)
-    claim = _claim(source, dest, rules, overwrite)
+    names = [f"{folder}/{file}" for folder in sorted(rules.split) or [DEFAULT_FOLDER] for file in rows.pieces]
+    claim = _claim(source, dest, rules, overwrite, names)
     found = look.all()
     decided = decide(found, rules)
     return _write(rows, dest, rules, found, decided, look.messages, claim)
 
 
-def _claim(source: str, dest: str, rules: Rules, overwrite: bool) -> dict[str, Any]:
+def _claim(source: str, dest: str, rules: Rules, overwrite: bool, names: list[str]) -> dict[str, Any]:
     """Makes sure that dest is new, of this very selection, or of one that did not end.
 
+    Args:
+        source, dest, rules, overwrite: As of `select`.
+        names: Of the files of rows that the selection may write.
+
     Returns:
-        What `_selection.json` says from now on: `settings`, and `shared` if files of others are beside it.
+        What `_selection.json` says from now on: `settings`, `shared` if files of others are beside it, and
+        `files`, the names that this selection or an earlier one may have written.
     """
     if storage.is_s3(source) == storage.is_s3(dest):
         ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (source, dest)]
@@ -74,8 +80,15 @@ def _claim(source: str, dest: str, rules: Rules, overwrite: bool) -> dict[str, A
             f"{dest} is not empty and no selection of rows, it holds {found[0]:.100}: "
             f"give a new folder, or --overwrite to write beside it."
         )
-    if found and (not there or there.get("shared")):
+    shared = bool(found) and (not there or bool(there.get("shared")))
+    if shared:
         claim["shared"] = True
+    earlier = there.get("files")
+    if not isinstance(earlier, list):
+        # Of an older version, which did not note them.
+        listed = storage.list_files(dest) if there and not shared else []
+        earlier = [file.relative for file in listed if _WRITTEN.fullmatch(file.relative)]
+    claim["files"] = sorted({*names, *(name for name in earlier if _WRITTEN.fullmatch(str(name)))})
     storage.write_atomic(path, json.dumps(claim, indent=2).encode() + b"\n")
     return claim
 
@@ -114,10 +127,10 @@ def _write(
         with storage.write_stream(storage.join(dest, DROPPED_FILE)) as stream:
             while data := lines.read(storage.COPY_BYTES):
                 stream.write(data)
-    for stale in storage.list_files(dest) if "shared" not in claim else ():
-        # Of an earlier selection; files of other names are not ours.
-        if _WRITTEN.fullmatch(stale.relative) and stale.relative not in written:
-            storage.delete(stale.path)
+    stale = set(claim["files"]) - written if "shared" not in claim else set()
+    for left in storage.list_files(dest) if stale else ():
+        if left.relative in stale:
+            storage.delete(left.path)
     reasons = Counter(decided.why.tolist())
     kept_rows = decided.why == KEPT
     counts = np.bincount(decided.sides[kept_rows], minlength=len(names)).tolist()
@@ -129,7 +142,7 @@ def _write(
         failures=sum(count for reason, count in reasons.items() if reason in FAILURES),
     )
     put_card(dest, _card(rows, rules, selection))
-    document = {**claim, "result": asdict(selection)}
+    document = {**claim, "files": sorted(written), "result": asdict(selection)}
     storage.write_atomic(storage.join(dest, SELECTION_FILE), json.dumps(document, indent=2).encode() + b"\n")
     return selection
 

@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 
 from wallaroo.model.checkpoint import FILE_LIST
 from wallaroo.model.errors import InputError
+from wallaroo.model.training.folder import STAGE_FILE, check_names, claim, is_mark, mark
 from wallaroo.model.training.log import METRICS, progress
 from wallaroo.model.training.lora import ABOUT, LORA
 from wallaroo.model.training.process import Process, process_of_group
 from wallaroo.model.training.recipe import Recipe
-from wallaroo.model.training.result import RESULT, result
+from wallaroo.model.training.result import RESULT, check_result, result
 from wallaroo.model.training.sharding import halves
 from wallaroo.model.training.sizing import Sizes, device_bytes
 from wallaroo.model.training.stage import choose, run_stage
@@ -55,6 +56,7 @@ def train(
     say: Callable[[str], None] = print,
     shard: str = "auto",
     stop: Stop | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Runs one stage on Ray, from its last state if it has one.
 
@@ -68,13 +70,14 @@ def train(
         shard: `none` (each worker holds the whole model), `full` (each holds a shard), or `auto`.
         stop: When to save the state and end; by default never, so that Ctrl-C loses the steps since the last
             state.
+        overwrite: Whether the recipe's folder may hold files of others.
 
     Returns:
         The checkpoint folder, or with `lora` the folder of the updates.
 
     Raises:
         RunStopped: `stop` asked for the end.
-        InputError: The recipe cannot be followed.
+        InputError: The recipe cannot be followed, or its folder is somebody else's.
         RunInProgress: Another training is active in the folder.
     """
     recipe = absolute(recipe)
@@ -82,9 +85,10 @@ def train(
     if (done := finished(recipe)) is not None:
         say(f"{done} exists already, so there is nothing to do")
         return done
+    _claim(recipe, overwrite)
     with OutputLock(recipe.folder, "train"), connected(address, workers), _followed(recipe, say):
         # What a killed driver has left would stop the workers at once.
-        storage.delete(storage.join(recipe.folder, STOP))
+        _remove_note(storage.join(recipe.folder, STOP))
         device = choose_device(device)
         if device == "cuda":
             import ray
@@ -109,6 +113,31 @@ def train(
             f"on a disk that all nodes of the cluster share."
         )
     return done
+
+
+def _claim(recipe: Recipe, overwrite: bool) -> None:
+    """Makes the recipe's folder that of a stage, see `model.training.folder`."""
+    if not storage.is_s3(recipe.folder):
+        check_result(recipe)
+        claim(recipe.folder, overwrite)
+        return
+    path = storage.join(recipe.folder, STAGE_FILE)
+    try:
+        found = storage.read_bytes(path)
+    except FileNotFoundError:
+        found = None
+    if is_mark(found):
+        return
+    if not overwrite:
+        check_names(recipe.folder, [file.relative for file in storage.list_files(recipe.folder)])
+    storage.write_atomic(path, mark())
+
+
+def _remove_note(note: str) -> None:
+    """Removes the wish to stop, which is an empty file; any other of its name stays."""
+    found = storage.info(note)
+    if found is not None and not found.size:
+        storage.delete(note)
 
 
 PLANNED_WORKERS = (1, 8, 16, 64)
@@ -291,7 +320,7 @@ def _apart(action: Callable[[], Any], note: str, stop: Stop) -> None:
             if stop.over():
                 break
     if noted:
-        storage.delete(note)
+        _remove_note(note)
     if failed:
         raise failed[0]
     if noted:
@@ -348,7 +377,8 @@ def _noted(note: str, looks: bool) -> Iterator[Callable[[], bool]]:
 
     def look() -> None:
         while not over.wait(pause):
-            if storage.exists(note):
+            asked = storage.info(note)
+            if asked is not None and not asked.size:
                 found.set()
                 return
 

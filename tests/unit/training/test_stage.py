@@ -235,3 +235,52 @@ def test_no_room_for_a_state_is_one_sentence(tmp_path):
     assert "Traceback" not in done.stderr
     whole = [path.parent.name for path in (tmp_path / "first" / "state").glob("*/.metadata")]
     assert whole == ["step-00000002"]
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "metrics.jsonl", "stop", "checkpoint/thesis.tex", "state/mine/thesis.tex"]
+)
+def test_a_stage_stays_out_of_a_folder_of_other_files(tmp_path, name):
+    recipe = Recipe.from_file(recipes(tmp_path), "first")
+    path = tmp_path / "first" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(InputError, match=rf"{name.partition('/')[0]}.*|no stage made it"):
+        train(recipe, lambda line: None)
+    assert files_of(tmp_path / "first") == {name: b"mine"}
+
+
+def test_a_stage_writes_beside_other_files_if_so_told(tmp_path):
+    recipe = dataclasses.replace(Recipe.from_file(recipes(tmp_path), "first"), save_every=1)
+    theirs = {"notes.txt": b"mine", "state/mine/thesis.tex": b"mine", "state/12/.metadata": b"mine"}
+    for name, data in theirs.items():
+        (tmp_path / "first" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "first" / name).write_bytes(data)
+    with pytest.raises(
+        InputError, match=r"it holds notes\.txt, state/12/\.metadata, state/mine/thesis\.tex;"
+    ):
+        train(recipe, lambda line: None)
+    made = train(recipe, lambda line: None, overwrite=True)
+    found = files_of(tmp_path / "first")
+    assert made == tmp_path / "first" / "checkpoint" and theirs.items() <= found.items()
+    # It is a stage's now, and more files of others are no trouble.
+    (tmp_path / "first" / "more.txt").write_text("mine")
+    (made / "checkpoint.json").unlink()
+    with pytest.raises(InputError, match="checkpoint exists, and no stage made it: move it elsewhere"):
+        train(recipe, lambda line: None)
+    made.rename(tmp_path / "elsewhere")
+    assert train(recipe, lambda line: None) == made
+    assert files_of(tmp_path / "first")["more.txt"] == b"mine"
+
+
+def test_a_stage_of_an_older_version_goes_on_without_the_mark(tmp_path):
+    recipe = dataclasses.replace(Recipe.from_file(recipes(tmp_path), "first"), save_every=1)
+    made = train(recipe, lambda line: None)
+    (tmp_path / "first" / "stage.json").unlink()
+    made.rename(tmp_path / "elsewhere")
+    assert train(recipe, lambda line: None) == made
+    assert (tmp_path / "first" / "stage.json").is_file()
