@@ -1,5 +1,6 @@
 """Files that we did not write: nothing replaces them, and nobody is told to delete them."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -195,6 +196,27 @@ def test_strays_and_faults_are_to_be_moved_elsewhere(outputs, tmp_path, capsys):
     assert left.value.code == 1 and "mine.parquet is no file of this plan" in told
     assert "move it elsewhere" in told and "Move the files at fault elsewhere" in told
     assert not re.search("delete|remove", told, flags=re.IGNORECASE)
+
+
+def test_no_message_advises_to_delete_a_file():
+    """Characters of a text may be removed, files and folders not."""
+    advice = re.compile(r"\b(delete|erase|rm -\w+)\b|\bremove (it|them|the (file|folder)s?)\b", re.IGNORECASE)
+    characters = ("holds a NUL character: remove it.", "half of a surrogate pair")
+    found = []
+    root = Path(__file__).parents[2]
+    for folder in ("wallaroo", "model", "actors", "workflows", "jobs"):
+        for file in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, (ast.Raise, ast.Call)):
+                    words = "".join(
+                        one.value
+                        for one in ast.walk(node)
+                        if isinstance(one, ast.Constant) and isinstance(one.value, str)
+                    )
+                    raised = isinstance(node, ast.Raise) or getattr(node.func, "attr", "") == "warning"
+                    if raised and advice.search(words) and not any(part in words for part in characters):
+                        found.append(f"{file.name}: {words}")
+    assert not found
 
 
 # Other commands

@@ -108,7 +108,8 @@ class _readable:
                     f"{self.file.path} has something that pyarrow does not read ({words}): convert it."
                 ) from error
             raise InputError(
-                f"{self.file.path} is not a readable {self.file.format} file ({words}): repair or remove it."
+                f"{self.file.path} is not a readable {self.file.format} file ({words}): "
+                f"repair it, or move it elsewhere."
             ) from error
 
 
