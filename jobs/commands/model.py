@@ -192,8 +192,9 @@ train.help = f"""Train STAGE, a table of RECIPES.TOML, with Ray Train, on rows i
 Copy a file of {RECIPES} and put your paths in: published.toml has the stages of the 7B, lora.toml a style
 from pictures, tiny.toml a small model from nothing. The stage's folder, on a disk or on S3, gets
 metrics.jsonl, TensorBoard's files, samples, states and, at the end, the checkpoint. Re-run the same command
-to resume from the last state, with any number of workers that share a step's rows evenly. A folder that holds files of others is refused without
---overwrite.
+to resume from the last state, with any number of workers that share a step's rows evenly.
+
+A folder that holds files of others is refused without --overwrite.
 
 Exit codes: 0; 1 the training failed; 2 a mistake in the command line or the recipe; 4 another training is
 at work in the folder.
