@@ -279,6 +279,11 @@ def test_a_source_that_the_library_cannot_parse_is_named(signer):
     assert (state, faults) == ("Valid", UNTRUSTED) and manifest["ingredients"][0]["title"] == "cut.png"
 
 
+def test_a_damaged_picture_is_named(signer):
+    with pytest.raises(InputError, match=r"a\.png cannot be signed \(.*\): verify the output"):
+        CredentialSigner(*signer).sign(b"junk", "image/png", "a.png", {})
+
+
 def test_a_second_export_keeps_what_the_first_signed(outputs, tmp_path, signer):
     made(outputs, tmp_path / "out")
     output, dest = str(tmp_path / "out"), tmp_path / "dest"

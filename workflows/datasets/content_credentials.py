@@ -66,7 +66,8 @@ class CredentialSigner:
         self._context = c2pa.Context.from_dict(_SETTINGS)
         try:
             self._signer = c2pa.Signer.from_info(c2pa.C2paSignerInfo(algorithm, _pem(chain), secret, None))
-            self.sign(encode_image(np.zeros((16, 16, 3), np.uint8), "png")[0], "image/png", "trial.png", {})
+            picture = encode_image(np.zeros((16, 16, 3), np.uint8), "png")[0]
+            self._signed(picture, "image/png", "trial.png", {}, None)
         except c2pa.C2paError as error:
             raise InputError(
                 f"c2pa-python refuses the certificate {certificate} ({_reason(error)}): it must be version 3 "
@@ -92,14 +93,20 @@ class CredentialSigner:
                 version of the model.
             source: For an edit, name and bytes of the picture it started from. Credentials within these bytes
                 stay part of the new ones; without bytes the source is only named.
+
+        Raises:
+            InputError: The library refuses the picture.
         """
         try:
-            return self._signed(data, mime_type, title, facts, source)
-        except self._c2pa.C2paError:
-            if source is None or source[1] is None:
-                raise
-            # Pillow reads what the parsers of c2pa-python refuse.
-            return self._signed(data, mime_type, title, facts, (source[0], None))
+            try:
+                return self._signed(data, mime_type, title, facts, source)
+            except self._c2pa.C2paError:
+                if source is None or source[1] is None:
+                    raise
+                # Pillow reads what the parsers of c2pa-python refuse.
+                return self._signed(data, mime_type, title, facts, (source[0], None))
+        except self._c2pa.C2paError as error:
+            raise InputError(f"{title} cannot be signed ({_reason(error)}): verify the output.") from error
 
     def _signed(
         self,
