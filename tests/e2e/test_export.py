@@ -1,14 +1,17 @@
 """Exports from and to S3, against a real server: the same files as between local folders."""
 
 import dataclasses
+import hashlib
 import io
 import json
 
 import boto3
+import c2pa
 import pytest
 from PIL import Image
 
 from tests.benchmarks.export_memory import write_output
+from tests.unit.test_export_signed import write_signer
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.export import export
@@ -121,3 +124,38 @@ def test_a_run_embeds_metadata_and_so_does_its_resumed_rest(tmp_path, local_ray)
     again = rows_of(config.output)
     assert [row["sha256"] for row in again] == [row["sha256"] for row in made]
     assert verify(config.output).ok
+
+
+def test_signed_pictures_on_s3_are_signed_once(s3, output, tmp_path):
+    signer = write_signer(tmp_path)
+    summary = export(output, f"{s3}/dest", "files", c2pa=signer)
+    assert (summary.exported, summary.unchanged) == (ROWS, 0)
+    before = modified(f"{s3}/dest")
+    again = export(output, f"{s3}/dest", "files", c2pa=signer)
+    assert again.unchanged == again.files == ROWS + 1 and modified(f"{s3}/dest") == before
+    found = files_of(f"{s3}/dest")
+    for line in map(json.loads, found["metadata.jsonl"].splitlines()):
+        data = found[line["file_name"]]
+        assert hashlib.sha256(data).hexdigest() == line["sha256"]
+        with c2pa.Reader("image/png", io.BytesIO(data)) as reader:
+            assert reader.get_validation_state() == "Valid"
+
+
+def test_a_partial_export_on_s3_is_made_whole(s3, output):
+    path = storage.join(output, "data", layout.shard_name(1))
+    data = storage.read_bytes(path)
+    storage.delete(path)
+    with pytest.raises(InputError, match="1 of its 3 shards are missing"):
+        export(output, f"{s3}/dest", "geneval")
+    summary = export(output, f"{s3}/dest", "geneval", partial=True)
+    assert (summary.exported, summary.missing_rows, summary.partial) == (ROWS - SHARD_ROWS, SHARD_ROWS, True)
+    assert json.loads(files_of(f"{s3}/dest")["_partial.json"])["missing_rows"] == SHARD_ROWS
+    first = modified(f"{s3}/dest")
+    storage.write_atomic(path, data)
+    whole = export(output, f"{s3}/dest", "geneval")
+    assert (whole.exported, whole.partial) == (ROWS, False)
+    export(output, f"{s3}/other", "geneval")
+    assert files_of(f"{s3}/dest") == files_of(f"{s3}/other")
+    now = modified(f"{s3}/dest")
+    assert {key for key in first if key not in now} == {key for key in first if key.endswith("_partial.json")}
+    assert all(now[key] == time for key, time in first.items() if key in now)

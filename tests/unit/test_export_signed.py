@@ -11,6 +11,7 @@ import zlib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import c2pa
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,8 +32,6 @@ from wallaroo.workflows.outputs import shards
 from wallaroo.workflows.outputs.rows import encode_image
 from wallaroo.workflows.outputs.xmp import DIGITAL_SOURCE_TYPE
 from wallaroo.workflows.reports.finish import finish
-
-c2pa = pytest.importorskip("c2pa")
 
 MIME_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 UNTRUSTED = ["signingCredential.untrusted"]
