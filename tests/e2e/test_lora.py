@@ -100,6 +100,21 @@ def test_what_has_no_update_is_that_of_the_start(merged):
     assert sum("language_model" in name for name in changed) == 4 * 7
 
 
+def test_a_checkpoint_is_merged_over_only_if_told(recipe, merged, tmp_path, capsys):
+    output = tmp_path / "there"
+    output.mkdir()
+    (output / "thesis.tex").write_text("mine")
+    assert command("merge", recipe.folder, output, "--dtype", "float32") == 1
+    assert "it holds thesis.tex; name a new folder, or --overwrite" in capsys.readouterr().err
+    assert [file.name for file in output.iterdir()] == ["thesis.tex"]
+    assert command("merge", recipe.folder, output, "--dtype", "float32", "--overwrite") == 0
+    assert (output / "thesis.tex").read_text() == "mine"
+    verify_files(output)
+    assert (output / "checkpoint.json").read_bytes() == (merged / "checkpoint.json").read_bytes()
+    assert command("merge", recipe.folder, TINY, "--dtype", "float32", "--overwrite") == 1
+    assert "is read, so it cannot be written" in capsys.readouterr().err
+
+
 def test_the_merged_checkpoint_draws(merged, tmp_path):
     manifest = tmp_path / "prompts.jsonl"
     manifest.write_text(json.dumps({"prompt": "a red circle"}) + "\n")
