@@ -40,10 +40,7 @@ def planned_shards(
     if stamp is None:
         raise InputError(f"{path} is absent, {remedy}.")
     try:
-        with (
-            storage.open_ranges(path, storage.stamp_size(stamp)) as file,
-            pq.ParquetFile(pa.PythonFile(file, mode="r")) as parquet,
-        ):
+        with storage.open_ranges(path, storage.stamp_size(stamp)) as file, pq.ParquetFile(file) as parquet:
             for shard in shards:
                 yield shard, parquet.read_row_group(shard - part.first_shard, columns, use_threads=False)
     except FileNotFoundError:

@@ -203,10 +203,12 @@ def open_source(path: str, start: int = 0) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def open_ranges(path: str, size: int) -> Iterator[IO[bytes]]:
+def open_ranges(path: str, size: int) -> "Iterator[pyarrow.NativeFile]":
     """A file of known size for reading in any order; on S3 see `Ranges`. Raises FileNotFoundError."""
+    import pyarrow
+
     with explained(path):
-        opened: Any = Ranges(path, size) if is_s3(path) else open(path, "rb")  # noqa: SIM115
+        opened = pyarrow.PythonFile(Ranges(path, size), "r") if is_s3(path) else pyarrow.OSFile(path)
         with opened as file:
             yield file
 
