@@ -151,6 +151,29 @@ def test_a_summary_that_is_damaged_in_any_byte_is_none_or_says_the_same(made, na
     assert read_lines(str(made), name) == []
 
 
+@pytest.mark.parametrize("name", ["all", "part-00000"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tally: tally.update(rows=2**63),
+        lambda tally: tally.update(seconds=10**400),
+        lambda tally: tally.update(ok=-1),
+        lambda tally: tally["details"]["pictures"][0].__setitem__(5, [[99, 0, 0, 1]]),
+        lambda tally: tally["details"]["pictures"][0].__setitem__(5, [[0, 0, 0, 2**40]]),
+        lambda tally: tally["details"].update(sizes=[[1, 2]]),
+    ],
+)
+def test_a_summary_that_cannot_be_so_is_passed_over(made, name, change):
+    """Though its checksum holds."""
+    wanted = ended(made)
+    lines = read_lines(str(made), name)
+    change(lines[0][2]["tally"] if name != "all" else lines[0][2])
+    summary_files.write_lines(str(made), name, [json.dumps(line).encode() for line in lines])
+    if name != "all":
+        (made / layout.SUMMARIES_FOLDER / "all.jsonl.gz").unlink()
+    assert ended(made) == wanted
+
+
 @pytest.mark.parametrize(
     "lines",
     [

@@ -39,6 +39,11 @@ def write_lines(output: str, part: str, lines: Iterable[bytes]) -> None:
 
 def read_lines(output: str, part: str) -> list[Any]:
     """The values in a summary file; none where it is absent, damaged, or of another part or version."""
+    return [json.loads(line) for line in read_texts(output, part)]
+
+
+def read_texts(output: str, part: str) -> list[bytes]:
+    """The lines of a summary file as they stand there; see `read_lines`."""
     try:
         data = storage.read_bytes(summary_path(output, part))
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
@@ -47,6 +52,9 @@ def read_lines(output: str, part: str) -> list[Any]:
         wanted = {"format": FORMAT, "part": part, "sha256": hashlib.sha256(body).hexdigest()}
         if len(text) > MAX_BYTES or json.loads(head) != wanted:
             return []
-        return [json.loads(line) for line in body.splitlines()]
+        lines = body.splitlines()
+        for line in lines:
+            json.loads(line)
+        return lines
     except (FileNotFoundError, EOFError, gzip.BadGzipFile, ValueError, RecursionError, zlib.error):
         return []

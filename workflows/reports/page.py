@@ -90,7 +90,9 @@ def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
     budget = PICTURE_BYTES // max(thumbnails * len(_flat(chosen)), 1) * 3 // 4
     cards = _with_sources(read_cards(output, chosen, budget), read_source or fetch_source, budget)
     while True:
-        page = _render(facts, chosen, [cards[place] for place in sorted(_flat(chosen), key=_in_order)])
+        page = _render(
+            facts, chosen, [cards[place] for place in sorted(_flat(chosen), key=_in_order) if place in cards]
+        )
         # Thumbnails have a budget, so only words of unusual length can make the page too large.
         if len(page) <= MAX_BYTES or not rows:
             return page

@@ -19,7 +19,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import list_stamps, list_summaries, shard_path, summary_name
 from wallaroo.workflows.outputs.shards import map_shards, open_shard
-from wallaroo.workflows.outputs.summary_files import read_lines, write_lines
+from wallaroo.workflows.outputs.summary_files import read_lines, read_texts, write_lines
 from wallaroo.workflows.reports.tally import ShardTally, Tally, tally_of_file
 
 ALL = "all"
@@ -118,18 +118,36 @@ class Summaries:
             details: Whether they are wanted too; without them shards with long tallies stay closed.
         """
         key = stamps_digest((shard, self.stamps[shard]) for shard in self.present(part))
-        known = self._totals.get(part.name)
-        if known is not None and known[0] == key and (known[1].details or not details):
-            return known[1]
+        known = self._total_of(part, key)
+        if known is not None and (known.details or not details):
+            return known
         total = Tally()
         for _, found in self.of_shards(part, details):
             total.add(found.tally)
         if total.rows and (total.details is not None or not details):
             # Without what turned out to be unreadable.
             key = stamps_digest((shard, self.stamps[shard]) for shard in self.present(part))
-            self._totals[part.name] = (key, total)
-            self._changed = True
+            self._set_total(part, key, total)
         return total
+
+    def _total_of(self, part: Part, key: str) -> Tally | None:
+        """What `all` says of a part whose stamps have this digest; None if it says nothing that can be so."""
+        known = self._totals.get(part.name)
+        if known is None or known[0] != key:
+            return None
+        try:
+            tally = Tally.from_values(json.loads(known[1])[2])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
+        runs = [run for places in tally.details.places.values() for run in places] if tally.details else []
+        there = all(part.first_shard <= run.shard < part.end and run.shard in self.stamps for run in runs)
+        return tally if there and tally.rows <= part.rows else None
+
+    def _set_total(self, part: Part, key: str, total: Tally) -> None:
+        # As text, which is a tenth of the tally in memory.
+        line = json.dumps([part.name, key, total.to_values()], separators=(",", ":")).encode()
+        self._totals[part.name] = (key, line)
+        self._changed = True
 
     def of_shards(self, part: Part, whole: bool = True) -> Iterator[tuple[int, ShardTally]]:
         """Each shard of a part that is there and can be read, in order, with its tally.
@@ -202,8 +220,7 @@ class Summaries:
         total = Tally()
         for _, entry in entries:
             total.add(entry.found.tally)
-        self._totals[part.name] = (stamps_digest((shard, entry.stamp) for shard, entry in entries), total)
-        self._changed = True
+        self._set_total(part, stamps_digest((shard, entry.stamp) for shard, entry in entries), total)
         self._complete += 1
         if self._complete % WRITE_PARTS == 0:
             with suppress(InputError, OSError):
@@ -226,26 +243,19 @@ class Summaries:
                 self._write_part(part, dict(sorted(now.entries.items())))
                 now.new = 0
         if self._changed and self._renew:
-            lines = []
-            for name, (key, total) in self._totals.items():
-                line = json.dumps([name, key, total.to_values()], separators=(",", ":")).encode()
-                if len(line) <= MAX_BYTES:
-                    lines.append(line)
+            lines = [line for _, line in self._totals.values() if len(line) <= MAX_BYTES]
             write_lines(self.output, ALL, lines)
             self._changed = False
 
-    def _read_all(self) -> dict[str, tuple[str, Tally]]:
-        if summary_name(ALL) not in self._names:
-            return {}
-        rows = {part.name: part.rows for part in self.parts}
-        try:
-            found = {
-                str(name): (str(key), Tally.from_values(total))
-                for name, key, total in read_lines(self.output, ALL)
-            }
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return {}
-        return {name: one for name, one in found.items() if one[1].rows <= rows.get(name, -1)}
+    def _read_all(self) -> dict[str, tuple[str, bytes]]:
+        """Digest and line of each part that `all` has."""
+        found = {}
+        names = {part.name for part in self.parts}
+        for line in read_texts(self.output, ALL) if summary_name(ALL) in self._names else ():
+            match json.loads(line):
+                case [str(name), str(key), _] if name in names:
+                    found[name] = (key, line)
+        return found
 
     def _read_part(self, part: Part) -> dict[int, Entry]:
         """What the summary of a part says, without what cannot be so."""
@@ -257,6 +267,9 @@ class Summaries:
                 shard, stamp, values = line
                 tally = ShardTally.from_values(values).tally
             except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+            runs = [run for one in tally.details.places.values() for run in one] if tally.details else []
+            if any(run.shard != shard or run.position + run.rows > tally.rows for run in runs):
                 continue
             if type(shard) is int and part.first_shard <= shard < part.end and tally.rows <= part.rows:
                 found[shard] = Entry(str(stamp), json.dumps(values, separators=(",", ":")))

@@ -140,7 +140,7 @@ class Tally:
             refused=_whole(values["refused"]),
             errors=_counts(values["errors"]),
             environments=_counts(values["environments"]),
-            seconds=float(values["seconds"]),
+            seconds=_finite(values["seconds"]),
             details=None,
         )
         if tally.rows != tally.ok + tally.errors.total():
@@ -199,9 +199,15 @@ class ShardTally(NamedTuple):
 
 
 def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 2**62:
         raise ValueError(f"{value!r:.40} is no count")
     return value
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not -1e18 < value < 1e18:
+        raise ValueError(f"{value!r:.40} is no number of seconds")
+    return float(value)
 
 
 def _counts(values: Any) -> Counter[str]:
