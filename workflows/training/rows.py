@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from wallaroo.model.checkpoint import load_config, load_tokenizer
@@ -74,12 +75,17 @@ def _check_columns(task: str, path: str) -> None:
             names = pq.read_schema(inner, filesystem=filesystem).names
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is no Parquet file ({error}).") from None
-    missing = [name for name in COLUMNS.get(task, ()) if name not in names]
+    missing = [] if _is_output(task, names) else [name for name in COLUMNS.get(task, ()) if name not in names]
     if missing or not any(name in names for name in PICTURES):
         raise InputError(
             f"{path} has no column {' or '.join(missing or PICTURES)}, which rows of {task} need; it has "
             f"{', '.join(names)}."
         )
+
+
+def _is_output(task: str, names: Sequence[str]) -> bool:
+    """Whether a file for `generate` has the columns of an output, whose pictures are in `image`."""
+    return task == "generate" and "picture" not in names and {"status", "image", "prompt"} <= {*names}
 
 
 class Rows(Sequence[Row]):
@@ -145,12 +151,15 @@ def needed(table: pa.Table, task: str) -> pa.Table:
     Raises:
         InputError: A column has another type or is empty in a row.
     """
+    if _is_output(task, table.column_names):
+        table = table.rename_columns({"image": "picture"})
     made = {}
     for name in COLUMNS.get(task, [name for name in PICTURES if name in table.column_names]):
         column = table.column(name).combine_chunks()
         if name in PICTURES:
             if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-                column = column.field("bytes")
+                # Unlike the child itself, it is null where the struct is.
+                column = pc.struct_field(column, "bytes")
             if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
                 raise InputError(
                     f"The column {name} is {column.type}, but rows to train on need encoded pictures: bytes, "
@@ -171,11 +180,14 @@ def needed(table: pa.Table, task: str) -> pa.Table:
 
 
 def _fitting(table: pa.Table, task: str, recipe: Recipe) -> pa.Table:
-    """`needed`, of the rows that a stage trains on."""
+    """`needed`, of the rows that a stage trains on; of an output those that are ok."""
+    if _is_output(task, table.column_names):
+        table = table.filter((pc.field("status") == "ok") & (pc.field("task") == task))
     found = needed(table, task)
     if recipe.part == "vq":
         return found
-    return found.filter([fitting(row, task, recipe) for row in found.to_pylist()])
+    fit = [fitting(row, task, recipe) for row in found.to_pylist()]
+    return found.filter(pa.array(fit, pa.bool_()))
 
 
 def fitting(row: Row, task: str, recipe: Recipe) -> bool:
