@@ -274,23 +274,24 @@ def _fit(given: dict[str, Any], workers: int, device: str, stop: Stop) -> None:
     from ray.train.torch import TorchTrainer
 
     recipe: Recipe = given["recipe"]
-    # Ray Train's own notes; what a stage needs to go on is in its states.
-    own = tempfile.mkdtemp(prefix="wallaroo-ray-") if storage.is_s3(recipe.folder) else recipe.folder
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config=given,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=device == "cuda"),
-        run_config=RunConfig(
-            name="ray", storage_path=own, failure_config=FailureConfig(max_failures=MAX_FAILURES)
-        ),
-    )
-    try:
-        _apart(trainer.fit, storage.join(recipe.folder, STOP), stop)
-    except TrainingFailedError as error:
-        for failure in getattr(error, "worker_failures", {}).values():
-            if isinstance(failure, InputError):
-                raise failure from None
-        raise
+    with tempfile.TemporaryDirectory(prefix="wallaroo-ray-", ignore_cleanup_errors=True) as temporary:
+        # Ray Train's own files, which no resume needs: that takes a state.
+        own = temporary if storage.is_s3(recipe.folder) else recipe.folder
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config=given,
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=device == "cuda"),
+            run_config=RunConfig(
+                name="ray", storage_path=own, failure_config=FailureConfig(max_failures=MAX_FAILURES)
+            ),
+        )
+        try:
+            _apart(trainer.fit, storage.join(recipe.folder, STOP), stop)
+        except TrainingFailedError as error:
+            for failure in getattr(error, "worker_failures", {}).values():
+                if isinstance(failure, InputError):
+                    raise failure from None
+            raise
 
 
 def _apart(action: Callable[[], Any], note: str, stop: Stop) -> None:
