@@ -97,7 +97,7 @@ def test_a_report_can_be_written_at_any_time(outputs, tmp_path):
     assert "no pictures yet" in write(tmp_path).text
     outputs.make_output(tmp_path, tables(outputs, 10, 3), skip={0, 2})
     page = write(tmp_path)
-    assert "20 missing" in page.text and "20 rows are missing. Start the run again" in page.text
+    assert "20 missing" in page.text and "20 rows are missing. Re-run the command" in page.text
     (tmp_path / "data" / "shard-00000002.parquet").write_bytes(b"PAR1 and no more")
     page = write(tmp_path)
     assert "1 files cannot be read" in page.text and "10 ok" in page.text

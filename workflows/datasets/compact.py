@@ -64,7 +64,7 @@ def compact(output: str) -> Compacted:
         success = read_success(output)
         names = [part.name for part in plan.parts]
         if success is None or success["parts"][-1] != names[-1]:
-            raise InputError(f"{output} is not finished: start its run again, and compact it then.")
+            raise InputError(f"{output} is not finished: re-run its command to resume, and compact it then.")
         _remove_others(output, plan)
         if success["parts"] != names:
             finish(output, plan)  # an earlier try was cut off after its plan had become the plan

@@ -94,7 +94,7 @@ class Results:
             if missing:
                 what = f"{missing:,} of its {len(self.plan.shards):,} shards are missing"
             raise InputError(
-                f"{output} is not finished, {what}: start the run again, it makes what is missing, or export "
+                f"{output} is not finished, {what}: re-run its command to resume, or export "
                 f"what is finished with --partial."
             )
         if self.partial and not self._done:
@@ -150,7 +150,7 @@ class Results:
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{shard_path(self.output, shard)} cannot be read ({str(error).splitlines()[0]}): "
-                f"move it elsewhere and start the run again."
+                f"move it elsewhere and re-run its command."
             ) from error
 
     def _planned(self, shard: int) -> Iterator[tuple[dict[str, Any], bytes | None]]:

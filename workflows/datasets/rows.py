@@ -38,7 +38,7 @@ class OutputRows:
 
     def __init__(self, path: str):
         if finished(path) is None:
-            raise InputError(f"{path} is not finished: start its run again, it goes on by itself.")
+            raise InputError(f"{path} is not finished: re-run its command to resume.")
         self.path = path
         self.task = str(read_run(path)["config"].get("task", "generate"))
         self.shards = sorted(list_done(path))
@@ -64,7 +64,7 @@ class OutputRows:
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{self.pieces[piece]} of {self.path} cannot be read ({str(error).splitlines()[0]}): "
-                f"move it elsewhere and start its run again."
+                f"move it elsewhere and re-run its command."
             ) from error
 
     def names(self, chunk: Chunk, piece: int, column: str) -> list[str]:

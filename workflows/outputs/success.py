@@ -32,7 +32,7 @@ def read_success(output: str) -> dict[str, Any] | None:
     """What `_SUCCESS` says: `rows`, `ok`, `errors` by kind, `shards`, `parts`; None if there is none."""
     path = storage.join(output, SUCCESS_FILE)
     try:
-        document = read_json(path, "move it elsewhere and start the run again")
+        document = read_json(path, "move it elsewhere and re-run its command")
     except FileNotFoundError:
         return None
     keys = {"format", "rows", "ok", "errors", "shards", "parts"}
@@ -44,5 +44,5 @@ def read_success(output: str) -> dict[str, Any] | None:
     names = document["parts"]
     whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not (whole and isinstance(document["errors"], dict) and all(type(one) is int for one in numbers)):
-        raise InputError(f"{path} is damaged: move it elsewhere and start the run again.")
+        raise InputError(f"{path} is damaged: move it elsewhere and re-run its command.")
     return document

@@ -42,7 +42,7 @@ def finish(output: str, plan: "Plan") -> RowTotals:
         count = sum(1 for _ in summaries.missing())
         raise InputError(
             f"{output} lacks {count} of its shards, the first is {shard_name(missing[0])}: "
-            f"start the run again, it makes what is missing."
+            f"re-run its command to resume."
         )
     total = Tally()
     with tempfile.TemporaryFile() as lines:
@@ -54,7 +54,7 @@ def finish(output: str, plan: "Plan") -> RowTotals:
                 raise InputError(
                     f"the data of {part.name} in {output} has {found.rows} rows, but {part.rows} "
                     f"were planned: `wallaroo verify {output}` names the files at fault; move them "
-                    f"elsewhere and start the run again."
+                    f"elsewhere and re-run its command."
                 )
             total.add(found)
             for row in _error_rows(summaries, part) if found.errors else ():
@@ -108,5 +108,5 @@ def _check_readable(summaries: Summaries) -> None:
     for shard, words in summaries.unreadable.items():
         raise InputError(
             f"{shard_path(summaries.output, shard)} cannot be read ({words}): "
-            f"move it elsewhere and start the run again."
+            f"move it elsewhere and re-run its command."
         )

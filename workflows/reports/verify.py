@@ -248,7 +248,7 @@ def _check_total(
             found.fault(f"{summary_path(output, ALL)} counts other rows of {part.name}: {_REMEDY}.")
 
 
-_REMEDY = f"delete the folder {SUMMARIES_FOLDER} and start the run again, which makes it anew"
+_REMEDY = f"delete the folder {SUMMARIES_FOLDER} and re-run the command, which makes it anew"
 
 
 def _look(output: str, plan: Plan, found: _Found, report: Callable[[Progress], None]) -> None:
@@ -288,7 +288,7 @@ def _sentence(output: str, verdict: Verdict, plan: Plan, fast: bool) -> str:
     if verdict.state == "broken":
         return (
             f"{output} is broken: {verdict.faults:,} {'fault' if verdict.faults == 1 else 'faults'}; {rows}. "
-            f"Move the files at fault elsewhere and start the run again: it makes what is missing."
+            f"Move the files at fault elsewhere and re-run the command to make what is missing."
         )
     running = at_work(output)
     if not plan.complete:

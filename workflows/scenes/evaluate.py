@@ -278,7 +278,7 @@ def _rows(output: str, shard: int) -> list[Mapping[str, Any]]:
     except pa.ArrowException as error:
         raise InputError(
             f"shard {shard} of {output} cannot be read ({str(error).splitlines()[0]:.200}): "
-            f"move its file elsewhere and start the run again."
+            f"move its file elsewhere and re-run its command."
         ) from error
 
 
