@@ -10,7 +10,7 @@ from PIL import Image
 from tests.unit.training.cases import losses_of, picture, recipe
 from wallaroo.model.checkpoint import TINY, load
 from wallaroo.model.training.fresh import fresh_model
-from wallaroo.model.training.log import samples
+from wallaroo.model.training.samples import draw
 from wallaroo.model.training.loop import optimise
 from wallaroo.model.training.vq import VQJob, kind_means, patch_keys, spread_codebook, unlike
 from wallaroo.model.vq import to_float
@@ -30,7 +30,7 @@ def test_the_image_tokenizer_learns_and_goes_on_exactly(tmp_path):
 
         def after(step):
             # Four pictures over what is made of them; looking at them changes nothing.
-            assert step % 6 or samples(job, step).shape == (64, 4 * 32, 3)
+            assert step % 6 or draw(job, step, []).shape == (64, 4 * 32, 3)
             if step == stop:
                 raise KeyboardInterrupt
 
