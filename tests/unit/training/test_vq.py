@@ -10,8 +10,8 @@ from PIL import Image
 from tests.unit.training.cases import losses_of, picture, recipe
 from wallaroo.model.checkpoint import TINY, load
 from wallaroo.model.training.fresh import fresh_model
-from wallaroo.model.training.samples import draw
 from wallaroo.model.training.loop import optimise
+from wallaroo.model.training.samples import draw
 from wallaroo.model.training.vq import VQJob, kind_means, patch_keys, spread_codebook, unlike
 from wallaroo.model.vq import to_float
 
