@@ -39,7 +39,7 @@ def test_text_that_pandas_compresses(tmp_path, suffix):
 @pytest.mark.parametrize(("pack", "suffix"), [(bz2.compress, ".bz2"), (lzma.compress, ".xz")])
 def test_a_broken_archive_is_one_sentence(tmp_path, pack, suffix):
     (tmp_path / f"m.csv{suffix}").write_bytes(pack(b"prompt\n" + b"x\n" * 9000)[:-20])
-    with pytest.raises(InputError, match=r"is not a readable csv file .*: repair or remove it") as caught:
+    with pytest.raises(InputError, match=r"is not a readable csv file .*: repair it, or move it") as caught:
         prompts(tmp_path)
     assert "\n" not in str(caught.value)
     (tmp_path / f"m.csv{suffix}").rename(tmp_path / "n.csv")
