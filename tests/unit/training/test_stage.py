@@ -284,3 +284,15 @@ def test_a_stage_of_an_older_version_goes_on_without_the_mark(tmp_path):
     made.rename(tmp_path / "elsewhere")
     assert train(recipe, lambda line: None) == made
     assert (tmp_path / "first" / "stage.json").is_file()
+
+
+def test_the_command_without_ray_has_the_remedy_that_it_names(tmp_path):
+    words = [sys.executable, "-m", "wallaroo.model.training", str(recipes(tmp_path)), "first"]
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "notes.txt").write_text("mine")
+    told = subprocess.run(words, capture_output=True, text=True)
+    assert told.returncode == 1 and "it holds notes.txt; name another folder in the recipe" in told.stderr
+    done = subprocess.run([*words, "--overwrite"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "first" / "checkpoint")
+    assert (tmp_path / "first" / "notes.txt").read_text() == "mine"
