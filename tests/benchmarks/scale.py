@@ -321,11 +321,10 @@ def requests(folder: Path, shards: Sequence[int]) -> dict[str, float]:
     try:
         os.environ |= server.variables()
         output = on_s3(folder, "s3://ready", 1_000, 25)
-        kept = {
-            n: storage.read_bytes(layout.shard_path(output, n)) for n in range(5, 1_000, 1_000 // MISSING)
-        }
-        for shard in kept:
-            storage.delete(layout.shard_path(output, shard))
+        paths = [layout.shard_path(output, shard) for shard in range(5, 1_000, 1_000 // MISSING)]
+        kept = {path: storage.read_bytes(path) for path in paths}
+        for path in kept:
+            storage.delete(path)
         with proxy(server.endpoint, share=0) as counting:
             os.environ |= dataclasses.replace(server, endpoint=counting.endpoint).variables()
             for name, run in ENDS.items():
