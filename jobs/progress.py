@@ -44,11 +44,13 @@ def line(progress: "Progress", rate: float) -> str:
     parts = []
     if progress.rows:
         share = 100 * progress.done // progress.rows
-        parts.append(f"{progress.done:,} of {progress.rows:,} rows ({share} %)")
+        phase = f"{progress.phase}: " if progress.phase else ""
+        parts.append(f"{phase}{progress.done:,} of {progress.rows:,} rows ({share} %)")
     if progress.waiting:
         return ", ".join([*parts, progress.waiting])
     parts.append(f"{rate:.1f} rows/s")
-    parts.append(counted(progress.errors, "error"))
+    if progress.errors or not progress.phase:
+        parts.append(counted(progress.errors, "error"))
     if rate > 0 and progress.done < progress.rows:
         parts.append(f"{duration((progress.rows - progress.done) / rate)} left")
     return ", ".join(parts)
@@ -68,6 +70,7 @@ class Display:
         self._last_line = -LINE_SECONDS
         self._bar: Bar | None = None
         self._task: TaskID | None = None
+        self._phase = ""
 
     def __enter__(self) -> "Display":
         if self._stream.isatty():
@@ -91,9 +94,10 @@ class Display:
 
     def __call__(self, progress: "Progress") -> None:
         now = self._clock()
-        if progress.waiting:
-            # The time until a replica is up is not part of the rate.
+        if progress.waiting or progress.phase != self._phase:
+            # The time until a replica is up is not part of the rate, nor is that of another phase.
             self._rate = Rate()
+        self._phase = progress.phase
         text = line(progress, self._rate(now, progress.done))
         if self._bar is not None:
             if self._task is None:

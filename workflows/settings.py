@@ -461,6 +461,7 @@ class Progress:
     before: how many of `done` were there when this run started.
     errors: error rows among `done`.
     waiting: what the run is waiting for, in words (`waiting for 1 GPU: 0 of 4 up, 3 min`), or empty.
+    phase: what a command that goes over the rows several times does with them now (`comparing`), or empty.
     """
 
     rows: int = 0
@@ -468,6 +469,7 @@ class Progress:
     before: int = 0
     errors: int = 0
     waiting: str = ""
+    phase: str = ""
 
 
 @dataclass(frozen=True)

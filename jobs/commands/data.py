@@ -175,6 +175,7 @@ def select(
     DEST gets data/*.parquet, or a folder per split; README.md; and _dropped.jsonl, with the reason for
     every row that was left out. Exit codes: 0; 3 if a function, a score or a picture failed.
     """
+    from wallaroo.jobs.progress import Display
     from wallaroo.workflows.datasets.rules import Rules
     from wallaroo.workflows.datasets.select import select as copy
 
@@ -188,7 +189,9 @@ def select(
             split[name] = float(share)
         except ValueError:
             raise click.UsageError(f"the share of {name} is '{share}', but must be a number.") from None
-    found = copy(source, dest, Rules(filter_, best_of, scores, near, split, group), overwrite)
+    rules = Rules(filter_, best_of, scores, near, split, group)
+    with Display() as display:
+        found = copy(source, dest, rules, overwrite, display)
     words = [f"{found.rows:,} rows: {found.kept:,} kept"]
     words += [f"{count:,} dropped ({reason})" for reason, count in found.dropped.items()]
     click.echo(", ".join(words))
@@ -268,18 +271,21 @@ def export(
     Exit codes: 0 every row was exported, with --partial every finished row; 1 nothing can be exported; 3
     error rows, or rows that the format cannot hold, were left out.
     """
+    from wallaroo.jobs.progress import Display
     from wallaroo.workflows.datasets.export import export as write
 
     tell_run(output)
-    summary = write(
-        output,
-        dest,
-        format,
-        embed_metadata=embed_metadata,
-        image_urls=image_urls,
-        c2pa=c2pa,
-        partial=partial,
-        overwrite=overwrite,
-    )
+    with Display() as display:
+        summary = write(
+            output,
+            dest,
+            format,
+            embed_metadata=embed_metadata,
+            image_urls=image_urls,
+            c2pa=c2pa,
+            partial=partial,
+            overwrite=overwrite,
+            on_progress=display,
+        )
     click.echo(summary.text())
     return ERROR_ROWS if summary.errors or summary.left_out else OK

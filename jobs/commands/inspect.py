@@ -62,9 +62,11 @@ def compact(output: str) -> int:
 
     Exit codes: 0; 1 OUTPUT cannot be compacted; 4 a run holds it.
     """
+    from wallaroo.jobs.progress import Display
     from wallaroo.workflows.datasets.compact import compact as merge
 
-    found = merge(output)
+    with Display() as display:
+        found = merge(output, display)
     words = f"{found.before:,} shards became {found.after:,}"
     click.echo(f"{output}: {words if found.after < found.before else 'its shards are large enough'}")
     return OK

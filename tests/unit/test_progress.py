@@ -22,6 +22,25 @@ def test_line():
     assert line(Progress(rows=10, done=1, errors=1), 0) == "1 of 10 rows (10 %), 0.0 rows/s, 1 error"
 
 
+def test_line_names_the_phase_of_a_command_that_goes_over_the_rows_several_times():
+    progress = Progress(rows=100_000, done=25_000, phase="comparing")
+    assert line(progress, 5000) == "comparing: 25,000 of 100,000 rows (25 %), 5000.0 rows/s, 15 s left"
+    assert "1 error" in line(Progress(rows=2, done=1, errors=1, phase="reading"), 1)
+
+
+def test_the_rate_of_a_phase_is_its_own():
+    now = [0.0]
+    stream = io.StringIO()
+    with Display(stream, clock=lambda: now[0]) as display:
+        for second, done, phase in ((0, 0, "reading"), (10, 1000, "reading"), (20, 50, "writing")):
+            now[0] = float(second)
+            display(Progress(rows=2000, done=done, phase=phase))
+    assert stream.getvalue().splitlines()[1:] == [
+        "reading: 1,000 of 2,000 rows (50 %), 100.0 rows/s, 10 s left",
+        "writing: 50 of 2,000 rows (2 %), 0.0 rows/s",
+    ]
+
+
 def test_line_says_what_is_waited_for():
     waiting = "waiting for a replica: 0 of 2 up"
     assert line(Progress(waiting=waiting), 0) == waiting

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from wallaroo.model.errors import InputError
-from wallaroo.workflows.datasets import decide, look
+from wallaroo.workflows.datasets import decide, look, progress
 from wallaroo.workflows.datasets import rules as datasets_rules
+from wallaroo.workflows.datasets.export import export
 from wallaroo.workflows.datasets.rules import Rules, dhash, load_function
 from wallaroo.workflows.datasets.select import select
 from wallaroo.workflows.manifests.discover import discover
@@ -185,7 +186,36 @@ def test_the_hash_is_what_it_says():
     assert dhash(Image.fromarray(ramp)) == 2**64 - 1 - (0x7F << 56)
 
 
-@pytest.mark.parametrize("distance", [0, 1, 4, 7, 16])
+def test_many_rows_that_stay_are_found_as_by_looking_at_all():
+    rng = np.random.default_rng(1)
+    hashes = rng.integers(0, 2**63, 3000).astype(np.uint64)
+    for row in range(1500, 3000):
+        hashes[row] = hashes[row % 1500] ^ np.uint64(1 << (row % 63)) ^ np.uint64(1 << (row // 64))
+    for distance in (1, 2, 12):
+        known = decide._Near(hashes, distance)
+        stay = np.zeros(0, np.int64)
+        for row in range(3000):
+            near = stay[np.bitwise_count(hashes[stay] ^ hashes[row]) <= distance]
+            assert known.first(row) == (near[0] if len(near) else -1)
+            if not len(near):
+                known.add(row)
+                stay = np.append(stay, row)
+        assert len(stay) > 1024
+
+
+def test_each_phase_counts_its_rows(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "TOLD_SECONDS", 0.0)
+    told = []
+    select(str(pictures), str(tmp_path / "dest"), Rules(near_duplicates=4), on_progress=told.append)
+    last = {one.phase: (one.done, one.rows) for one in told}
+    assert last == {"reading": (60, 60), "comparing": (57, 57), "writing": (60, 60)}
+    assert [one.phase for one in told] == sorted((one.phase for one in told), key=list(last).index)
+    told.clear()
+    export(str(pictures), str(tmp_path / "files"), "files", on_progress=told.append)
+    assert (told[-1].phase, told[-1].done, told[-1].rows) == ("exporting", 60, 60)
+
+
+@pytest.mark.parametrize("distance", [0, 1, 4, 7, 8, 9, 16])
 def test_near_hashes_are_found_as_by_looking_at_all(distance):
     rng = np.random.default_rng(distance)
     hashes = rng.integers(0, 2**63, 400).astype(np.uint64)

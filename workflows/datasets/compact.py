@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+from wallaroo.workflows.datasets.progress import Phase, Report, silent
 from wallaroo.workflows.outputs.layout import DATA_FOLDER, PLAN_FOLDER, part_name, shard_number, shard_path
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.run_file import read_run
@@ -51,9 +52,10 @@ class Compacted:
     after: int
 
 
-def compact(output: str) -> Compacted:
+def compact(output: str, on_progress: Report = silent) -> Compacted:
     """Merges the shards of a finished incremental output. Rows, ids and row_ids stay as they are.
 
+    Holds one merged shard. on_progress: called about twice a second.
     Raises InputError if the output is not incremental or not finished, RunInProgress if a run is at work.
     """
     task = read_run(output)["config"]["task"]
@@ -68,15 +70,17 @@ def compact(output: str) -> Compacted:
         _remove_others(output, plan)
         if success["parts"] != names:
             finish(output, plan)  # an earlier try was cut off after its plan had become the plan
-        groups = list(_groups(output, plan, SHARD_TEXTS if task in TEXT_TASKS else SHARD_ROWS[1]))
+        reading = Phase(on_progress, "reading", plan.rows)
+        groups = list(_groups(output, plan, reading, SHARD_TEXTS if task in TEXT_TASKS else SHARD_ROWS[1]))
         if len(groups) == len(plan.shards):
             return Compacted(len(groups), len(groups))
         first = (plan.shards.stop // NUMBERS + 1) * NUMBERS
+        phase = Phase(on_progress, "merging", plan.rows)
         for shard, group in enumerate(groups, first):
             lock.check()
-            write_shard(
-                output, shard, pa.concat_tables(_numbered(_data(output, one), shard) for one in group)
-            )
+            table = pa.concat_tables(_numbered(_data(output, one), shard) for one in group)
+            write_shard(output, shard, table)
+            phase.count(len(table))
         lock.check()
         _replace_plan(output, plan, groups, first)
         merged = read_plan(output)
@@ -86,13 +90,14 @@ def compact(output: str) -> Compacted:
         return Compacted(len(plan.shards), len(groups))
 
 
-def _groups(output: str, plan: Plan, most_rows: int) -> Iterator[list[int]]:
+def _groups(output: str, plan: Plan, phase: Phase, most_rows: int) -> Iterator[list[int]]:
     """Consecutive shards that go into one, by their rows and the bytes of their files."""
     group: list[int] = []
     rows = size = 0
     for shard in plan.shards:
         with open_shard(output, shard) as parquet:
             more = parquet.metadata.num_rows
+        phase.count(more)
         found = storage.info(shard_path(output, shard))
         bytes_more = found.size if found else 0
         if group and (rows + more > most_rows or size + bytes_more > MAX_BYTES):

@@ -40,6 +40,7 @@ from wallaroo.workflows.datasets.export_summary import (
     refuse_foreign_mark,
     remove_mark,
 )
+from wallaroo.workflows.datasets.progress import Report, silent
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.values import json_line, jsonable
 from wallaroo.workflows.settings import OptionError
@@ -66,6 +67,7 @@ def export(
     c2pa: tuple[str, str] | None = None,
     partial: bool = False,
     overwrite: bool = False,
+    on_progress: Report = silent,
 ) -> ExportSummary:
     """Writes the ok rows of a run in a format of FORMATS.
 
@@ -84,6 +86,7 @@ def export(
             then says so, until a complete export.
         overwrite: Replace files that have other content, and write beside files that no export of this
             format makes.
+        on_progress: Called about twice a second.
 
     Raises:
         OptionError: A format or option does not exist, or is for others.
@@ -101,7 +104,7 @@ def export(
     if c2pa is not None and form != "files":
         raise OptionError(f"c2pa is for the format files, but format is '{form}': leave it out.")
     chosen = FORMATS[form]
-    results = Results(output, partial)
+    results = Results(output, partial, on_progress)
     if results.task not in chosen.tasks:
         fit = ", ".join(name for name, one in FORMATS.items() if results.task in one.tasks)
         raise InputError(

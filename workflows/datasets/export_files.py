@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+from wallaroo.workflows.datasets.progress import Phase, Report, silent
 from wallaroo.workflows.outputs.layout import list_done, shard_path
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import RESULT_NAMES, json_columns, result_schema
@@ -70,17 +71,19 @@ class Results:
         finished_shards: How many shards were there at the start; no other is read.
     """
 
-    def __init__(self, output: str, partial: bool = False):
+    def __init__(self, output: str, partial: bool = False, on_progress: Report = silent):
         """Reads the plan, and lists what is there.
 
         Args:
             output: Its folder, local or on S3.
             partial: Whether an output may do that is not finished.
+            on_progress: Called about twice a second while rows are read.
 
         Raises:
             InputError: The folder is no output, or is not finished; with `partial`, no shard is.
         """
         run = read_run(output)
+        self._on_progress = on_progress
         self.output, self.ok, self.errors, self.missing = output, 0, 0, 0
         self.plan = read_plan(output)
         self.task = str(run["config"].get("task", "generate"))
@@ -110,7 +113,9 @@ class Results:
         """
         before: dict[str, Any] | None = None
         waiting: Row | None = None
+        phase = Phase(self._on_progress, "exporting" if pictures else "reading", self.plan.rows)
         for values, picture, number in self._stored(pictures):
+            phase.count(1)
             self.ok += values["status"] == "ok"
             self.missing += values["status"] == MISSING
             self.errors += values["status"] not in ("ok", MISSING)

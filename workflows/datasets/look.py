@@ -1,12 +1,16 @@
 """One look at every row of a selection: filters, scores and picture hashes."""
 
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from wallaroo.model.errors import InputError, RowError, did_you_mean
+from wallaroo.workflows.datasets.progress import Phase
 from wallaroo.workflows.datasets.rows import Chunk, ManifestRows, OutputRows
 from wallaroo.workflows.datasets.rules import (
     ERROR,
@@ -27,9 +31,11 @@ from wallaroo.workflows.settings import OptionError
 from wallaroo.workflows.sources.decode import decode
 from wallaroo.workflows.sources.embedded import parse_cell, read_cells
 from wallaroo.workflows.sources.fetch import Fetched, fetch, fetch_many
-from wallaroo.workflows.sources.references import Reference, SourceOptions
+from wallaroo.workflows.sources.references import Reference, SourceOptions, parts_of
 
 MAX_FAILURES = 10_000
+HASHERS = min(os.cpu_count() or 1, 8)
+"""Pictures that are decoded at once."""
 
 
 class Found(NamedTuple):
@@ -73,14 +79,21 @@ class Look:
             wanted |= {"task", "source"} if picture else set()
             self.columns = [name for name in rows.schema.names if name in wanted]
 
-    def all(self) -> Found:
+    def all(self, phase: Phase) -> Found:
+        """Looks at all rows.
+
+        Args:
+            phase: Counts them.
+        """
         parts: list[list[np.ndarray]] = []
         starts = [0]
         for piece in range(len(self.rows.pieces)):
             count = 0
             for chunk in self.rows.chunks(piece, self.columns):
+                failures = len(self.messages)
                 parts.append(self._chunk(chunk, piece, starts[-1] + chunk.first))
                 count += chunk.table.num_rows
+                phase.count(chunk.table.num_rows, len(self.messages) - failures)
             starts.append(starts[-1] + count)
         kinds = (np.uint8, np.uint64, np.float64, np.uint64)
         joined = [
@@ -123,16 +136,12 @@ class Look:
         if self.rules.near_duplicates is not None:
             places = np.flatnonzero(why == KEPT).tolist()
             references = [self.rows.reference(rows[place]) for place in places]
-            for positions, fetched in fetch_all(references, SourceOptions(folder=self.rows.folder(piece))):
-                try:
-                    if isinstance(fetched, RowError):
-                        raise fetched
-                    hashes[[places[position] for position in positions]] = dhash(
-                        decode(fetched.data, fetched.name)
-                    )
-                except RowError as error:
-                    for position in positions:
-                        self._failed(why, places[position], first, PICTURE_FAILED, str(error))
+            for positions, hashed in _hashed(references, SourceOptions(folder=self.rows.folder(piece))):
+                if not isinstance(hashed, RowError):
+                    hashes[[places[position] for position in positions]] = hashed
+                    continue
+                for position in positions:
+                    self._failed(why, places[position], first, PICTURE_FAILED, str(hashed))
         return [why, groups, scores, hashes]
 
     def _given(self, table: pa.Table) -> list[Any] | None:
@@ -151,6 +160,30 @@ class Look:
             )
 
 
+def _hashed(
+    references: Sequence[Reference], options: SourceOptions
+) -> Iterator[tuple[list[int], int | RowError]]:
+    """The hash of every distinct picture, with the positions that name it; HASHERS are decoded at once."""
+    ahead: deque[tuple[list[int], Future[int | RowError]]] = deque()
+    with ThreadPoolExecutor(HASHERS) as pool:
+        for positions, fetched in fetch_all(references, options):
+            ahead.append((positions, pool.submit(_hash, fetched)))
+            if len(ahead) > 2 * HASHERS:
+                done, future = ahead.popleft()
+                yield done, future.result()
+        for done, future in ahead:
+            yield done, future.result()
+
+
+def _hash(fetched: Fetched | RowError) -> int | RowError:
+    if isinstance(fetched, RowError):
+        return fetched
+    try:
+        return dhash(decode(fetched.data, fetched.name))
+    except RowError as error:
+        return error
+
+
 def fetch_all(
     references: Sequence[Reference], options: SourceOptions
 ) -> Iterator[tuple[list[int], Fetched | RowError]]:
@@ -159,7 +192,13 @@ def fetch_all(
     files: dict[str, dict[int, list[int]]] = {}
     for position, reference in enumerate(references):
         cell = parse_cell(reference) if isinstance(reference, str) else None
-        if cell is None:
+        if cell is None and parts_of(reference)[0] is not None:
+            # Nothing to wait for, so no thread is needed.
+            try:
+                yield [position], fetch(reference, options)
+            except RowError as error:
+                yield [position], error
+        elif cell is None:
             others.append(position)
         else:
             files.setdefault(cell.path, {}).setdefault(cell.row, []).append(position)

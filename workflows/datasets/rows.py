@@ -34,12 +34,13 @@ class Chunk(NamedTuple):
 
 
 class OutputRows:
-    """The rows of a finished run."""
+    """The rows of a finished run; `rows` is their number."""
 
     def __init__(self, path: str):
-        if finished(path) is None:
+        success = finished(path)
+        if success is None:
             raise InputError(f"{path} is not finished: re-run its command to resume.")
-        self.path = path
+        self.path, self.rows = path, int(success["rows"])
         self.task = str(read_run(path)["config"].get("task", "generate"))
         self.shards = sorted(list_done(path))
         self.pieces = [shard_name(shard) for shard in self.shards]
@@ -86,7 +87,7 @@ class OutputRows:
 
 
 class ManifestRows:
-    """The rows of a manifest."""
+    """The rows of a manifest; `rows` is their number."""
 
     def __init__(self, path: str):
         self.path, self.task = path, ""
@@ -97,6 +98,7 @@ class ManifestRows:
             columns.add(number, file.path, found)
             self._pieces += found.pieces
         self.schema = columns.schema()
+        self.rows = sum(piece.rows for piece in self._pieces)
         self.pieces = [f"part-{number:05d}.parquet" for number in range(len(self._pieces))]
 
     def chunks(self, piece: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:

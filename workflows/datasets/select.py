@@ -16,6 +16,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.decide import Decided, decide
 from wallaroo.workflows.datasets.look import Found, Look
+from wallaroo.workflows.datasets.progress import Phase, Report, silent
 from wallaroo.workflows.datasets.rows import Chunk, ManifestRows, OutputRows
 from wallaroo.workflows.datasets.rules import DEFAULT_FOLDER, FAILURES, KEPT, REASONS, Rules, Selection
 from wallaroo.workflows.outputs.layout import DROPPED_FILE, RUN_FILE, SELECTION_FILE
@@ -24,24 +25,27 @@ from wallaroo.workflows.reports.card import code, front_matter, put_card
 _WRITTEN = re.compile(r"[^/]+/(part-\d{5,}|shard-\d{8,})\.parquet")
 
 
-def select(source: str, dest: str, rules: Rules, overwrite: bool = False) -> Selection:
+def select(
+    source: str, dest: str, rules: Rules, overwrite: bool = False, on_progress: Report = silent
+) -> Selection:
     """Copies the rows of `source` that the rules keep to `dest`, a folder; both are local or on S3.
 
     source: the finished output of a run, or a manifest. dest gets Parquet files with the columns of the
     source, in `data/` or a folder for each split; `_dropped.jsonl`, every other row with its reason; and
     a card. The same call gives the same files, and a call that was cut short is repeated as a whole.
     Holds one shard, and some 40 bytes a row. overwrite: replace another selection, and write beside other
-    files. Raises InputError if the source cannot be read, a column or function does not exist, or, without
-    overwrite, dest holds anything else.
+    files. on_progress: called about twice a second. Raises InputError if the source cannot be read, a column
+    or function does not exist, or, without overwrite, dest holds anything else.
     """
     rules.check()
     rows = OutputRows(source) if storage.exists(storage.join(source, RUN_FILE)) else ManifestRows(source)
     look = Look(rows, rules)
     names = [f"{folder}/{file}" for folder in sorted(rules.split) or [DEFAULT_FOLDER] for file in rows.pieces]
     claim = _claim(source, dest, rules, overwrite, names)
-    found = look.all()
-    decided = decide(found, rules)
-    return _write(rows, dest, rules, found, decided, look.messages, claim)
+    found = look.all(Phase(on_progress, "reading", rows.rows))
+    decided = decide(found, rules, on_progress)
+    writing = Phase(on_progress, "writing", rows.rows)
+    return _write(rows, dest, rules, found, decided, look.messages, claim, writing)
 
 
 def _claim(source: str, dest: str, rules: Rules, overwrite: bool, names: list[str]) -> dict[str, Any]:
@@ -101,6 +105,7 @@ def _write(
     decided: Decided,
     messages: Mapping[int, str],
     claim: Mapping[str, Any],
+    phase: Phase,
 ) -> Selection:
     names = sorted(rules.split) or [DEFAULT_FOLDER]
     written = set()
@@ -118,6 +123,7 @@ def _write(
                     if mask.any():
                         sides[name].append(chunk.table.filter(pa.array(mask)))
                 _tell(lines, rows, piece, chunk, numbers, decided, messages)
+                phase.count(len(numbers))
             for name, tables in sides.items():
                 if tables:
                     path = storage.join(dest, name, file)

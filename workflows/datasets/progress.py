@@ -1,0 +1,38 @@
+"""How far a command on a data set is, told a few times a second; one that takes no time says nothing."""
+
+import time
+from collections.abc import Callable
+
+from wallaroo.workflows.settings import Progress
+
+TOLD_SECONDS = 0.5
+
+Report = Callable[[Progress], None]
+
+
+def silent(_: Progress) -> None:
+    """Tells nobody."""
+
+
+class Phase:
+    """One pass over rows.
+
+    Args:
+        report: Called with the progress.
+        name: What is done to the rows, in a word or two.
+        rows: How many there are; 0 if that is not known.
+    """
+
+    def __init__(self, report: Report, name: str, rows: int):
+        self._report, self._name, self._rows = report, name, rows
+        self._done = self._errors = 0
+        self._told, self._spoke = time.monotonic(), False
+
+    def count(self, rows: int, errors: int = 0) -> None:
+        """Counts rows, and errors among them."""
+        self._done += rows
+        self._errors += errors
+        now = time.monotonic()
+        if now - self._told >= TOLD_SECONDS or (self._spoke and self._done == self._rows):
+            self._told, self._spoke = now, True
+            self._report(Progress(self._rows, self._done, errors=self._errors, phase=self._name))
