@@ -17,16 +17,17 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from wallaroo.actors import metrics
+from wallaroo.actors.calls import Announced, Call, RowQueue, Waiting
 from wallaroo.actors.rows import Outcome, from_ipc, outcomes_table, requests, to_ipc
 from wallaroo.actors.watch import Start
 from wallaroo.model.errors import InputError
@@ -34,7 +35,6 @@ from wallaroo.model.errors import InputError
 # A driver names this class without using it, so torch waits until there is an engine to run.
 if TYPE_CHECKING:
     from wallaroo.model.engine.engine import Engine
-    from wallaroo.model.engine.requests import Request
 
 GAUGE_SECONDS = 1.0
 """How often a replica says how full it is; metrics are read every few seconds at most."""
@@ -45,67 +45,8 @@ EXIT_DEVICE = 70
 LETHAL = "crash"
 """Kind of the error rows that end their replica."""
 
-ASK_SECONDS = 0.1
-"""How often a shard that may not begin yet is asked for again."""
-
 AHEAD = 16
 """Rows beyond its slots that an engine has, to prepare them; the fewer, the fewer come under suspicion."""
-
-
-class _Call:
-    """The rows of one shard on their way through the engine."""
-
-    def __init__(self, shard: int, rows: list[int], loop: asyncio.AbstractEventLoop):
-        self.shard = shard
-        self.rows = rows
-        self.loop = loop
-        self.finished = loop.create_future()
-        self.outcomes: list[Outcome] = []
-
-    def give_back(self, outcome: Outcome) -> None:
-        """Called by the engine's thread, once for every row."""
-        self.outcomes.append(outcome)
-        if len(self.outcomes) == len(self.rows):
-            self.loop.call_soon_threadsafe(self.finished.set_result, None)
-
-
-class _Waiting(NamedTuple):
-    """A row of a call that the engine is to get. row: its position in the shard."""
-
-    call: _Call
-    row: int
-    request: "Request"
-
-
-@dataclass
-class _Queue:
-    """Rows that the engine has not got yet. ordinary: first come, first served. suspects: by how often each
-    has ended a replica alone, the least suspicious last."""
-
-    ordinary: deque[_Waiting] = field(default_factory=deque)
-    suspects: list[tuple[int, _Waiting]] = field(default_factory=list)
-    given_back: bool = False
-
-    def put(self, one: _Waiting, deaths: int | None) -> None:
-        """deaths: of a suspect."""
-        if deaths is None:
-            self.ordinary.append(one)
-        else:
-            self.suspects.append((deaths, one))
-            self.suspects.sort(key=lambda suspect: -suspect[0])
-
-    def take(self, room: int, idle: bool) -> tuple[list[_Waiting], bool]:
-        """The rows for an engine with so much room, and whether they are one suspect alone.
-
-        A suspect needs an idle engine. Other rows go on before it until one has been given back: a replica
-        that can make none has a broken device, which is no row's fault.
-        """
-        if self.suspects and (self.given_back or not self.ordinary):
-            return ([self.suspects.pop()[1]], True) if idle else ([], False)
-        return [self.ordinary.popleft() for _ in range(min(room, len(self.ordinary)))], False
-
-    def __len__(self) -> int:
-        return len(self.ordinary) + len(self.suspects)
 
 
 def joined(before: str, after: str) -> str:
@@ -182,7 +123,7 @@ class Replica:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.environment = ""
         self._watch = watch
-        self._inbox: queue.SimpleQueue[tuple[_Waiting, int | None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Waiting, int | None]] = queue.SimpleQueue()
         self._loaded = threading.Event()
         self._refusal: InputError | None = None
         threading.Thread(
@@ -211,7 +152,7 @@ class Replica:
         table = from_ipc(row["requests"])
         rows = table.column("row").to_pylist()
         start = Start()
-        call = _Call(int(row["shard"]), rows, asyncio.get_running_loop())
+        call = Call(int(row["shard"]), rows, asyncio.get_running_loop())
         if rows:
             if self._watch is not None:
                 start = await self._may_begin(call)
@@ -227,15 +168,15 @@ class Replica:
             "environment": joined(before, self.environment),
         }
 
-    async def _may_begin(self, call: _Call) -> Start:
+    async def _may_begin(self, call: Call) -> Start:
         """What the watch says of a call, once it may begin."""
         while True:
             start: Start = await self._watch.note_start.remote(self.name, call.shard, call.rows)
             if not start.wait:
                 return start
-            await asyncio.sleep(ASK_SECONDS)
+            await asyncio.sleep(start.wait)
 
-    def _begin(self, call: _Call, table: pa.Table, start: Start) -> None:
+    def _begin(self, call: Call, table: pa.Table, start: Start) -> None:
         """Puts the rows of a call into the inbox, but for those that may not run again."""
         lethal = set(start.lethal)
         if lethal and self._watch is not None:
@@ -246,7 +187,7 @@ class Replica:
         keys = [(call, number) for number in call.rows]
         for number, request in zip(call.rows, requests(table, keys), strict=True):
             if number not in lethal:
-                self._inbox.put((_Waiting(call, number, request), start.suspects.get(number)))
+                self._inbox.put((Waiting(call, number, request), start.suspects.get(number)))
 
     def _serve(
         self,
@@ -315,49 +256,64 @@ class Replica:
         self.environment = json.dumps(values, sort_keys=True)
 
     def _turn(self, engine: "Engine") -> None:
-        """Feeds the engine and gives its results back, for ever."""
-        at_work: dict[Hashable, tuple[_Waiting, datetime, float]] = {}
-        waiting = _Queue()
+        """Feeds the engine and gives its results back, for ever.
+
+        The engine gets a row only when the watch knows of it, since the row may be the last thing this
+        process does. The watch is told while the engine works on the rows it has, so that only an engine
+        without any waits for the answer.
+        """
+        in_flight: dict[Hashable, tuple[Waiting, datetime, float]] = {}
+        waiting, announced = RowQueue(), Announced()
+        done: list[tuple[Call, Outcome]] = []
         meter = _Meter(engine, self.name)
         halvings = 0
         while True:
-            if self._inbox.empty() and not (engine.pending or waiting):
-                meter.say(0)  # it waits for rows now, and would say nothing until they come
-            while not ((engine.pending or waiting) and self._inbox.empty()):
+            while not self._inbox.empty():
                 waiting.put(*self._inbox.get())
-            taken, alone = waiting.take(engine.slots + AHEAD - engine.pending, not engine.pending)
-            if taken and self._watch is not None:
-                self._note_at_work(taken, alone)
-            for one in taken:
-                at_work[one.request.key] = one, datetime.now(UTC), time.perf_counter()
-                engine.submit(one.request)
+            held = engine.pending + announced.rows
+            taken, alone = waiting.take(engine.slots + AHEAD - held, not held)
+            known = self._note(done, taken, alone)
+            if taken:
+                announced.add(taken, known)
+            for call, outcome in done:
+                call.give_back(outcome)
             done = []
+            if not (taken or held):
+                meter.say(0)  # it waits for rows now, and would say nothing until they come
+                waiting.put(*self._inbox.get())
+                continue
+            for one in announced.take(block=not engine.pending):
+                in_flight[one.request.key] = one, datetime.now(UTC), time.perf_counter()
+                engine.submit(one.request)
             round_started = time.perf_counter()
             results = engine.step()
             if engine.counts["halvings"] != halvings:
                 halvings = engine.counts["halvings"]
                 self._note_environment(engine)
-            meter.round(time.perf_counter() - round_started, self._inbox.qsize() + len(waiting))
+            queued = self._inbox.qsize() + len(waiting) + announced.rows
+            meter.round(time.perf_counter() - round_started, queued)
             for result in results:
-                one, started_at, started = at_work.pop(result.key)
+                one, started_at, started = in_flight.pop(result.key)
                 seconds = time.perf_counter() - started
                 outcome = Outcome.of_result(one.row, result, started_at, seconds)
                 meter.finished(outcome)
                 done.append((one.call, outcome))
                 waiting.given_back = True
-            if done and self._watch is not None:
-                self._watch.note_done.remote(
-                    self.name, [(call.shard, outcome.row, not outcome.error_type) for call, outcome in done]
-                )
-            for call, outcome in done:
-                call.give_back(outcome)
 
-    def _note_at_work(self, rows: list[_Waiting], alone: bool) -> None:
-        """Tells the watch before the engine gets rows, and waits, since they may be the last it does."""
-        import ray
+    def _note(
+        self, done: list[tuple[Call, Outcome]], taken: list[Waiting], alone: bool
+    ) -> "Future[None] | None":
+        """Tells the watch of rows given back and of rows that the engine is to get, without waiting.
 
-        keys = [(one.call.shard, one.row) for one in rows]
-        ray.get(self._watch.note_at_work.remote(self.name, keys, alone))
+        Returns:
+            What is done when the watch knows; None if there is no watch or nothing to tell.
+        """
+        if self._watch is None or not (done or taken):
+            return None
+        given_back = [(call.shard, outcome.row, not outcome.error_type) for call, outcome in done]
+        keys = [(one.call.shard, one.row) for one in taken]
+        note = self._watch.note_rows.remote(self.name, given_back, keys, alone)
+        return note.future() if taken else None
 
     def _end(self, reason: str) -> None:
         """Ends this process, after the watch has been told why."""

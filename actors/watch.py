@@ -22,6 +22,14 @@ UNPROVEN_DEATHS = 3
 """The same of replicas that had given back nothing, where there is no other row to try first."""
 
 
+ASK_SECONDS = 0.1
+"""How long a replica waits, at least, before it asks again for a shard that may not begin yet."""
+
+ASKS_PER_SECOND = 200
+"""Shards a second that are asked for again, at most, for each shard that a replica holds back: with many
+replicas each waits for longer, or their questions would hold up the notes."""
+
+
 @dataclass(frozen=True)
 class Counts:
     """What a driver shows.
@@ -68,15 +76,15 @@ class Start(NamedTuple):
 
     attempt: for which time the shard is tried. suspects: row -> how often a replica died with that row alone
     on it, of rows that must run alone. lethal: rows that must not run again, since they end their replica.
-    stopping: whether the run is about to stop, so that the shard shall be left. wait: whether it may not
-    begin yet, and must be asked for again.
+    stopping: whether the run is about to stop, so that the shard shall be left. wait: seconds after which
+    it must be asked for again, since it may not begin yet; 0 if it may.
     """
 
     attempt: int = 1
     suspects: Mapping[int, int] = {}
     lethal: Sequence[int] = ()
     stopping: bool = False
-    wait: bool = False
+    wait: float = 0.0
 
 
 @dataclass
@@ -114,7 +122,7 @@ class Watch:
         self._starts: dict[int, int] = {}
         self._fruitless: Counter[int] = Counter()
         self._replicas: set[str] = set()
-        self._at_work: dict[str, set[Row]] = {}
+        self._in_flight: dict[str, set[Row]] = {}
         self._alone: dict[str, Row] = {}
         self._able: set[str] = set()
         self._seen: Counter[Row] = Counter()
@@ -145,12 +153,12 @@ class Watch:
         """
         earlier = self._shards.get(shard)
         if earlier is not None and earlier.replica != replica:
-            self._bury(earlier.replica)
+            self._record_death(earlier.replica)
         if self._stopping:
             self._shards.pop(shard, None)
             return Start(stopping=True)
         if self._must_wait(shard):
-            return Start(wait=True)
+            return Start(wait=max(ASK_SECONDS, len(self._replicas) / ASKS_PER_SECOND))
         rows_before, errors_before = self._done.pop(shard, (0, 0))
         self._done_rows -= rows_before
         self._done_errors -= errors_before
@@ -166,23 +174,32 @@ class Watch:
         }
         return Start(starts, suspects, [row for _, row in lethal])
 
-    def note_at_work(self, replica: str, rows: list[Row], alone: bool = False) -> None:
+    def note_rows(
+        self, replica: str, done: list[tuple[int, int, bool]], in_flight: list[Row], alone: bool = False
+    ) -> None:
+        """What a round of an engine has to tell, as `note_done` and then `note_in_flight` take it."""
+        if done:
+            self.note_done(replica, done)
+        if in_flight:
+            self.note_in_flight(replica, in_flight, alone)
+
+    def note_in_flight(self, replica: str, rows: list[Row], alone: bool = False) -> None:
         """The engine of a replica is about to get rows; the answer must have come before it does.
 
         alone: it has no others.
         """
-        self._at_work.setdefault(replica, set()).update(rows)
+        self._in_flight.setdefault(replica, set()).update(rows)
         self._alone.pop(replica, None)
         if alone:
             (self._alone[replica],) = rows
 
     def note_done(self, replica: str, rows: list[tuple[int, int, bool]]) -> None:
         """A replica has given back rows, each a (shard, row, whether ok)."""
-        at_work = self._at_work.get(replica, set())
+        in_flight = self._in_flight.get(replica, set())
         for shard, row, ok in rows:
-            if (shard, row) in at_work and ok:
+            if (shard, row) in in_flight and ok:
                 self._able.add(replica)
-            at_work.discard((shard, row))
+            in_flight.discard((shard, row))
             if self._alone.get(replica) == (shard, row):
                 del self._alone[replica]
             held = self._shards.get(shard)
@@ -208,7 +225,7 @@ class Watch:
         """A replica is about to end itself, for a reason that it can tell, with rows or before it is up."""
         self._last_death = reason
         self._replicas.add(replica)
-        self._bury(replica)
+        self._record_death(replica)
 
     def stop(self) -> None:
         """From now on no replica begins a shard."""
@@ -216,7 +233,7 @@ class Watch:
 
     def counts(self) -> Counts:
         """How far the run is."""
-        rows, errors = self._made()
+        rows, errors = self._totals()
         hardest, deaths = max(self._fruitless.items(), key=lambda one: one[1], default=(-1, 0))
         return Counts(
             rows=rows,
@@ -230,7 +247,7 @@ class Watch:
             finished=len(self._done),
         )
 
-    def _made(self) -> tuple[int, int]:
+    def _totals(self) -> tuple[int, int]:
         """Rows that were given back, and how many of them as errors."""
         held = self._shards.values()
         return (
@@ -242,7 +259,7 @@ class Watch:
         """Whether a shard may not begin yet. One that was begun before may: it is counted as it is."""
         if shard in self._shards or shard in self._done:
             return False
-        (rows, errors), limits = self._made(), self._limits
+        (rows, errors), limits = self._totals(), self._limits
         if rows >= limits.least_rows and errors > limits.error_rate * rows:
             return True
         unwritten = len(self._shards) + len(self._done) - len(self._written)
@@ -252,12 +269,12 @@ class Watch:
             self._full_since = time.monotonic()
         return time.monotonic() - self._full_since <= limits.seconds
 
-    def _bury(self, replica: str) -> None:
+    def _record_death(self, replica: str) -> None:
         if replica not in self._replicas:
             return
         self._replicas.remove(replica)
         self._deaths += 1
-        alone, rows = self._alone.pop(replica, None), self._at_work.pop(replica, set())
+        alone, rows = self._alone.pop(replica, None), self._in_flight.pop(replica, set())
         if alone is not None:
             able = replica in self._able
             (self._proven if able else self._unproven)[alone] += 1

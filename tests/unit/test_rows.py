@@ -4,14 +4,18 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from wallaroo.actors.calls import Announced, RowQueue
 from wallaroo.actors.replica import EXIT_DEVICE, Replica, joined
 from wallaroo.actors.rows import (
     OUTCOMES,
@@ -189,9 +193,9 @@ class Lives:
         if self.number == 1:
             self.watch.note_start(name, 0, [0, 1, 2, 3])
         if given_back:
-            self.watch.note_at_work(name, [(0, row) for row in given_back])
+            self.watch.note_in_flight(name, [(0, row) for row in given_back])
             self.watch.note_done(name, [(0, row, True) for row in given_back])
-        self.watch.note_at_work(name, [(0, row) for row in at_work], alone)
+        self.watch.note_in_flight(name, [(0, row) for row in at_work], alone)
         return self.watch.note_start(after, 0, [0, 1, 2, 3])
 
 
@@ -258,6 +262,81 @@ def test_no_shard_begins_while_too_many_rows_are_errors():
     assert watch.note_start("a", 2, [0]).wait
     watch.note_done("a", [(0, 2, True), (0, 3, True)])
     assert not watch.note_start("a", 2, [0]).wait
+
+
+# Rows on their way through a replica
+
+
+class Row(NamedTuple):
+    """In place of a row of a call."""
+
+    name: str
+
+
+def test_a_suspect_keeps_the_engine_to_itself_until_it_is_given_back():
+    rows = RowQueue(given_back=True)
+    suspect, other = Row("suspect"), Row("other")
+    rows.put(other, None)
+    rows.put(suspect, 1)
+    assert rows.take(8, idle=False) == ([], False)
+    assert rows.take(8, idle=True) == ([suspect], True)
+    # No other suspect is left, and still nothing keeps it company.
+    assert rows.take(8, idle=False) == ([], False)
+    assert rows.take(8, idle=True) == ([other], False)
+
+
+def test_suspects_come_last_until_a_row_was_given_back():
+    rows = RowQueue()
+    for name, deaths in (("a", None), ("worse", 2), ("bad", 0), ("b", None)):
+        rows.put(Row(name), deaths)
+    assert rows.take(1, idle=True) == ([Row("a")], False)
+    rows.given_back = True
+    assert [rows.take(9, idle=True) for _ in range(3)] == [
+        ([Row("bad")], True),
+        ([Row("worse")], True),
+        ([Row("b")], False),
+    ]
+
+
+def test_the_engine_gets_rows_in_order_and_only_when_the_watch_knows_of_them():
+    announced, first, second = Announced(), Future(), Future()
+    announced.add([Row("a"), Row("b")], first)
+    announced.add([Row("c")], second)
+    assert announced.take(block=False) == [] and announced.rows == 3
+    second.set_result(None)
+    assert announced.take(block=False) == []
+    threading.Timer(0.05, first.set_result, [None]).start()
+    assert announced.take(block=True) == [Row("a"), Row("b"), Row("c")] and announced.rows == 0
+    announced.add([Row("d")], None)
+    assert announced.take(block=False) == [Row("d")]
+    lost = Future()
+    lost.set_exception(RuntimeError("the watch is gone"))
+    announced.add([Row("e")], lost)
+    with pytest.raises(RuntimeError, match="is gone"):
+        announced.take(block=False)
+
+
+def test_a_round_of_notes_counts_what_is_done_before_what_is_new():
+    watch = Watch()
+    for replica in ("a", "b"):
+        watch.note_up(replica)
+    watch.note_start("a", 0, [0, 1, 2])
+    watch.note_rows("a", [], [(0, 0), (0, 1)])
+    watch.note_rows("a", [(0, 0, True)], [(0, 2)])
+    assert watch.counts().rows == 1
+    # Rows 1 and 2 have seen this death, row 0 has not.
+    watch.note_start("b", 0, [0, 1, 2])
+    watch.note_rows("b", [], [(0, 1), (0, 2)])
+    watch.note_up("c")
+    assert watch.note_start("c", 0, [0, 1, 2]).suspects == {1: 0, 2: 0}
+
+
+def test_with_many_replicas_each_asks_less_often():
+    for replicas, seconds in ((2, 0.1), (128, 0.64)):
+        watch = Watch(Limits(shards=1))
+        for number in range(replicas):
+            watch.note_up(f"r{number}")
+        assert watch.note_start("r0", 0, [0]).wait == seconds
 
 
 # The replica, without Ray

@@ -1,0 +1,147 @@
+"""The rows of a replica's calls on their way through its engine: waiting, announced to the watch, given back.
+
+Knows nothing of Ray and of what a row holds.
+"""
+
+import asyncio
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from wallaroo.actors.rows import Outcome
+
+if TYPE_CHECKING:
+    from wallaroo.model.engine.requests import Request
+
+
+class Call:
+    """The rows of one shard on their way through the engine.
+
+    Attributes:
+        shard: Its number.
+        rows: Positions of its rows in the shard.
+        finished: Set when every row has an outcome.
+        outcomes: Those so far.
+        source: The Ray row that the call was made with.
+    """
+
+    def __init__(
+        self,
+        shard: int,
+        rows: list[int],
+        loop: asyncio.AbstractEventLoop,
+        source: dict[str, Any] | None = None,
+    ):
+        self.shard = shard
+        self.rows = rows
+        self.source = source or {}
+        self.finished = loop.create_future()
+        self.outcomes: list[Outcome] = []
+        self._loop = loop
+
+    def give_back(self, outcome: Outcome) -> None:
+        """Adds the outcome of a row, once for every row, from any thread."""
+        self._loop.call_soon_threadsafe(self._receive, outcome)
+
+    def _receive(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        # A call that was cancelled has nobody who waits for it.
+        if len(self.outcomes) == len(self.rows) and not self.finished.done():
+            self.finished.set_result(None)
+
+
+class Waiting(NamedTuple):
+    """A row of a call that the engine is to get. row: its position in the shard."""
+
+    call: Call
+    row: int
+    request: "Request"
+
+
+@dataclass
+class RowQueue:
+    """Rows that nobody has been told of yet.
+
+    Attributes:
+        ordinary: First come, first served.
+        suspects: With how often each has ended a replica alone, the least suspicious last.
+        given_back: Whether the engine has given a row back.
+        alone: Whether the engine has a suspect, which shall get no company.
+    """
+
+    ordinary: deque[Waiting] = field(default_factory=deque)
+    suspects: list[tuple[int, Waiting]] = field(default_factory=list)
+    given_back: bool = False
+    alone: bool = False
+
+    def put(self, one: Waiting, deaths: int | None) -> None:
+        """Adds a row.
+
+        Args:
+            one: The row.
+            deaths: How often it has ended a replica alone if it is a suspect, None if it is none.
+        """
+        if deaths is None:
+            self.ordinary.append(one)
+        else:
+            self.suspects.append((deaths, one))
+            self.suspects.sort(key=lambda suspect: -suspect[0])
+
+    def take(self, room: int, idle: bool) -> tuple[list[Waiting], bool]:
+        """The next rows for an engine.
+
+        A suspect needs an idle engine. Other rows go on before it until one has been given back: a replica
+        that can make none has a broken device, which is no row's fault.
+
+        Args:
+            room: Rows that the engine has room for.
+            idle: Whether it has none, nor is about to get any.
+
+        Returns:
+            The rows, and whether they are one suspect alone.
+        """
+        self.alone &= not idle
+        if self.alone:
+            return [], False
+        if self.suspects and (self.given_back or not self.ordinary):
+            self.alone = idle
+            return ([self.suspects.pop()[1]], True) if idle else ([], False)
+        return [self.ordinary.popleft() for _ in range(min(room, len(self.ordinary)))], False
+
+    def __len__(self) -> int:
+        return len(self.ordinary) + len(self.suspects)
+
+
+@dataclass
+class Announced:
+    """Rows that the watch is being told of, and that the engine gets when it knows of them."""
+
+    notes: deque[tuple[list[Waiting], "Future[None] | None"]] = field(default_factory=deque)
+    rows: int = 0
+
+    def add(self, rows: list[Waiting], known: "Future[None] | None") -> None:
+        """Adds rows; `known` is done when the watch knows of them, None if there is no watch."""
+        self.notes.append((rows, known))
+        self.rows += len(rows)
+
+    def take(self, block: bool) -> list[Waiting]:
+        """The rows that the watch knows of by now, in order.
+
+        Args:
+            block: Whether to wait for the first of them, as an engine without rows must.
+
+        Raises:
+            Exception: The watch could not be told.
+        """
+        taken: list[Waiting] = []
+        while self.notes:
+            rows, known = self.notes[0]
+            if known is not None and not known.done() and (taken or not block):
+                break
+            if known is not None:
+                known.result()
+            self.notes.popleft()
+            self.rows -= len(rows)
+            taken += rows
+        return taken
