@@ -9,7 +9,6 @@ from wallaroo.workflows.datasets.look import Found
 from wallaroo.workflows.datasets.progress import Phase, Report, silent
 from wallaroo.workflows.datasets.rules import HASH_BITS, KEPT, NEAR, WORSE, Rules
 
-
 MAX_BANDS = 9
 SCANNED_AT_ONCE = 8192
 
@@ -59,12 +58,12 @@ def decide(found: Found, rules: Rules, on_progress: Report = silent) -> Decided:
 class _Near:
     """Finds, among the hashes of rows that were added, the first that differs in at most `distance` bits.
 
-    The bits are dealt out to `distance` + 1 bands, one after the other, since bits beside each other are alike
-    in pictures. Of two near hashes one band is the same in both, so a hash is compared only with those
+    The bits are dealt out to `distance` + 1 bands in turn, since bits beside each other are alike in
+    pictures. Of two near hashes one band is the same in both, so a hash is compared only with those
     that share a band. Of N random hashes these are (distance + 1) * N / 2 ** (64 / (distance + 1)): N / 1,400
     for 4 bits, N / 14 for 8. With more than MAX_BANDS bands it is faster to compare with all in turn, at
     about a nanosecond each. So the time grows with the square of the rows that stay: 100,000 of them take
-    2 s at 4 bits and 5 s at 10, a million 100 times as long at most.
+    2 s at 4 bits and 5 s at 10, a million at most 100 times as long.
     """
 
     def __init__(self, hashes: np.ndarray, distance: int):
@@ -111,7 +110,8 @@ class _Grown:
     """Numbers in an array that grows. values: those so far, and room for more."""
 
     def __init__(self, kind: type):
-        self.values, self._count = np.zeros(1024, kind), 0
+        self.values: np.ndarray = np.zeros(1024, kind)
+        self._count = 0
 
     def append(self, value: int) -> None:
         if self._count == len(self.values):
