@@ -1,18 +1,31 @@
-"""The rows of a replica's calls on their way through its engine: waiting, announced to the watch, given back.
+"""The rows of a replica's calls on their way through its engine: waiting, announced to the watch, encoded.
 
-Knows nothing of Ray and of what a row holds.
+Knows nothing of Ray, and of picture formats only that a call brings a function for its own.
 """
 
 import asyncio
+import dataclasses
+import threading
+import traceback
 from collections import deque
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from wallaroo.actors.rows import Outcome
+import numpy as np
+
+from wallaroo.actors.rows import Outcome, PictureFile
 
 if TYPE_CHECKING:
     from wallaroo.model.engine.requests import Request
+
+
+ENCODING_BYTES = 256 << 20
+"""Pixels that wait for an encoding thread at most, of one replica."""
+
+Encode = Callable[[int, np.ndarray], PictureFile]
+"""Position of a row in its shard, and its pixels (uint8 [H, W, 3]) -> the picture as a file."""
 
 
 class Call:
@@ -21,21 +34,17 @@ class Call:
     Attributes:
         shard: Its number.
         rows: Positions of its rows in the shard.
+        encode: Makes files of its pictures; None if they stay pixels.
         finished: Set when every row has an outcome.
         outcomes: Those so far.
-        source: The Ray row that the call was made with.
     """
 
     def __init__(
-        self,
-        shard: int,
-        rows: list[int],
-        loop: asyncio.AbstractEventLoop,
-        source: dict[str, Any] | None = None,
+        self, shard: int, rows: list[int], loop: asyncio.AbstractEventLoop, encode: Encode | None = None
     ):
         self.shard = shard
         self.rows = rows
-        self.source = source or {}
+        self.encode = encode
         self.finished = loop.create_future()
         self.outcomes: list[Outcome] = []
         self._loop = loop
@@ -145,3 +154,47 @@ class Announced:
             self.rows -= len(rows)
             taken += rows
         return taken
+
+
+class Encoders:
+    """Threads that encode finished pictures in the process of their replica, beside its engine.
+
+    Pixels would cross the object store, and the network wherever the encoding task runs on another node.
+    Pillow works outside of Python's lock, so that a thread hardly holds up the engine, and no task has to be
+    placed. Where pictures come faster than the threads encode them, the pixels are passed on, for a
+    task that may run on any node.
+
+    Args:
+        threads: Pictures that are encoded at once.
+        most_bytes: Pixels that wait or are encoded at most.
+    """
+
+    def __init__(self, threads: int, most_bytes: int = ENCODING_BYTES):
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self._lock = threading.Lock()
+        self._room = most_bytes
+
+    def give_back(self, call: Call, outcome: Outcome) -> None:
+        """Gives an outcome back to its call, its picture as a file where there is room to encode it."""
+        pixels = outcome.pixels
+        if call.encode is None or pixels is None:
+            call.give_back(outcome)
+            return
+        with self._lock:
+            full = pixels.nbytes > self._room
+            self._room -= 0 if full else pixels.nbytes
+        if full:
+            call.give_back(outcome)
+        else:
+            self._pool.submit(self._encode, call, call.encode, outcome, pixels)
+
+    def _encode(self, call: Call, encode: Encode, outcome: Outcome, pixels: np.ndarray) -> None:
+        try:
+            outcome = dataclasses.replace(outcome, pixels=None, file=encode(outcome.row, pixels))
+        except Exception:
+            # The pixels are passed on, and the task that encodes them says what is wrong.
+            traceback.print_exc()
+        finally:
+            with self._lock:
+                self._room += pixels.nbytes
+            call.give_back(outcome)

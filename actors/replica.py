@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from wallaroo.actors import metrics
-from wallaroo.actors.calls import Announced, Call, RowQueue, Waiting
+from wallaroo.actors.calls import Announced, Call, Encode, Encoders, RowQueue, Waiting
 from wallaroo.actors.rows import Outcome, from_ipc, outcomes_table, requests, to_ipc
 from wallaroo.actors.watch import Start
 from wallaroo.model.errors import InputError
@@ -44,6 +44,9 @@ EXIT_DEVICE = 70
 
 LETHAL = "crash"
 """Kind of the error rows that end their replica."""
+
+ENCODERS = 2
+"""Pictures that a replica encodes at once; 13 a second of 512x512 pixels keep a quarter of a CPU busy."""
 
 AHEAD = 16
 """Rows beyond its slots that an engine has, to prepare them; the fewer, the fewer come under suspicion."""
@@ -109,6 +112,7 @@ class Replica:
     device: `cpu`, `cuda` or `auto`.
     threads: CPU threads of torch; they belong to what rounds a result and are given, never counted.
     watch: handle of the run's `actors.watch.Watch`, or None for no watch.
+    encoder: Ray row of a shard -> what makes files of its pictures; None if they stay pixels.
     """
 
     def __init__(
@@ -119,10 +123,13 @@ class Replica:
         device: str = "auto",
         threads: int = 1,
         watch: Any = None,
+        encoder: Callable[[Mapping[str, Any]], Encode] | None = None,
     ):
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.environment = ""
         self._watch = watch
+        self._encoder = encoder
+        self._encoders = Encoders(ENCODERS)
         self._inbox: queue.SimpleQueue[tuple[Waiting, int | None]] = queue.SimpleQueue()
         self._loaded = threading.Event()
         self._refusal: InputError | None = None
@@ -152,7 +159,8 @@ class Replica:
         table = from_ipc(row["requests"])
         rows = table.column("row").to_pylist()
         start = Start()
-        call = Call(int(row["shard"]), rows, asyncio.get_running_loop())
+        encode = None if self._encoder is None else self._encoder(row)
+        call = Call(int(row["shard"]), rows, asyncio.get_running_loop(), encode)
         if rows:
             if self._watch is not None:
                 start = await self._may_begin(call)
@@ -276,7 +284,7 @@ class Replica:
             if taken:
                 announced.add(taken, known)
             for call, outcome in done:
-                call.give_back(outcome)
+                self._encoders.give_back(call, outcome)
             done = []
             if not (taken or held):
                 meter.say(0)  # it waits for rows now, and would say nothing until they come

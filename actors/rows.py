@@ -7,7 +7,7 @@ tables as bytes. Knows nothing of plans and results: a request is named by its p
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +55,7 @@ OUTCOMES = pa.schema(
         pa.field("error_type", pa.string(), nullable=False),
         pa.field("error_message", pa.string(), nullable=False),
         pa.field("picture", _PICTURE),
+        pa.field("file", _PICTURE),
         pa.field("tokens", pa.list_(pa.int32()), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("prompt_tokens", pa.int32(), nullable=False),
@@ -62,7 +63,16 @@ OUTCOMES = pa.schema(
         pa.field("seconds", pa.float64(), nullable=False),
     ]
 )
-"""What became of the requests of one shard, each exactly once; `error_type` is empty for an ok row."""
+"""What became of the requests of one shard, each exactly once; `error_type` is empty for an ok row. A
+picture is in `picture` as its pixels or in `file` as an encoded file."""
+
+
+class PictureFile(NamedTuple):
+    """An encoded picture; height and width in pixels."""
+
+    height: int
+    width: int
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,8 @@ class Outcome:
     row: position in the shard.
     started_at: when the engine got the request (with a time zone); seconds: from then to its result.
     error_type, error_message: both empty for an ok row.
-    pixels: uint8 [H, W, 3], or None for text and for error rows.
+    pixels: uint8 [H, W, 3], or None for text, for error rows, and where there is a file.
+    file: the picture, encoded by the replica.
     tokens: int32 (n,). prompt_tokens: length of the prompt in tokens.
     """
 
@@ -85,6 +96,7 @@ class Outcome:
     tokens: np.ndarray | None = None
     finish_reason: str = ""
     prompt_tokens: int = 0
+    file: PictureFile | None = None
 
     @classmethod
     def of_result(cls, row: int, result: "Result", started_at: datetime, seconds: float) -> "Outcome":
@@ -188,6 +200,7 @@ def outcomes_table(outcomes: Iterable[Outcome]) -> pa.Table:
                 "error_type": outcome.error_type,
                 "error_message": outcome.error_message,
                 "picture": _picture_values(outcome.pixels),
+                "file": None if outcome.file is None else outcome.file._asdict(),
                 "tokens": () if outcome.tokens is None else outcome.tokens,
                 "finish_reason": outcome.finish_reason,
                 "prompt_tokens": outcome.prompt_tokens,
@@ -208,6 +221,7 @@ def outcomes(table: pa.Table) -> list[Outcome]:
             error_type=values["error_type"],
             error_message=values["error_message"],
             pixels=_picture(values["picture"]),
+            file=None if values["file"] is None else PictureFile(**values["file"]),
             tokens=np.asarray(values["tokens"], np.int32),
             finish_reason=values["finish_reason"],
             prompt_tokens=values["prompt_tokens"],

@@ -1,5 +1,6 @@
 """The files of an output: their columns, their bytes, and who can read them."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from wallaroo.actors.rows import Outcome
+from wallaroo.actors.rows import Outcome, to_ipc
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.outputs import layout, run_file, shards, values
 from wallaroo.workflows.outputs import rows as outputs_rows
@@ -19,6 +20,7 @@ from wallaroo.workflows.outputs import schema as outputs_schema
 from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table, encode_image
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.outputs.success import read_success
+from wallaroo.workflows.runs.stages import picture_encoder
 
 
 def test_columns_come_in_the_declared_order_with_their_types(outputs):
@@ -67,6 +69,18 @@ def test_rows_hold_what_was_planned_and_what_became_of_it(outputs):
         assert (decoded == outputs.picture(row["seed"], row["height"], row["width"])).all()
         assert row["tokens"] == list(range(20)) and row["output_tokens"] == 20
         assert row["started_at"] == outputs.STARTED
+
+
+def test_pictures_that_a_replica_encoded_give_the_same_rows(outputs):
+    plan = outputs.plan_table(errors=(1,))
+    schema, given = result_schema(outputs.CARRIED), outputs.outcomes(plan, failed=(2,))
+    encode = picture_encoder({"plan": to_ipc(plan)}, outputs.RUN)
+    encoded = [
+        one if one.pixels is None else dataclasses.replace(one, pixels=None, file=encode(one.row, one.pixels))
+        for one in given
+    ]
+    tables = [build_result_table(plan, some, outputs.RUN, Made(), schema) for some in (given, encoded)]
+    assert tables[0].equals(tables[1]) and tables[0].column("status").to_pylist().count("ok") == 4
 
 
 def test_no_row_may_be_lost_or_made_up(outputs):

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from wallaroo.actors.calls import Announced, RowQueue
+from wallaroo.actors.calls import Announced, Call, Encoders, RowQueue
 from wallaroo.actors.replica import EXIT_DEVICE, Replica, joined
 from wallaroo.actors.rows import (
     OUTCOMES,
     REQUESTS,
     Outcome,
+    PictureFile,
     from_ipc,
     outcomes,
     outcomes_table,
@@ -119,16 +120,18 @@ def test_outcomes_come_out_as_they_went_in():
     wanted = [
         Outcome(3, STARTED, 1.5, pixels=pixels, tokens=tokens, finish_reason="length", prompt_tokens=40),
         Outcome(0, STARTED, 0.25, error_type="engine", error_message='too "large"'),
+        Outcome(1, STARTED, 2.5, tokens=tokens, file=PictureFile(16, 32, b"encoded")),
     ]
     table = from_ipc(to_ipc(outcomes_table(wanted)))
     assert table.schema == OUTCOMES
-    first, second = outcomes(table)
+    first, second, third = outcomes(table)
     np.testing.assert_array_equal(first.pixels, pixels)
     np.testing.assert_array_equal(first.tokens, tokens)
     assert (first.row, first.started_at, first.seconds) == (3, STARTED, 1.5)
     assert (first.error_type, first.finish_reason, first.prompt_tokens) == ("", "length", 40)
     assert (second.row, second.error_type, second.error_message) == (0, "engine", 'too "large"')
     assert second.pixels is None and len(second.tokens) == 0
+    assert third.file == PictureFile(16, 32, b"encoded") and third.pixels is None and first.file is None
 
 
 def test_no_requests_and_no_outcomes_have_the_same_schemas():
@@ -314,6 +317,37 @@ def test_the_engine_gets_rows_in_order_and_only_when_the_watch_knows_of_them():
     announced.add([Row("e")], lost)
     with pytest.raises(RuntimeError, match="is gone"):
         announced.take(block=False)
+
+
+def test_pictures_are_encoded_as_far_as_there_is_room_and_none_is_lost():
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    free = threading.Event()
+
+    def encode(row, pixels):
+        assert free.wait(60)
+        if row == 1:
+            raise MemoryError("no room")
+        return PictureFile(*pixels.shape[:2], b"file of row %d" % row)
+
+    async def ask():
+        encoders = Encoders(1, most_bytes=2 * pixels.nbytes)
+        call = Call(0, [0, 1, 2, 3], asyncio.get_running_loop(), encode)
+        for row in range(3):
+            encoders.give_back(call, Outcome(row, STARTED, 0.5, pixels=pixels))
+        encoders.give_back(call, Outcome(3, STARTED, 0.5, error_type="engine"))
+        free.set()
+        await call.finished
+        # What was encoded makes room again.
+        other = Call(0, [4], asyncio.get_running_loop(), encode)
+        encoders.give_back(other, Outcome(4, STARTED, 0.5, pixels=pixels))
+        await other.finished
+        return call.outcomes + other.outcomes
+
+    found = {one.row: one for one in asyncio.run(ask())}
+    assert found[0].file == (4, 4, b"file of row 0") and found[0].pixels is None
+    assert found[1].pixels is pixels and found[2].pixels is pixels
+    assert found[1].file is None and found[2].file is None
+    assert found[3].error_type == "engine" and found[4].file.data == b"file of row 4"
 
 
 def test_a_round_of_notes_counts_what_is_done_before_what_is_new():

@@ -201,7 +201,7 @@ def _result_row(
     if outcome.error_type:
         return row | {"error_type": outcome.error_type, "error_message": outcome.error_message}
     textual = run.task in TEXT_TASKS
-    if outcome.tokens is None or (outcome.pixels is None) != textual:
+    if outcome.tokens is None or (outcome.pixels is None and outcome.file is None) != textual:
         raise ValueError(f"row {row['row_id']} is ok, but has no {'text' if textual else 'picture'}")
     row |= {
         "status": "ok",
@@ -217,24 +217,46 @@ def _result_row(
             raise ValueError(f"row {row['row_id']} is a text, but nothing decodes it")
         row |= _text_values(decode(outcome.tokens.tolist()))
     else:
-        pixels = outcome.pixels
-        assert pixels is not None
-        if run.restore_size:
-            pixels = restore_size(pixels, row["source"]["height"], row["source"]["width"])
-        row |= _picture_values(row, pixels, run)
+        file: tuple[int, int, bytes] | None = outcome.file
+        if file is None:
+            assert outcome.pixels is not None
+            file = picture_file(outcome.pixels, run, row.get("source"))
+        row |= _picture_values(row, file, run)
     return row | {"content_digest": _content_digest(row, run)}
 
 
-def _picture_values(row: Mapping[str, Any], pixels: np.ndarray, run: RunConstants) -> dict[str, Any]:
-    """The columns of a result that is a picture."""
-    encoded, mime_type = encode_image(pixels, run.image_format, run.image_quality)
+def picture_file(
+    pixels: np.ndarray, run: RunConstants, source: Mapping[str, Any] | None
+) -> tuple[int, int, bytes]:
+    """A picture as it will stand in the data set, but for metadata.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        run: Says format, quality and whether the picture gets the size of its source.
+        source: `height` and `width` of the source in pixels, for a picture that has one.
+
+    Returns:
+        Height, width and the bytes of the file.
+    """
+    if run.restore_size:
+        assert source is not None
+        pixels = restore_size(pixels, source["height"], source["width"])
+    encoded, _ = encode_image(pixels, run.image_format, run.image_quality)
+    return pixels.shape[0], pixels.shape[1], encoded
+
+
+def _picture_values(
+    row: Mapping[str, Any], file: tuple[int, int, bytes], run: RunConstants
+) -> dict[str, Any]:
+    """The columns of a result that is a picture, from what `picture_file` made."""
+    height, width, encoded = file
     if run.embed_metadata:
         encoded = embed(encoded, xmp_packet(row["prompt"] or "", str(row["seed"]), run.model_digest))
     return {
         "image": {"bytes": encoded, "path": image_path(row["row_id"], run.image_format)},
-        "mime_type": mime_type,
-        "height": pixels.shape[0],
-        "width": pixels.shape[1],
+        "mime_type": MIME_TYPES[run.image_format],
+        "height": height,
+        "width": width,
         "sha256": hashlib.sha256(encoded).hexdigest(),
     }
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from wallaroo.actors.replica import Replica
 from wallaroo.model.config import SLOTS
 from wallaroo.workflows import storage
-from wallaroo.workflows.runs.stages import Job
+from wallaroo.workflows.outputs.schema import TEXT_TASKS
+from wallaroo.workflows.runs.stages import Job, picture_encoder
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.storage.checkpoints import fetch_folder
 
@@ -153,6 +154,7 @@ def make_results(
     """
     from ray.data import ActorPoolStrategy
 
+    textual = job.run.task in TEXT_TASKS
     resources: dict[str, Any] = {"num_gpus": 1} if pool.device == "cuda" else {"num_cpus": pool.threads}
     made = shards.map(
         pool.kind,
@@ -163,6 +165,7 @@ def make_results(
             "device": pool.device,
             "threads": pool.threads,
             "watch": watch,
+            "encoder": None if textual else functools.partial(picture_encoder, run=job.run),
         },
         compute=ActorPoolStrategy(
             size=pool.size,

@@ -4,18 +4,26 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from wallaroo.actors import metrics
-from wallaroo.actors.rows import from_ipc, outcomes, to_ipc
+from wallaroo.actors.calls import Encode
+from wallaroo.actors.rows import PictureFile, from_ipc, outcomes, to_ipc
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table, environment
+from wallaroo.workflows.outputs.rows import (
+    Made,
+    RunConstants,
+    build_result_table,
+    environment,
+    picture_file,
+)
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.shards import open_shard, write_shard
 from wallaroo.workflows.outputs.values import digest
@@ -96,6 +104,24 @@ def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
         "requests": to_ipc(asked),
         "retries": storage.take_retries(),
     }
+
+
+def picture_encoder(row: Mapping[str, Any], run: RunConstants) -> Encode:
+    """What a replica encodes the pictures of a shard with.
+
+    Args:
+        row: Of the shard, from `prepare`.
+        run: Says format, quality and size.
+    """
+    sources = from_ipc(row["plan"]).column("source").to_pylist() if run.restore_size else None
+
+    def encode_picture(position: int, pixels: np.ndarray) -> PictureFile:
+        started = time.perf_counter()
+        file = PictureFile(*picture_file(pixels, run, None if sources is None else sources[position]))
+        metrics.count("wallaroo_encode_seconds_total", time.perf_counter() - started, task=run.task)
+        return file
+
+    return encode_picture
 
 
 def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
