@@ -20,6 +20,7 @@ from wallaroo.model.sampling import ALWAYS, Sampling
 from wallaroo.workflows.options import OptionError
 from wallaroo.workflows.outputs.run_file import put_run
 from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.runs import setup
 from wallaroo.workflows.settings import ALL_STEPS, OPTIONS, REMOVED, RunConfig
 
 
@@ -74,6 +75,7 @@ def test_every_option_reaches_its_field_from_each_origin(option, run_file):
         "sampling.top_p": "0.5",
         "sampling.cfg_interval": "0.2:0.8",
         "image.format": "webp",
+        "image.png_compression": "small",
         "cluster.replicas": "2:6",
         "cluster.device": "cpu",
         "cluster.address": "auto",
@@ -106,7 +108,7 @@ def test_defaults_in_the_help_are_true(option):
     if stated is None:
         return
     config = RunConfig("", "", task=option.tasks[0])
-    if option.name in ("image_quality", "prompt_column", "image_column", "id_column"):
+    if option.name in ("image_quality", "png_compression", "prompt_column", "image_column", "id_column"):
         assert getattr(config, option.name) is None
         return
     assert option.kind.read(stated[1]) == getattr(config, option.name)
@@ -214,6 +216,33 @@ def test_refusals(assignment, message):
     assert str(refused.value) == message
 
 
+def test_only_png_has_a_compression():
+    with pytest.raises(InputError) as refused:
+        made({"image_format": "webp", "png_compression": "fast"})
+    wanted = "png_compression is fast, but image_format is webp: choose png, or leave it out."
+    assert str(refused.value) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "earlier", "used"),
+    [
+        (None, None, "fast"),
+        ("small", None, "small"),
+        # An output that was begun before there was a choice.
+        (None, {}, None),
+        ("small", {}, None),
+        ("fast", {}, "fast"),
+        (None, {"png_compression": "fast"}, "fast"),
+        (None, {"png_compression": "small"}, "small"),
+        ("small", {"png_compression": "fast"}, "small"),
+    ],
+)
+def test_a_new_output_has_fast_png_and_an_earlier_one_keeps_its_own(given, earlier, used):
+    config = RunConfig("m.jsonl", "out", png_compression=given)
+    found = setup.resolve(config, None if earlier is None else {"config": earlier})
+    assert found.config.png_compression == used == found.meaning.get("png_compression")
+
+
 def test_filters_can_be_switched_off():
     assert made({}, ["sampling.top_k=0", "sampling.top_p=1", "sampling.temperature=0"]).sampling == Sampling(
         top_k=0, top_p=1.0, temperature=0.0
@@ -257,9 +286,11 @@ def test_no_run_file(tmp_path):
 def test_the_example_names_every_setting(run_file):
     text = (Path(__file__).parents[2] / "jobs" / "examples" / "run.toml").read_text(encoding="utf-8")
     assert made(file=run_file(text)) == made({"samples": "4"})
-    whole = re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE).replace('"png"', '"jpeg"')
+    whole = re.sub(r"^# (?=\w+ = )", "", text, flags=re.MULTILINE)
     named = {f"{section}.{key}" for section, table in tomllib.loads(whole).items() for key in table}
-    made(file=run_file(whole))
+    # Each of these two is for a format of its own.
+    made(file=run_file(re.sub(r"(?m)^quality.*", "", whole)))
+    made(file=run_file(re.sub(r"(?m)^png_compression.*", "", whole).replace('"png"', '"jpeg"')))
     mine = {one.key for one in OPTIONS.values() if one.serves("generate")}
     assert named | {"prompt.template_zh"} == mine
 
@@ -268,7 +299,7 @@ def test_the_example_names_every_setting(run_file):
 def test_an_option_of_another_task_is_refused(option):
     value = {"image.format": "webp", "prompt.template_en": "a {prompt}", "prompt.template_zh": "{prompt}"}
     value |= {"prompt.text": "red", "source.root": "pictures", "image.width": "64", "image.height": "64"}
-    value |= {"sampling.cfg_interval": "0:0.5"}
+    value |= {"sampling.cfg_interval": "0:0.5", "image.png_compression": "small"}
     value |= {"source.vision_min_pixels": "1568", "source.vision_max_pixels": "1568"}
     beside = {"image.width": ["image.height=64"], "image.height": ["image.width=64"]}
     beside["image.quality"] = ["image.format=jpeg"]

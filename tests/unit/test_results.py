@@ -83,6 +83,15 @@ def test_pictures_that_a_replica_encoded_give_the_same_rows(outputs):
     assert tables[0].equals(tables[1]) and tables[0].column("status").to_pylist().count("ok") == 4
 
 
+def test_a_compression_of_png_changes_bytes_and_no_pixel():
+    ramp = np.arange(64, dtype=np.uint8)
+    pixels = np.stack([ramp[:, None] + ramp, ramp[:, None] ^ ramp, np.tile(ramp, (64, 1))], axis=-1)
+    fast, small, before = (encode_image(pixels, "png", None, one)[0] for one in ("fast", "small", None))
+    assert fast != small == before
+    for data in (fast, small):
+        assert (np.asarray(Image.open(io.BytesIO(data))) == pixels).all()
+
+
 def test_no_row_may_be_lost_or_made_up(outputs):
     plan = outputs.plan_table(errors=(1,))
     schema = result_schema(outputs.CARRIED)

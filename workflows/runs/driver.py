@@ -71,7 +71,7 @@ def run(
     earlier = find_run(output)
     with ExitStack() as stack:
         lock = stack.enter_context(OutputLock(output, f"of process {os.getpid()}"))
-        resolved = with_plan(resolve(config), earlier, stack, report, stop)
+        resolved = with_plan(resolve(config, earlier), earlier, stack, report, stop)
         config, plan = resolved.config, resolved.plan
         if is_finished(output, plan) and not config.retry_errors:
             return summary_of(config, started, before=plan.rows, made=0)

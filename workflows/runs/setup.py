@@ -35,6 +35,7 @@ from wallaroo.workflows.sources.references import SourceOptions
 from wallaroo.workflows.stopping import Stop
 from wallaroo.workflows.storage.checkpoints import Checkpoint, model_path, read_checkpoint
 from wallaroo.workflows.storage.paths import absolute_path
+from wallaroo.workflows.tasks import DRAWING_TASKS
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Resolved:
         )
 
 
-def resolve(config: RunConfig) -> Resolved:
+def resolve(config: RunConfig, run: dict[str, Any] | None = None) -> Resolved:
     """Reads what a run needs of its model, and checks its options against it. Needs no Ray.
 
     A local checkpoint is checked as closely as can be without reading its weights. The replicas check one
@@ -96,12 +97,13 @@ def resolve(config: RunConfig) -> Resolved:
 
     Args:
         config: Of the run; relative paths start at the working directory.
+        run: What the output's `run.json` says; None if there is none yet.
 
     Raises:
         InputError: The model is no checkpoint, or does not serve the task.
         OptionError: The checkpoint lacks the size that the options ask for.
     """
-    config = with_absolute_paths(config)
+    config = _with_png_compression(with_absolute_paths(config), run)
     found = read_checkpoint(config.model)
     found.config.require_task(config.task)
     if not storage.is_s3(config.model):
@@ -174,7 +176,7 @@ def plan(
     with ExitStack() as stack:
         if output:
             stack.enter_context(OutputLock(output, f"of process {os.getpid()}"))
-        resolved = with_plan(resolve(config), run, stack, report)
+        resolved = with_plan(resolve(config, run), run, stack, report)
         config, found = resolved.config, resolved.plan
         if look is not None and found.error_rows:
             if output:
@@ -211,6 +213,18 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         model=model_path(config.model),
         image_root=None if config.image_root is None else absolute_path(config.image_root),
     )
+
+
+def _with_png_compression(config: RunConfig, run: dict[str, Any] | None) -> RunConfig:
+    """With the compression of PNG that a new output gets, or that an earlier one was begun with."""
+    if config.task not in DRAWING_TASKS or config.image_format != "png":
+        return config
+    chosen = config.png_compression
+    if run is None:
+        chosen = chosen or "fast"
+    elif chosen is None or ("png_compression" not in run["config"] and chosen == "small"):
+        chosen = run["config"].get("png_compression")
+    return dataclasses.replace(config, png_compression=chosen)
 
 
 def is_finished(output: str, plan: Plan) -> bool:
