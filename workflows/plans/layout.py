@@ -16,24 +16,33 @@ SHARD_TEXTS = 4096
 SOURCE_PIXELS = 4 << 20
 SHARDS_WANTED = 32
 SHARD_PIXEL_BYTES = 64 << 20
+"""Pixels of sources, which cross the object store as they are."""
+SHARD_FILE_BYTES = 128 << 20
+"""Files of results, which replicas encode."""
+FILE_BYTES_PER_PIXEL = 2
+"""A little more than PNG takes for a photograph."""
 
 
 def shard_rows(rows: int, config: ModelConfig, task: str = "generate", restored: bool = False) -> int:
     """Rows of a shard in a round of so many rows: enough shards for every replica to get several.
 
-    No more than are 64 MiB of pixels, in and out, in the largest sizes of the checkpoint. Where sources keep
-    their sizes, which nobody knows yet, SOURCE_PIXELS are reckoned: if results are restored to them
-    (`restored`), and if limits above it let the vision tower see them.
+    No more than are SHARD_PIXEL_BYTES of sources and SHARD_FILE_BYTES of results, in the largest sizes of the
+    checkpoint. Where sources keep their sizes, which nobody knows yet, SOURCE_PIXELS are reckoned: if
+    results are restored to them (`restored`), and if limits above it let the vision tower see them.
     """
     largest = max(size.height * size.width for size in config.size_list())
-    pixels = {
-        "generate": largest,
-        "edit": largest + config.edit_pixels[1] + (SOURCE_PIXELS if restored else largest),
-        "understand": min(config.understand_pixels[1], max(config.understand_pixels[0], SOURCE_PIXELS)),
+    sources, results = {
+        "generate": (0, largest),
+        "edit": (largest + config.edit_pixels[1], SOURCE_PIXELS if restored else largest),
+        "understand": (min(config.understand_pixels[1], max(config.understand_pixels[0], SOURCE_PIXELS)), 0),
     }[task]
     least, most = SHARD_ROWS
     wanted = min(max(-(-rows // SHARDS_WANTED), least), SHARD_TEXTS if task in TEXT_TASKS else most)
-    return max(1, min(wanted, SHARD_PIXEL_BYTES // (3 * pixels)))
+    if sources:
+        wanted = min(wanted, SHARD_PIXEL_BYTES // (3 * sources))
+    if results:
+        wanted = min(wanted, SHARD_FILE_BYTES // (FILE_BYTES_PER_PIXEL * results))
+    return max(1, wanted)
 
 
 def write_shards(path: str, shards: Iterator[pa.Table]) -> int:
