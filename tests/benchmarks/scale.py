@@ -344,6 +344,27 @@ def requests(folder: Path, shards: Sequence[int]) -> dict[str, float]:
     return found
 
 
+@probe
+def watch_load() -> dict[str, float]:
+    """The watch of a run under many replicas that compute nothing."""
+    from tests.benchmarks.watch import measure
+
+    return measure()
+
+
+@part
+def watch(folder: Path, shards: Sequence[int]) -> dict[str, float]:
+    """Notes a second of one watch, and how long engines are held up between two steps."""
+    found = in_process("watch_load")
+    print(
+        f"watch of {found['watch_replicas']:.0f} replicas: {found['watch_notes_per_second']:.0f} of "
+        f"{found['watch_notes_offered']:.0f} notes/s, an engine waits {found['watch_wait_median_ms']:.2f} ms "
+        f"(median), {found['watch_wait_p99_ms']:.2f} ms (p99)",
+        flush=True,
+    )
+    return found
+
+
 def main() -> None:
     """Runs the parts that were asked for, and prints or writes their numbers."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scale", description=__doc__)
