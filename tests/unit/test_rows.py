@@ -417,6 +417,27 @@ def test_a_replica_gives_every_row_back_once_as_an_engine_alone_makes_it():
             assert one.prompt_tokens == result.prompt_tokens and not one.error_type
 
 
+def test_a_replica_encodes_its_pictures_as_the_call_wants_them():
+    def encoder(row):
+        def encode(position, pixels):
+            return PictureFile(*pixels.shape[:2], row["plan"] + bytes([position]) + pixels.tobytes())
+
+        return encode
+
+    row, (_, alone) = shard(7, [0, 1])
+    encodes, plain = (Replica(lambda: TINY, device="cpu", encoder=one) for one in (encoder, None))
+    encoded, raw = (
+        {one.row: one for one in outcomes(from_ipc(asyncio.run(replica(row))["outcomes"]))}
+        for replica in (encodes, plain)
+    )
+    assert encoded.keys() == raw.keys() == {0, 1}
+    for position, one in encoded.items():
+        pixels = raw[position].pixels
+        assert one.pixels is None and raw[position].file is None
+        assert one.file == (*pixels.shape[:2], b"p" + bytes([position]) + pixels.tobytes())
+    assert encoded[1].file.height == alone.size.height
+
+
 def test_rows_made_before_and_after_a_group_became_smaller_name_both_shapes():
     shapes = {"group_rows": 128, "attention": "triton"}
     before, after = (
