@@ -53,7 +53,8 @@ class OutputRows:
         with self._open(piece) as parquet:
             first = 0
             for group in range(parquet.num_row_groups):
-                table = parquet.read_row_group(group, columns=columns)
+                # For some columns of a small group threads cost more than they spare.
+                table = parquet.read_row_group(group, columns=columns, use_threads=columns is None)
                 yield Chunk(table, first, {})
                 first += table.num_rows
 
