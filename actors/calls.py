@@ -124,32 +124,37 @@ class RowQueue:
 
 @dataclass
 class Announced:
-    """Rows that the watch is being told of, and that the engine gets when it knows of them."""
+    """Rows that the watch is being told of; the engine gets them when the watch has replied.
+
+    Attributes:
+        notes: Rows of each note with its reply, None if there is no watch.
+        rows: How many rows they are.
+    """
 
     notes: deque[tuple[list[Waiting], "Future[None] | None"]] = field(default_factory=deque)
     rows: int = 0
 
-    def add(self, rows: list[Waiting], known: "Future[None] | None") -> None:
-        """Adds rows; `known` is done when the watch knows of them, None if there is no watch."""
-        self.notes.append((rows, known))
+    def add(self, rows: list[Waiting], reply: "Future[None] | None") -> None:
+        """Adds the rows of a note."""
+        self.notes.append((rows, reply))
         self.rows += len(rows)
 
     def take(self, block: bool) -> list[Waiting]:
-        """The rows that the watch knows of by now, in order.
+        """Takes the rows whose notes have their replies, in order.
 
         Args:
-            block: Whether to wait for the first of them, as an engine without rows must.
+            block: Whether to wait for the first reply, as an engine without rows must.
 
         Raises:
             Exception: The watch could not be told.
         """
         taken: list[Waiting] = []
         while self.notes:
-            rows, known = self.notes[0]
-            if known is not None and not known.done() and (taken or not block):
-                break
-            if known is not None:
-                known.result()
+            rows, reply = self.notes[0]
+            if reply is not None:
+                if not reply.done() and (taken or not block):
+                    break
+                reply.result()
             self.notes.popleft()
             self.rows -= len(rows)
             taken += rows

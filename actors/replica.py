@@ -106,13 +106,14 @@ class _Meter:
 class Replica:
     """A class for `ray.data.Dataset.map`, one instance an actor, several calls at once.
 
-    checkpoint: gives the local folder of the checkpoint, fetching it first where it must.
-    task: which of the model's tasks it serves.
-    options: fields of `model.engine.EngineOptions` that differ from their defaults.
-    device: `cpu`, `cuda` or `auto`.
-    threads: CPU threads of torch; they belong to what rounds a result and are given, never counted.
-    watch: handle of the run's `actors.watch.Watch`, or None for no watch.
-    encoder: Ray row of a shard -> what makes files of its pictures; None if they stay pixels.
+    Args:
+        checkpoint: Gives the local folder of the checkpoint, fetching it first where it must.
+        task: One of the model's tasks.
+        options: Fields of `model.engine.EngineOptions` that differ from their defaults.
+        device: `cpu`, `cuda` or `auto`.
+        threads: CPU threads of torch; they belong to what rounds a result and are given, never counted.
+        watch: Handle of the run's `actors.watch.Watch`, or None for no watch.
+        encoder: Ray row of a shard -> what makes files of its pictures; None if they stay pixels.
     """
 
     def __init__(
@@ -144,14 +145,19 @@ class Replica:
             watch.note_up.remote(self.name)
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A shard's requests become its outcomes.
+        """Turns a shard's requests into its outcomes.
 
-        Takes `shard` (its number) and `requests` (bytes of a table under `actors.rows.REQUESTS`); all
-        other entries are passed on. Adds `outcomes` (bytes of a table under OUTCOMES, in no certain
-        order), `replica` (host and process), `attempts` (for which time the shard is tried) and
-        `environment` (JSON of what rounds a result). `outcomes` is empty where the run is about to stop
-        and the shard was not begun.
-        Raises InputError if the checkpoint or the device cannot be used: no restart would help.
+        Args:
+            row: `shard` is its number, `requests` the bytes of a table under `actors.rows.REQUESTS`.
+
+        Returns:
+            The other entries of the row, with `outcomes` (bytes of a table under OUTCOMES, in no certain
+            order; empty where the run is about to stop and the shard was not begun), `replica` (host and
+            process), `attempts` (for which time the shard is tried) and `environment` (JSON of what
+            rounds a result).
+
+        Raises:
+            InputError: The checkpoint or the device cannot be used: no restart would help.
         """
         if self._refusal is not None:
             raise self._refusal
@@ -266,9 +272,9 @@ class Replica:
     def _turn(self, engine: "Engine") -> None:
         """Feeds the engine and gives its results back, for ever.
 
-        The engine gets a row only when the watch knows of it, since the row may be the last thing this
-        process does. The watch is told while the engine works on the rows it has, so that only an engine
-        without any waits for the answer.
+        The engine gets a row only when the watch has replied to its note, since the row may be the last
+        thing this process does. Notes go out while the engine works on the rows it has, so that only an
+        engine without any waits for a reply.
         """
         in_flight: dict[Hashable, tuple[Waiting, datetime, float]] = {}
         waiting, announced = RowQueue(), Announced()
@@ -280,9 +286,9 @@ class Replica:
                 waiting.put(*self._inbox.get())
             held = engine.pending + announced.rows
             taken, alone = waiting.take(engine.slots + AHEAD - held, not held)
-            known = self._note(done, taken, alone)
+            reply = self._note(done, taken, alone)
             if taken:
-                announced.add(taken, known)
+                announced.add(taken, reply)
             for call, outcome in done:
                 self._encoders.give_back(call, outcome)
             done = []
@@ -313,8 +319,13 @@ class Replica:
     ) -> "Future[None] | None":
         """Tells the watch of rows given back and of rows that the engine is to get, without waiting.
 
+        Args:
+            done: Outcomes of the last round, with their calls.
+            taken: Rows that the engine is to get.
+            alone: Whether they are one suspect, which gets no company.
+
         Returns:
-            What is done when the watch knows; None if there is no watch or nothing to tell.
+            The reply, if the engine is to get rows and there is a watch.
         """
         if self._watch is None or not (done or taken):
             return None

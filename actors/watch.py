@@ -34,14 +34,17 @@ replicas each waits for longer, or their questions would hold up the notes."""
 class Counts:
     """What a driver shows.
 
-    rows, errors: rows that replicas have given back, error rows included; a shard that is worked on
-        again counts from nothing again.
-    replicas: replicas that have been seen up and are not known to be gone.
-    deaths: replicas that ended while they had rows, or because they could not go on.
-    last_death: what the latest of them said before it ended, or empty.
-    hardest_shard, fruitless: the shard whose replica died most often since a row was last found guilty, and
-        how often.
-    held, finished: shards that replicas have, and that they have given back.
+    Attributes:
+        rows: Rows that replicas have given back, error rows included; a shard that is restarted counts from
+            zero.
+        errors: Error rows among them.
+        replicas: Replicas that were seen up and have not ended as far as the watch was told.
+        deaths: Replicas that ended while they had rows, or because they could not go on.
+        last_death: What the latest of them said before it ended, or empty.
+        hardest_shard: The shard whose replica died most often since a row was last found guilty.
+        fruitless: How often.
+        held: Shards in flight in replicas.
+        finished: Shards that replicas have given back.
     """
 
     rows: int = 0
@@ -57,12 +60,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far replicas may go ahead of what is written and known.
+    """How far replicas may go ahead of what is written.
 
-    shards: fewer than these may be begun or finished and yet unwritten. error_rate, least_rows: while of
-    at least so many rows a larger share are errors, no shard is begun. seconds: where no shard was written
-    for so long, one is begun all the same: what is waited for may be lost, and to be made again it needs
-    a replica.
+    Attributes:
+        shards: Fewer than these may be begun or finished and yet unwritten.
+        error_rate: No shard is begun while a larger share of the rows are errors.
+        least_rows: Rows from which the share is judged.
+        seconds: Timeout after which a shard is begun although none was written: what is waited for may be
+            lost, and to be made once more it needs a replica.
     """
 
     shards: float = math.inf
@@ -74,10 +79,12 @@ class Limits:
 class Start(NamedTuple):
     """What a replica is told of a shard that it takes.
 
-    attempt: for which time the shard is tried. suspects: row -> how often a replica died with that row alone
-    on it, of rows that must run alone. lethal: rows that must not run again, since they end their replica.
-    stopping: whether the run is about to stop, so that the shard shall be left. wait: seconds after which
-    it must be asked for again, since it may not begin yet; 0 if it may.
+    Attributes:
+        attempt: For which time the shard is tried.
+        suspects: Row -> how often a replica died with that row alone on it, of rows that must run alone.
+        lethal: Rows that must not run, since they end their replica.
+        stopping: Whether the run is about to stop, so that the shard shall be left.
+        wait: Seconds after which to ask once more, since the shard may not begin yet; 0 if it may.
     """
 
     attempt: int = 1
@@ -150,6 +157,14 @@ class Watch:
 
         A shard that another replica still has tells of that one's death: Ray gives it to a second
         one only then.
+
+        Args:
+            replica: Its name.
+            shard: Number of the shard.
+            rows: Positions of its rows in the shard.
+
+        Returns:
+            Whether the shard may begin, and how.
         """
         earlier = self._shards.get(shard)
         if earlier is not None and earlier.replica != replica:
@@ -177,16 +192,26 @@ class Watch:
     def note_rows(
         self, replica: str, done: list[tuple[int, int, bool]], in_flight: list[Row], alone: bool = False
     ) -> None:
-        """What a round of an engine has to tell, as `note_done` and then `note_in_flight` take it."""
+        """What a round of an engine has to tell, as `note_done` and then `note_in_flight` take it.
+
+        Args:
+            replica: Its name.
+            done: Rows given back, each a (shard, row, whether ok).
+            in_flight: Rows that the engine is to get when it has the reply.
+            alone: Whether it has no others then.
+        """
         if done:
             self.note_done(replica, done)
         if in_flight:
             self.note_in_flight(replica, in_flight, alone)
 
     def note_in_flight(self, replica: str, rows: list[Row], alone: bool = False) -> None:
-        """The engine of a replica is about to get rows; the answer must have come before it does.
+        """The engine of a replica is to get rows when it has the reply.
 
-        alone: it has no others.
+        Args:
+            replica: Its name.
+            rows: The rows.
+            alone: Whether it has no others then.
         """
         self._in_flight.setdefault(replica, set()).update(rows)
         self._alone.pop(replica, None)
@@ -194,7 +219,12 @@ class Watch:
             (self._alone[replica],) = rows
 
     def note_done(self, replica: str, rows: list[tuple[int, int, bool]]) -> None:
-        """A replica has given back rows, each a (shard, row, whether ok)."""
+        """A replica has given back rows.
+
+        Args:
+            replica: Its name.
+            rows: Each a (shard, row, whether ok).
+        """
         in_flight = self._in_flight.get(replica, set())
         for shard, row, ok in rows:
             if (shard, row) in in_flight and ok:
@@ -293,10 +323,17 @@ class Watch:
 
 
 def start(limits: Limits | None = None) -> Any:
-    """A watch on this machine, which lives as long as the handle (and so the driver) does."""
+    """Starts a watch on this machine, which lives as long as the handle (and so the driver) does.
+
+    Args:
+        limits: How far replicas may go ahead; without limits by default.
+
+    Returns:
+        Handle of the actor.
+    """
     import ray
 
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+    this_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
     )
-    return ray.remote(Watch).options(num_cpus=0, scheduling_strategy=here).remote(limits)
+    return ray.remote(Watch).options(num_cpus=0, scheduling_strategy=this_node).remote(limits)
