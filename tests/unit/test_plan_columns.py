@@ -276,3 +276,10 @@ def test_an_output_whose_columns_were_read_otherwise_is_not_gone_on_with(grows):
         check(schema, [round_of("question", "n")], settings)
     with pytest.raises(InputError, match="Column 'n' of the manifest is carried by this version"):
         check(schema, [round_of()], settings)
+
+
+def test_columns_of_an_earlier_output_are_no_misspelt_ones():
+    names = ["id", "image", "in_sample", "in_prompt", "in_top_k", "sede"]
+    schema = pa.schema([(name, pa.string()) for name in names])
+    (warning,) = check_columns(schema, PlanSettings.of(RunConfig("", "", "understand")))
+    assert "'sede'" in warning

@@ -124,7 +124,8 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     for name in schema.names:
         # A short name is near to too many.
         near = [column for column in meant if name.lower() == column or len(column) > MAX_SHORT]
-        hint = "" if name in meant else did_you_mean(name.lower(), near, MIN_COMMON)
+        carried = name.startswith("in_") and name.removeprefix("in_") in RESULT_NAMES
+        hint = "" if name in meant or carried else did_you_mean(name.lower(), near, MIN_COMMON)
         if hint:
             warnings.append(f"Column '{name}' has no meaning and is carried through{hint}")
     return warnings
