@@ -31,7 +31,7 @@ replicas each waits for longer, or their questions would hold up the notes."""
 
 
 @dataclass(frozen=True)
-class Counts:
+class WatchCounts:
     """What a driver shows.
 
     Attributes:
@@ -261,11 +261,11 @@ class Watch:
         """From now on no replica begins a shard."""
         self._stopping = True
 
-    def counts(self) -> Counts:
+    def counts(self) -> WatchCounts:
         """How far the run is."""
         rows, errors = self._totals()
         hardest, deaths = max(self._fruitless.items(), key=lambda one: one[1], default=(-1, 0))
-        return Counts(
+        return WatchCounts(
             rows=rows,
             errors=errors,
             replicas=len(self._replicas),

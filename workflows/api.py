@@ -151,13 +151,13 @@ def map_dataset(
     resolved = resolve(RunConfig(manifest="", output="", task=task, **options))
     config = resolved.config
     plans, rows, carried = plan_dataset(ds, resolved.settings, config.model)
-    job = resolved.job(carried)
+    context = resolved.context(carried)
     if not rows:
-        return ray.data.from_arrow(job.schema.empty_table())
+        return ray.data.from_arrow(context.schema.empty_table())
     pool = make_pool(config, choose_device(config.device), rows, plans.count(), replica)
-    loaded = load_stage(plans, functools.partial(prepare, job=job), job, pool)
-    stage = functools.partial(encode, job=job)
-    return make_results(loaded, stage, job, pool, watch.start()).map_batches(
+    loaded = load_stage(plans, functools.partial(prepare, context=context), context, pool)
+    stage = functools.partial(encode, context=context)
+    return make_results(loaded, stage, context, pool, watch.start()).map_batches(
         _unpack, batch_size=1, batch_format="pyarrow", num_cpus=pool.cpus
     )
 

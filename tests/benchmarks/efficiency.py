@@ -146,10 +146,10 @@ def engine(output: str, given: argparse.Namespace) -> dict[str, float]:
         threads=given.threads, slots=given.slots,
     )  # fmt: skip
     resolved, plan = resolve(config), read_plan(output)
-    job = resolved.job(plan.carried)
+    context = resolved.context(plan.carried)
     asked = []
     for shard in plan.shards:
-        _, table = load_requests(read_shard(output, shard), job.model, job.run, job.sources)
+        _, table = load_requests(read_shard(output, shard), context.model, context.run, context.sources)
         asked += requests(table, [(shard, row) for row in table.column("row").to_pylist()])
     torch.set_num_threads(given.threads)
     model = load(resolved.config.model, "generate", "cpu", torch.float32)

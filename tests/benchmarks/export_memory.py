@@ -23,7 +23,7 @@ from wallaroo.workflows.datasets.export import FORMATS
 from wallaroo.workflows.outputs import run_file, shards
 from wallaroo.workflows.outputs import values as outputs_values
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER
-from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table
+from wallaroo.workflows.outputs.rows import Producer, RunConstants, build_result_table
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.plans.columns import plan_schema
 from wallaroo.workflows.plans.plan import PlanPart, Round
@@ -70,7 +70,7 @@ def write_output(output: str, rows: int = ROWS, shard_rows: int = SHARD_ROWS, si
         _planned(shard, range(start, min(rows, start + shard_rows)), side, plan_schema(carried))
         for shard, start in enumerate(range(0, rows, shard_rows))
     ]
-    first = build_result_table(plans[0], outcomes, run, Made(), result_schema(carried))
+    first = build_result_table(plans[0], outcomes, run, Producer(), result_schema(carried))
     name = "part-00000-test.parquet"
     with (
         storage.write_stream(storage.join(output, PLAN_FOLDER, name)) as stream,

@@ -23,7 +23,7 @@ import pyarrow as pa
 from wallaroo.actors.rows import Outcome
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs import layout, run_file
-from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table
+from wallaroo.workflows.outputs.rows import Producer, RunConstants, build_result_table
 from wallaroo.workflows.outputs.schema import RESULT_FIELDS, result_schema
 from wallaroo.workflows.outputs.shards import shard_bytes
 from wallaroo.workflows.outputs.values import digest
@@ -74,7 +74,7 @@ def made_shard(shard: int) -> tuple[pa.Buffer, bytes]:
     """The file of a shard, and its tally."""
     now = datetime(2026, 1, 2, tzinfo=UTC)
     outcome = Outcome(0, now, 0.5, pixels=np.zeros((1, 1, 3), np.uint8), tokens=np.zeros(1, np.int32))
-    made = Made("r", "e" * 64)
+    made = Producer("r", "e" * 64)
     table = build_result_table(planned(shard), [outcome], RUN, made, result_schema(pa.schema([])))
     tally = tally_of_table(table, shard).to_json()
     return shard_bytes(table, tally), tally

@@ -100,14 +100,14 @@ def test_a_storage_out_of_order_is_no_rows_fault(s3, monkeypatch, variable, valu
 
 
 def test_a_storage_that_fails_for_a_while_is_waited_for(s3, s3_server, monkeypatch):
-    monkeypatch.setattr(retries, "SHORTEST_PAUSE", 0.1)
+    monkeypatch.setattr(retries, "MIN_BACKOFF", 0.1)
     for number in range(4):
         storage.write_atomic(f"{s3}/{number}", b"%d" % number * 1000)
     with failing_at_first(s3_server.endpoint, 14) as (endpoint, faults):
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         storage.forget_clients()
         references = [f"{s3}/{number}" for number in range(4)]
-        with storage.patience():
+        with storage.retries_enabled():
             found = list(fetch_many(references, SourceOptions(s3, fetches=2)))
     assert [one.data for _, one in found] == [b"%d" % number * 1000 for number in range(4)]
     assert len(faults) == 14

@@ -137,12 +137,12 @@ def test_few_finished_shards_wait_for_a_slow_storage(base, tmp_path, monkeypatch
 def test_what_stays_out_of_order_stops_the_run_with_a_sentence(s3, s3_server, monkeypatch):
     storage.write_atomic(f"{s3}/file", b"one")
     # Longer than the pauses of botocore, which tries four times by itself.
-    monkeypatch.setattr(retries, "PATIENCE_SECONDS", 8.0)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 8.0)
     with proxy(s3_server.endpoint, share=1.0, seed=2) as between:
         between._random.choice = lambda faults: "throttle"
         monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
         storage.forget_clients()
-        with storage.patience(), pytest.raises(InputError) as caught:
+        with storage.retries_enabled(), pytest.raises(InputError) as caught:
             storage.read_bytes(f"{s3}/file")
     assert "asks for fewer requests" in str(caught.value) and "the same command goes on" in str(caught.value)
     assert "\n" not in str(caught.value) and between.requests > 4
@@ -188,8 +188,8 @@ def test_credentials_that_expire_are_looked_for_again(s3, s3_server, tmp_path, m
             profile.write_text(renewed)
             raise
 
-    with storage.patience():
-        assert storage.patiently(f"{s3}/file", answered) == b"one"
+    with storage.retries_enabled():
+        assert storage.with_retries(f"{s3}/file", answered) == b"one"
     assert len(tries) == 2
 
 

@@ -17,7 +17,7 @@ from wallaroo.workflows.outputs import rows as outputs_rows
 from wallaroo.workflows.outputs import run_file, shards
 from wallaroo.workflows.outputs import schema as outputs_schema
 from wallaroo.workflows.outputs import values as outputs_values
-from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table
+from wallaroo.workflows.outputs.rows import Producer, RunConstants, build_result_table
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.plans.plan import PlanPart, Round, read_plan
@@ -95,7 +95,7 @@ def result_table(plan, failed=(), save_tokens=False, run=RUN, made=None):
         metadata=plan.schema.metadata,
     )
     schema = result_schema(carried, save_tokens)
-    made = made or Made("replica 1", "e" * 64, 1)
+    made = made or Producer("replica 1", "e" * 64, 1)
     return build_result_table(plan, outcomes(plan, failed), run, made, schema)
 
 
@@ -206,7 +206,7 @@ def make_task_output(output, task, rows=6, bad=(), failed=(), samples=2, more=No
         pa.Table.from_pylist(loaded, schema),
         given,
         dataclasses.replace(RUN, task=task, config_digest=outputs_values.digest(fields)),
-        Made("replica 1", "e" * 64, 1),
+        Producer("replica 1", "e" * 64, 1),
         result_schema(pa.schema(CARRIED, metadata=CARRIED.metadata)),
         decode=lambda ids: f"Score {ids[1]}/10: row {ids[0]}, ein Känguru 袋鼠",
     )

@@ -27,7 +27,7 @@ from wallaroo.workflows.datasets.export_files import file_stem
 from wallaroo.workflows.outputs import layout, run_file, shards
 from wallaroo.workflows.outputs import schema as outputs_schema
 from wallaroo.workflows.outputs import values as outputs_values
-from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table, encode_image
+from wallaroo.workflows.outputs.rows import Producer, RunConstants, build_result_table, encode_image
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.outputs.xmp import DIGITAL_SOURCE_TYPE, embed, xmp_packet
 from wallaroo.workflows.plans.plan import Round, read_plan
@@ -119,7 +119,7 @@ def make(outputs, output, tables, task="generate", image_format="png", quality=N
             made = [dataclasses.replace(one, pixels=None, finish_reason="stop") for one in made]
             decode = "tokens {}".format
         built = build_result_table(
-            table, made, run, Made("r", "e" * 64, 1), result_schema(carried), decode=decode
+            table, made, run, Producer("r", "e" * 64, 1), result_schema(carried), decode=decode
         )
         shards.write_shard(str(output), table.column("shard")[0].as_py(), built)
     finish(str(output), read_plan(str(output)))

@@ -296,7 +296,7 @@ def test_records_show_in_the_report(outputs, tmp_path):
 def test_environments_that_differ_are_counted(outputs, tmp_path):
     outputs.make_output(tmp_path, tables(outputs, 4, 2))
     assert "round differently" not in write(tmp_path).text
-    table = outputs.result_table(tables(outputs, 4, 2)[1], made=outputs_rows.Made("r", "f" * 64))
+    table = outputs.result_table(tables(outputs, 4, 2)[1], made=outputs_rows.Producer("r", "f" * 64))
     outputs_shards.write_shard(str(tmp_path), 1, table)
     text = write(tmp_path).text
     assert "made in 2 environments" in text and "4 in ffffffffffff" in text

@@ -17,7 +17,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows.outputs import layout, run_file, shards, values
 from wallaroo.workflows.outputs import rows as outputs_rows
 from wallaroo.workflows.outputs import schema as outputs_schema
-from wallaroo.workflows.outputs.rows import Made, RunConstants, build_result_table, encode_image
+from wallaroo.workflows.outputs.rows import Producer, RunConstants, build_result_table, encode_image
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.runs.stages import picture_encoder
@@ -79,7 +79,7 @@ def test_pictures_that_a_replica_encoded_give_the_same_rows(outputs):
         one if one.pixels is None else dataclasses.replace(one, pixels=None, file=encode(one.row, one.pixels))
         for one in given
     ]
-    tables = [build_result_table(plan, some, outputs.RUN, Made(), schema) for some in (given, encoded)]
+    tables = [build_result_table(plan, some, outputs.RUN, Producer(), schema) for some in (given, encoded)]
     assert tables[0].equals(tables[1]) and tables[0].column("status").to_pylist().count("ok") == 4
 
 
@@ -103,14 +103,14 @@ def test_no_row_may_be_lost_or_made_up(outputs):
         [*given, Outcome(9, outputs.STARTED, 0.5)],
     ):
         with pytest.raises(ValueError, match="outcomes for 5 rows"):
-            build_result_table(plan, wrong, outputs.RUN, Made(), schema)
+            build_result_table(plan, wrong, outputs.RUN, Producer(), schema)
 
 
 def test_an_ok_row_needs_a_picture(outputs):
     plan = outputs.plan_table(rows=1)
     with pytest.raises(ValueError, match="no picture"):
         build_result_table(
-            plan, [Outcome(0, outputs.STARTED, 0.5)], outputs.RUN, Made(), result_schema(outputs.CARRIED)
+            plan, [Outcome(0, outputs.STARTED, 0.5)], outputs.RUN, Producer(), result_schema(outputs.CARRIED)
         )
 
 
@@ -200,8 +200,8 @@ def test_a_shard_written_twice_is_the_same_file(outputs, tmp_path):
 
 
 def test_only_the_volatile_columns_tell_two_makings_apart(outputs):
-    one = outputs.result_table(outputs.plan_table(), made=Made("replica 1", "e" * 64, 1))
-    two = outputs.result_table(outputs.plan_table(), made=Made("replica 2", "e" * 64, 3))
+    one = outputs.result_table(outputs.plan_table(), made=Producer("replica 1", "e" * 64, 1))
+    two = outputs.result_table(outputs.plan_table(), made=Producer("replica 2", "e" * 64, 3))
     differing = {name for name in one.column_names if one.column(name) != two.column(name)}
     assert differing and differing <= set(outputs_schema.VOLATILE)
 
@@ -385,9 +385,9 @@ def test_a_text_needs_something_that_decodes_it(outputs):
     run = RunConstants("understand", "m" * 64, "c" * 64)
     given = Outcome(0, outputs.STARTED, 0.5, tokens=np.array([1], np.int32))
     with pytest.raises(ValueError, match="nothing decodes it"):
-        build_result_table(plan, [given], run, Made(), schema)
+        build_result_table(plan, [given], run, Producer(), schema)
     with pytest.raises(ValueError, match="no text"):
-        build_result_table(plan, outputs.outcomes(plan), run, Made(), schema, decode=str)
+        build_result_table(plan, outputs.outcomes(plan), run, Producer(), schema, decode=str)
 
 
 def test_the_content_of_an_answer_is_that_of_its_source_and_length(outputs):
@@ -397,7 +397,7 @@ def test_the_content_of_an_answer_is_that_of_its_source_and_length(outputs):
         given = Outcome(0, outputs.STARTED, 0.5, tokens=np.array([1], np.int32))
         run = RunConstants("understand", "m" * 64, "c" * 64, **changes)
         plan = pa.Table.from_pylist([row], schema)
-        table = build_result_table(plan, [given], run, Made(), result_schema(outputs.CARRIED), decode=str)
+        table = build_result_table(plan, [given], run, Producer(), result_schema(outputs.CARRIED), decode=str)
         return table.column("content_digest")[0].as_py()
 
     assert digest_of() == digest_of(image_format="jpeg")

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from wallaroo.actors.watch import Counts
+from wallaroo.actors.watch import WatchCounts
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.outputs import layout, run_file, run_log, shards
 from wallaroo.workflows.outputs.run_log import MAX_SAMPLES, RunLog, RunRecord
@@ -17,7 +17,7 @@ from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.status import status
 from wallaroo.workflows.runs.monitor import MAX_DEATHS, check_health
 from wallaroo.workflows.runs.pool import make_pool
-from wallaroo.workflows.runs.stages import Tally
+from wallaroo.workflows.runs.stages import ShardCounts
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.text import duration
 
@@ -238,20 +238,20 @@ def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
 )
 def test_a_run_ends_at_its_error_rate(rows, errors, limit, stops):
     config = RunConfig("", "", max_error_rate=limit)
-    made = Tally(rows=rows, ok=rows - errors, errors={"engine": errors})
+    made = ShardCounts(rows=rows, ok=rows - errors, errors={"engine": errors})
     if not stops:
-        return check_health(config, Counts(), made)
+        return check_health(config, WatchCounts(), made)
     words = rf"{errors} of {rows} rows are errors \({errors} engine\), more than the --max-error-rate of"
     with pytest.raises(InputError, match=f"{words} {limit:g} allows"):
-        check_health(config, Counts(), made)
+        check_health(config, WatchCounts(), made)
 
 
 def test_a_run_ends_with_a_shard_whose_replicas_die_and_teach_nothing():
     deaths = MAX_DEATHS + 1
-    counts = Counts(fruitless=deaths, hardest_shard=12, last_death="CUDA error")
+    counts = WatchCounts(fruitless=deaths, hardest_shard=12, last_death="CUDA error")
     with pytest.raises(InputError, match=f"{deaths} replicas died with shard 12.* 'CUDA error': try fewer"):
-        check_health(RunConfig("", ""), counts, Tally())
-    check_health(RunConfig("", ""), Counts(fruitless=MAX_DEATHS), Tally())
+        check_health(RunConfig("", ""), counts, ShardCounts())
+    check_health(RunConfig("", ""), WatchCounts(fruitless=MAX_DEATHS), ShardCounts())
 
 
 @pytest.mark.parametrize(("replicas", "slots", "window"), [(1, 16, 12), (8, 16, 96), (64, 128, 2560)])

@@ -696,11 +696,11 @@ def test_a_host_is_asked_again_until_patience_ends(host, monkeypatch):
     def download(url, most):
         return ask(host, url.removeprefix("https://good.example"), most)
 
-    options = SourceOptions("/", https=True, patience_seconds=30)
+    options = SourceOptions("/", https=True, retry_seconds=30)
     found = fetch("https://good.example/flaky/3?key=hunter2", options, download)
     assert found == Fetched("https://good.example/flaky/3", b"at last")
     assert len(host.asked) == 4
-    options = SourceOptions("/", https=True, patience_seconds=1)
+    options = SourceOptions("/", https=True, retry_seconds=1)
     with pytest.raises(RowError, match=r"/status/500 cannot be had, good.example answers with status 500"):
         fetch("https://good.example/status/500?key=hunter2", options, download)
     asked = len(host.asked)

@@ -133,7 +133,7 @@ class OutputLock:
             self._thread.join()
         if error is None:
             # What is done well must not end in an error, because the storage is out of order now.
-            with storage.patience():
+            with storage.retries_enabled():
                 self._give_back()
             return
         # The block's own error says more; the next run finds an owner that is gone.

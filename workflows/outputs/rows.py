@@ -90,7 +90,7 @@ class RunConstants:
 
 
 @dataclass(frozen=True)
-class Made:
+class Producer:
     """Who made the rows of a shard: a replica's name for people, its environment's digest, and how many
     attempts it took."""
 
@@ -139,7 +139,7 @@ def build_result_table(
     plan: pa.Table,
     outcomes: Iterable["Outcome"],
     run: RunConstants,
-    made: Made,
+    made: Producer,
     schema: pa.Schema,
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> pa.Table:
@@ -176,7 +176,7 @@ def _result_row(
     planned: dict[str, Any],
     outcome: "Outcome | None",
     run: RunConstants,
-    made: Made,
+    made: Producer,
     decode: Callable[[Sequence[int]], str] | None,
 ) -> dict[str, Any]:
     row = {

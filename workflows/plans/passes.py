@@ -61,7 +61,7 @@ def each(
 
 
 def _answer(row: dict[str, Any], task: Task, constants: dict[str, Any]) -> dict[str, Any]:
-    storage.be_patient()
+    storage.enable_retries()
     try:
         values = task(row, **constants)
     except InputError as error:

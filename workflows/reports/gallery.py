@@ -153,7 +153,7 @@ def fetch_source(reference: str) -> bytes | None:
     from wallaroo.workflows.sources.fetch import fetch
     from wallaroo.workflows.sources.references import Reference, SourceOptions
 
-    options = SourceOptions(folder="/", most_bytes=64 << 20, patience_seconds=2)
+    options = SourceOptions(folder="/", most_bytes=64 << 20, retry_seconds=2)
     found: Reference = reference
     try:
         cell = parse_cell(reference)

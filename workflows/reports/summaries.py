@@ -291,7 +291,7 @@ class Summaries:
         path = shard_path(self.output, shard)
         try:
             try:
-                return storage.patiently(path, read)
+                return storage.with_retries(path, read)
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, FileNotFoundError):
                     raise

@@ -76,7 +76,7 @@ def run(
         if is_finished(output, plan) and not config.retry_errors:
             return summary_of(config, started, before=plan.rows, made=0)
         # The storage has answered, so that it is not its address that is wrong.
-        stack.enter_context(storage.patience())
+        stack.enter_context(storage.retries_enabled())
         connect(config, stack, report, stop)
         device = choose_device(config.device)
         if device == "cuda":
@@ -131,7 +131,7 @@ def _watch(config: RunConfig, pool: Pool) -> "Iterator[Any]":
     from wallaroo.actors.watch import Limits
 
     budget = 1.0 if config.max_error_rate is None else config.max_error_rate
-    handle = watch.start(Limits(pool.unwritten, budget, MIN_ROWS, retries.PATIENCE_SECONDS))
+    handle = watch.start(Limits(pool.unwritten, budget, MIN_ROWS, retries.RETRY_SECONDS))
     try:
         yield handle
     finally:
@@ -141,13 +141,15 @@ def _watch(config: RunConfig, pool: Pool) -> "Iterator[Any]":
 def _pipeline(resolved: Resolved, remaining: Remaining, pool: Pool, watch: Any) -> "ray.data.Dataset":
     """Numbers of shards become written shards, a row of `write` each."""
     plan, output = resolved.plan, resolved.config.output
-    job = resolved.job(plan.carried, remaining.finished.environments if resolved.config.strict else ())
+    context = resolved.context(
+        plan.carried, remaining.finished.environments if resolved.config.strict else ()
+    )
     shards = shard_stream(plan, remaining.shards, watch)
-    stage = functools.partial(load, job=job, output=output, retried=remaining.retried)
-    loaded = load_stage(shards, stage, job, pool)
+    stage = functools.partial(load, context=context, output=output, retried=remaining.retried)
+    loaded = load_stage(shards, stage, context, pool)
     last = functools.partial(write, output=output, retried=remaining.retried, watch=watch)
     if plan.error_rows == plan.rows:
-        stage = functools.partial(refuse_and_write, job=job, write=last)
+        stage = functools.partial(refuse_and_write, context=context, write=last)
         return loaded.map(stage, num_cpus=pool.cpus, compute=pool.tasks(pool.writers))
-    stage = functools.partial(encode_and_write, job=job, write=last)
-    return make_results(loaded, stage, job, pool, watch)
+    stage = functools.partial(encode_and_write, context=context, write=last)
+    return make_results(loaded, stage, context, pool, watch)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from wallaroo.actors import metrics
-from wallaroo.actors.watch import Counts
+from wallaroo.actors.watch import WatchCounts
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.lock import OutputLock
@@ -15,7 +15,7 @@ from wallaroo.workflows.outputs.run_log import RunLog
 from wallaroo.workflows.runs.pool import Pool
 from wallaroo.workflows.runs.resume import Remaining
 from wallaroo.workflows.runs.setup import Resolved
-from wallaroo.workflows.runs.stages import Tally
+from wallaroo.workflows.runs.stages import ShardCounts
 from wallaroo.workflows.runs.streaming import TICK_SECONDS
 from wallaroo.workflows.settings import Progress, RunConfig
 from wallaroo.workflows.stopping import Stop
@@ -50,9 +50,9 @@ class Monitor:
         self._pool, self._lock, self._run_log, self._report, self._stop = pool, lock, run_log, report, stop
         self._before = remaining.finished.rows
         self._summaries = remaining.summaries
-        self._total = Tally()
+        self._total = ShardCounts()
         self._total.add(remaining.finished)
-        self._made = Tally()
+        self._made = ShardCounts()
         self._written = 0
         self._arrived = 0
         self._started = time.monotonic()
@@ -97,7 +97,7 @@ class Monitor:
         """Counts a shard that came through the pipeline."""
         self._arrived += 1
         if row["tally"]:
-            tally = Tally(**json.loads(row["tally"]))
+            tally = ShardCounts(**json.loads(row["tally"]))
             self._made.add(tally)
             self._total.add(tally)
             self._written += tally.refused < tally.rows
@@ -123,7 +123,7 @@ class Monitor:
         if self._stopping and unfinished and (self._stop.over() or not in_flight):
             raise self._stop.stopped()
 
-    def _show(self, counts: Counts, in_flight: int) -> None:
+    def _show(self, counts: WatchCounts, in_flight: int) -> None:
         """Tells the caller of the run how far it is, and the metrics."""
         waiting = ""
         if self._stopping:
@@ -151,7 +151,7 @@ class Monitor:
         ):
             metrics.gauge(f"wallaroo_run_{name}", number, task=self._config.task, output=self._config.output)
 
-    def _record(self, counts: Counts) -> None:
+    def _record(self, counts: WatchCounts) -> None:
         """Notes in the run's log how far it is."""
         retried = {"replicas that died": counts.deaths, "requests to S3": self._made.retries}
         waited = self._first_replica
@@ -187,7 +187,7 @@ def waiting_for(config: RunConfig, pool: Pool, seconds: float) -> str:
     return f"waiting for the model: {min(up, pool.size)} of {pool.size} GPUs up, {duration(seconds)}"
 
 
-def check_health(config: RunConfig, counts: Counts, made: Tally) -> None:
+def check_health(config: RunConfig, counts: WatchCounts, made: ShardCounts) -> None:
     """Ends a run that should not go on.
 
     Args:

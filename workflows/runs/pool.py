@@ -11,7 +11,7 @@ from wallaroo.actors.replica import Replica
 from wallaroo.model.config import SLOTS
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
-from wallaroo.workflows.runs.stages import Job, picture_encoder
+from wallaroo.workflows.runs.stages import StageContext, picture_encoder
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.storage.checkpoints import fetch_folder
 
@@ -115,14 +115,14 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
 
 
 def load_stage(
-    shards: "ray.data.Dataset", stage: Callable[..., dict[str, Any]], job: Job, pool: Pool
+    shards: "ray.data.Dataset", stage: Callable[..., dict[str, Any]], context: StageContext, pool: Pool
 ) -> "ray.data.Dataset":
     """Adds the load stage to a pipeline, each task of which is a process.
 
     Args:
         shards: Rows that `stage` takes.
         stage: `load` or `prepare`.
-        job: Of the pipeline.
+        context: Of the pipeline.
         pool: Its replicas.
 
     Returns:
@@ -133,19 +133,23 @@ def load_stage(
 
 def _fetch(model: str) -> Path:
     """Returns the local folder of a checkpoint, in the process of a replica."""
-    storage.be_patient()
+    storage.enable_retries()
     return fetch_folder(model)
 
 
 def make_results(
-    shards: "ray.data.Dataset", stage: Callable[..., dict[str, Any]], job: Job, pool: Pool, watch: Any = None
+    shards: "ray.data.Dataset",
+    stage: Callable[..., dict[str, Any]],
+    context: StageContext,
+    pool: Pool,
+    watch: Any = None,
 ) -> "ray.data.Dataset":
     """Adds the replicas to a pipeline, and the stage after them.
 
     Args:
         shards: Rows of `prepare`.
         stage: `encode`, or `encode_and_write`.
-        job: Of the pipeline.
+        context: Of the pipeline.
         pool: Its replicas.
         watch: Handle of the run's `actors.watch.Watch`, or None.
 
@@ -154,18 +158,18 @@ def make_results(
     """
     from ray.data import ActorPoolStrategy
 
-    textual = job.run.task in TEXT_TASKS
+    textual = context.run.task in TEXT_TASKS
     resources: dict[str, Any] = {"num_gpus": 1} if pool.device == "cuda" else {"num_cpus": pool.threads}
     made = shards.map(
         pool.kind,
         fn_constructor_kwargs={
-            "checkpoint": functools.partial(_fetch, job.model),
-            "task": job.run.task,
+            "checkpoint": functools.partial(_fetch, context.model),
+            "task": context.run.task,
             "options": pool.options,
             "device": pool.device,
             "threads": pool.threads,
             "watch": watch,
-            "encoder": None if textual else functools.partial(picture_encoder, run=job.run),
+            "encoder": None if textual else functools.partial(picture_encoder, run=context.run),
         },
         compute=ActorPoolStrategy(
             size=pool.size,

@@ -11,7 +11,7 @@ from wallaroo.workflows.outputs.layout import SUCCESS_FILE, shard_path, unreadab
 from wallaroo.workflows.outputs.shards import map_shards
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.reports.summaries import Summaries
-from wallaroo.workflows.runs.stages import Tally, retriable_rows
+from wallaroo.workflows.runs.stages import ShardCounts, retriable_rows
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +23,13 @@ class Remaining:
     Attributes:
         shards: Their numbers, ascending.
         retried: Those among them that are finished but for error rows to retry.
-        finished: Counts of the rows that stay as they are.
+        finished: WatchCounts of the rows that stay as they are.
         summaries: Of the output; they take in what is written.
     """
 
     shards: list[int]
     retried: frozenset[int]
-    finished: Tally
+    finished: ShardCounts
     summaries: Summaries
 
 
@@ -48,10 +48,10 @@ def find_remaining(output: str, plan: Plan, retry_errors: bool = False) -> Remai
         What is left to make.
     """
     summaries = Summaries(output, plan.parts)
-    finished, failed = Tally(), []
+    finished, failed = ShardCounts(), []
     for part in plan.parts:
         tally = summaries.of_part(part, details=False)
-        finished.add(Tally.of(tally))
+        finished.add(ShardCounts.of(tally))
         if retry_errors and tally.errors:
             shards = summaries.of_shards(part, whole=False)
             failed += [shard for shard, found in shards if found.tally.errors]

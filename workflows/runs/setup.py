@@ -29,7 +29,7 @@ from wallaroo.workflows.plans.finished import finished
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.plans.planner import extend_plan, is_complete, make_plan, open_plan
 from wallaroo.workflows.plans.settings import PlanSettings
-from wallaroo.workflows.runs.stages import Job
+from wallaroo.workflows.runs.stages import StageContext
 from wallaroo.workflows.settings import Progress, RunConfig, RunSummary
 from wallaroo.workflows.sources.references import SourceOptions
 from wallaroo.workflows.stopping import Stop
@@ -61,7 +61,7 @@ class Resolved:
     meaning: dict[str, Any]
     plan: Plan = field(default_factory=Plan)
 
-    def job(self, carried: pa.Schema, environments: Iterable[str] = ()) -> Job:
+    def context(self, carried: pa.Schema, environments: Iterable[str] = ()) -> StageContext:
         """What the stages of the pipeline need.
 
         Args:
@@ -70,7 +70,7 @@ class Resolved:
         """
         config = self.config
         options = {one.name for one in dataclasses.fields(RunConstants)} - {"model_digest", "config_digest"}
-        return Job(
+        return StageContext(
             config.model,
             RunConstants(
                 **{name: getattr(config, name) for name in options},

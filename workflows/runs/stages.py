@@ -18,7 +18,7 @@ from wallaroo.actors.rows import PictureFile, from_ipc, outcomes, to_ipc
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.rows import (
-    Made,
+    Producer,
     RunConstants,
     build_result_table,
     environment,
@@ -36,7 +36,7 @@ from wallaroo.workflows.storage.checkpoints import read_checkpoint
 
 
 @dataclass(frozen=True)
-class Job:
+class StageContext:
     """What the stages must know, wherever they run.
 
     Attributes:
@@ -54,24 +54,26 @@ class Job:
     environments: frozenset[str] = frozenset()
 
 
-def load(row: dict[str, Any], job: Job, output: str, retried: frozenset[int] = frozenset()) -> dict[str, Any]:
+def load(
+    row: dict[str, Any], context: StageContext, output: str, retried: frozenset[int] = frozenset()
+) -> dict[str, Any]:
     """Adds `plan` and `requests` to a `shard`.
 
     Args:
         row: From `feed.shard_stream`.
-        job: Of the run.
+        context: Of the run.
         output: Its folder.
         retried: Finished shards, of which only the rows to retry are taken.
     """
-    storage.be_patient()
+    storage.enable_retries()
     shard = row["shard"]
 
     def read() -> pa.Table:
         plan = read_shard(output, shard, Place(row["plan_file"], row["row_group"]))
         return plan.filter(rows_to_retry(output, shard, plan)) if shard in retried else plan
 
-    plan = storage.patiently(output, read)
-    return prepare({"shard": shard, "plan": to_ipc(plan)}, job)
+    plan = storage.with_retries(output, read)
+    return prepare({"shard": shard, "plan": to_ipc(plan)}, context)
 
 
 def rows_to_retry(output: str, shard: int, plan: pa.Table) -> pa.Array:
@@ -83,21 +85,21 @@ def rows_to_retry(output: str, shard: int, plan: pa.Table) -> pa.Array:
     return pc.and_(planned, pc.is_in(plan.column("row_id"), failed.combine_chunks()))
 
 
-def prepare(row: dict[str, Any], job: Job) -> dict[str, Any]:
+def prepare(row: dict[str, Any], context: StageContext) -> dict[str, Any]:
     """Adds `requests` to a `shard` with its `plan`.
 
     Args:
         row: `plan` is an IPC buffer of planned rows.
-        job: Of the pipeline.
+        context: Of the pipeline.
 
     Returns:
         The row with `plan` as it is after loading, `requests` for the replica, and `retries`: requests to a
         storage that were retried, which the later stages add to.
     """
-    storage.be_patient()
+    storage.enable_retries()
     started = time.perf_counter()
-    plan, asked = load_requests(from_ipc(row["plan"]), job.model, job.run, job.sources)
-    metrics.count("wallaroo_fetch_seconds_total", time.perf_counter() - started, task=job.run.task)
+    plan, asked = load_requests(from_ipc(row["plan"]), context.model, context.run, context.sources)
+    metrics.count("wallaroo_fetch_seconds_total", time.perf_counter() - started, task=context.run.task)
     return {
         **row,
         "plan": to_ipc(plan),
@@ -124,12 +126,12 @@ def picture_encoder(row: Mapping[str, Any], run: RunConstants) -> Encode:
     return encode_picture
 
 
-def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
+def encode(row: dict[str, Any], context: StageContext) -> dict[str, Any]:
     """Turns the outcomes of a replica into the shard's rows of the data set.
 
     Args:
         row: From the replica.
-        job: Of the pipeline.
+        context: Of the pipeline.
 
     Returns:
         `shard`, `retries`, and `result` (an IPC buffer), empty where the replica left the shard to a later
@@ -141,28 +143,28 @@ def encode(row: dict[str, Any], job: Job) -> dict[str, Any]:
     passed = {name: row[name] for name in ("shard", "retries")}
     if not row["outcomes"]:
         return passed | {"result": b""}
-    storage.be_patient()
+    storage.enable_retries()
     started = time.perf_counter()
     environment_digest = digest(environment(**json.loads(row["environment"])))
-    if job.environments and environment_digest not in job.environments:
+    if context.environments and environment_digest not in context.environments:
         raise InputError(
             f"the run is strict, but {row['replica']} would round otherwise than what made the rows that are "
             f"there ({row['environment']}): run it on the same kind of machine, or without --strict."
         )
-    made = Made(row["replica"], environment_digest, row["attempts"])
-    decode = read_checkpoint(job.model).tokenizer.decode if job.run.task in TEXT_TASKS else None
+    made = Producer(row["replica"], environment_digest, row["attempts"])
+    decode = read_checkpoint(context.model).tokenizer.decode if context.run.task in TEXT_TASKS else None
     table = build_result_table(
-        from_ipc(row["plan"]), outcomes(from_ipc(row["outcomes"])), job.run, made, job.schema, decode
+        from_ipc(row["plan"]), outcomes(from_ipc(row["outcomes"])), context.run, made, context.schema, decode
     )
-    metrics.count("wallaroo_encode_seconds_total", time.perf_counter() - started, task=job.run.task)
+    metrics.count("wallaroo_encode_seconds_total", time.perf_counter() - started, task=context.run.task)
     return passed | {"result": to_ipc(table), "retries": row["retries"] + storage.take_retries()}
 
 
 def encode_and_write(
-    row: dict[str, Any], job: Job, write: Callable[[dict[str, Any]], dict[str, Any]]
+    row: dict[str, Any], context: StageContext, write: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """`write(encode(row, job))`: one task for both, since every task of a shard costs the driver."""
-    return write(encode(row, job))
+    """`write(encode(row, context))`: one task for both, since every task of a shard costs the driver."""
+    return write(encode(row, context))
 
 
 def write(
@@ -177,21 +179,21 @@ def write(
         watch: Handle of the run's `actors.watch.Watch`, or None.
 
     Returns:
-        `shard`, and for the driver `tally`, a Tally as JSON, and for summaries `stamp` and `summary`: the
-        file's stamp and its ShardTally as JSON. All are empty where the shard was left to a later run.
+        `shard`, and for the driver `tally`, a ShardCounts as JSON, and for summaries `stamp` and `summary`:
+        the file's stamp and its ShardTally as JSON. All are empty where the shard was left to a later run.
     """
     if not row["result"]:
         return {"shard": row["shard"], "tally": "", "stamp": "", "summary": ""}
-    storage.be_patient()
+    storage.enable_retries()
     table, shard = from_ipc(row["result"]), row["shard"]
     started = time.perf_counter()
-    whole = storage.patiently(output, lambda: _merged(output, shard, table)) if shard in retried else table
+    whole = storage.with_retries(output, lambda: _merged(output, shard, table)) if shard in retried else table
     found = tally_of_table(whole, shard)
     summary = found.to_json()
     stamp = write_shard(output, shard, whole, summary)
     if watch is not None:
         watch.note_written.remote(shard)
-    tally = Tally.of((found if whole is table else tally_of_table(table, shard)).tally)
+    tally = ShardCounts.of((found if whole is table else tally_of_table(table, shard)).tally)
     task = table.column("task")[0].as_py()
     metrics.count("wallaroo_write_seconds_total", time.perf_counter() - started, task=task)
     metrics.count("wallaroo_written_bytes_total", storage.stamp_size(stamp), task=task)
@@ -217,15 +219,15 @@ def _merged(output: str, shard: int, rows: pa.Table) -> pa.Table:
 
 
 def refuse_and_write(
-    row: dict[str, Any], job: Job, write: Callable[[dict[str, Any]], dict[str, Any]]
+    row: dict[str, Any], context: StageContext, write: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     """Makes and writes the error rows of a shard that the plan refuses whole, in place of the replicas."""
-    table = build_result_table(from_ipc(row["plan"]), [], job.run, Made(), job.schema)
+    table = build_result_table(from_ipc(row["plan"]), [], context.run, Producer(), context.schema)
     return write({"shard": row["shard"], "retries": row["retries"], "result": to_ipc(table)})
 
 
 @dataclass
-class Tally:
+class ShardCounts:
     """Counts of the rows of one written shard, or of many.
 
     Attributes:
@@ -245,11 +247,11 @@ class Tally:
     retries: int = 0
 
     @classmethod
-    def of(cls, found: row_tally.Tally) -> "Tally":
+    def of(cls, found: row_tally.Tally) -> "ShardCounts":
         """The counts that a tally of rows has."""
         return cls(found.rows, found.ok, found.refused, dict(found.errors), sorted(found.environments))
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "ShardCounts") -> None:
         """Adds the counts of another shard."""
         self.rows += other.rows
         self.ok += other.ok

@@ -30,7 +30,7 @@ from wallaroo.workflows.sources.references import (
 )
 
 FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 20.0
+MAX_BACKOFF_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,15 @@ def fetch(
         if len(data) > options.most_bytes:
             raise _too_many_bytes(fetched.name, options.most_bytes)
         return fetched
-    most, patience = options.most_bytes, options.patience_seconds
+    most, retry_seconds = options.most_bytes, options.retry_seconds
     if place.startswith("https://"):
         uri = without_query(place)
         host = urllib.parse.urlsplit(uri).netloc
-        return Fetched(uri, _patiently(host, lambda: _download(place, most, download), patience))
+        return Fetched(uri, _with_retries(host, lambda: _download(place, most, download), retry_seconds))
     if place.startswith("s3://"):
         # Requests to S3 are retried by the storage itself.
         return Fetched(place, _read_object(place, most))
-    return Fetched(place, _patiently("", lambda: _read_file(place, most), patience))
+    return Fetched(place, _with_retries("", lambda: _read_file(place, most), retry_seconds))
 
 
 class _Outage(Exception):
@@ -229,8 +229,8 @@ class _Endpoint:
         with self.lock:
             self.failures = 0
 
-    def failed(self, started: float, patience: float) -> bool:
-        """Begins a pause, twice as long as the last one; False if it would outlast the patience.
+    def failed(self, started: float, retry_seconds: float) -> bool:
+        """Begins a pause, twice as long as the last one; False if it would outlast `retry_seconds`.
 
         Patience counts from the endpoint's first failure in a row, so that the many sources of a dead
         one are not each waited for, and from `started`, in case only one source fails while others do not.
@@ -239,12 +239,12 @@ class _Endpoint:
             now = time.monotonic()
             # Who was under way when the pause began brings no news.
             if now >= self.until:
-                if not self.failures or now - self.until > patience:
+                if not self.failures or now - self.until > retry_seconds:
                     self.failures, self.since = 0, now
-                pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(self.failures, 10))
+                pause = min(MAX_BACKOFF_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(self.failures, 10))
                 self.failures += 1
                 self.until = now + pause * random.uniform(0.5, 1)
-            return self.until - min(self.since, started) <= patience
+            return self.until - min(self.since, started) <= retry_seconds
 
 
 @functools.lru_cache(maxsize=4096)
@@ -252,8 +252,8 @@ def _endpoint(name: str) -> _Endpoint:
     return _Endpoint()
 
 
-def _patiently(name: str, attempt: Callable[[], bytes], patience: float) -> bytes:
-    """What `attempt` gives, tried again while its endpoint does not serve, for `patience` seconds."""
+def _with_retries(name: str, attempt: Callable[[], bytes], retry_seconds: float) -> bytes:
+    """Calls `attempt`, and retries it for `retry_seconds` while its endpoint does not serve."""
     endpoint, started = _endpoint(name), time.monotonic()
     while True:
         endpoint.wait()
@@ -263,7 +263,7 @@ def _patiently(name: str, attempt: Callable[[], bytes], patience: float) -> byte
             endpoint.served()
             raise
         except _Outage as outage:
-            if not endpoint.failed(started, patience):
+            if not endpoint.failed(started, retry_seconds):
                 raise outage.final from outage
         else:
             endpoint.served()

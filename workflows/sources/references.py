@@ -33,7 +33,7 @@ class SourceOptions:
     folder: of the manifest, local or `s3://`; relative paths start there. https: whether https://
     sources are allowed. outside: whether relative paths may leave the folder, by `..` or by links.
     most_bytes: of a file. most_pixels: of a picture. decode_seconds: of CPU time for one picture.
-    patience_seconds: how long a disk or web host that does not serve is asked again. fetches: sources
+    retry_seconds: how long a disk or web host that does not serve is asked again. fetches: sources
     that are fetched at once, and so the most that wait in memory to be decoded.
     """
 
@@ -43,7 +43,7 @@ class SourceOptions:
     most_bytes: int = 128 << 20
     most_pixels: int = 1 << 26
     decode_seconds: float = 20
-    patience_seconds: float = 120
+    retry_seconds: float = 120
     fetches: int = 8
 
 

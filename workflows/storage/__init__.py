@@ -28,7 +28,7 @@ from wallaroo.workflows.storage.files import (
 )
 from wallaroo.workflows.storage.local import COPY_BYTES, TEMPORARY
 from wallaroo.workflows.storage.paths import FileInfo, absolute_path, is_s3, join, stamp_size
-from wallaroo.workflows.storage.retries import be_patient, patience, patiently
+from wallaroo.workflows.storage.retries import enable_retries, retries_enabled, with_retries
 
 __all__ = [
     "COPY_BYTES",
@@ -36,8 +36,8 @@ __all__ = [
     "FileInfo",
     "TooLarge",
     "absolute_path",
-    "be_patient",
     "delete",
+    "enable_retries",
     "exists",
     "explained",
     "find_files",
@@ -52,8 +52,6 @@ __all__ = [
     "open_ranges",
     "open_source",
     "parquet_filesystem",
-    "patience",
-    "patiently",
     "put_if_absent",
     "read_bytes",
     "read_object",
@@ -61,8 +59,10 @@ __all__ = [
     "refuses_path",
     "remove_leftovers",
     "replace_if_match",
+    "retries_enabled",
     "stamp_size",
     "take_retries",
+    "with_retries",
     "write_atomic",
     "write_stream",
 ]

@@ -22,7 +22,7 @@ from wallaroo.workflows.storage.clients import s3_client
 from wallaroo.workflows.storage.errors import explained, raise_if_missing
 from wallaroo.workflows.storage.files import info, read_bytes, write_atomic
 from wallaroo.workflows.storage.paths import absolute_path, bucket_and_key, is_s3, join
-from wallaroo.workflows.storage.retries import persistent
+from wallaroo.workflows.storage.retries import retried
 
 _CHECKPOINTS = "a folder that `wallaroo convert` made of the published files (docs/models.md), or tiny"
 RANGE_BYTES = 16 << 20
@@ -118,7 +118,7 @@ def _fetch_ranges(path: str, part: Path, ranges: Path, size: int) -> bool:
             return found.size == size and all(pool.map(fetch, starts))
 
 
-@persistent
+@retried
 def _read_range(path: str, start: int, stop: int) -> bytes:
     """Bytes [start, stop) of an object on S3, fewer where it ends."""
     bucket, key = bucket_and_key(path)

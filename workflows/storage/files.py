@@ -32,7 +32,7 @@ from wallaroo.workflows.storage.local import (
     temporary_path,
 )
 from wallaroo.workflows.storage.paths import FileInfo, bucket_and_key, is_s3
-from wallaroo.workflows.storage.retries import persistent
+from wallaroo.workflows.storage.retries import retried
 from wallaroo.workflows.storage.s3 import Ranges, put_conditional, s3_files, uploading
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def read_bytes(path: str) -> bytes:
     return read_with_etag(path)[0]
 
 
-@persistent
+@retried
 def read_with_etag(path: str) -> tuple[bytes, str]:
     """Contents of a small file, and the tag that `replace_if_match` wants. Raises FileNotFoundError."""
     with explained(path):
@@ -63,7 +63,7 @@ def read_with_etag(path: str) -> tuple[bytes, str]:
         return answer["Body"].read(), answer["ETag"]
 
 
-@persistent
+@retried
 def read_object(path: str, most: int) -> bytes:
     """Contents of an object on S3. Raises FileNotFoundError, and TooLarge before a byte is read."""
     bucket, key = bucket_and_key(path)
@@ -79,7 +79,7 @@ def read_object(path: str, most: int) -> bytes:
             return body.read()
 
 
-@persistent
+@retried
 def info(path: str) -> FileInfo | None:
     """What a listing would say of one file; None if there is no such file."""
     relative = path.rsplit("/", 1)[-1]
@@ -105,7 +105,7 @@ def exists(path: str) -> bool:
     return info(path) is not None
 
 
-@persistent
+@retried
 def list_files(folder: str) -> list[FileInfo]:
     """All files below a folder, at any depth, sorted by relative path; none if there is no folder."""
     with explained(folder):
@@ -114,7 +114,7 @@ def list_files(folder: str) -> list[FileInfo]:
         return sorted(_local_files(folder), key=lambda file: file.relative)
 
 
-@persistent
+@retried
 def list_stamps(folder: str, key: Callable[[str], K | None]) -> dict[K, str]:
     """The stamps of the files below a folder, for listings that would be large as a list of FileInfo.
 
@@ -142,7 +142,7 @@ def _local_files(folder: str) -> Iterator[FileInfo]:
                     yield local_info(path, os.path.relpath(path, folder).replace(os.sep, "/"))
 
 
-@persistent
+@retried
 def find_files(folder: str, wanted: Callable[[str], bool], most: int) -> list[str]:
     """Looks for files below a folder, and reads no more of its listing than it takes.
 
@@ -169,7 +169,7 @@ def _names(folder: str) -> Iterator[str]:
     return (file.relative for file in s3_files(folder)) if is_s3(folder) else local_names(folder)
 
 
-@persistent
+@retried
 def match_files(pattern: str) -> list[FileInfo]:
     """Files that match a pattern of `*`, `?`, `[...]` and `**`, sorted; relative to its fixed folders."""
     fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
@@ -213,7 +213,7 @@ def open_ranges(path: str, size: int) -> "Iterator[pyarrow.NativeFile]":
             yield file
 
 
-@persistent
+@retried
 def write_atomic(path: str, data: bytes | memoryview) -> str:
     """Writes a file, whole or not at all, over the one there may be. On S3 it is one PUT.
 
@@ -247,7 +247,7 @@ def write_stream(path: str) -> "Iterator[pyarrow.NativeFile]":
             stream.flush()
 
 
-@persistent
+@retried
 def put_if_absent(path: str, data: bytes) -> bool:
     """Writes a file unless there is one; of several writers at once exactly one wins.
 
@@ -276,7 +276,7 @@ def put_if_absent(path: str, data: bytes) -> bool:
         return False
 
 
-@persistent
+@retried
 def replace_if_match(path: str, data: bytes, etag: str) -> str | None:
     """Replaces a file that is still as `read_with_etag` found it, and returns the new tag, else None."""
     with explained(path):
@@ -292,7 +292,7 @@ def replace_if_match(path: str, data: bytes, etag: str) -> str | None:
         return hashlib.sha256(data).hexdigest()
 
 
-@persistent
+@retried
 def delete(path: str) -> None:
     """Deletes a file; nothing if there is none."""
     with explained(path):
@@ -303,7 +303,7 @@ def delete(path: str) -> None:
             Path(path).unlink(missing_ok=True)
 
 
-@persistent
+@retried
 def move(path: str, target: str) -> None:
     """Gives a file another name in the same storage, over the file that may have it.
 
@@ -324,7 +324,7 @@ def move(path: str, target: str) -> None:
             os.replace(path, target)
 
 
-@persistent
+@retried
 def remove_leftovers(folder: str) -> int:
     """Removes what killed writers left below a folder, and returns how many files or uploads that were.
 

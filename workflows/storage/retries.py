@@ -16,10 +16,10 @@ from wallaroo.workflows.storage.paths import is_s3
 
 T = TypeVar("T")
 P = ParamSpec("P")
-PATIENCE_SECONDS = 600.0
-"""How long a run tries again what a storage that is out of order has not done; then it stops."""
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-"""Seconds between two tries, twice as long each time, less up to half of it by chance."""
+RETRY_SECONDS = 600.0
+"""How long a run retries requests to a storage that is out of order before it stops."""
+MIN_BACKOFF, MAX_BACKOFF = 0.2, 5.0
+"""Seconds between two tries: doubled each time, less a random part of up to a half."""
 _PASSING = {
     "SlowDown",
     "InternalError",
@@ -38,77 +38,89 @@ _PASSING = {
     "RequestLimitExceeded",
     "ExpiredToken",
 }
-"""Codes of what may be otherwise soon; credentials that expired are renewed by whoever keeps the profile."""
+"""Codes of errors that may pass. Expired credentials are renewed by the owner of the profile."""
 _BROKEN_OFF = "broken off"
-"""What is said of an answer that had begun and did not come to its end."""
-_patient = 0
+"""Code of a response that was cut off after it had begun."""
+_enabled = 0
 _guard = threading.Lock()
 
 
-def be_patient() -> None:
-    """From now on this process tries again what fails of a storage that is out of order, PATIENCE_SECONDS.
+def enable_retries() -> None:
+    """Retries failed requests in this process for RETRY_SECONDS, from now on.
 
-    For the processes of a run. Else a storage that does not answer is a mistake in its address, and said
-    to be one soon.
+    For the processes of a run. Elsewhere a storage that does not answer is usually a wrong address, so the
+    error comes at once.
     """
-    global _patient
-    _patient = max(_patient, 1)
+    global _enabled
+    _enabled = max(_enabled, 1)
 
 
 @contextmanager
-def patience() -> Iterator[None]:
-    """What `be_patient` does, within the block."""
-    global _patient
+def retries_enabled() -> Iterator[None]:
+    """Does what `enable_retries` does, within the block."""
+    global _enabled
     with _guard:
-        _patient += 1
+        _enabled += 1
     try:
         yield
     finally:
         with _guard:
-            _patient -= 1
+            _enabled -= 1
 
 
-def patiently(path: str, action: Callable[[], T]) -> T:
-    """What `action` gives, which may be done twice; tried again where this process is patient, and where an
-    answer broke off, since whoever answers has the right address.
+def with_retries(path: str, action: Callable[[], T]) -> T:
+    """Calls `action` until it succeeds or fails for good.
 
-    Raises what it raises; if it was tried again in vain, an InputError that says so.
+    Errors that may pass are retried where retries are enabled. A response that was cut off is always
+    retried, since the address is right.
+
+    Args:
+        path: What the action is about; only `s3://` paths are retried.
+        action: A request, which may be done twice.
+
+    Returns:
+        What `action` returns.
+
+    Raises:
+        InputError: Retries did not help within RETRY_SECONDS.
+        Exception: Whatever `action` raises and is not retried.
     """
     started = time.monotonic()
-    pause = SHORTEST_PAUSE
+    pause = MIN_BACKOFF
     while True:
         try:
             return action()
         except Exception as error:
             code = _passing(error) if is_s3(path) else None
-            if code is None or not (_patient or code == _BROKEN_OFF):
+            if code is None or not (_enabled or code == _BROKEN_OFF):
                 raise
             seconds = time.monotonic() - started
-            if seconds >= PATIENCE_SECONDS:
+            if seconds >= RETRY_SECONDS:
                 words = str(error) if isinstance(error, InputError) else explain(path, error)
+                words = (words or f"{path} cannot be used.").rstrip(".")
                 raise InputError(
-                    f"{(words or f'{path} cannot be used.').rstrip('.')}; it was tried again for "
-                    f"{seconds:.0f} s, what is finished is kept, and the same command goes on from there."
+                    f"{words}; retries for {seconds:.0f} s did not help. What is finished is kept; re-run the "
+                    f"same command to resume."
                 ) from error
             if code == "ExpiredToken":
                 forget_clients()
         count_retries(1)
         time.sleep(pause * random.uniform(0.5, 1))
-        pause = min(2 * pause, LONGEST_PAUSE)
+        pause = min(2 * pause, MAX_BACKOFF)
 
 
-def persistent(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
-    """A function of a path, done `patiently`."""
+def retried(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
+    """A function of a path, done `with_retries`."""
 
     @functools.wraps(function)
-    def again(path: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return patiently(path, lambda: function(path, *args, **kwargs))
+    def retrying(path: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return with_retries(path, lambda: function(path, *args, **kwargs))
 
-    return again
+    return retrying
 
 
 def _passing(error: BaseException) -> str | None:
-    """A code of an error of S3 that may be gone the next time; None for all others."""
+    """The code of an error of S3 that may pass; None for other errors."""
     import botocore.exceptions
 
     halves = (botocore.exceptions.IncompleteReadError, botocore.exceptions.ResponseStreamingError)

@@ -8,7 +8,7 @@ from typing import Any
 from wallaroo.workflows.storage.clients import s3_client
 from wallaroo.workflows.storage.errors import is_missing
 from wallaroo.workflows.storage.paths import FileInfo, bucket_and_key
-from wallaroo.workflows.storage.retries import patiently
+from wallaroo.workflows.storage.retries import with_retries
 
 
 def s3_files(folder: str) -> Iterator[FileInfo]:
@@ -59,7 +59,7 @@ class Ranges(io.RawIOBase):
             last = min(self.size, max(stop, start + self.WINDOW_BYTES))
             if last == self.size:
                 first = max(0, min(start, self.size - self.WINDOW_BYTES))
-            self._window = patiently(self.path, lambda: self._fetch(first, last))
+            self._window = with_retries(self.path, lambda: self._fetch(first, last))
             self._start = first
         self._place = stop
         return self._window[start - self._start : stop - self._start]
@@ -94,8 +94,8 @@ class _Upload(io.RawIOBase):
         self.parts: list[dict[str, Any]] = []
         self.sent = 0
 
-    def _patiently(self, request: Callable[[], Any]) -> Any:
-        return patiently(f"s3://{self.where['Bucket']}/{self.where['Key']}", request)
+    def _with_retries(self, request: Callable[[], Any]) -> Any:
+        return with_retries(f"s3://{self.where['Bucket']}/{self.where['Key']}", request)
 
     def writable(self) -> bool:
         return True
@@ -109,10 +109,10 @@ class _Upload(io.RawIOBase):
 
     def _send(self) -> None:
         if not self.upload:
-            made = self._patiently(lambda: s3_client().create_multipart_upload(**self.where))
+            made = self._with_retries(lambda: s3_client().create_multipart_upload(**self.where))
             self.upload = {"UploadId": made["UploadId"]}
         number, body = len(self.parts) + 1, bytes(self.buffer)
-        answer = self._patiently(
+        answer = self._with_retries(
             lambda: s3_client().upload_part(**self.where, **self.upload, PartNumber=number, Body=body)
         )
         self.sent += len(body)
@@ -121,11 +121,11 @@ class _Upload(io.RawIOBase):
 
     def complete(self) -> None:
         if not self.upload:
-            self._patiently(lambda: s3_client().put_object(**self.where, Body=bytes(self.buffer)))
+            self._with_retries(lambda: s3_client().put_object(**self.where, Body=bytes(self.buffer)))
             return
         if self.buffer:
             self._send()
-        self._patiently(self._complete)
+        self._with_retries(self._complete)
 
     def _complete(self) -> None:
         client = s3_client()

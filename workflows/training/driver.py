@@ -343,7 +343,7 @@ def _work(config: dict[str, Any]) -> None:
             return
         from wallaroo.workflows.training.states import Published, S3States
 
-        storage.be_patient()
+        storage.enable_retries()
         states = S3States(storage.join(recipe.folder, STATES))
         with tempfile.TemporaryDirectory(prefix="wallaroo-train-") as own:
             published = Published(own, recipe.folder)
