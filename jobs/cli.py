@@ -105,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = STOPPED
     except (KeyboardInterrupt, click.Abort):
         words = sys.argv[1:] if arguments is None else arguments
-        again = " Re-run the same command to resume." if words and words[0] in RESUMABLE else ""
-        complain(f"Interrupted.{again}")
+        remedy = " Re-run the same command to resume." if words and words[0] in RESUMABLE else ""
+        complain(f"Interrupted.{remedy}")
         code = INTERRUPTED
     except RuntimeError as error:
         from wallaroo.workflows.outputs.lock import LockLost, RunInProgress

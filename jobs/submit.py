@@ -325,11 +325,11 @@ def jobs(client: "JobSubmissionClient") -> list[Job]:
 
 def find(client: "JobSubmissionClient", name: str) -> Job:
     """The newest run with this id, name or output. Raises InputError if there is none."""
-    known = jobs(client)
-    for job in known:
+    found_jobs = jobs(client)
+    for job in found_jobs:
         if name in (job.id, job.name, job.output.rstrip("/"), job.output):
             return job
-    hint = did_you_mean(name, [job.id for job in known]) or "; `wallaroo jobs list` shows all."
+    hint = did_you_mean(name, [job.id for job in found_jobs]) or "; `wallaroo jobs list` shows all."
     raise InputError(f"the cluster has no run '{name}'{hint}")
 
 

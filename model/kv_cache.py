@@ -86,8 +86,8 @@ class KVCache:
 
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` tokens a row; new room is zeros, since what is masked must be finite."""
-        blocks, there = -(-capacity // KEY_BLOCK), self.capacity // KEY_BLOCK
-        if blocks <= there:
+        blocks, old_blocks = -(-capacity // KEY_BLOCK), self.capacity // KEY_BLOCK
+        if blocks <= old_blocks:
             return
         if self.whole is not None:
             self._grow_whole(blocks)
@@ -95,7 +95,7 @@ class KVCache:
             for tensors in (self.keys, self.values):
                 for layer, old in enumerate(tensors):
                     new = self._zeros(blocks, tensors is self.keys)
-                    new[:, :, :there] = old
+                    new[:, :, :old_blocks] = old
                     tensors[layer] = new
         self.capacity = blocks * KEY_BLOCK
 

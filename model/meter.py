@@ -112,7 +112,7 @@ def plain_cost(operator: Operator) -> Cost:
         operator.args[i] if i < len(operator.args) else operator.kwargs.get(argument.name)
         for i, argument in enumerate(schema)
     ]
-    known = {_storage(tensor) for tensor in _tensors(given)}
+    storages = {_storage(tensor) for tensor in _tensors(given)}
     read = written = 0.0
     for argument, value in zip(schema, given, strict=True):
         changed = argument.alias_info is not None and argument.alias_info.is_write
@@ -127,7 +127,7 @@ def plain_cost(operator: Operator) -> Cost:
             written += tensor_bytes(tensor) if changed else 0
             if argument.name in ("values", "src", "source") and name in SCATTERS:
                 written += tensor.numel() * tensor.element_size()
-    written += sum(tensor_bytes(one) for one in _tensors(out) if _storage(one) not in known)
+    written += sum(tensor_bytes(one) for one in _tensors(out) if _storage(one) not in storages)
     launches, flops, precision = LAUNCHES.get(name, 1), 0.0, "half"
     packet = operator.func._overloadpacket
     if name == "aten::scaled_dot_product_attention":

@@ -60,11 +60,13 @@ def _attend_plain(
     qkv: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, keys: Tensor, values: Tensor, out: Tensor
 ) -> None:
     n, dim = qkv.shape[0], keys.shape[-1]
-    there = torch.nonzero(seen).squeeze(1)
+    active = torch.nonzero(seen).squeeze(1)
     q = qkv.new_zeros(n, out.shape[1] // dim, dim)
-    turned = q[there]
-    _rotate_and_store_plain(qkv[there], cos[there], sin[there], keys, values, there, seen[there] - 1, turned)
-    q[there] = turned
+    turned = q[active]
+    _rotate_and_store_plain(
+        qkv[active], cos[active], sin[active], keys, values, active, seen[active] - 1, turned
+    )
+    q[active] = turned
     longest = keys.shape[2] * KEY_BLOCK
     limits = seen.unsqueeze(1)
     _cache_attention_plain(

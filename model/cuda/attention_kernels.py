@@ -87,15 +87,15 @@ def attend_split(
     stop = tl.minimum(first + SPLIT, last)
     for start in range(first, stop, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        there = place < stop
+        inside = place < stop
         at = cached + place[:, None] * DIM + dims[None, :]
-        k = tl.load(keys + at, mask=there[:, None], other=0.0)
+        k = tl.load(keys + at, mask=inside[:, None], other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        score = tl.where(there[None, :], score, float("-inf"))
+        score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])
         shrink = tl.exp2(top - higher)
-        v = tl.load(values + at, mask=there[:, None], other=0.0)
+        v = tl.load(values + at, mask=inside[:, None], other=0.0)
         mass = mass * shrink + tl.sum(weight, 1)
         total = total * shrink[:, None] + tl.dot(weight.to(dtype), v, input_precision="ieee")
         top = higher
@@ -221,15 +221,15 @@ def attend_runs(
     stop = tl.max(limit, 0)
     for start in range(0, stop, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        there = place < stop
+        inside = place < stop
         cell = cached + place[:, None] * DIM + dims[None, :]
-        k = tl.load(keys + cell, mask=there[:, None], other=0.0)
+        k = tl.load(keys + cell, mask=inside[:, None], other=0.0)
         score = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
         score = tl.where(place[None, :] < limit[:, None], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])
         shrink = tl.exp2(top - higher)
-        v = tl.load(values + cell, mask=there[:, None], other=0.0)
+        v = tl.load(values + cell, mask=inside[:, None], other=0.0)
         mass = mass * shrink + tl.sum(weight, 1)
         total = total * shrink[:, None] + tl.dot(weight.to(dtype), v, input_precision="ieee")
         top = higher

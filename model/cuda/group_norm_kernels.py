@@ -30,12 +30,12 @@ def group_sums(
     count = 0.0
     for tile in range(0, TILES):
         row = (part * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        there = (row < pixels)[:, None] & real[None, :]
+        valid = (row < pixels)[:, None] & real[None, :]
         at = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-        one = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+        one = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
         more = tl.minimum(tl.maximum(pixels - (part * TILES + tile) * ROWS, 0), ROWS).to(tl.float32)
         own = tl.sum(one, 0) / tl.maximum(more, 1.0)
-        away = tl.where(there, one - own[None, :], 0.0)
+        away = tl.where(valid, one - own[None, :], 0.0)
         together = tl.maximum(count + more, 1.0)
         apart = own - mean
         square += tl.sum(away * away, 0) + apart * apart * (count * more / together)
@@ -69,14 +69,14 @@ def group_scales(
     inside = tl.arange(0, WIDTH)
     channel = group * GROUP + inside
     part = tl.arange(0, PARTS)
-    there = (part < parts)[:, None] & (inside < GROUP)[None, :]
+    valid = (part < parts)[:, None] & (inside < GROUP)[None, :]
     at = (picture * parts + part[:, None]) * CHANNELS + channel[None, :]
-    mean = tl.load(means + at, mask=there, other=0.0)
-    square = tl.load(squares + at, mask=there, other=0.0)
+    mean = tl.load(means + at, mask=valid, other=0.0)
+    square = tl.load(squares + at, mask=valid, other=0.0)
     count = tl.minimum(tl.maximum(pixels - part * PART, 0), PART).to(tl.float32)[:, None]
     numbers = pixels.to(tl.float32) * GROUP
-    whole = tl.sum(tl.sum(tl.where(there, mean * count, 0.0), 1), 0) / numbers
-    away = tl.where(there, mean - whole, 0.0)
+    whole = tl.sum(tl.sum(tl.where(valid, mean * count, 0.0), 1), 0) / numbers
+    away = tl.where(valid, mean - whole, 0.0)
     variance = tl.sum(tl.sum(square + away * away * count, 1), 0) / numbers
     real = inside < GROUP
     scale = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32) * tl.rsqrt(variance + eps)
@@ -102,11 +102,11 @@ def group_apply(
     channel = tl.arange(0, WIDTH)
     real = channel < CHANNELS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = (row < pixels)[:, None] & real[None, :]
+    valid = (row < pixels)[:, None] & real[None, :]
     at = (picture * pixels + row[:, None]) * CHANNELS + channel[None, :]
     scale = tl.load(scales + picture * CHANNELS + channel, mask=real, other=0.0)
     shift = tl.load(shifts + picture * CHANNELS + channel, mask=real, other=0.0)
-    one = tl.load(x + at, mask=there, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    one = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
     if SWISH:
         one = one / (1.0 + tl.exp(-one))
-    tl.store(out + at, one.to(out.dtype.element_ty), mask=there)
+    tl.store(out + at, one.to(out.dtype.element_ty), mask=valid)

@@ -110,13 +110,13 @@ def _request(row: Row) -> dict[str, str]:
 def _format_of(results: Results, row: Row) -> str:
     """The format of a row's pictures: the one that its request asks for, else the one of the run."""
     stored = row.values["mime_type"].removeprefix("image/")
-    asked = results.own_value(row, "output_format", stored)
-    if asked not in MIME_TYPES:
+    output_format = results.own_value(row, "output_format", stored)
+    if output_format not in MIME_TYPES:
         raise InputError(
-            f"output_format of the request '{row.values['id'][:60]}' is '{asked}', but must be one of "
-            f"{', '.join(MIME_TYPES)}: correct the manifest and run it again."
+            f"output_format of the request '{row.values['id'][:60]}' is '{output_format}', but must be one "
+            f"of {', '.join(MIME_TYPES)}: correct the manifest and run it again."
         )
-    return asked
+    return output_format
 
 
 def _line_to_data(row: Row, form: str) -> bytes:

@@ -308,9 +308,9 @@ class Sink:
         self._start()
         path = storage.join(self.dest, relative)
         if not self.overwrite and storage.exists(path):
-            with storage.open_source(path) as there:
-                yield _Same(path, there)
-                if there.read(1):
+            with storage.open_source(path) as existing:
+                yield _Same(path, existing)
+                if existing.read(1):
                     raise _other_bytes(path)
                 while self._waiting:
                     self._take()
@@ -326,8 +326,8 @@ class Sink:
 class _Same:
     """A file that is written once more: each piece is compared with what is there."""
 
-    def __init__(self, path: str, there: IO[bytes]):
-        self._path, self._there = path, there
+    def __init__(self, path: str, existing: IO[bytes]):
+        self._path, self._there = path, existing
 
     def write(self, data: bytes) -> None:
         if self._there.read(len(data)) != data:

@@ -49,14 +49,14 @@ def _signed(
 ) -> Iterator[tuple[Row, str, bytes]]:
     plain = [picture_of(row, options) for row, _ in batch]
     facts = [_facts(row, data) for (row, _), data in zip(batch, plain, strict=True)]
-    there = [sink.read(name) for _, name in batch]
+    existing = [sink.read(name) for _, name in batch]
     for place, (row, _) in enumerate(batch):
-        data = there[place]
+        data = existing[place]
         if data is not None and not signer.has_signed(data, row.values["mime_type"], facts[place]):
-            there[place] = None
-    sources = _sources([row if there[place] is None else None for place, (row, _) in enumerate(batch)])
+            existing[place] = None
+    sources = _sources([row if existing[place] is None else None for place, (row, _) in enumerate(batch)])
     for place, (row, name) in enumerate(batch):
-        data = there[place]
+        data = existing[place]
         if data is None:
             source = sources.get(place)
             count.unread += source is not None and source[1] is None

@@ -67,16 +67,16 @@ def _claim(source: str, dest: str, rules: Rules, overwrite: bool, names: list[st
     path = storage.join(dest, SELECTION_FILE)
     claim: dict[str, Any] = {"settings": {"source": source, "rules": asdict(rules)}}
     found = storage.find_files(dest, lambda name: True, 1)
-    there: dict[str, Any] = {}
+    existing: dict[str, Any] = {}
     if found and storage.exists(path):
         try:
-            there = dict(json.loads(storage.read_bytes(path)))
+            existing = dict(json.loads(storage.read_bytes(path)))
         except (ValueError, TypeError, RecursionError):
             raise InputError(f"{path} is damaged: give a new folder.") from None
         # Of one that was cut short nothing is of use to anybody.
-        if "result" in there and there.get("settings") != claim["settings"] and not overwrite:
+        if "result" in existing and existing.get("settings") != claim["settings"] and not overwrite:
             raise InputError(
-                f"{dest} holds another selection ({json.dumps(there.get('settings'))[:200]}): "
+                f"{dest} holds another selection ({json.dumps(existing.get('settings'))[:200]}): "
                 f"give a new folder, the same rules, or --overwrite."
             )
     elif found and not overwrite:
@@ -84,13 +84,13 @@ def _claim(source: str, dest: str, rules: Rules, overwrite: bool, names: list[st
             f"{dest} is not empty and no selection of rows, it holds {found[0]:.100}: "
             f"give a new folder, or --overwrite to write beside it."
         )
-    shared = bool(found) and (not there or bool(there.get("shared")))
+    shared = bool(found) and (not existing or bool(existing.get("shared")))
     if shared:
         claim["shared"] = True
-    earlier = there.get("files")
+    earlier = existing.get("files")
     if not isinstance(earlier, list):
         # Of an older version, which did not note them.
-        listed = storage.list_files(dest) if there and not shared else []
+        listed = storage.list_files(dest) if existing and not shared else []
         earlier = [file.relative for file in listed if _WRITTEN.fullmatch(file.relative)]
     claim["files"] = sorted({*names, *(name for name in earlier if _WRITTEN.fullmatch(str(name)))})
     storage.write_atomic(path, json.dumps(claim, indent=2).encode() + b"\n")

@@ -39,10 +39,13 @@ def row_of(line: dict[str, Any], task: str) -> tuple[dict[str, Any], str]:
         other = next((name for name, path in ENDPOINTS.items() if path == url), "")
         hint = f", which `wallaroo {other}` serves" if other else ""
         return row, f"is a request to {json.dumps(url)}{hint}, but {task} serves only {ENDPOINTS[task]}"
-    asked = body.get("output_format")
-    if task != "understand" and asked is not None and asked not in MIME_TYPES:
+    output_format = body.get("output_format")
+    if task != "understand" and output_format is not None and output_format not in MIME_TYPES:
         forms = ", ".join(MIME_TYPES)
-        return row, f"asks for the output_format {json.dumps(asked)[:60]}, but results are one of {forms}"
+        return (
+            row,
+            f"asks for the output_format {json.dumps(output_format)[:60]}, but results are one of {forms}",
+        )
     try:
         if task == "edit":
             row["image"] = _picture_to_edit(body)

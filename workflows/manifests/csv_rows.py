@@ -80,8 +80,8 @@ def _dialect(file: ManifestFile) -> _Dialect:
     if file.format == "tsv":
         return _Dialect("\t", 0)
     line = first_line(file)
-    if told := re.fullmatch(rb"(?:\xef\xbb\xbf)?\"?sep=([,;\t|])\"?\r?\n?", line):
-        return _Dialect(told[1].decode(), len(line))
+    if separator_line := re.fullmatch(rb"(?:\xef\xbb\xbf)?\"?sep=([,;\t|])\"?\r?\n?", line):
+        return _Dialect(separator_line[1].decode(), len(line))
     text = line.decode(errors="replace")
     for delimiter in (",", ";", "\t", "|"):
         try:

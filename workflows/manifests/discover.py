@@ -114,14 +114,18 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
     taken = {*chosen, *shown}
     if not chosen and shown:
         stems = {os.path.splitext(file.relative)[0] for file in shown} if texts else set()
-        told = {file for name, file in captions(texts).items() if name in stems}
-        taken |= told
+        captions_of = {file for name, file in captions(texts).items() if name in stems}
+        taken |= captions_of
         _count(files, taken, passed)
-        if told:
-            few = len(shown) - len(told)
+        if captions_of:
+            few = len(shown) - len(captions_of)
             more = f", {few:,} have none" if few else ""
-            notes.append(f"Texts beside pictures of the same name are their captions: {len(told):,}{more}.")
-        return _picture_manifest(path, shown, sorted(told, key=lambda file: file.relative), passed, notes)
+            notes.append(
+                f"Texts beside pictures of the same name are their captions: {len(captions_of):,}{more}."
+            )
+        return _picture_manifest(
+            path, shown, sorted(captions_of, key=lambda file: file.relative), passed, notes
+        )
     if not chosen and texts and not pictures and not any(is_picture(file.relative) for file in files):
         if all(_SPARK_PART.fullmatch(file.relative) for file in texts):
             chosen, taken = texts, set(texts)
@@ -292,12 +296,12 @@ def _table(
 def _picture_manifest(
     path: str,
     files: Sequence[storage.FileInfo],
-    told: Sequence[storage.FileInfo],
+    captions_of: Sequence[storage.FileInfo],
     passed: Counter | None = None,
     notes: Sequence[str] = (),
 ) -> Manifest:
     """One file stands for all pictures and their captions, which are many and have one row each."""
-    one = _standing_for(path, "pictures", [*files, *told])
+    one = _standing_for(path, "pictures", [*files, *captions_of])
     return Manifest(path, (one,), passed.kinds if passed else {}, tuple(notes))
 
 

@@ -66,9 +66,9 @@ def read_imgedit(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
 
 def scan_pictures(file: ManifestFile) -> Scan:
     """One row a picture; with a column `caption` if any has a text of the same name beside it."""
-    pictures, told = _pictures(file)
+    pictures, captions_of = _pictures(file)
     fields = [("id", pa.string()), (COLUMN, pa.string())]
-    fields += [(CAPTION, pa.string())] if told else []
+    fields += [(CAPTION, pa.string())] if captions_of else []
     return Scan(_pieces(file, len(pictures)), pa.schema(fields))
 
 
@@ -89,7 +89,7 @@ def _pictures(file: ManifestFile) -> tuple[list[storage.FileInfo], dict[str, sto
 
 
 def read_pictures(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
-    files, told = _pictures(piece.file)
+    files, captions_of = _pictures(piece.file)
     files = files[piece.first_row : piece.first_row + piece.rows]
     for start in range(0, len(files), BATCH_ROWS):
         few = files[start : start + BATCH_ROWS]
@@ -100,7 +100,7 @@ def read_pictures(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
             CAPTION: [None] * len(few),
         }
         for row, one in enumerate(few):
-            text = told.get(os.path.splitext(one.relative)[0])
+            text = captions_of.get(os.path.splitext(one.relative)[0])
             if not is_text(one.path):
                 faults[piece.first_row + start + row] = "has a name that is not valid UTF-8"
             elif text is not None and CAPTION in schema.names:

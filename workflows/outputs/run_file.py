@@ -65,16 +65,16 @@ def check_run(output: str, run: Mapping[str, Any], fields: Mapping[str, Any]) ->
     Raises:
         InputError: Some differ; each is named with both values.
     """
-    there, here = flat(run["config"]), flat(fields)
-    if "weights" in str(there.get("mode")):
+    stored, here = flat(run["config"]), flat(fields)
+    if "weights" in str(stored.get("mode")):
         raise InputError(
-            f"the output {output} was made with 8-bit weights (its mode is '{there['mode']}'), which only "
+            f"the output {output} was made with 8-bit weights (its mode is '{stored['mode']}'), which only "
             f"version 0.1.0 had: resume it with that version, or give another output folder."
         )
-    differing = [key for key in sorted({*there, *here}) if plain(there.get(key)) != plain(here.get(key))]
+    differing = [key for key in sorted({*stored, *here}) if plain(stored.get(key)) != plain(here.get(key))]
     if differing:
         words = "; ".join(
-            f"{key} is {shown(there, key)} there and {shown(here, key)} here" for key in differing
+            f"{key} is {shown(stored, key)} there and {shown(here, key)} here" for key in differing
         )
         raise InputError(
             f"the output {output} belongs to another run: {words}; "
@@ -89,8 +89,8 @@ def read_run(output: str) -> dict[str, Any]:
     """
     document = _read(output)
     if document is None:
-        there = next(iter(storage.find_files(output, lambda name: True, 1)), None)
-        why = f"it has no {RUN_FILE}" if there else "there is no such folder, or it is empty"
+        stored = next(iter(storage.find_files(output, lambda name: True, 1)), None)
+        why = f"it has no {RUN_FILE}" if stored else "there is no such folder, or it is empty"
         raise InputError(f"{output} is not the output of a run, since {why}: give the folder of one.")
     return document
 

@@ -24,9 +24,11 @@ def check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_dig
     if not plan.rounds:
         return
     first = plan.rounds[0]
-    there = first.settings | first.settings["sampling"] | {"model_digest": first.model_digest}
+    planned = first.settings | first.settings["sampling"] | {"model_digest": first.model_digest}
     here = settings.meaning() | settings.meaning()["sampling"] | {"model_digest": model_digest}
-    differing = [key for key in {**here, **there} if key != "sampling" and there.get(key) != here.get(key)]
+    differing = [
+        key for key in {**here, **planned} if key != "sampling" and planned.get(key) != here.get(key)
+    ]
     if plan.incremental != settings.incremental:
         there_words, here_words = ("with", "without") if plan.incremental else ("without", "with")
         raise InputError(
@@ -35,7 +37,7 @@ def check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_dig
         )
     if differing:
         words = "; ".join(
-            f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing
+            f"{key} is {planned.get(key)!r} there and {here.get(key)!r} here" for key in differing
         )
         raise InputError(f"The plan belongs to another run: {words}; give another output, or these values.")
     if plan.incremental:

@@ -54,10 +54,10 @@ def put_card(folder: str, text: str) -> None:
     """
     path = storage.join(folder, CARD_FILE)
     try:
-        there = storage.read_bytes(path)
+        existing = storage.read_bytes(path)
     except FileNotFoundError:
-        there = None
-    if there is None or is_card(there):
+        existing = None
+    if existing is None or is_card(existing):
         digest = hashlib.sha256(text.encode()).hexdigest()
         storage.write_atomic(path, f"{text}{_SIGNATURE.format(digest)}".encode())
     else:

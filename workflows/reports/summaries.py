@@ -118,9 +118,9 @@ class Summaries:
             details: Whether they are wanted too; without them shards with long tallies stay closed.
         """
         key = stamps_digest((shard, self.stamps[shard]) for shard in self.present(part))
-        known = self._total_of(part, key)
-        if known is not None and (known.details or not details):
-            return known
+        cached = self._total_of(part, key)
+        if cached is not None and (cached.details or not details):
+            return cached
         total = Tally()
         for _, found in self.of_shards(part, details):
             total.add(found.tally)
@@ -132,11 +132,11 @@ class Summaries:
 
     def _total_of(self, part: Part, key: str) -> Tally | None:
         """What `all` says of a part whose stamps have this digest; None if it says nothing that can be so."""
-        known = self._totals.get(part.name)
-        if known is None or known[0] != key:
+        cached = self._totals.get(part.name)
+        if cached is None or cached[0] != key:
             return None
         try:
-            tally = Tally.from_values(json.loads(known[1])[2])
+            tally = Tally.from_values(json.loads(cached[1])[2])
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
         runs = [run for places in tally.details.places.values() for run in places] if tally.details else []
@@ -156,12 +156,12 @@ class Summaries:
             part: Of the plan.
             whole: Whether tallies must have details and error rows.
         """
-        known = self._last[1] if self._last[0] == part.name else self._read_part(part)
+        cached = self._last[1] if self._last[0] == part.name else self._read_part(part)
         fitting: dict[int, Entry] = {}
         renewed = False
         closed: list[int] = []
         for shard in self.present(part):
-            entry = known.get(shard)
+            entry = cached.get(shard)
             if entry is not None and entry.stamp == self.stamps[shard]:
                 fitting[shard] = entry
             else:
@@ -177,17 +177,17 @@ class Summaries:
             renewed = True
         fitting = dict(sorted(fitting.items()))
         self._last = (part.name, fitting)
-        if renewed or len(known) != len(fitting):
+        if renewed or len(cached) != len(fitting):
             self._write_part(part, fitting)
         for shard, entry in fitting.items():
             tally = opened.pop(shard, None) or entry.found
             if whole and not tally.whole:
                 self.opened += 1
-                again = self._read_shard(shard)
-                if isinstance(again, str):
-                    self.unreadable[shard] = again
+                reread = self._read_shard(shard)
+                if isinstance(reread, str):
+                    self.unreadable[shard] = reread
                     continue
-                tally = again
+                tally = reread
             yield shard, tally
 
     def add(self, shard: int, stamp: str, text: str) -> None:

@@ -73,8 +73,8 @@ class Details:
         self.languages += other.languages
         self.pictures += other.pictures
         for folder, count in other.folders.items():
-            known = folder in self.folders or len(self.folders.keys() - {ELSEWHERE}) < MAX_FOLDERS
-            self.folders[folder if known else ELSEWHERE] += count
+            is_counted = folder in self.folders or len(self.folders.keys() - {ELSEWHERE}) < MAX_FOLDERS
+            self.folders[folder if is_counted else ELSEWHERE] += count
         for stratum, runs in other.places.items():
             there = self.places.setdefault(stratum, [])
             there += runs

@@ -97,9 +97,9 @@ def _from_picture(
     if picture.size is None:
         prompt = understand_prompt(tokenizer, config, values["prompt"], picture.grid)
     else:
-        asked = (picture.size, picture.grid, language, template)
-        prompt = edit_prompt(tokenizer, config, values["prompt"], *asked)
-        null = _null(model, *asked) if values["cfg"] > 1 else None
+        key = (picture.size, picture.grid, language, template)
+        prompt = edit_prompt(tokenizer, config, values["prompt"], *key)
+        null = _null(model, *key) if values["cfg"] > 1 else None
         values |= {"height": picture.size.height, "width": picture.size.width}
     values["source"] |= {"sha256": source.sha256, "width": picture.width, "height": picture.height}
     values["source"]["note"] = source.note

@@ -228,15 +228,15 @@ def _understand(generator: np.random.Generator, size: Size, kind: str, language:
         prompt = "How many objects are there?" if english else "有多少个物体？"
         answer = word(_NUMBERS[len(scene.things) - 1])
     elif kind == "presence":
-        there = bool(generator.random() < 0.5)
-        if not there:
+        present = bool(generator.random() < 0.5)
+        if not present:
             shown = {(t.shape, t.colour) for t in scene.things}
             others = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in shown]
             shape, colour = choice(generator, others)
             thing = replace(thing, shape=shape, colour=colour)
         name = _name(thing, language)
         prompt = f"Is there {_a(name)}?" if english else f"图中有{name}吗？"
-        answer = word("yes" if there else "no")
+        answer = word("yes" if present else "no")
     elif kind == "relation":
         which = int(generator.integers(2))
         relation = scene.relation if which == 1 else OPPOSITE[scene.relation]

@@ -79,8 +79,8 @@ def explain(path: str, error: Exception) -> str | None:
         return f"{path!a:.200} cannot be used, it holds a NUL character or is no Unicode text: correct it."
     if not is_s3(path):
         if isinstance(error, OSError) and error.errno is not None:
-            known = _LOCAL.get(error.errno, f"the system says '{os.strerror(error.errno)}'")
-            return f"{path} cannot be used, {known}."
+            reason = _LOCAL.get(error.errno, f"the system says '{os.strerror(error.errno)}'")
+            return f"{path} cannot be used, {reason}."
         return None
     # s3fs hides botocore's error behind an OSError.
     for cause in (error, error.__cause__):
@@ -125,8 +125,8 @@ def explain(path: str, error: Exception) -> str | None:
 
 
 def explain_code(path: str, code: str) -> str:
-    known = _CODES.get(CODE_ALIASES.get(code, code))
-    return f"{path} cannot be used, {known or f'S3 says {code!r}: check the bucket and its settings'}."
+    reason = _CODES.get(CODE_ALIASES.get(code, code))
+    return f"{path} cannot be used, {reason or f'S3 says {code!r}: check the bucket and its settings'}."
 
 
 _OF_ONE_PATH = {

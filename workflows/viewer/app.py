@@ -173,14 +173,14 @@ def _picture(data: bytes, request: Request, always: bool = False) -> Response:
     always: Convert the file even at full size.
     """
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
-    known = next((kind for start, kind in TYPES.items() if data.startswith(start)), None)
+    mime_type = next((kind for start, kind in TYPES.items() if data.startswith(start)), None)
     width = request.query_params.get("w", "")
     most = int(width) if width.isascii() and width.isdigit() and len(width) < 5 else 0
-    if known and not always and (not most or len(data) <= SMALL_BYTES):
-        return Response(data, media_type=known, headers=headers)
+    if mime_type and not always and (not most or len(data) <= SMALL_BYTES):
+        return Response(data, media_type=mime_type, headers=headers)
     image = decode(data, "The picture")
-    if known and most and not always and max(image.size) <= most:
-        return Response(data, media_type=known, headers=headers)
+    if mime_type and most and not always and max(image.size) <= most:
+        return Response(data, media_type=mime_type, headers=headers)
     if most:
         image.thumbnail((most, most))
     sink = io.BytesIO()

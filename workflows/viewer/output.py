@@ -132,12 +132,12 @@ class Output:
 
     def fill(self, ended: threading.Event) -> Iterator[None]:
         """Updates the index, one batch of shards a step, until it is complete or `ended` is set."""
-        there = {shard.number: shard.etag for shard in self.shards}
-        if self._indexed and not any(there.get(one) == etag for one, etag in self._indexed.items()):
+        etags = {shard.number: shard.etag for shard in self.shards}
+        if self._indexed and not any(etags.get(one) == etag for one, etag in self._indexed.items()):
             # Another output lies here now, which may have other columns.
             self.index.forget(self.number)
             self._indexed.clear()
-        gone = [number for number in self._indexed if number not in there]
+        gone = [number for number in self._indexed if number not in etags]
         if gone:
             self.index.remove(self.number, gone)
             for number in gone:

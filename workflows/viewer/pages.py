@@ -236,9 +236,11 @@ def one_row(viewer: Viewer, output: Output, request: Request) -> Response:
             )
     steps = []
     for step in again.lineage(output, row):
-        known = next((one for one in viewer.outputs if one.path == step.where), None)
+        output_of_step = next((one for one in viewer.outputs if one.path == step.where), None)
         link = (
-            f"/{known.number}/rows/{step.shard}/{step.position}" if known and step.shard is not None else ""
+            f"/{output_of_step.number}/rows/{step.shard}/{step.position}"
+            if output_of_step and step.shard is not None
+            else ""
         )
         steps.append((step, link))
     reference = again.source_reference(row)
