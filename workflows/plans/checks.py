@@ -10,7 +10,15 @@ from wallaroo.workflows.plans.settings import PlanSettings
 
 
 def refuse_inside(manifest: str, output: str | None) -> None:
-    """An output within the manifest would be read as a part of it the next time."""
+    """Refuses an output that lies in the manifest: the next run would read it as a part of the manifest.
+
+    Args:
+        manifest: Local or `s3://` path of the manifest.
+        output: Folder of the run, local or on S3; None if nothing is written.
+
+    Raises:
+        InputError: The output lies in the manifest.
+    """
     if output is None or storage.is_s3(manifest) != storage.is_s3(output):
         return
     ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (manifest, output)]
@@ -20,7 +28,17 @@ def refuse_inside(manifest: str, output: str | None) -> None:
 
 
 def check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_digest: str) -> None:
-    """Raises InputError, naming what differs, unless the plan there is of this manifest and settings."""
+    """Checks that a plan belongs to this manifest, model and these settings.
+
+    Args:
+        plan: The plan found in the output. One without rounds passes.
+        manifest: The manifest of this run.
+        settings: The settings of this run.
+        model_digest: Digest of the checkpoint, hexadecimal.
+
+    Raises:
+        InputError: One of them differs from what was planned. The message names it.
+    """
     if not plan.rounds:
         return
     first = plan.rounds[0]

@@ -41,8 +41,11 @@ PLAN_FIELDS = (
 width, height: pixels. In an error row any of `prompt` to `top_p` is null if it could not be read.
 """
 SOURCE_FIELD = pa.field("source", SOURCE_TYPE)
-"""Where a picture to start from is, for tasks that do: an absolute path or address, and for one within a
-Parquet file the number of its row there. The rest of it is learnt when it is loaded."""
+"""Where the source picture of a row is, for tasks that read one.
+
+uri: an absolute path or address. row_id: number of the row, for a picture within a Parquet file. The load
+stage fills the other fields.
+"""
 
 MIN_COMMON = 0.75
 """Share of letters from which a column is taken for a misspelt one (`sede` and `seed` have three of four)."""
@@ -55,7 +58,15 @@ MAX_SHORT = 3
 
 
 def parameter_columns(schema: pa.Schema, settings: PlanSettings) -> tuple[str, ...]:
-    """The columns of a manifest that the task reads; all others are carried through."""
+    """Lists the columns of a manifest that the task reads. All others are carried through.
+
+    Args:
+        schema: Schema of the manifest.
+        settings: Settings of the run.
+
+    Returns:
+        Names as they stand in the manifest, also of columns that it lacks.
+    """
     return tuple(column_names(schema, settings).values())
 
 
@@ -63,8 +74,8 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     """Checks the columns of a manifest.
 
     Args:
-        schema: Of all files of the manifest.
-        settings: Of the run.
+        schema: Schema of all files of the manifest.
+        settings: Settings of the run.
 
     Returns:
         Warnings about columns that are used under another name, or look like misspelt ones.
@@ -132,9 +143,15 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
 
 
 def carried_schema(schema: pa.Schema, settings: PlanSettings) -> pa.Schema:
-    """The columns of a manifest that are carried through, under the names they will have.
+    """Builds the schema of the columns that are carried through, under their names in the result.
 
-    One with the name of a result column is `in_<name>`. Metadata names those that hold JSON text.
+    Args:
+        schema: Schema of the manifest.
+        settings: Settings of the run.
+
+    Returns:
+        The carried columns. One with the name of a result column is called `in_<name>`. The metadata names
+        the columns that hold JSON text.
     """
     names = carried_names(schema, settings)
     fields = [schema.field(name).with_name(new).remove_metadata() for name, new in names.items()]
@@ -148,6 +165,15 @@ def carried_schema(schema: pa.Schema, settings: PlanSettings) -> pa.Schema:
 
 
 def carried_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
+    """Maps each carried column of a manifest to its name in the result.
+
+    Args:
+        schema: Schema of the manifest.
+        settings: Settings of the run.
+
+    Returns:
+        Name in the manifest -> name in the result, in the order of the manifest.
+    """
     names: dict[str, str] = {}
     meant = parameter_columns(schema, settings)
     kept = {name for name in schema.names if name not in meant and name not in RESULT_NAMES}
@@ -162,7 +188,7 @@ def carried_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
 
 
 def with_given(planned: pa.Table) -> pa.Table:
-    """Planned rows with the column GIVEN, whatever version planned them."""
+    """Adds the column GIVEN, all null, to planned rows of a version that did not write it."""
     if GIVEN in planned.column_names:
         return planned
     index = len(PLAN_FIELDS) - 1
@@ -170,6 +196,14 @@ def with_given(planned: pa.Table) -> pa.Table:
 
 
 def plan_schema(carried: pa.Schema, task: str = "generate") -> pa.Schema:
-    """The schema of a plan with these carried columns."""
+    """Builds the schema of a plan.
+
+    Args:
+        carried: The carried columns, as `carried_schema` gives them.
+        task: The task; one that reads pictures adds the column `source`.
+
+    Returns:
+        PLAN_FIELDS, `source` if there is one, then the carried columns.
+    """
     fields = [*PLAN_FIELDS, SOURCE_FIELD] if task in PICTURE_TASKS else PLAN_FIELDS
     return pa.schema([*fields, *carried], metadata=carried.metadata)

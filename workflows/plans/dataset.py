@@ -34,10 +34,21 @@ ORIGIN = "row"
 def plan_dataset(
     ds: "ray.data.Dataset", settings: PlanSettings, model: str
 ) -> tuple["ray.data.Dataset", int, pa.Schema]:
-    """A block for every shard with `shard` and its `plan` (an IPC buffer), all rows, and the carried columns.
+    """Plans the rows of a Dataset. This executes `ds` once.
 
-    Relative paths of pictures start in the present folder. A plan has the pictures too, as `image`.
-    Executes `ds` once. Raises InputError if a column is missing, or of a type that nothing else can read.
+    Args:
+        ds: Has the columns of a manifest. Relative paths of pictures start in the working directory.
+        settings: What the plan depends on.
+        model: Folder of the checkpoint, local or on S3.
+
+    Returns:
+        A Dataset of blocks with one row each, the number of planned rows, and the schema of the carried
+        columns. A row has `shard`, a number, and `plan`, an Arrow IPC buffer of planned rows of this shard.
+        For tasks that read pictures they also have the column `image`.
+
+    Raises:
+        InputError: A column is missing, or has a type that only Ray can read.
+        OptionError: The checkpoint lacks the size that the settings ask for.
     """
     import ray
     import ray.data
@@ -78,7 +89,14 @@ def plan_dataset(
 
 
 def blocks_in_order(ds: "ray.data.Dataset") -> tuple[list[Any], list[int]]:
-    """References to the blocks of a Dataset, Arrow tables in the order of their rows, and their lengths."""
+    """Executes a Dataset with its order kept.
+
+    Args:
+        ds: Any Dataset.
+
+    Returns:
+        References to its blocks, which are Arrow tables, and the number of rows of each.
+    """
     import ray
 
     options = ds.context.execution_options

@@ -8,28 +8,31 @@ from wallaroo.workflows.plans.plan import Plan, read_plan
 
 
 def covers(success: Mapping[str, Any] | None, plan: Plan) -> bool:
-    """Whether a `_SUCCESS` is of the whole of a plan, which must be complete.
+    """Tells whether `_SUCCESS` covers a complete plan.
 
-    A plan grows: with --incremental by rounds, and when a run goes on without --limit. From its first new
-    part on the output is unfinished again, and in the middle of planning it is not finished either.
+    A plan can grow: with --incremental by rounds, and when a run resumes without --limit. From its first new
+    part on, the output is unfinished again. It is also unfinished while planning is under way.
 
     Args:
         success: What `read_success` gives.
         plan: What `read_plan` gives.
+
+    Returns:
+        True if the plan is complete and `_SUCCESS` names exactly its parts.
     """
     names = [part.name for part in plan.parts]
     return success is not None and plan.complete and success["parts"] == names
 
 
 def finished(output: str, plan: Plan | None = None) -> dict[str, Any] | None:
-    """What `_SUCCESS` says of an output that is finished: every row of its complete plan is in `data/`.
+    """Reads `_SUCCESS` of a finished output: every row of its complete plan is in `data/`.
 
     Args:
-        output: Its folder, local or on S3.
-        plan: Its plan, which is read if it is not given.
+        output: Folder of the run, local or on S3.
+        plan: Its plan; read if None.
 
     Returns:
-        As `read_success` does; None if the output is not finished.
+        What `read_success` gives; None if the output is not finished.
 
     Raises:
         InputError: `_SUCCESS` or the plan cannot be read.

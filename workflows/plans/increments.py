@@ -35,13 +35,22 @@ _ID = ["id_high", "id_low"]
 
 
 class PlannedPairs(NamedTuple):
-    """All that earlier rounds have planned. pairs: PAIR [rows]. versions: int32 [rows]."""
+    """All rows that earlier rounds have planned."""
 
     pairs: np.ndarray
+    """PAIR [rows]: digests of each row."""
     versions: np.ndarray
+    """int32 [rows]: the version that each row has among the rows of its id, from 0."""
 
     def new(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each of these rows whether no round has it (bool), and the version that it would be (int32)."""
+        """Finds the rows that no round has planned.
+
+        Args:
+            pairs: PAIR [n], digests of the rows in question.
+
+        Returns:
+            bool [n], whether a row is new, and int32 [n], the version that it would get.
+        """
         fresh = ~np.isin(_bytes(pairs), _bytes(self.pairs))
         ids = np.concatenate([self.pairs[_ID], pairs[_ID]])
         unique, place = np.unique(_bytes(ids), return_inverse=True)
@@ -60,7 +69,18 @@ def _bytes(pairs: np.ndarray) -> np.ndarray:
 
 
 def read_planned(output: str, rounds: Iterable[Round]) -> PlannedPairs:
-    """What the rounds of a plan have left. Raises InputError if a file of theirs is gone or corrupt."""
+    """Reads the digests of all rows that a plan has so far.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        rounds: Rounds of its plan.
+
+    Returns:
+        The rows of all rounds, in their order.
+
+    Raises:
+        InputError: The file of a round is gone or corrupt.
+    """
     pairs, versions = [np.empty(0, PAIR)], [np.empty(0, np.int32)]
     for one in rounds:
         path = storage.join(output, PLAN_FOLDER, one.known)
@@ -79,7 +99,16 @@ def read_planned(output: str, rounds: Iterable[Round]) -> PlannedPairs:
 
 
 def write_planned(output: str, pairs: np.ndarray, versions: np.ndarray) -> str:
-    """Puts what a round plans beside the plan, and returns the file's name, which follows from its rows."""
+    """Writes the digests of the rows of a round beside the plan.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        pairs: PAIR [rows].
+        versions: int32 [rows].
+
+    Returns:
+        Name of the file in `plan/`. It is a digest of the contents, so equal rows give one file.
+    """
     columns = {name: pairs[name] for name in PAIR.names or ()} | {"version": versions.astype(np.int32)}
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink, compression="zstd")
@@ -94,11 +123,18 @@ def write_planned(output: str, pairs: np.ndarray, versions: np.ndarray) -> str:
 def row_pairs(
     table: pa.Table, ids: Sequence[str], settings: PlanSettings, folder: str, faults: Sequence[str], when: str
 ) -> np.ndarray:
-    """PAIR [rows] of some manifest rows.
+    """Digests manifest rows, and what a listing tells of the pictures that they name.
 
-    ids, faults: of every row, the latter empty where it could be read. folder: where relative paths of
-    pictures start, unless the settings say. when: names this planning, within which a folder of sources is
-    listed once a process.
+    Args:
+        table: Some rows of a manifest.
+        ids: The id of each row.
+        settings: Settings of the run.
+        folder: Where relative paths of pictures start, unless the settings name a folder.
+        faults: Why a row cannot be read, row by row; empty for a row that can.
+        when: Any text that is the same during one planning. A process lists a folder of sources once for it.
+
+    Returns:
+        PAIR [rows].
     """
     allowed = SourceOptions(settings.image_root or folder, https=settings.allow_https)
     pairs = np.empty(len(ids), PAIR)
@@ -142,9 +178,17 @@ def _listing(folder: str, when: str) -> dict[str, storage.FileInfo]:
 
 
 def unseen(manifest: Manifest, rounds: Sequence[Round], settings: PlanSettings) -> Manifest:
-    """The files of a manifest that may have new rows.
+    """Selects the files of a manifest that may have new rows.
 
-    One that a round has read to its end is left out, if its rows name no sources that could change.
+    A file that a round has read to its end is left out, unless its rows name sources that could change.
+
+    Args:
+        manifest: The manifest as it is now.
+        rounds: Rounds of the plan so far.
+        settings: Settings of the run.
+
+    Returns:
+        The manifest with these files alone.
     """
     seen = {tuple(one) for round_ in rounds for one in round_.manifest}
     changing = settings.task != "generate"
@@ -157,7 +201,14 @@ def unseen(manifest: Manifest, rounds: Sequence[Round], settings: PlanSettings) 
 
 
 def picture_pairs(files: Sequence[storage.FileInfo]) -> np.ndarray:
-    """PAIR [files] of the pictures of a folder, from their listing alone."""
+    """Digests the pictures of a folder from their listing alone.
+
+    Args:
+        files: The pictures as listed.
+
+    Returns:
+        PAIR [files].
+    """
     pairs = np.empty(len(files), PAIR)
     for index, file in enumerate(files):
         pairs[index] = (*_digest(file.relative), *_digest(repr((file.path, file.size, file.etag))))
@@ -165,8 +216,17 @@ def picture_pairs(files: Sequence[storage.FileInfo]) -> np.ndarray:
 
 
 def write_pictures(output: str, files: Sequence[storage.FileInfo]) -> ManifestFile:
-    """A manifest of these pictures beside the plan, so that all who plan them see the same ones, whatever
-    comes to their folder meanwhile."""
+    """Writes a manifest of pictures beside the plan.
+
+    All tasks that plan these pictures read it, so they see the same ones if the folder changes meanwhile.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        files: The pictures as listed.
+
+    Returns:
+        The written manifest file. Its name is a digest of its contents.
+    """
     lines = [json.dumps({"id": file.relative, COLUMN: file.path}) + "\n" for file in files]
     data = "".join(lines).encode()
     digest = hashlib.sha256(data).hexdigest()[:16]
@@ -176,9 +236,18 @@ def write_pictures(output: str, files: Sequence[storage.FileInfo]) -> ManifestFi
 
 
 def joined_schema(found: pa.Schema, rounds: Sequence[Round], settings: PlanSettings) -> pa.Schema:
-    """The schema in which rows of a later round are read: that of the first, and parameters that are new.
+    """Builds the schema for rows of a later round: that of the first, and new parameter columns.
 
-    Raises InputError if a column has another type than it had, or there is one more to be carried.
+    Args:
+        found: Schema of the manifest as it is now.
+        rounds: Rounds of the plan so far.
+        settings: Settings of the run.
+
+    Returns:
+        The schema; `found` if there are no rounds.
+
+    Raises:
+        InputError: A column has changed its type, or there is a new column to carry.
     """
     if not rounds:
         return found
@@ -210,12 +279,12 @@ def joined_schema(found: pa.Schema, rounds: Sequence[Round], settings: PlanSetti
 
 
 def check_carried(schema: pa.Schema, rounds: Sequence[Round], settings: PlanSettings) -> None:
-    """Checks that a plan goes on with the columns that it began with.
+    """Checks that the manifest still has the carried columns that the plan began with.
 
     Args:
-        schema: Of the manifest.
-        rounds: Of the plan so far.
-        settings: Of the run.
+        schema: Schema of the manifest.
+        rounds: Rounds of the plan so far.
+        settings: Settings of the run.
 
     Raises:
         InputError: A column is read as a parameter that an earlier version carried through, or the reverse.

@@ -12,23 +12,37 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 
 SHARD_ROWS = (8, 256)
+"""Fewest rows of a shard in a small manifest, and most rows of a shard of pictures."""
 SHARD_TEXTS = 4096
+"""Most rows of a shard of texts."""
 SOURCE_PIXELS = 4 << 20
+"""Pixels assumed for a source whose size is not known yet."""
 SHARDS_WANTED = 32
+"""Shards that a round should have, so that each replica gets several."""
 SHARD_PIXEL_BYTES = 64 << 20
-"""Pixels of sources, which cross the object store as they are."""
+"""Most bytes of source pixels in a shard. They cross the object store uncompressed."""
 SHARD_FILE_BYTES = 128 << 20
-"""Files of results, which replicas encode."""
+"""Most bytes of result files in a shard. Replicas encode them."""
 FILE_BYTES_PER_PIXEL = 2
 """A little more than PNG takes for a photograph."""
 
 
 def shard_rows(rows: int, config: ModelConfig, task: str = "generate", restored: bool = False) -> int:
-    """Rows of a shard in a round of so many rows: enough shards for every replica to get several.
+    """Chooses the rows of a shard: few enough that every replica gets several shards.
 
-    No more than are SHARD_PIXEL_BYTES of sources and SHARD_FILE_BYTES of results, in the largest sizes of the
-    checkpoint. Where sources keep their sizes, which nobody knows yet, SOURCE_PIXELS are reckoned: if
-    results are restored to them (`restored`), and if limits above it let the vision tower see them.
+    A shard also stays under SHARD_PIXEL_BYTES of sources and SHARD_FILE_BYTES of results, in the largest
+    sizes of the checkpoint. A source that keeps its own size counts as SOURCE_PIXELS. This applies to results
+    that are restored to the size of their source. It also applies to understanding, within the limits of the
+    vision tower.
+
+    Args:
+        rows: Planned rows of the round.
+        config: Configuration of the model, with its sizes.
+        task: The task.
+        restored: Whether results get the size of their source.
+
+    Returns:
+        Rows of a shard, at least 1.
     """
     largest = max(size.height * size.width for size in config.size_list())
     sources, results = {
@@ -46,7 +60,15 @@ def shard_rows(rows: int, config: ModelConfig, task: str = "generate", restored:
 
 
 def write_shards(path: str, shards: Iterator[pa.Table]) -> int:
-    """Writes the Parquet file of a part, a row group a shard; how many rows it has."""
+    """Writes the Parquet file of a part, a row group a shard.
+
+    Args:
+        path: Local or `s3://` path of the file.
+        shards: Planned rows of each shard in order; at least one shard.
+
+    Returns:
+        Number of rows written.
+    """
     rows = 0
     first = next(shards)
     with (
@@ -60,7 +82,17 @@ def write_shards(path: str, shards: Iterator[pa.Table]) -> int:
 
 
 def split_into_shards(tables: Iterator[pa.Table], row_id: int, shard: int, rows: int) -> Iterator[pa.Table]:
-    """The rows of some tables, cut into shards and numbered from these numbers on."""
+    """Cuts tables into shards and numbers their rows.
+
+    Args:
+        tables: Planned rows in order; their columns `row_id` and `shard` are replaced.
+        row_id: Number of the first row.
+        shard: Number of the first shard.
+        rows: Rows of a shard.
+
+    Yields:
+        A table for each shard. The last one may have fewer rows.
+    """
     waiting: list[pa.Table] = []
     for table in itertools.chain(tables, [None]):
         waiting += [table] if table is not None else []

@@ -31,7 +31,23 @@ PLANNED_ROWS = 16_384
 def write_part(
     row: dict[str, Any], schema: str, settings: PlanSettings, model: str, output: str | None, shard_rows: int
 ) -> dict[str, Any]:
-    """Plans the rows of a part and writes its Parquet file, a row group a shard."""
+    """Plans the rows of a part and writes its Parquet file, a row group a shard.
+
+    Args:
+        row: `index`, `first_row_id`, `first_shard` and `rows` of the part, and its `work` as JSON text: the
+            pieces to read, with the rows to take of each.
+        schema: Schema of the manifest, encoded.
+        settings: Settings of the run.
+        model: Folder of the checkpoint, local or on S3.
+        output: Folder of the run; None to count only.
+        shard_rows: Rows of a shard.
+
+    Returns:
+        `file`, `error_rows`, `errors` and `sizes`, as the fields of `PlanPart`.
+
+    Raises:
+        InputError: The manifest changed since its rows were counted.
+    """
     errors: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
 

@@ -30,6 +30,7 @@ from wallaroo.workflows.plans.rows import row_ids, sample_counts
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
 
 MAX_BLOCKS = 256
+"""Most Ray tasks of one pass."""
 Task = Callable[..., dict[str, Any]]
 """A function of an item: gives JSON values, and bytes under `data` if it has any."""
 
@@ -41,11 +42,11 @@ def each(
 
     Args:
         items: Rows for Ray Data, each with its `index`.
-        task: See `Task`.
-        **constants: The same for all items.
+        task: Function of an item; see `Task`.
+        **constants: Further arguments, the same for all items.
 
     Yields:
-        Index of an item, the values and the data that its task gave, in any order.
+        Index of an item, and the values and the data that its task gave, in any order.
 
     Raises:
         InputError: A task raised it. It travels as a value, so that its sentence arrives unchanged.
@@ -71,20 +72,36 @@ def _answer(row: dict[str, Any], task: Task, constants: dict[str, Any]) -> dict[
 
 
 def pack_bits(bits: np.ndarray) -> bytes:
+    """Packs bool [n] into bytes, 8 values a byte."""
     return np.packbits(bits).tobytes()
 
 
 def unpack_bits(data: bytes, count: int) -> np.ndarray:
+    """Reverses `pack_bits`.
+
+    Args:
+        data: The packed bits.
+        count: Number of values.
+
+    Returns:
+        bool [count].
+    """
     return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
 
 
 class ScannedManifest:
-    """A manifest, and what is learnt of it: pieces in order, and one schema. Each is found out once."""
+    """A manifest with its pieces in order and one schema. Its files are scanned once, at the first use."""
 
     def __init__(
         self, manifest: Manifest, rounds: Sequence[Round] = (), settings: PlanSettings | None = None
     ):
-        """rounds: those before, whose schema this one must share; settings: of the plan, with rounds."""
+        """Keeps the manifest; reads nothing yet.
+
+        Args:
+            manifest: The manifest.
+            rounds: Rounds of the plan so far. Their schema is kept.
+            settings: Settings of the plan. Required with `rounds`.
+        """
         self.manifest, self.rounds, self.settings = manifest, rounds, settings
         self.warnings: list[str] = []
         if manifest.passed_over:
@@ -104,10 +121,12 @@ class ScannedManifest:
 
     @property
     def pieces(self) -> list[Piece]:
+        """The pieces of all files, in the order of the manifest."""
         return self._scanned[0]
 
     @functools.cached_property
     def schema(self) -> pa.Schema:
+        """The schema in which all rows are read."""
         found = self._scanned[1]
         return joined_schema(found, self.rounds, self.settings) if self.settings else found
 
@@ -118,6 +137,7 @@ class ScannedManifest:
 
     @property
     def rows(self) -> int:
+        """Number of rows of the manifest."""
         return int(self.starts[-1])
 
     def slice(self, index: int) -> slice:
@@ -125,11 +145,26 @@ class ScannedManifest:
         return slice(self.starts[index], self.starts[index + 1])
 
     def sums(self, bits: np.ndarray) -> np.ndarray:
-        """int64 [pieces]: how many of bits (bool [rows]) are set in each piece."""
+        """Counts the set bits of each piece.
+
+        Args:
+            bits: bool [rows of the manifest].
+
+        Returns:
+            int64 [pieces].
+        """
         return np.add.reduceat(bits, self.starts[:-1], dtype=np.int64) if len(bits) else np.zeros(0, np.int64)
 
     def items(self, bits: np.ndarray, selected: np.ndarray | None = None) -> list[dict[str, Any]]:
-        """A Ray row for each piece that has a set bit (bool [rows]); the rows also selected, if given."""
+        """Makes a row for Ray Data of each piece that has a set bit.
+
+        Args:
+            bits: bool [rows of the manifest].
+            selected: bool [rows of the manifest], packed into the row too; None leaves it out.
+
+        Returns:
+            Rows with `index` of the piece, the `piece` as JSON, its `bits`, and `selected` if given.
+        """
         found = []
         for index in np.flatnonzero(self.sums(bits)).tolist():
             mine = pack_bits(bits[self.slice(index)])
@@ -145,7 +180,18 @@ def _scan(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def selected_rows(source: ScannedManifest, settings: PlanSettings) -> np.ndarray:
-    """Finds the rows that `where` and `limit` choose: bool [rows of the manifest]."""
+    """Finds the rows that `where` and `limit` choose.
+
+    Args:
+        source: The manifest.
+        settings: Settings of the run.
+
+    Returns:
+        bool [rows of the manifest].
+
+    Raises:
+        InputError: `where` does not fit the columns.
+    """
     selected = np.ones(source.rows, bool)
     if settings.where is not None:
         Filter(settings.where, source.schema)  # says what is wrong with it before any task does
@@ -165,17 +211,14 @@ def _match(row: dict[str, Any], schema: str, where: str) -> dict[str, Any]:
 
 
 class RowCounts(NamedTuple):
-    """How many planned rows a manifest gives.
-
-    Attributes:
-        outputs: int64 [pieces], planned rows of each.
-        duplicates: Piece -> its rows that repeat an id, and become error rows.
-        joined: Piece -> its rows that repeat an id and all else that is planned; they give no row.
-    """
+    """How many planned rows a manifest gives."""
 
     outputs: np.ndarray
+    """int64 [pieces]: planned rows of each piece."""
     duplicates: dict[int, list[int]]
+    """Piece -> its rows that repeat an id. They become error rows."""
     joined: dict[int, list[int]]
+    """Piece -> its rows that repeat an id and all else that is planned. They give no row."""
 
 
 def counted(
@@ -183,14 +226,14 @@ def counted(
 ) -> RowCounts:
     """Counts planned rows, and finds rows that repeat the id of an earlier one.
 
-    A first pass hashes all ids to 8 bytes, for which the driver has room; a second one looks at those alone
-    whose hash occurs twice, by 16 bytes and by what else their rows say.
+    The first pass hashes each id to 8 bytes, which the driver can hold for all rows. The second pass reads
+    only the rows whose hash occurs twice. It compares 16 bytes of the id, and the other values of the row.
 
     Args:
         source: The manifest.
-        selected: bool [rows of the manifest], those of this round.
-        taken: The same of earlier rounds, whose rows come before all of this one.
-        settings: Of the run.
+        selected: bool [rows of the manifest], rows of this round.
+        taken: bool [rows of the manifest], rows of earlier rounds. They precede all rows of this round.
+        settings: Settings of the run.
 
     Returns:
         How many rows each piece gives, and which of its rows repeat one.
@@ -262,9 +305,17 @@ hash of all that is planned of it, or 0 for a row that is joined with no other."
 
 
 def joins_rows(schema: pa.Schema, settings: PlanSettings) -> bool:
-    """Whether rows of one id and prompt are one row: in tables with a row for each question about a picture.
+    """Tells whether rows of one id and prompt are joined to one row.
 
-    So it is where the run names the column of ids, or the layout tells it.
+    This is for tables with a row for each question about a picture. It applies to `generate`, if the run
+    names the column of ids or the layout of the table is known.
+
+    Args:
+        schema: Schema of the manifest.
+        settings: Settings of the run.
+
+    Returns:
+        True if they are joined.
     """
     questions = settings.id_column is not None or has_questions(schema.names)
     return settings.task == "generate" and questions
@@ -283,7 +334,16 @@ def _repeated(hashes: np.ndarray) -> np.ndarray:
 
 
 def considered_rows(row: dict[str, Any], schema: str, names: set[str]) -> Iterator["_Rows"]:
-    """The rows of a piece whose bit is set, with these columns, a batch at a time."""
+    """Reads the rows of a piece whose bit is set, a batch at a time.
+
+    Args:
+        row: The `piece` as JSON and its packed `bits`, as `ScannedManifest.items` gives them.
+        schema: Schema of the manifest, encoded.
+        names: Columns to read.
+
+    Yields:
+        The rows of a batch; batches without such a row are left out.
+    """
     piece = Piece.from_json(row["piece"])
     bits = unpack_bits(row["bits"], piece.rows)
     for batch in read(piece, decode_schema(schema), names):
@@ -312,6 +372,15 @@ class _Rows(NamedTuple):
 
 
 def ids_of(rows: _Rows, column: str) -> list[str]:
+    """Finds the ids of rows of a piece.
+
+    Args:
+        rows: The rows.
+        column: Column of the ids. Without it the place in the file makes the id.
+
+    Returns:
+        The id of each row.
+    """
     return row_ids(rows.table, rows.piece.file.relative, rows.numbers, column)[0]
 
 

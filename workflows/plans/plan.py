@@ -23,72 +23,95 @@ from wallaroo.workflows.outputs.layout import PLAN_FOLDER, part_name
 from wallaroo.workflows.plans.columns import GIVEN
 
 FORMAT = 1
+"""Version of the layout of a part's JSON."""
 MAX_SHARDS = 100_000_000
+"""Most shards that a part may claim; more means a damaged file."""
 
 
 @dataclass(frozen=True)
 class PlanPart:
-    """A valid part of a plan: up to 1,024 shards, whose rows and numbers follow those of the part before.
-
-    file: name of its Parquet file. round: number of the round it belongs to. shard_rows: rows of every
-    shard but the last of the round. error_rows: rows that are refused; errors: how many of each kind.
-    sizes: "WIDTHxHEIGHT" in pixels -> rows to be made. complete: whether it ends its round.
-    compacted: whether it stands for all parts before it too (see `workflows.datasets.compact`), and its
-    shards begin at any number.
-    """
+    """A valid part of a plan: up to 1,024 shards, whose rows and numbers follow those of the part before."""
 
     part: int
+    """Number of the part, from 0."""
     file: str
+    """Name of its Parquet file in `plan/`."""
     round: int
+    """Number of the round it belongs to."""
     first_row_id: int
+    """`row_id` of its first row."""
     rows: int
+    """Number of its planned rows, refused ones included."""
     first_shard: int
+    """Number of its first shard."""
     shards: int
+    """Number of its shards."""
     shard_rows: int
+    """Rows of every shard but the last one of the round."""
     error_rows: int
+    """Number of its refused rows."""
     errors: dict[str, int]
+    """Kind of error -> number of rows."""
     sizes: dict[str, int]
+    """Size as `WIDTHxHEIGHT` in pixels -> rows to make. Rows whose size is not known yet are left out."""
     complete: bool
+    """Whether it ends its round."""
     compacted: bool = False
+    """Whether it replaces all parts before it; its shards may then begin at any number.
+
+    See `workflows.datasets.compact`.
+    """
 
     @property
     def name(self) -> str:
+        """Its name without an ending, such as `part-00000`."""
         return part_name(self.part)
 
     @property
     def end(self) -> int:
-        """The number after that of its last shard."""
+        """Number of its last shard plus 1."""
         return self.first_shard + self.shards
 
 
 @dataclass(frozen=True)
 class Round:
-    """What was decided for a round before its first part, and stands in that part's JSON.
+    """What was decided for a round before its first part. The JSON of that part holds it.
 
-    selected: bool [rows of the manifest]. settings, model_digest, manifest: what all rounds of a plan
-    must share. carried: schema of the carried columns.
-
-    Of an incremental plan each round has a manifest of its own, of which selected are the rows; known names
-    the file of what it planned (see `workflows.plans.increments`), empty otherwise. schema: of the manifest's
-    rows, encoded.
+    All rounds of a plan share `settings`, `model_digest` and `manifest`. Rounds of an incremental plan have a
+    manifest of their own each.
     """
 
     rows: int
+    """Planned rows of the round."""
     shard_rows: int
+    """Rows of every shard but the last one."""
     selected: np.ndarray
+    """bool [rows of the manifest]: the rows that the round plans."""
     settings: dict[str, Any]
+    """`PlanSettings.meaning()` of the run."""
     model_digest: str
+    """Digest of the checkpoint, hexadecimal."""
     manifest: list[list[Any]]
+    """`Manifest.identity()`: the files of the manifest."""
     carried: pa.Schema
+    """Schema of the carried columns."""
     warnings: list[str]
+    """Sentences to show to the user."""
     known: str = ""
+    """Name of the file of what an incremental round planned; otherwise empty.
+
+    See `workflows.plans.increments`.
+    """
     schema: str = ""
+    """Schema of the manifest's rows in an incremental round, encoded; otherwise empty."""
 
     @property
     def shards(self) -> int:
+        """Number of shards."""
         return -(-self.rows // self.shard_rows)
 
     def to_values(self) -> dict[str, Any]:
+        """Converts to values for JSON; `from_values` reverses it."""
         values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         bits = zlib.compress(np.packbits(self.selected).tobytes())
         return values | {
@@ -100,6 +123,14 @@ class Round:
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> "Round":
+        """Restores a round.
+
+        Args:
+            values: What `to_values` gave.
+
+        Raises:
+            ValueError: `selected` does not have the rows of the manifest.
+        """
         values = {key: value for key, value in values.items() if key != "shards"}
         rows = values.pop("manifest_rows")
         packed = zlib.decompressobj().decompress(base64.b64decode(values["selected"]), rows // 8 + 1)
@@ -112,29 +143,29 @@ class Round:
 
 @dataclass(frozen=True)
 class Plan:
-    """The valid parts of a plan, in order; none where nothing is planned yet."""
+    """The valid parts of a plan, in order; none if nothing is planned yet."""
 
     parts: tuple[PlanPart, ...] = ()
     rounds: tuple[Round, ...] = field(default=(), repr=False)
 
     @property
     def rows(self) -> int:
-        """Rows that are planned."""
+        """Number of planned rows, refused ones included."""
         return sum(part.rows for part in self.parts)
 
     @property
     def error_rows(self) -> int:
-        """Rows among them that are refused."""
+        """Number of refused rows."""
         return sum(part.error_rows for part in self.parts)
 
     @property
     def errors(self) -> dict[str, int]:
-        """How many rows are refused, by kind."""
+        """Kind of error -> number of refused rows."""
         return dict(sum((Counter(part.errors) for part in self.parts), Counter()))
 
     @property
     def sizes(self) -> dict[Size, int]:
-        """How many pictures are to be made, by size."""
+        """Size -> number of pictures to make."""
         total = sum((Counter(part.sizes) for part in self.parts), Counter())
         return {Size(*reversed([int(side) for side in key.split("x")])): n for key, n in total.items()}
 
@@ -150,17 +181,17 @@ class Plan:
 
     @property
     def incremental(self) -> bool:
-        """Whether its rounds plan what is new in a manifest that grows."""
+        """Whether its rounds plan new rows of a growing manifest."""
         return bool(self.rounds and self.rounds[0].known)
 
     @property
     def carried(self) -> pa.Schema:
-        """The columns that are carried through; the same for all parts."""
+        """Schema of the carried columns; the same for all parts."""
         return self.rounds[0].carried if self.rounds else pa.schema([])
 
     @property
     def warnings(self) -> list[str]:
-        """What somebody should be told, though it stops nothing; of a manifest that grows, as it was last."""
+        """Sentences to show to the user; those of the last round."""
         return self.rounds[-1].warnings if self.rounds else []
 
 
@@ -178,9 +209,18 @@ def _check(part: PlanPart) -> None:
 
 
 def read_plan(output: str) -> Plan:
-    """The plan of an output as far as it is made; without parts if there is none.
+    """Reads the valid parts of the plan of an output.
 
-    A part that has no JSON yet does not exist. Raises InputError if a JSON cannot be read.
+    A part without its JSON does not exist.
+
+    Args:
+        output: Folder of the run, local or on S3.
+
+    Returns:
+        The plan; without parts if there is none.
+
+    Raises:
+        InputError: A JSON cannot be read, or a part does not follow the one before.
     """
     names = [file.relative for file in storage.list_files(storage.join(output, PLAN_FOLDER))]
     numbers = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"part-(\d{5,})\.json", name)))
@@ -215,10 +255,12 @@ def read_plan(output: str) -> Plan:
 
 
 class Place(NamedTuple):
-    """Where the planned rows of a shard are: name of a Parquet file in `plan/`, and its row group."""
+    """Where the planned rows of a shard are."""
 
     file: str
+    """Name of a Parquet file in `plan/`."""
     row_group: int
+    """Number of the shard's row group in it."""
 
 
 def read_shard(
@@ -227,10 +269,13 @@ def read_shard(
     """Reads the planned rows of one shard with their carried columns: one row group.
 
     Args:
-        output: Folder of the run, for any process that can read it.
+        output: Folder of the run, local or on S3.
         shard: Number of the shard.
         place: Where its part has it. Without it the process reads the JSON of all parts, once.
-        columns: Those that are wanted, all by default; those that the plan lacks are left out.
+        columns: Columns to read; all if None. Those that the plan lacks are left out.
+
+    Returns:
+        The rows, in the order of `row_id`.
 
     Raises:
         InputError: No valid part has the shard, or the file of its part is absent or corrupt.
@@ -249,9 +294,17 @@ def read_shard(
 
 
 def read_given(output: str, shard: int) -> dict[int, str]:
-    """What the manifest gave for the refused rows of a shard: row_id -> JSON text of the column GIVEN.
+    """Reads what the manifest gave for the refused rows of a shard.
 
-    Empty for plans of version 0.1.0. Raises as `read_shard`.
+    Args:
+        output: Folder of the run, local or on S3.
+        shard: Number of the shard.
+
+    Returns:
+        `row_id` -> JSON text of the column GIVEN; empty for plans of version 0.1.0.
+
+    Raises:
+        InputError: As `read_shard`.
     """
     planned = read_shard(output, shard, columns=["row_id", GIVEN])
     if GIVEN not in planned.column_names:

@@ -48,14 +48,14 @@ from wallaroo.workflows.settings import OptionError
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
 
 PART_SHARDS = 1024
-"""Shards of a part at most."""
+"""Most shards of a part."""
 
 
 def make_plan(manifest: str, settings: PlanSettings, model: str, output: str | None = None) -> Plan:
     """Plans the rows of a manifest that are not planned yet. Ray must be connected.
 
-    Rows that are planned already are never planned again: with the same arguments a second call reads the
-    parts and does no more. A row that cannot be served is planned as an error row.
+    Planned rows are never planned again: a second call with the same arguments only reads the parts. A row
+    that cannot be served is planned as an error row.
 
     Args:
         manifest: Local or `s3://` path.
@@ -67,7 +67,7 @@ def make_plan(manifest: str, settings: PlanSettings, model: str, output: str | N
         The whole plan.
 
     Raises:
-        InputError: The manifest cannot be read or has no rows, or the plan in the output is of another
+        InputError: The manifest cannot be read or has no rows, or the output has the plan of another
             manifest, another model or other settings.
         OptionError: The checkpoint lacks the size that the settings ask for.
     """
@@ -79,19 +79,19 @@ def make_plan(manifest: str, settings: PlanSettings, model: str, output: str | N
 
 
 def open_plan(found: Manifest, settings: PlanSettings, model_digest: str, output: str | None) -> Plan:
-    """Reads the plan of an output as far as it is made; needs no Ray.
+    """Reads the valid parts of the plan of an output. Needs no Ray.
 
     Args:
         found: The manifest.
         settings: What the plan depends on.
-        model_digest: Digest of the checkpoint.
+        model_digest: Digest of the checkpoint, hexadecimal.
         output: Folder of the run; None for a plan without parts.
 
     Returns:
         The plan; without parts if there is none.
 
     Raises:
-        InputError: It is of another manifest, another model or other settings.
+        InputError: The plan is of another manifest, another model or other settings.
     """
     plan = read_plan(output) if output else Plan()
     check_same(plan, found, settings, model_digest)
@@ -99,7 +99,16 @@ def open_plan(found: Manifest, settings: PlanSettings, model_digest: str, output
 
 
 def is_complete(plan: Plan, found: Manifest, settings: PlanSettings) -> bool:
-    """Whether a plan has all that is asked for, as far as plan and listing alone can tell."""
+    """Tells whether a plan has all rows that are asked for, from the plan and the listing alone.
+
+    Args:
+        plan: The plan so far.
+        found: The manifest.
+        settings: What the plan depends on.
+
+    Returns:
+        False also where the rows must be read to know.
+    """
     if settings.incremental:
         return bool(plan.rounds) and not unseen(found, plan.rounds, settings).files
     if not plan.complete or settings.where is not None:
@@ -111,9 +120,21 @@ def is_complete(plan: Plan, found: Manifest, settings: PlanSettings) -> bool:
 def extend_plan(
     plan: Plan, found: Manifest, settings: PlanSettings, model: str, output: str | None = None
 ) -> Plan:
-    """Adds what a plan from `open_plan` lacks, and returns the whole. Ray must be connected.
+    """Plans the rows that a plan from `open_plan` lacks. Ray must be connected.
 
-    Args and errors are those of `make_plan`.
+    Args:
+        plan: The plan so far.
+        found: The manifest.
+        settings: What the plan depends on.
+        model: Folder of the checkpoint, local or on S3.
+        output: Folder of the run; None to count only and write nothing.
+
+    Returns:
+        The whole plan.
+
+    Raises:
+        InputError: As `make_plan`.
+        OptionError: The settings are incremental, but there is no output.
     """
     if settings.incremental:
         return _make_increment(plan, found, settings, model, output)

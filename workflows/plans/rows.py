@@ -44,6 +44,7 @@ from wallaroo.workflows.sources.references import Reference, SourceOptions, kept
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
 MAX_CHARACTERS = 10_000_000
+"""Most characters of a prompt that are counted as tokens; a longer one is refused without counting."""
 
 
 def _column(table: pa.Table, name: str) -> list[Any] | None:
@@ -57,7 +58,7 @@ def _column(table: pa.Table, name: str) -> list[Any] | None:
 
 
 def said(text: str) -> Any:
-    """What JSON text says; the text itself where a foreign file only claims that it is some."""
+    """Parses JSON text; returns the text itself if a foreign file marks text as JSON that is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -73,10 +74,10 @@ def row_ids(
         table: Some rows of a manifest.
         origin: The file that they are from, relative to the manifest.
         numbers: Their numbers in the file.
-        column: Of the ids. Without it, and in rows without one, origin and number make the id.
+        column: Column of the ids. Without it, and in rows without an id, origin and number make the id.
 
     Returns:
-        The ids, and errors by number for rows whose id cannot be used.
+        The ids, and number -> error for rows whose id cannot be used.
     """
     given = _column(table, column)
     if given is None:
@@ -110,8 +111,8 @@ def sample_counts(
 
     Args:
         table: Some rows of a manifest.
-        settings: Of the run.
-        numbers: Their numbers in the file.
+        settings: Settings of the run.
+        numbers: Numbers of the rows in the file.
         faults: Numbers of rows that cannot be read.
         duplicates: Numbers of rows that repeat an id.
 
@@ -130,6 +131,18 @@ def sample_counts(
 
 
 def samples_of(value: Any, settings: PlanSettings) -> int:
+    """Reads the number of samples of a row.
+
+    Args:
+        value: The cell of the column `samples`.
+        settings: Settings of the run, for a cell without a value.
+
+    Returns:
+        A number from 1 to MAX_SAMPLES.
+
+    Raises:
+        RowError: ("samples") The cell holds anything else.
+    """
     count = integer("samples", value, "samples", range(1, MAX_SAMPLES + 1))
     return settings.samples if count is None else count
 
@@ -151,19 +164,19 @@ def plan_rows(
 
     Args:
         table: The rows.
-        settings: Of the run.
-        config: Of the model, with its table of sizes.
-        tokenizer: Of the model.
+        settings: Settings of the run.
+        config: Configuration of the model, with its table of sizes.
+        tokenizer: Tokenizer of the model.
         origin: The file that the rows are from, for ids and messages.
-        numbers: Their numbers in the file; 0, 1, ... if None.
+        numbers: Numbers of the rows in the file; 0, 1, ... if None.
         faults: Number -> why the row cannot be read.
         duplicates: Numbers of rows whose id belongs to an earlier one.
-        versions: Number -> how often the row of this id was another one before; 0 if it is not named.
-        folder: Where relative paths of pictures start, unless the settings say.
+        versions: Number -> version of the row; a row that it lacks has version 0.
+        folder: Where relative paths of pictures start, unless the settings name a folder.
 
     Returns:
         The planned rows in the schema `plan_schema(carried_schema(table.schema))`. `row_id` counts from 0 and
-        `shard` is 0: whoever joins tables numbers them.
+        `shard` is 0; whoever joins tables numbers them.
     """
     numbers = range(table.num_rows) if numbers is None else numbers
     faults = faults or {}
@@ -224,7 +237,17 @@ def _seed(row: dict[str, Any], run_seed: int, row_id: str, version: int, sample:
 
 
 def derived_seed(run_seed: int, row_id: str, version: int, sample: int) -> int:
-    """The seed of a row that gives none, from 0 to 2^63 - 1; nothing else of the run has a part in it."""
+    """Derives the seed of a row that gives none. It depends on these four values alone.
+
+    Args:
+        run_seed: Seed of the run.
+        row_id: Id of the row.
+        version: Version of the row, from 0.
+        sample: Number of the sample, from 0.
+
+    Returns:
+        A number from 0 to 2^63 - 1.
+    """
     digest = hashlib.sha256(f"{run_seed} {version} {sample} {row_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -349,6 +372,16 @@ def _locate(source: dict[str, Any], reference: Reference, allowed: SourceOptions
 
 
 def check_prompt(prompt: Any, settings: PlanSettings, tokenizer: Tokenizer) -> None:
+    """Checks the prompt of a row.
+
+    Args:
+        prompt: The cell, or what stands in for it.
+        settings: Settings of the run, with `max_prompt_tokens`.
+        tokenizer: Tokenizer of the model.
+
+    Raises:
+        RowError: ("prompt") It is missing, empty, no text or too long.
+    """
     if prompt is None:
         raise RowError("prompt", "prompt is missing; give every row a text.")
     if not isinstance(prompt, str):
@@ -368,6 +401,19 @@ def check_prompt(prompt: Any, settings: PlanSettings, tokenizer: Tokenizer) -> N
 
 
 def language_of(value: Any, prompt: Any, settings: PlanSettings) -> str | None:
+    """Finds the language of a row.
+
+    Args:
+        value: The cell of the column `language`.
+        prompt: The prompt of the row, to detect the language from.
+        settings: Settings of the run, whose language precedes the detected one.
+
+    Returns:
+        A name of LANGUAGES; None if there is no text to detect it from.
+
+    Raises:
+        RowError: ("language") The cell names no known language.
+    """
     if is_absent(value):
         return settings.language or (detect_language(prompt) if isinstance(prompt, str) else None)
     if value not in LANGUAGES:

@@ -47,12 +47,18 @@ class PlanSettings:
 
     @classmethod
     def of(cls, config: RunConfig) -> "PlanSettings":
-        """Those of a run."""
+        """Takes the options that a plan depends on from those of a run."""
         return cls(**{one.name: getattr(config, one.name) for one in dataclasses.fields(cls)})
 
     def check(self, config: ModelConfig) -> None:
-        """Raises OptionError if the checkpoint has no such size, or its limits of pixels do not go with those
-        that are given."""
+        """Checks the settings against a checkpoint.
+
+        Args:
+            config: Configuration of the checkpoint.
+
+        Raises:
+            OptionError: The checkpoint lacks the size, or the limits of pixels do not fit its own.
+        """
         try:
             size_of(self.width, self.height, None, config)
             self.model(config)
@@ -60,15 +66,23 @@ class PlanSettings:
             raise OptionError(str(error)) from None
 
     def model(self, config: ModelConfig) -> ModelConfig:
-        """The checkpoint's configuration with the limits of pixels that are given."""
+        """Applies the limits of pixels of the run to a checkpoint's configuration."""
         return config.with_pixels(self.min_pixels, self.max_pixels)
 
     def shard_rows(self, rows: int, config: ModelConfig) -> int:
-        """Rows of a shard in a round of so many rows, by the checkpoint's configuration."""
+        """Chooses the rows of a shard, as `plans.layout.shard_rows`.
+
+        Args:
+            rows: Planned rows of the round.
+            config: Configuration of the checkpoint.
+
+        Returns:
+            Rows of a shard.
+        """
         return shard_rows(rows, self.model(config), self.task, self.restore_size)
 
     def meaning(self) -> dict[str, Any]:
-        """The values that decide what a planned row is, so that all parts of a plan must share them."""
+        """The values that decide what a planned row is. All parts of a plan share them."""
         values = dataclasses.asdict(self)
         # What was added later counts only where it is given, so that older plans keep their meaning.
         later = [name for name in values if name in OPTIONS and OPTIONS[name].later and not values[name]]
@@ -77,7 +91,15 @@ class PlanSettings:
 
 
 def column_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
-    """Each column that means something to the task, and what it is called in the manifest."""
+    """Maps each column that the task reads to its name in the manifest.
+
+    Args:
+        schema: Schema of the manifest.
+        settings: Settings of the run.
+
+    Returns:
+        Name of the parameter -> name of the column, which the manifest may lack.
+    """
     names = {name: name for name in KNOWN_COLUMNS[settings.task]}
     names["prompt"] = prompt_column(schema, settings)
     names["id"] = layouts.id_column(schema.names, settings.id_column)
@@ -87,7 +109,17 @@ def column_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
 
 
 def prompt_column(schema: pa.Schema, settings: PlanSettings) -> str:
-    """The column that prompts stand in. One of a run's output may be called as it is there."""
+    """Finds the name of the column of prompts.
+
+    In an output of a run, a column that the settings name may be called `in_<name>`.
+
+    Args:
+        schema: Schema of the manifest.
+        settings: Settings of the run.
+
+    Returns:
+        Name of the column, which the manifest may lack.
+    """
     own = layouts.prompt_column(schema.names, settings.task, settings.prompt)
     name = settings.prompt_column or own
     inner = f"in_{name}"

@@ -11,22 +11,39 @@ from wallaroo.model.errors import RowError
 from wallaroo.model.sampling import Sampling
 
 SEEDS = 2**63
+"""Number of seeds; a seed is less than it."""
 INT32 = range(-(2**31), 2**31)
+"""Numbers that an int32 column can hold."""
 EXACT_FLOATS = 2**53
-"""Integers beyond it are rounded where they are floats."""
+"""Floats beyond it may be rounded integers."""
 MOST_OFF = 1.6
-"""An aspect ratio gets no size whose own ratio differs by a larger factor: 21:9 gets 16:9, 7:1 gets none."""
+"""Largest factor between an aspect ratio and that of its size: 21:9 gets 16:9, 7:1 is refused."""
 ROUNDED = "is a float beyond 2^53, so it may be rounded (as pandas does to integers beside an empty cell)"
+"""Ending of messages about such a float."""
 _NOTHING = frozenset({"nan", "<na>", "none", "null", "na", "n/a", "nat"})
 """Words that pandas and others write, in any case, where there is no value."""
 
 
 def is_finite(value: float | None) -> float | None:
+    """Returns the number; None if it is NaN or infinite."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def size_of(width: int | None, height: int | None, ratio: Any, config: ModelConfig) -> Size:
-    """The size of a row, from the checkpoint's table. Raises RowError (`size`)."""
+    """Chooses the size of a row from the checkpoint's table.
+
+    Args:
+        width: In pixels; None if absent.
+        height: In pixels; None if absent.
+        ratio: Cell of the column `aspect_ratio`: 16:9, 1.78, or nothing.
+        config: Configuration of the checkpoint.
+
+    Returns:
+        The given size, or the one nearest to the ratio; without both the one nearest to a square.
+
+    Raises:
+        RowError: ("size") The model has no such size, or the values contradict each other.
+    """
     if not is_absent(ratio):
         if width is not None or height is not None:
             raise RowError(
@@ -74,6 +91,17 @@ def _ratio(value: Any) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=4096)
 def check_sampling(cfg: float, temperature: float, top_k: float, top_p: float) -> None:
+    """Checks the sampling parameters of a row.
+
+    Args:
+        cfg: Scale of classifier-free guidance.
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Tokens to keep; 0 keeps all.
+        top_p: Probability mass to keep.
+
+    Raises:
+        RowError: ("sampling") One of them breaks a rule.
+    """
     Sampling(cfg, temperature, top_k, top_p).validate()  # type: ignore[arg-type]
     if top_k >= INT32.stop:
         raise RowError("sampling", f"top_k is {top_k}, but must be less than 2^31 (0 keeps all tokens).")
@@ -87,7 +115,20 @@ def is_absent(value: Any) -> bool:
 
 
 def integer(name: str, value: Any, kind: str, allowed: range) -> int | None:
-    """A whole number of a manifest, which may be text; None if it is absent. Raises RowError (`kind`)."""
+    """Reads a whole number from a cell, which may hold text.
+
+    Args:
+        name: Name of the parameter, for messages.
+        value: The cell.
+        kind: Kind of the error.
+        allowed: Allowed numbers.
+
+    Returns:
+        The number; None if the cell is empty.
+
+    Raises:
+        RowError: (`kind`) The cell holds anything else, or a float that may be rounded.
+    """
     if is_absent(value):
         return None
     number = None
@@ -111,7 +152,19 @@ def integer(name: str, value: Any, kind: str, allowed: range) -> int | None:
 
 
 def real_number(name: str, value: Any, default: float) -> float:
-    """A number of a manifest, which may be text; `default` if it is absent. Raises RowError (`sampling`)."""
+    """Reads a number from a cell, which may hold text.
+
+    Args:
+        name: Name of the parameter, for messages.
+        value: The cell.
+        default: The number for an empty cell.
+
+    Returns:
+        The number; it may be infinite.
+
+    Raises:
+        RowError: ("sampling") The cell holds anything else.
+    """
     if is_absent(value):
         return default
     try:
@@ -127,13 +180,13 @@ _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u300c":
 
 
 def without_quotes(text: str) -> str:
-    """A text without the quotes around all of it. Quotes that enclose a part of it stay.
+    """Removes the quotes around all of a text. Quotes around a part of it stay.
 
     Args:
         text: A prompt.
 
     Returns:
-        The text between a pair of quotes, where none of the two stands in between; else the text itself.
+        The text between a pair of quotes if neither of them occurs in between; otherwise the text itself.
     """
     inner = text.strip()
     opening, closing = inner[:1], inner[-1:]
@@ -143,6 +196,7 @@ def without_quotes(text: str) -> str:
 
 
 def in_words(value: Any) -> str:
+    """Formats a value for a message: one line of at most 60 characters."""
     text = f"'{value[:60]}'" if isinstance(value, str) else repr(value)
     # A message is one line, whatever is in a prompt.
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
