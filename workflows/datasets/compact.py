@@ -46,17 +46,29 @@ NUMBERS = 1_000_000
 
 @dataclass(frozen=True)
 class Compacted:
-    """Shards before and after."""
+    """The result of `compact`."""
 
     before: int
+    """Shards before the merge."""
     after: int
+    """Shards after the merge; equal to `before` if nothing could be merged."""
 
 
 def compact(output: str, on_progress: Report = silent) -> Compacted:
     """Merges the shards of a finished incremental output. Rows, ids and row_ids stay as they are.
 
-    Holds one merged shard. on_progress: called about twice a second.
-    Raises InputError if the output is not incremental or not finished, RunInProgress if a run is at work.
+    Holds one merged shard in memory.
+
+    Args:
+        output: The folder of the run, local or `s3://`.
+        on_progress: Called about twice a second.
+
+    Returns:
+        The number of shards before and after.
+
+    Raises:
+        InputError: The output is not incremental or not finished, or another process changed its plan.
+        RunInProgress: An active run holds the output.
     """
     task = read_run(output)["config"]["task"]
     with OutputLock(output, f"of process {os.getpid()}, which compacts") as lock:

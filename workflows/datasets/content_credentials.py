@@ -145,9 +145,17 @@ class CredentialSigner:
         return signed.getvalue()
 
     def has_signed(self, data: bytes, mime_type: str, facts: Mapping[str, Any]) -> bool:
-        """Whether a file has credentials of this certificate that hold, and say these facts.
+        """Whether a file has valid credentials of this certificate that state these facts.
 
-        Signatures differ each time, so this is how an export knows its own file.
+        Signatures differ each time, so an export cannot compare bytes to recognise its own file.
+
+        Args:
+            data: The picture file.
+            mime_type: Type of the file, such as `image/png`.
+            facts: The facts that the credentials must state.
+
+        Returns:
+            True if they do; False if there are none, they are invalid or they state other facts.
         """
         try:
             with self._c2pa.Reader(mime_type, io.BytesIO(data), context=self._context) as reader:

@@ -14,11 +14,14 @@ SCANNED_AT_ONCE = 8192
 
 
 class Decided(NamedTuple):
-    """Of every row why it goes, the number of the row it is near to (or -1), and its split."""
+    """The decision for each of n rows."""
 
     why: np.ndarray
+    """Code of the reason in REASONS, or KEPT; uint8 [n]."""
     near: np.ndarray
+    """Number of the row that a near-duplicate resembles, or -1; [n]."""
     sides: np.ndarray
+    """Place of its split among the sorted names; uint8 [n]."""
 
 
 def decide(found: Found, rules: Rules, on_progress: Report = silent) -> Decided:

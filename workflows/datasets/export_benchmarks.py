@@ -36,7 +36,17 @@ GRID = 4
 
 
 def geneval(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """A folder a prompt, numbered as in the manifest, with the prompt's metadata and its samples."""
+    """Writes a folder per prompt, numbered as in the manifest, with the prompt's metadata and its samples.
+
+    Args:
+        results: The rows of the output.
+        sink: Writes the files.
+        count: Counts what is exported and left out.
+        options: Of the export.
+
+    Raises:
+        InputError: The output has no column `tag`.
+    """
     if "tag" not in results.schema.names:
         raise InputError(
             f"GenEval's evaluator reads the tag of every prompt, but {results.output} has no column 'tag': "
@@ -61,10 +71,19 @@ def geneval(results: Results, sink: Sink, count: Count, options: Options) -> Non
 
 
 def dpg(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """A PNG per prompt, named by its item_id, with its first four samples in two rows of two.
+    """Writes a PNG per prompt, named by its item_id, with its first four samples in two rows of two.
 
-    The evaluator takes what precedes the first dot of a name for the item_id, and goes on without the
-    pictures that it cannot look up. So an id that is no item_id is refused.
+    The evaluator takes the part of a name before the first dot for the item_id, and skips pictures that it
+    cannot look up. So an id that is no item_id is refused.
+
+    Args:
+        results: The rows of the output.
+        sink: Writes the files.
+        count: Counts what is exported and left out.
+        options: Of the export.
+
+    Raises:
+        InputError: An id is no item_id, or two rows would have one name.
     """
 
     def name_of(row: Row) -> str:
@@ -107,7 +126,17 @@ def _item_id(row: Row) -> str:
 
 
 def dpg_single(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """A PNG per sample in the folder of its number, each named as DPG-Bench's evaluator looks it up."""
+    """Writes a PNG per sample in the folder of its number, named as DPG-Bench's evaluator looks it up.
+
+    Args:
+        results: The rows of the output.
+        sink: Writes the files.
+        count: Counts what is exported and left out.
+        options: Of the export.
+
+    Raises:
+        InputError: An id is no item_id, or two rows would have one name.
+    """
 
     def name_of(row: Row) -> str:
         return f"{row.values['sample']}/{_item_id(row)}.png"
@@ -116,12 +145,32 @@ def dpg_single(results: Results, sink: Sink, count: Count, options: Options) -> 
 
 
 def imgedit(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """A PNG per key, which is the row's id."""
+    """Writes a PNG per key, which is the row's id.
+
+    Args:
+        results: The rows of the output.
+        sink: Writes the files.
+        count: Counts what is exported and left out.
+        options: Of the export.
+
+    Raises:
+        InputError: An id cannot be a file name, or two rows would have one name.
+    """
     _singles(results, sink, count, options, lambda row: f"{exact_name(row, 'id', row.values['id'])}.png")
 
 
 def wise(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """A PNG per prompt_id of WISE."""
+    """Writes a PNG per prompt_id of WISE.
+
+    Args:
+        results: The rows of the output.
+        sink: Writes the files.
+        count: Counts what is exported and left out.
+        options: Of the export.
+
+    Raises:
+        InputError: A row has no numeric prompt_id, or two rows have the same.
+    """
 
     def name_of(row: Row) -> str:
         # A column with a null becomes one of floats in pandas.
@@ -137,7 +186,17 @@ def wise(results: Results, sink: Sink, count: Count, options: Options) -> None:
 
 
 def t2i_compbench(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """`samples/PROMPT_NUMBER.png`: evaluators take the prompt out of the name, and order by the number."""
+    """Writes `samples/PROMPT_NUMBER.png`: evaluators read the prompt from the name, and sort by the number.
+
+    Args:
+        results: The rows of the output.
+        sink: Writes the files.
+        count: Counts what is exported and left out.
+        options: Of the export.
+
+    Raises:
+        InputError: A prompt has an underscore or cannot be a file name.
+    """
     samples = 1 + max((row.values["sample"] for row in results.rows(pictures=False)), default=0)
     results.forget()
 
@@ -159,7 +218,17 @@ LANGUAGE_FOLDERS = {"zh": "cn", "en": "en"}
 
 
 def gedit(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """`fullset/TASK/LANGUAGE/KEY.png`, and the picture that was edited as `KEY_SRCIMG.png` beside it."""
+    """Writes `fullset/TASK/LANGUAGE/KEY.png`, and the source picture as `KEY_SRCIMG.png` beside it.
+
+    Args:
+        results: The rows of the output.
+        sink: Writes the files.
+        count: Counts what is exported and left out.
+        options: Of the export.
+
+    Raises:
+        InputError: A row has no task_type, a name is impossible or given twice, or a source has changed.
+    """
     sources: dict[str, dict[int | None, list[tuple[str, str]]]] = {}
 
     def name_of(row: Row) -> str:
@@ -211,7 +280,14 @@ def _png(data: bytes) -> bytes:
 
 
 def vlmevalkit(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """`predictions.tsv`: the columns of the question, and the answer as `prediction`, of sample 0."""
+    """Writes `predictions.tsv`: the columns of each question, and its answer (sample 0) as `prediction`.
+
+    Args:
+        results: The rows of the output.
+        sink: Writes the file.
+        count: Counts what is exported and left out.
+        options: Of the export; unused, since answers have no pictures.
+    """
     with sink.stream("predictions.tsv") as lines:
         names: list[str] = []
         for row in results.rows(pictures=False):
@@ -262,7 +338,15 @@ def _singles(
 
 
 def unique_names(results: Results, name_of: Callable[[Row], str | None]) -> None:
-    """Refuses names that are not possible, or that two rows have, before a file is written."""
+    """Refuses impossible and repeated names before a file is written.
+
+    Args:
+        results: The rows of the output; its counts start anew afterwards.
+        name_of: Gives the file name of a row, or None for a row without a file.
+
+    Raises:
+        InputError: Two manifest rows have the same name, or `name_of` refuses one.
+    """
     seen: dict[str, tuple[str, int]] = {}
     for row in results.rows(pictures=False):
         name = name_of(row)
@@ -278,9 +362,18 @@ def unique_names(results: Results, name_of: Callable[[Row], str | None]) -> None
 
 
 def exact_name(row: Row, column: str, text: str) -> str:
-    """A text as the name of a file or folder, unchanged, since an evaluator looks for no other.
+    """Checks that a text can be the name of a file or folder, since an evaluator looks for no other name.
 
-    Raises InputError if no file can have this name.
+    Args:
+        row: The row that the name belongs to.
+        column: The column that the text is from, for the message.
+        text: The name.
+
+    Returns:
+        The text, unchanged.
+
+    Raises:
+        InputError: No file can have this name.
     """
     if re.search(r"[/\\\x00-\x1f\x7f]|^\.|^$", text) or len(text.encode("utf-8", "replace")) > 240:
         raise InputError(

@@ -43,20 +43,22 @@ WAITING_BYTES = 32 << 20
 
 
 class Row(NamedTuple):
-    """A row of `data/`.
-
-    values: its columns but for the picture. number: of its row in the manifest, from 0. follows,
-    followed: whether the row before, or after, is another sample of the same.
-    """
+    """A row of `data/`."""
 
     values: dict[str, Any]
+    """Its columns, without the picture."""
     picture: bytes | None
+    """The bytes of the picture file; None for a text, an error row, or if pictures are not read."""
     number: int
+    """Number of its row in the manifest, from 0."""
     follows: bool
+    """Whether the row before is another sample of the same manifest row."""
     followed: bool
+    """Whether the row after is another sample of the same manifest row."""
 
     @property
     def ok(self) -> bool:
+        """Whether the row has a result."""
         return self.values["status"] == "ok"
 
 
@@ -185,7 +187,16 @@ class Results:
             yield values, (images[index].as_py() or {}).get("bytes") if images is not None else None
 
     def own_value(self, row: Row, name: str, default: Any = None) -> Any:
-        """What a column of the manifest holds, by its name there; `default` if it is absent or null."""
+        """The value of a manifest column.
+
+        Args:
+            row: The row.
+            name: Name of the column in the manifest.
+            default: Returned if the column is absent or its value is null.
+
+        Returns:
+            The value, as Python's type.
+        """
         found = [field.name for field in self.carried if own_name(field.name) == name]
         value = row.values[found[0]] if found else None
         return default if value is None else value
@@ -197,10 +208,19 @@ class Results:
         rename: Callable[[str], str] = str,
         text: bool = False,
     ) -> dict[str, Any]:
-        """The carried columns of a row as JSON values, by their new names; one that is taken gets `in_`.
+        """The carried columns of a row as JSON values. A name that is taken gets the prefix `in_`.
 
-        text: JSON text and nested values stay, or become, text. Arrow gives every struct all fields of its
-        type, so a null field of a struct counts as absent; in JSON text null stays, which the manifest had.
+        Arrow gives every struct all fields of its type, so a null field of a struct counts as absent. In JSON
+        text null stays, since the manifest had it.
+
+        Args:
+            row: The row.
+            taken: Names that no carried column may have.
+            rename: Gives the new name of a column.
+            text: Keep JSON text as text, and turn nested values into text.
+
+        Returns:
+            New name -> value.
         """
         found: dict[str, Any] = {}
         for field in self.carried:
@@ -255,10 +275,15 @@ def _nested(kind: pa.DataType) -> bool:
 
 
 class Sink:
-    """Writes files below a folder, some at once; leaves those alone that are already as they should be.
+    """Writes files below a folder, several at once. Files that have the right bytes are left alone.
 
-    Raises InputError for a file that has other bytes, unless it may overwrite. begin: called before the
-    first file.
+    Args:
+        dest: The folder, local or `s3://`.
+        overwrite: Replace files that have other bytes.
+        begin: Called before the first file.
+
+    Raises:
+        InputError: A file has other bytes, and `overwrite` is not set.
     """
 
     def __init__(self, dest: str, overwrite: bool = False, begin: Callable[[], None] | None = None):
@@ -285,7 +310,13 @@ class Sink:
         return storage.read_bytes(path) if storage.info(path) is not None else None
 
     def put(self, relative: str, make: Callable[[], bytes], size: int) -> None:
-        """Writes what `make()` returns, in a thread; size: memory that this takes until it is done, bytes."""
+        """Writes a file in a thread.
+
+        Args:
+            relative: Path of the file below the folder.
+            make: Returns the bytes; called in the thread.
+            size: Memory that this takes until it is written, in bytes.
+        """
         self._start()
         path = storage.join(self.dest, relative)
         self._waiting.append((size, self._pool.submit(_write, path, make, self.overwrite)))
@@ -372,9 +403,16 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECA
 def file_stem(row_id: str, dots: bool = True) -> str:
     """A file name without suffix for an id, safe on every file system and in every URL.
 
-    The id itself where it is plain: up to 64 ASCII letters, digits, `_`, `-` and, where `dots` are
-    allowed, `.`, the first one a letter or digit. Any other is cleaned, and gets a hash of what it was.
-    Two ids never give one name, unless the file system takes `A` and `a` for the same.
+    A plain id is its own name: up to 64 ASCII letters, digits, `_`, `-` and, with `dots`, `.`, the first
+    one a letter or digit. Any other id is cleaned, and gets a hash of the original. Two ids never give one
+    name, unless the file system treats `A` and `a` alike.
+
+    Args:
+        row_id: The id.
+        dots: Whether the name may have dots.
+
+    Returns:
+        The name.
     """
     plain = _PLAIN_WITH_DOTS if dots else _PLAIN
     if plain.fullmatch(row_id) and not _DEVICES.fullmatch(row_id):

@@ -25,25 +25,32 @@ NAMED_FILES = 10
 
 
 class Options(NamedTuple):
-    """embed: write metadata into pictures. image_urls: see `export`. signer: signs pictures, if given."""
+    """Options of an export that its format reads."""
 
     embed: bool
+    """Write metadata into pictures."""
     image_urls: str | None
+    """URL below which pictures are served, or None; see `export`."""
     signer: CredentialSigner | None = None
+    """Signs pictures, if given."""
 
 
 @dataclass
 class Count:
-    """What an export has done so far. missed: the first files that it has no picture for; misses: of all.
-    unread: sources of edits that are not what they were any more.
-    """
+    """The counts of an export so far."""
 
     exported: int = 0
+    """Ok rows that are exported."""
     left_out: int = 0
+    """Ok rows that the format has no place for."""
     renamed: int = 0
+    """Rows whose id is no safe file name."""
     misses: int = 0
+    """Files that an evaluator looks for and that have no picture."""
     unread: int = 0
+    """Sources of edits that have changed since."""
     missed: list[str] = field(default_factory=list)
+    """The first NAMED_FILES names of `misses`."""
 
     def miss(self, name: str) -> None:
         """Notes a file that an evaluator will look for in vain."""
@@ -85,11 +92,22 @@ def source_facts(row: Row) -> dict[str, Any]:
 
 
 def picture_facts(row: Row) -> dict[str, Any]:
+    """What is said of a picture: the columns of _FACTS and its source, as JSON values."""
     return {name: jsonable(row.values[name]) for name in _FACTS} | source_facts(row)
 
 
 def stem_of(row: Row, count: Count, dots: bool = True, samples: bool = True) -> str:
-    """The stem of a row's files: of its id, and of the number of its sample where there are several."""
+    """The stem of a row's file names: its id, its version if there are several, and its sample number.
+
+    Args:
+        row: The row.
+        count: Counts the row if its id is no safe file name.
+        dots: Whether the name may have dots.
+        samples: Add the sample number where the manifest row has several samples.
+
+    Returns:
+        The stem, without suffix.
+    """
     row_id, version, sample = place(row.values)
     stem = file_stem(row_id, dots)
     count.renamed += stem != row_id
@@ -104,19 +122,37 @@ def stem_of(row: Row, count: Count, dots: bool = True, samples: bool = True) -> 
 
 
 def packet_of(*rows: Row) -> bytes:
+    """The XMP packet of one picture made of these rows: the prompt of the first, and the seeds of all."""
     first = rows[0].values
     seeds = " ".join(str(row.values["seed"]) for row in rows)
     return xmp_packet(first["prompt"] or "", seeds, first["model_digest"])
 
 
 def bytes_of(row: Row) -> bytes:
+    """The picture file of an ok row.
+
+    Raises:
+        InputError: The row has no picture.
+    """
     if row.picture is None:
         raise InputError(f"row_id {row.values['row_id']} is ok, but has no picture: verify the output.")
     return row.picture
 
 
 def picture_of(row: Row, options: Options, form: str | None = None) -> bytes:
-    """The file of a row's picture; its very bytes, unless it must be of another format, or get metadata."""
+    """The picture file of a row, unchanged unless its format changes or it gets metadata.
+
+    Args:
+        row: The row.
+        options: Of the export.
+        form: Format of the file (`png`, `webp`, `jpeg`); None for that of the run.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        InputError: The row has no picture.
+    """
     data = bytes_of(row)
     if form is not None and row.values["mime_type"] != MIME_TYPES[form]:
         data = encode_image(pixels_of(row), form)[0]

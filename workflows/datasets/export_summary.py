@@ -16,45 +16,42 @@ _WRITER = "wallaroo export --partial"
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What an export did.
-
-    Attributes:
-        dest: Where its files are.
-        what: An ok row gives.
-        exported: Ok rows that are in `dest` now.
-        errors: Error rows, which are not.
-        left_out: Ok rows that the format has no place for.
-        why: They are left out.
-        files: Written, or there already as they should be.
-        unchanged: Of these, how many were there.
-        renamed: Rows whose id made no safe file name.
-        misses: Files that an evaluator looks for and that are not there.
-        missed: The first of them.
-        unread: Sources that signed edits only name, since they are not what they were.
-        finished_shards: Shards of the output that were there.
-        shards: Shards that are planned.
-        missing_rows: Planned rows of shards that were not there.
-        planned: Whether the plan was complete.
-        partial: Whether the output was not finished.
-    """
+    """The result of an export."""
 
     dest: str
+    """Folder of its files."""
     what: str
+    """What an ok row gives, such as `picture`."""
     exported: int
+    """Ok rows that are in `dest` now."""
     errors: int
+    """Error rows, which are not exported."""
     left_out: int
+    """Ok rows that the format has no place for."""
     why: str
+    """Why they are left out."""
     files: int
+    """Files of the export in `dest`, new and unchanged."""
     unchanged: int
+    """Files that were there already with these bytes."""
     renamed: int
+    """Rows whose id is no safe file name."""
     misses: int
+    """Files that an evaluator looks for and that are missing."""
     missed: tuple[str, ...]
+    """The first names of `misses`."""
     unread: int = 0
+    """Sources that signed edits only name, since they have changed."""
     finished_shards: int = 0
+    """Shards of the output that were finished at the start."""
     shards: int = 0
+    """Planned shards."""
     missing_rows: int = 0
+    """Planned rows of unfinished shards."""
     planned: bool = True
+    """Whether the plan was complete."""
     partial: bool = False
+    """Whether the output was not finished."""
 
     def text(self) -> str:
         """The summary as a sentence or a few."""
@@ -95,7 +92,11 @@ def _number(count: int, word: str) -> str:
 
 
 def refuse_foreign_mark(dest: str) -> None:
-    """Raises InputError if a file of somebody else has the name of the mark."""
+    """Refuses a folder with a file of somebody else under the name of the mark.
+
+    Raises:
+        InputError: There is such a file.
+    """
     if _read_mark(dest) == {}:
         raise InputError(
             f"{storage.join(dest, PARTIAL_FILE)} exists, and no export wrote it: choose another DEST, or "

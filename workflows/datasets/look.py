@@ -39,13 +39,18 @@ HASHERS = min(os.cpu_count() or 1, 8)
 
 
 class Found(NamedTuple):
-    """What deciding needs of every row. starts: number of the first row of each piece, and of all rows."""
+    """What `decide` needs of each of n rows."""
 
     starts: np.ndarray
+    """Number of the first row of each piece, and then n; [pieces + 1]."""
     why: np.ndarray
+    """Code of the reason why a row is dropped, or KEPT; uint8 [n]."""
     groups: np.ndarray
+    """`group_hash` of its group; uint64 [n]."""
     scores: np.ndarray
+    """Its score; float64 [n]."""
     hashes: np.ndarray
+    """`dhash` of its picture; uint64 [n]."""
 
 
 class Look:
@@ -187,7 +192,15 @@ def _hash(fetched: Fetched | RowError) -> int | RowError:
 def fetch_all(
     references: Sequence[Reference], options: SourceOptions
 ) -> Iterator[tuple[list[int], Fetched | RowError]]:
-    """Every distinct picture with the positions that name it, also those in rows of Parquet files."""
+    """Fetches every distinct picture once, also pictures in rows of Parquet files.
+
+    Args:
+        references: The reference of each position.
+        options: What may be fetched.
+
+    Yields:
+        The positions that name a picture, and the picture or the error of fetching it.
+    """
     others: list[int] = []
     files: dict[str, dict[int, list[int]]] = {}
     for position, reference in enumerate(references):
@@ -259,5 +272,6 @@ class _Scores:
 
 
 def error_words(error: Exception) -> str:
+    """The class of an error, and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -29,7 +29,12 @@ class Phase:
         self._told, self._spoke = time.monotonic(), False
 
     def count(self, rows: int, errors: int = 0) -> None:
-        """Counts rows, and errors among them."""
+        """Adds to the counts, and reports them if the last report is TOLD_SECONDS old.
+
+        Args:
+            rows: Rows that are done, errors included.
+            errors: Errors among them.
+        """
         self._done += rows
         self._errors += errors
         now = time.monotonic()

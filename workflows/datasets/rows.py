@@ -26,15 +26,30 @@ MANIFEST_GROUP_ROWS = 1024
 
 
 class Chunk(NamedTuple):
-    """Some rows. first: number of the first in the source. faults: place in the chunk -> what is wrong."""
+    """Consecutive rows of a piece."""
 
     table: pa.Table
+    """The rows."""
     first: int
+    """Number of the first row in its piece."""
     faults: dict[int, str]
+    """Place in the chunk -> what is wrong with the row."""
 
 
 class OutputRows:
-    """The rows of a finished run; `rows` is their number."""
+    """The rows of a finished run; a piece is a shard.
+
+    Args:
+        path: The folder of the run, local or `s3://`.
+
+    Attributes:
+        rows: How many rows there are.
+        pieces: File name of each piece.
+        schema: Schema of the rows.
+
+    Raises:
+        InputError: The run is not finished, has no rows or cannot be read.
+    """
 
     def __init__(self, path: str):
         success = finished(path)
@@ -50,6 +65,15 @@ class OutputRows:
             self.schema = without_tally(parquet.schema_arrow)
 
     def chunks(self, piece: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
+        """Reads a piece, a row group at a time.
+
+        Args:
+            piece: Place of the piece in `pieces`.
+            columns: Columns to read; None for all.
+
+        Yields:
+            The chunks, in order.
+        """
         with self._open(piece) as parquet:
             first = 0
             for group in range(parquet.num_row_groups):
@@ -70,6 +94,16 @@ class OutputRows:
             ) from error
 
     def names(self, chunk: Chunk, piece: int, column: str) -> list[str]:
+        """The values of a column as text.
+
+        Args:
+            chunk: Rows of the piece.
+            piece: Place of the piece in `pieces`.
+            column: Name of the column.
+
+        Returns:
+            A text for each row of the chunk.
+        """
         return [str(value) for value in chunk.table.column(column).to_pylist()]
 
     def folder(self, piece: int) -> str:
@@ -77,6 +111,7 @@ class OutputRows:
         return "/"
 
     def reference(self, row: Mapping[str, Any]) -> Reference:
+        """Where the picture of a row is: the result itself, or the source of a text."""
         if row["task"] not in TEXT_TASKS:
             return row["image"]
         source = row["source"] or {}
@@ -84,11 +119,29 @@ class OutputRows:
         return str(Cell(source["uri"], source["row_id"])) if inside else source.get("uri")
 
     def write(self, path: str, table: pa.Table) -> None:
+        """Writes rows as a Parquet file with the layout of a shard.
+
+        Args:
+            path: The file.
+            table: The rows.
+        """
         storage.write_atomic(path, memoryview(shard_bytes(table)))
 
 
 class ManifestRows:
-    """The rows of a manifest; `rows` is their number."""
+    """The rows of a manifest; a piece is a file, or a part of a large one.
+
+    Args:
+        path: The manifest, local or `s3://`.
+
+    Attributes:
+        rows: How many rows there are.
+        pieces: File name that the rows of each piece are written under.
+        schema: Schema of the rows.
+
+    Raises:
+        InputError: The manifest cannot be read.
+    """
 
     def __init__(self, path: str):
         self.path, self.task = path, ""
@@ -103,12 +156,31 @@ class ManifestRows:
         self.pieces = [f"part-{number:05d}.parquet" for number in range(len(self._pieces))]
 
     def chunks(self, piece: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
+        """Reads a piece, a batch at a time.
+
+        Args:
+            piece: Place of the piece in `pieces`.
+            columns: Columns to read; None for all.
+
+        Yields:
+            The chunks, in order.
+        """
         start = self._pieces[piece].first_row
         for batch in read(self._pieces[piece], self.schema, columns):
             faults = {number - batch.first_row: fault for number, fault in batch.faults.items()}
             yield Chunk(batch.table, batch.first_row - start, faults)
 
     def names(self, chunk: Chunk, piece: int, column: str) -> list[str]:
+        """The values of a column as text; rows without an id get the one that a run would give them.
+
+        Args:
+            chunk: Rows of the piece.
+            piece: Place of the piece in `pieces`.
+            column: Name of the column.
+
+        Returns:
+            A text for each row of the chunk.
+        """
         if column in chunk.table.column_names and column != "id":
             return [str(value) for value in chunk.table.column(column).to_pylist()]
         first = self._pieces[piece].first_row + chunk.first
@@ -120,9 +192,16 @@ class ManifestRows:
         return folder_of(self._pieces[piece].file.path)
 
     def reference(self, row: Mapping[str, Any]) -> Reference:
+        """Where the source picture of a row is, as the manifest names it."""
         return row["image"]
 
     def write(self, path: str, table: pa.Table) -> None:
+        """Writes rows as a Parquet file.
+
+        Args:
+            path: The file.
+            table: The rows.
+        """
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=MANIFEST_GROUP_ROWS)
         storage.write_atomic(path, memoryview(sink.getvalue()))

@@ -39,30 +39,44 @@ Function = Callable[[dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Rules:
-    """What is kept. The rules apply in this order, each to the rows that those before it left.
+    """The rules of a selection. They apply in the order of the fields, each to the rows still kept.
 
     Error rows of a data set are never kept.
-    filter: `package.module:function`; rows for which it returns True stay.
-    best_of: a column, or `package.module:function` that returns a number; of the rows of one group the
-        one with the greatest number stays, of equal ones the first. Of a text the first number in it
-        counts, so that `8/10` is 8. scores: a data set that was made from this one, whose column it is:
-        its rows name rows of this one in `source`, and of several about one row the mean counts.
-    near_duplicates: a row goes if the perceptual hash of its picture (see `dhash`) differs in at most so
-        many of 64 bits from that of an earlier row that stays.
-    split: name -> share. A group's side follows from sha256 of its name alone: a row never changes
-        sides, whatever is added or left out.
-    group: the column that says which rows belong together.
     """
 
     filter: str | None = None
+    """`package.module:function`; rows for which it returns True are kept."""
     best_of: str | None = None
+    """A column, or `package.module:function` that returns a number.
+
+    Of each group the row with the greatest number is kept, of equal ones the first. Of a text the first
+    number counts: `8/10` is 8.
+    """
     scores: str | None = None
+    """A data set made from this one that has the column `best_of`.
+
+    Its rows name rows of this one in `source`. If several are about one row, their mean counts.
+    """
     near_duplicates: int | None = None
+    """Drop a row whose picture is like that of an earlier kept row.
+
+    At most this many of the 64 bits of their `dhash` differ.
+    """
     split: Mapping[str, float] = field(default_factory=dict)
+    """Name -> share, from 0 to 1.
+
+    The side of a group depends on the sha256 of its name alone, so no row changes sides when others are
+    added or left out.
+    """
     group: str = "id"
+    """The column that says which rows belong together."""
 
     def check(self) -> None:
-        """Raises OptionError if a rule breaks a rule."""
+        """Checks each rule.
+
+        Raises:
+            OptionError: A rule has a bad value, or needs another that is missing.
+        """
         if self.scores is not None and (self.best_of is None or ":" in self.best_of):
             raise OptionError("scores are given, but no column of them: name it with --best-of COLUMN.")
         distance = self.near_duplicates
@@ -79,18 +93,26 @@ class Rules:
 
 @dataclass(frozen=True)
 class Selection:
-    """What became of the rows. dropped: reason -> rows. splits: name -> rows kept. failures: how many of
-    the dropped rows a function or a picture failed on, rather than a rule decided."""
+    """The result of a selection."""
 
     rows: int
+    """Rows of the source."""
     kept: int
+    """Rows that are kept."""
     dropped: dict[str, int]
+    """Reason -> rows."""
     splits: dict[str, int]
+    """Name of the split -> rows kept."""
     failures: int
+    """Dropped rows whose picture or function failed; no rule decided on them."""
 
 
 def load_function(name: str) -> Function:
-    """The function that `package.module:function` names. Raises OptionError if there is none."""
+    """Imports the function that `package.module:function` names.
+
+    Raises:
+        OptionError: There is none.
+    """
     module, mark, attribute = name.partition(":")
     if not (module and mark and attribute):
         raise OptionError(f"'{name}' names no function: write package.module:function.")
@@ -122,7 +144,11 @@ def dhash(image: "Image.Image") -> int:
 
 
 def number(value: Any) -> float:
-    """A score as a finite number: itself, or the first number in a text. Raises ValueError."""
+    """A score as a finite number: the value itself, or the first number in a text.
+
+    Raises:
+        ValueError: There is no finite number.
+    """
     if isinstance(value, str):
         match = re.search(r"[-+]?\d+(\.\d+)?", value)
         value = float(match[0]) if match else None

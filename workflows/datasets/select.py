@@ -28,14 +28,26 @@ _WRITTEN = re.compile(r"[^/]+/(part-\d{5,}|shard-\d{8,})\.parquet")
 def select(
     source: str, dest: str, rules: Rules, overwrite: bool = False, on_progress: Report = silent
 ) -> Selection:
-    """Copies the rows of `source` that the rules keep to `dest`, a folder; both are local or on S3.
+    """Copies the rows that the rules keep to a new folder.
 
-    source: the finished output of a run, or a manifest. dest gets Parquet files with the columns of the
-    source, in `data/` or a folder for each split; `_dropped.jsonl`, every other row with its reason; and
-    a card. The same call gives the same files, and a call that was cut short is repeated as a whole.
-    Holds one shard, and some 40 bytes a row. overwrite: replace another selection, and write beside other
-    files. on_progress: called about twice a second. Raises InputError if the source cannot be read, a column
-    or function does not exist, or, without overwrite, dest holds anything else.
+    `dest` gets Parquet files with the columns of the source, in `data/` or a folder for each split;
+    `_dropped.jsonl`, every other row with its reason; and a card. The same call gives the same files. An
+    interrupted call starts over. Memory: one shard, and about 40 bytes a row.
+
+    Args:
+        source: The finished output of a run, or a manifest, local or `s3://`.
+        dest: The folder to write to, local or `s3://`.
+        rules: Which rows to keep.
+        overwrite: Replace another selection, and write beside other files.
+        on_progress: Called about twice a second.
+
+    Returns:
+        How many rows are kept and dropped.
+
+    Raises:
+        InputError: The source cannot be read, a column does not exist, or, without `overwrite`, `dest` holds
+            anything else.
+        OptionError: A rule is wrong, or its function cannot be imported.
     """
     rules.check()
     rows = OutputRows(source) if storage.exists(storage.join(source, RUN_FILE)) else ManifestRows(source)
