@@ -41,7 +41,13 @@ _SIZES = (f"n<{_BOUNDS[0]}", *map("{}<n<{}".format, _BOUNDS, _BOUNDS[1:]), f"n>{
 
 
 def write_card(output: str, plan: "Plan", counts: "RowTotals") -> None:
-    """Writes OUTPUT/README.md of a data set whose rows are all there."""
+    """Writes OUTPUT/README.md of a finished data set.
+
+    Args:
+        output: The folder of the run, local or `s3://`.
+        plan: Its plan.
+        counts: What its rows add up to.
+    """
     put_card(output, render_card(output, plan, counts))
 
 
@@ -82,7 +88,16 @@ def is_card(data: bytes) -> bool:
 
 
 def render_card(output: str, plan: "Plan", counts: "RowTotals") -> str:
-    """The text of the card; equal runs give equal text wherever their output is."""
+    """The text of the card. Equal runs give equal text wherever their output is.
+
+    Args:
+        output: The folder of the run, local or `s3://`.
+        plan: Its plan.
+        counts: What its rows add up to.
+
+    Returns:
+        Markdown, with a YAML block first.
+    """
     run = read_run(output)
     config, options = run["config"], run["options"]
     task = str(config.get("task", "generate"))
@@ -147,7 +162,18 @@ def render_card(output: str, plan: "Plan", counts: "RowTotals") -> str:
 
 
 def front_matter(name: str, task: str, languages: Sequence[str], rows: int, splits: Mapping[str, str]) -> str:
-    """The YAML block that a card begins with. splits: name -> pattern of its files."""
+    """The YAML block that a card begins with, as the Hugging Face Hub reads it.
+
+    Args:
+        name: Of the data set.
+        task: `generate`, `edit`, `understand`, or empty.
+        languages: Codes of the languages of its prompts.
+        rows: How many rows it has.
+        splits: Name of each split -> pattern of its files.
+
+    Returns:
+        The block, with its `---` lines.
+    """
     from huggingface_hub import DatasetCardData
 
     files = [{"split": split, "path": pattern} for split, pattern in splits.items()]

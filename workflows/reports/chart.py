@@ -15,18 +15,22 @@ BINS = 120
 
 @dataclass(frozen=True)
 class Chart:
-    """Throughput over the time that drivers were at work, as coordinates of an SVG drawing.
-
-    line, area: points. x_ticks, y_ticks: coordinate and label. starts: where a run begins, and its number.
-    """
+    """Rows over time while drivers ran, as coordinates of an SVG drawing, in its own units."""
 
     width: int
+    """Of the drawing."""
     height: int
+    """Of the drawing."""
     line: str
+    """Points of the curve."""
     area: str
+    """Points of the area below it."""
     x_ticks: list[tuple[float, str]]
+    """Coordinate and label of each mark of the time axis."""
     y_ticks: list[tuple[float, str]]
+    """Coordinate and label of each mark of the row axis."""
     starts: list[tuple[float, int]]
+    """Coordinate and number of each run, where it begins."""
 
 
 def draw_chart(records: Sequence[RunRecord]) -> Chart | None:

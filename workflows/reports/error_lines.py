@@ -31,10 +31,16 @@ def error_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
 def manifest_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
     """An error row as a line of a manifest: id, kind, message, then the columns it came from.
 
-    row: a row of `data/`; schema: of its file. `image` is where the source picture is, `FILE#ROW` for one
-    within a Parquet file, which is a reference of a manifest like any other. Carried columns have the
-    names they had in the manifest, unless such a name is taken here; JSON text becomes JSON again, bytes
-    become base64.
+    `image` is where the source picture is: `FILE#ROW` for one in a Parquet file, which a manifest accepts
+    too. Carried columns get the names they had in the manifest, unless such a name is taken here. JSON text
+    becomes JSON again; bytes become base64.
+
+    Args:
+        row: A row of `data/`.
+        schema: Schema of its file.
+
+    Returns:
+        The line, as JSON values.
     """
     line: dict[str, Any] = {"id": row["id"], "kind": row["error_type"], "message": row["error_message"]}
     # A size follows from the source wherever there is one.
@@ -56,9 +62,14 @@ def manifest_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
 
 
 def as_given(line: dict[str, Any], given: str | None) -> dict[str, Any]:
-    """A line of `manifest_row` with the values of the manifest, right or wrong, in place of resolved ones.
+    """Puts the values of the manifest, right or wrong, in place of resolved ones.
 
-    given: what the plan holds as GIVEN for a row that it refused; None for all others, which do not change.
+    Args:
+        line: A line of `manifest_row`.
+        given: JSON text, which the plan holds as GIVEN for a row that it refused; None for other rows.
+
+    Returns:
+        The line; unchanged if `given` is None.
     """
     values = json.loads(given) if given else {}
     kept = {name: value for name, value in line.items() if name not in values}

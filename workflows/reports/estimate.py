@@ -31,27 +31,34 @@ MEASURED_SHARDS = 32
 
 @dataclass(frozen=True)
 class Estimate:
-    """rows: to be made. rate: rows/s of one replica, None if unknown, as are then the next three; rate_from:
-    where it was measured, empty if it was given. replicas: most at once. seconds: wall time with all of them.
-    cost: of the replica-hours, None without a price. weight_bytes: of the checkpoint's files. kv_bytes: of
-    the keys and values of all slots, at most; source_tokens: what a source picture adds to each, at most.
-    output_bytes: of the data set; bytes_from: where a row's was measured, empty if it is the bound of
-    lossless pictures. computed: what a computed rate assumes, empty if the rate was measured or given.
-    """
+    """What a planned run will take."""
 
     rows: int
+    """Rows to process."""
     replicas: int
+    """Most replicas at once."""
     rate: float | None
+    """Rows/s of one replica; None if unknown, and then `replica_hours`, `seconds` and `cost` are None too."""
     rate_from: str
+    """Where the rate was measured; empty if it was given."""
     replica_hours: float | None
+    """Hours of all replicas together."""
     seconds: float | None
+    """Wall time with all replicas."""
     cost: float | None
+    """Of the replica-hours; None without a price."""
     weight_bytes: int
+    """Size of the checkpoint's files."""
     kv_bytes: int
+    """Keys and values of all slots of a replica, at most."""
     output_bytes: int
+    """Size of the data set."""
     bytes_from: str
+    """Where the bytes of a row were measured; empty if they are the bound of lossless pictures."""
     computed: str = ""
+    """What a computed rate assumes; empty if the rate was measured or given."""
     source_tokens: int = 0
+    """Tokens that a source picture adds to a sequence, at most."""
 
     def lines(self) -> list[str]:
         """The estimate for people."""

@@ -28,31 +28,47 @@ ReadSource = Callable[[str], bytes | None]
 
 @dataclass(frozen=True)
 class Card:
-    """A row of the gallery.
-
-    thumbnail: data URI of the result, before: of the source; empty where there is no picture, or none
-    that can be decoded. text: the result, if that is one. source, sha256: of the source, how a
-    manifest would name it and its hash.
-    width, height: as in Stratum.
-    """
+    """A row of the gallery."""
 
     name: str
+    """Id of the row, and its sample number if that is not 0."""
     prompt: str
+    """The prompt, shortened."""
     language: str
+    """Code of the prompt's language."""
     task: str
+    """`generate`, `edit` or `understand`."""
     width: int
+    """As in `Stratum`, in pixels."""
     height: int
+    """As in `Stratum`, in pixels."""
     seed: int | None
+    """Seed of the row."""
     cfg: float | None
+    """Scale of classifier-free guidance."""
     thumbnail: str
+    """Data URI of the result; empty if it is no picture, or cannot be decoded."""
     text: str = ""
+    """The result, if it is a text."""
     source: str = ""
+    """Where the source is, as a manifest would name it."""
     sha256: str = ""
+    """Of the source file, in hexadecimal."""
     before: str = ""
+    """Data URI of the source; empty if there is none, or it cannot be decoded."""
 
 
 def read_cards(output: str, chosen: Mapping[Stratum, Sequence[Place]], budget: int) -> dict[Place, Card]:
-    """The chosen rows, yet without their sources. budget: bytes of a thumbnail."""
+    """Reads the chosen rows, without their sources.
+
+    Args:
+        output: The folder of the run, local or `s3://`.
+        chosen: The places of the rows of each stratum.
+        budget: Most bytes of a thumbnail.
+
+    Returns:
+        The card of each place.
+    """
     by_shard: dict[int, list[Place]] = {}
     for place in sorted(_flat(chosen), key=_in_order):
         by_shard.setdefault(place.shard, []).append(place)
@@ -165,7 +181,15 @@ def fetch_source(reference: str) -> bytes | None:
 
 
 def source_thumbnail(data: bytes, budget: int) -> str:
-    """As `thumbnail`, of a source as the model was shown it: upright, on white, its first frame."""
+    """The thumbnail of a source as the model sees it: upright, on white, its first frame.
+
+    Args:
+        data: The picture file.
+        budget: Most bytes of the thumbnail.
+
+    Returns:
+        A data URI; empty if the picture cannot be decoded.
+    """
     from wallaroo.workflows.sources.decode import decode
 
     try:
@@ -175,7 +199,15 @@ def source_thumbnail(data: bytes, budget: int) -> str:
 
 
 def thumbnail(data: bytes, budget: int) -> str:
-    """A picture file as the data URI of a small WebP of at most `budget` bytes; "" if it is no picture."""
+    """A picture file as a small WebP.
+
+    Args:
+        data: The picture file.
+        budget: Most bytes of the thumbnail.
+
+    Returns:
+        A data URI; empty if the file is no picture.
+    """
     from PIL import Image
 
     try:

@@ -42,11 +42,20 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(output: str, read_source: ReadSource | None = None) -> str:
-    """Writes OUTPUT/report.html, at any time in the life of a run, and returns its path.
+    """Writes OUTPUT/report.html, before, during or after a run.
 
-    read_source: how sources of edits and answers are fetched, by default `fetch_source`; it may be called
-    from several threads. Memory is bounded by a few shards' columns, the row groups of the rows shown
-    and a few sources. Raises InputError if `output` is no output of ours.
+    Memory: the columns of a few shards, the row groups of the rows shown, and a few sources.
+
+    Args:
+        output: The folder of the run, local or `s3://`.
+        read_source: Fetches the sources of edits and answers, `fetch_source` by default. Several threads may
+            call it.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: `output` is no output of a run.
     """
     path = storage.join(output, REPORT_FILE)
     storage.write_atomic(path, render_report(output, read_source))
@@ -54,7 +63,18 @@ def write_report(output: str, read_source: ReadSource | None = None) -> str:
 
 
 def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
-    """The page, as UTF-8 of at most MAX_BYTES; see `write_report`."""
+    """The page; see `write_report`.
+
+    Args:
+        output: The folder of the run, local or `s3://`.
+        read_source: Fetches the sources of edits and answers.
+
+    Returns:
+        HTML in UTF-8, at most MAX_BYTES long.
+
+    Raises:
+        InputError: `output` is no output of a run.
+    """
     run = read_run(output)
     preset = run["options"].get("preset")
     config = ({"preset": preset} if preset else {}) | run["config"]

@@ -20,18 +20,20 @@ EXAMPLES = 3
 
 
 class Refused(NamedTuple):
-    """A manifest row that a plan refuses.
-
-    number: its place in the manifest, from 0, files in the order of their names. samples: how many error
-    rows it gives. line: the row as a line of a manifest, with `kind` and `message`.
-    """
+    """A manifest row that a plan refuses."""
 
     id: str
+    """Its id."""
     number: int
+    """Its place in the manifest, from 0, with files in the order of their names."""
     kind: str
+    """Kind of the error."""
     message: str
+    """What is wrong, in a sentence."""
     samples: int
+    """How many error rows it gives."""
     line: dict[str, Any]
+    """The row as a line of a manifest, with `kind` and `message`."""
 
     def text(self) -> str:
         """The row as a line for people."""

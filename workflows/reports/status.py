@@ -16,27 +16,36 @@ SILENT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Status:
-    """How an output stands, from `runs/`, the plan's own numbers and a listing of `data/`.
-
-    state: `empty` (nothing planned), `running`, `silent` (says it runs, but is not heard of), `stopped`,
-    `failed`, `finished` or `unfinished` (no run at work, shards missing). planned: rows, or None while the
-    plan is not finished. shards, done_shards: files planned and there. done, errors: rows in all, None if
-    nobody has counted them, and error rows by kind. record: the last run, if any. heard: seconds since its
-    last sign of life. cost: of all runs that were told a price; None if none was.
-    """
+    """The state of an output, from `runs/`, the numbers of the plan and a listing of `data/`."""
 
     output: str
+    """The folder of the run."""
     state: str
+    """One of these.
+
+    `empty`: nothing is planned. `running`. `silent`: a run holds the output, but its heartbeat stopped.
+    `stopped`. `failed`. `finished`. `unfinished`: no run is active, and shards are missing.
+    """
     planned: int | None
+    """Rows; None while the plan is not finished."""
     shards: int
+    """Planned files."""
     done_shards: int
+    """Files that are written."""
     done: int | None
+    """Rows in these files; None if nobody has counted them."""
     errors: dict[str, int]
+    """Kind -> error rows."""
     record: RunRecord | None
+    """The last run, if any."""
     runs: int
+    """How many runs there were."""
     unreadable: list[str]
+    """Records of runs that cannot be read."""
     heard: float | None
+    """Seconds since the last heartbeat of `record`."""
     cost: float | None = None
+    """Of all runs with a price; None if none had one."""
 
     def line(self) -> str:
         """The status in one line: `42 of 60 rows, 2 errors, 3.1 rows/s, 6 s left: running`."""
@@ -111,9 +120,17 @@ _STATES = {
 
 
 def status(output: str, clock: Callable[[], float] = time.time) -> Status:
-    """How an output stands. Opens no file of `data/`, and needs no Ray.
+    """Reads the state of an output. Opens no file of `data/`, and needs no Ray.
 
-    clock: seconds since the epoch. Raises InputError if `output` is no output of ours.
+    Args:
+        output: The folder of the run, local or `s3://`.
+        clock: Gives seconds since the epoch.
+
+    Returns:
+        The state.
+
+    Raises:
+        InputError: `output` is no output of a run.
     """
     from wallaroo.workflows.outputs.layout import list_done
     from wallaroo.workflows.outputs.lock import at_work

@@ -32,26 +32,40 @@ MAX_BYTES = 64 << 10
 
 
 class Part(Protocol):
-    """What must be known of a plan part: its name, rows, first shard, and the number after its last one."""
+    """What a summary needs to know of a plan part."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name, such as `part-00000`."""
+        ...
+
     @property
-    def rows(self) -> int: ...
+    def rows(self) -> int:
+        """How many rows it plans."""
+        ...
+
     @property
-    def first_shard(self) -> int: ...
+    def first_shard(self) -> int:
+        """Number of its first shard."""
+        ...
+
     @property
-    def end(self) -> int: ...
+    def end(self) -> int:
+        """Number after its last shard."""
+        ...
 
 
 class Entry(NamedTuple):
-    """Of one shard in a summary. text: its ShardTally as JSON."""
+    """One shard in a summary."""
 
     stamp: str
+    """From the listing; a file with another stamp has changed."""
     text: str
+    """Its ShardTally as JSON."""
 
     @property
     def found(self) -> ShardTally:
+        """The ShardTally."""
         return ShardTally.from_values(json.loads(self.text))
 
 

@@ -17,39 +17,48 @@ MAX_EXAMPLES = 20
 
 
 class Place(NamedTuple):
-    """Where a picture lies, and its place in the draw: the lowest are drawn."""
+    """Where a picture is."""
 
     draw: int
+    """Its number in the random draw; the lowest ones are shown."""
     shard: int
+    """Number of its shard."""
     position: int
+    """Place of its row in the file."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """An error row, its words cut to a length."""
+    """An error row, its texts shortened."""
 
     name: str
+    """Id of the row, and its sample number if that is not 0."""
     message: str
+    """What went wrong."""
     prompt: str
+    """The prompt."""
 
 
 @dataclass
 class Survey:
-    """What the data set holds, from all of its columns but the pictures.
-
-    rows, ok: counts. errors: kind -> rows. examples: kind -> the first rows of it. environments: digest
-    -> ok rows. pictures: how many there are of a stratum; places: those of them that come first in the
-    draw. unreadable: paths of files that are no Parquet files of ours.
-    """
+    """What the data set holds, from all columns but the pictures."""
 
     rows: int = 0
+    """All rows."""
     ok: int = 0
+    """Rows with a result."""
     errors: Counter[str] = field(default_factory=Counter)
+    """Kind -> error rows."""
     examples: dict[str, list[Example]] = field(default_factory=dict)
+    """Kind -> the first rows of it."""
     environments: Counter[str] = field(default_factory=Counter)
+    """Digest of the environment -> ok rows."""
     pictures: Counter[Stratum] = field(default_factory=Counter)
+    """Pictures of each stratum."""
     places: dict[Stratum, list[Place]] = field(default_factory=dict)
+    """The pictures of each stratum that come first in the draw."""
     unreadable: list[str] = field(default_factory=list)
+    """Paths of files in `data/` that cannot be read as shards."""
 
     def add(self, other: "Survey") -> None:
         """Takes in what was found in another shard; call it in the order of the shards."""
@@ -82,7 +91,15 @@ class Survey:
 
 
 def survey_output(output: str, parts: Sequence[Part]) -> Survey:
-    """What the data set holds in the planned parts, as far as they are done. Renews summaries."""
+    """Surveys the finished shards of the planned parts, and saves new summaries.
+
+    Args:
+        output: The folder of the run, local or `s3://`.
+        parts: The parts of its plan.
+
+    Returns:
+        What the data set holds.
+    """
     summaries, survey = Summaries(output, parts), Survey()
     for part in parts:
         tally = summaries.of_part(part)
@@ -127,10 +144,20 @@ def _kind(kind: str | None) -> str:
 
 
 def name_of(row: Mapping[str, Any]) -> str:
+    """The id of a row, shortened, and its sample number if that is not 0."""
     name = shorten(row["id"], 100)
     return f"{name}/{row['sample']}" if row["sample"] else name
 
 
 def shorten(text: str | None, length: int) -> str:
+    """Cuts a text to a number of characters, the last one `…`.
+
+    Args:
+        text: The text; None counts as empty.
+        length: Most characters.
+
+    Returns:
+        The text, or its beginning.
+    """
     text = text or ""
     return text if len(text) <= length else text[: length - 1] + "…"

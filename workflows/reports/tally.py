@@ -33,42 +33,48 @@ MAX_BYTES = 16 << 10
 
 
 class Stratum(NamedTuple):
-    """Rows that look alike to the gallery, which shows some of each.
-
-    width, height: pixels of the result; of the source (0 if unknown) where the result is a text.
-    """
+    """Rows that look alike to the gallery, which shows some of each stratum."""
 
     task: str
+    """`generate`, `edit` or `understand`."""
     language: str
+    """Code of the prompt's language."""
     width: int
+    """Of the result, in pixels; if that is a text, of the source (0 if unknown)."""
     height: int
+    """Of the result, in pixels; if that is a text, of the source (0 if unknown)."""
 
 
 class Run(NamedTuple):
-    """Consecutive rows of a shard. position: of the first in the file; row_id: its number in the plan."""
+    """Consecutive rows of a shard."""
 
     shard: int
+    """Number of the shard."""
     position: int
+    """Place of the first row in the file."""
     row_id: int
+    """Number of the first row in the plan."""
     rows: int
+    """How many rows they are."""
 
 
 @dataclass
 class Details:
-    """What only the end of a run and its report want to know of ok rows.
-
-    sizes: width and height in pixels -> pictures. folders: of source pictures -> rows. pictures: rows of
-    each stratum; places: where they lie, of a part no more than MAX_PICTURES of each, those first in the
-    draw.
-    """
+    """Counts of ok rows that only the end of a run and its report need."""
 
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Width and height in pixels -> pictures."""
     languages: Counter[str] = field(default_factory=Counter)
+    """Code of the prompt's language -> rows."""
     folders: Counter[str] = field(default_factory=Counter)
+    """Folder of source pictures -> rows."""
     pictures: Counter[Stratum] = field(default_factory=Counter)
+    """Rows of each stratum."""
     places: dict[Stratum, list[Run]] = field(default_factory=dict)
+    """Where the rows of each stratum are: per part at most MAX_PICTURES, those first in the draw."""
 
     def add(self, other: "Details") -> None:
+        """Adds other counts, and keeps `folders` and `places` bounded."""
         self.sizes += other.sizes
         self.languages += other.languages
         self.pictures += other.pictures
@@ -84,20 +90,22 @@ class Details:
 
 @dataclass
 class Tally:
-    """Rows that are in `data/`.
-
-    rows, ok: counts. refused: rows that no replica began, since the plan or their source refused them.
-    errors: kind -> rows. environments: digest of what made them -> ok rows. seconds: from the start of
-    each row to its result, summed up. details: None where they were too long to be kept.
-    """
+    """Counts of rows in `data/`."""
 
     rows: int = 0
+    """All rows."""
     ok: int = 0
+    """Rows with a result."""
     refused: int = 0
+    """Error rows that no replica started: the plan refused them, or their source was bad."""
     errors: Counter[str] = field(default_factory=Counter)
+    """Kind -> error rows."""
     environments: Counter[str] = field(default_factory=Counter)
+    """Digest of the environment -> ok rows."""
     seconds: float = 0.0
+    """Sum over rows of the time from start to result."""
     details: Details | None = field(default_factory=Details)
+    """None if they were too long to keep."""
 
     def add(self, other: "Tally") -> None:
         """Counts other rows in; call it in the order of the shards."""
@@ -133,7 +141,13 @@ class Tally:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "Tally":
-        """The tally that `to_values` gave. Raises ValueError, TypeError or KeyError for anything else."""
+        """The inverse of `to_values`.
+
+        Raises:
+            ValueError: The values are not of a tally.
+            TypeError: The same.
+            KeyError: The same.
+        """
         tally = cls(
             rows=_whole(values["rows"]),
             ok=_whole(values["ok"]),
@@ -161,10 +175,12 @@ class Tally:
 
 
 class ShardTally(NamedTuple):
-    """Of one shard. failed: its error rows as `error_row` gives them; None where they were too long."""
+    """Counts of one shard."""
 
     tally: Tally
+    """The counts."""
     failed: list[dict[str, Any]] | None
+    """Its error rows, as `error_row` gives them; None if they were too long."""
 
     def to_json(self) -> bytes:
         """What stands in a footer or summary: JSON without newlines, of MAX_BYTES or little more."""
@@ -177,7 +193,13 @@ class ShardTally(NamedTuple):
 
     @classmethod
     def from_values(cls, values: Any) -> "ShardTally":
-        """What `to_json` gave, once parsed. Raises ValueError, TypeError or KeyError for anything else."""
+        """The inverse of `to_json`, from parsed JSON.
+
+        Raises:
+            ValueError: The values are not of a shard's tally.
+            TypeError: The same.
+            KeyError: The same.
+        """
         tally, failed = Tally.from_values(values["tally"]), values["failed"]
         if failed is not None:
             for row in failed:
@@ -232,7 +254,15 @@ _LARGE = ("image", "tokens", "text")
 
 
 def tally_of_table(table: pa.Table, shard: int) -> ShardTally:
-    """The tally of a shard's rows, from all of its columns."""
+    """Counts the rows of a shard.
+
+    Args:
+        table: The shard with all of its columns.
+        shard: Its number.
+
+    Returns:
+        The counts and the error rows.
+    """
     failed = table.select([name for name in table.column_names if name not in _LARGE])
     failed = failed.filter(pc.not_equal(failed.column("status"), "ok"))
     rows = [error_row(row, table.schema) for row in failed.to_pylist()]

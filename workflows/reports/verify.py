@@ -48,20 +48,25 @@ MAX_READERS = 8
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found.
-
-    state: `complete`, `incomplete` (nothing is wrong, but rows are missing or the run did not end) or
-    `broken` (something is there that should not be so). planned, rows, ok: numbers of rows. errors: kind
-    -> error rows. missing_shards: how many files are not there yet. faults: how many things are wrong.
-    """
+    """The result of `verify`."""
 
     state: str
+    """`complete`, `incomplete` or `broken`.
+
+    `incomplete`: nothing is wrong, but rows are missing or the run did not end. `broken`: at least one fault.
+    """
     planned: int
+    """Planned rows."""
     rows: int
+    """Rows in `data/`."""
     ok: int
+    """Rows with a result."""
     errors: dict[str, int]
+    """Kind -> error rows."""
     missing_shards: int
+    """Planned files that are not written yet."""
     faults: int
+    """How many faults were found."""
 
 
 @dataclass

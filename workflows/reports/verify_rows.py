@@ -39,28 +39,25 @@ CHECKED = (
 
 @dataclass
 class Contents:
-    """What one file holds, and what is wrong with it.
-
-    Attributes:
-        shard: Its number.
-        path: Of the file.
-        row_ids: The least and the greatest.
-        rows: How many rows it has.
-        ok: How many of them are ok.
-        errors: Kind -> error rows.
-        faults: Sentences.
-        tally: What its columns say, which a summary must say too; None if they could not be read.
-    """
+    """What one file holds, and what is wrong with it."""
 
     shard: int = -1
+    """Its number."""
 
     path: str = ""
+    """Path of the file."""
     row_ids: tuple[int, ...] = ()
+    """The least and the greatest row_id; empty if they were not read."""
     rows: int = 0
+    """How many rows it has."""
     ok: int = 0
+    """Rows with a result."""
     errors: Counter[str] = field(default_factory=Counter)
+    """Kind -> error rows."""
     faults: list[str] = field(default_factory=list)
+    """A sentence for each fault."""
     tally: ShardTally | None = None
+    """What its columns say, which a summary must say too; None if they could not be read."""
 
 
 class Check:
@@ -222,10 +219,12 @@ def _difference(wanted: pa.Schema, found: pa.Schema) -> str:
 
 
 def short(value: Any) -> str:
+    """The `repr` of a value, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 200 characters; its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
