@@ -70,19 +70,16 @@ class Waiting(NamedTuple):
 
 @dataclass
 class RowQueue:
-    """Rows that nobody has been told of yet.
-
-    Attributes:
-        ordinary: First come, first served.
-        suspects: With how often each has ended a replica alone, the least suspicious last.
-        given_back: Whether the engine has given a row back.
-        alone: Whether the engine has a suspect, which shall get no company.
-    """
+    """Rows that nobody has been told of yet."""
 
     ordinary: deque[Waiting] = field(default_factory=deque)
+    """First come, first served."""
     suspects: list[tuple[int, Waiting]] = field(default_factory=list)
+    """With how often each has ended a replica alone, the least suspicious last."""
     given_back: bool = False
+    """Whether the engine has given a row back."""
     alone: bool = False
+    """Whether the engine has a suspect, which shall get no company."""
 
     def put(self, one: Waiting, deaths: int | None) -> None:
         """Adds a row.
@@ -124,15 +121,12 @@ class RowQueue:
 
 @dataclass
 class Announced:
-    """Rows that the watch is being told of; the engine gets them when the watch has replied.
-
-    Attributes:
-        notes: Rows of each note with its reply, None if there is no watch.
-        rows: How many rows they are.
-    """
+    """Rows that the watch is being told of; the engine gets them when the watch has replied."""
 
     notes: deque[tuple[list[Waiting], "Future[None] | None"]] = field(default_factory=deque)
+    """Rows of each note with its reply, None if there is no watch."""
     rows: int = 0
+    """How many rows they are."""
 
     def add(self, rows: list[Waiting], reply: "Future[None] | None") -> None:
         """Adds the rows of a note."""

@@ -32,66 +32,57 @@ replicas each waits for longer, or their questions would hold up the notes."""
 
 @dataclass(frozen=True)
 class WatchCounts:
-    """What a driver shows.
-
-    Attributes:
-        rows: Rows that replicas have given back, error rows included; a shard that is restarted counts from
-            zero.
-        errors: Error rows among them.
-        replicas: Replicas that were seen up and have not ended as far as the watch was told.
-        deaths: Replicas that ended while they had rows, or because they could not go on.
-        last_death: What the latest of them said before it ended, or empty.
-        hardest_shard: The shard whose replica died most often since a row was last found guilty.
-        fruitless: How often.
-        held: Shards in flight in replicas.
-        finished: Shards that replicas have given back.
-    """
+    """What a driver shows."""
 
     rows: int = 0
+    """Rows that replicas have given back, error rows included; a shard that is restarted counts from zero."""
     errors: int = 0
+    """Error rows among them."""
     replicas: int = 0
+    """Replicas that were seen up and have not ended as far as the watch was told."""
     deaths: int = 0
+    """Replicas that ended while they had rows, or because they could not go on."""
     last_death: str = ""
+    """What the latest of them said before it ended, or empty."""
     hardest_shard: int = -1
+    """The shard whose replica died most often since a row was last found guilty."""
     fruitless: int = 0
+    """How often."""
     held: int = 0
+    """Shards in flight in replicas."""
     finished: int = 0
+    """Shards that replicas have given back."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How far replicas may go ahead of what is written.
-
-    Attributes:
-        shards: Fewer than these may be begun or finished and yet unwritten.
-        error_rate: No shard is begun while a larger share of the rows are errors.
-        least_rows: Rows from which the share is judged.
-        seconds: Timeout after which a shard is begun although none was written: what is waited for may be
-            lost, and to be made once more it needs a replica.
-    """
+    """How far replicas may go ahead of what is written."""
 
     shards: float = math.inf
+    """Fewer than these may be begun or finished and yet unwritten."""
     error_rate: float = 1.0
+    """No shard is begun while a larger share of the rows are errors."""
     least_rows: int = 0
+    """Rows from which the share is judged."""
     seconds: float = math.inf
+    """Timeout after which a shard is begun although none was written: what is waited for may be lost, and to
+    be made once more it needs a replica.
+    """
 
 
 class Start(NamedTuple):
-    """What a replica is told of a shard that it takes.
-
-    Attributes:
-        attempt: For which time the shard is tried.
-        suspects: Row -> how often a replica died with that row alone on it, of rows that must run alone.
-        lethal: Rows that must not run, since they end their replica.
-        stopping: Whether the run is about to stop, so that the shard shall be left.
-        wait: Seconds after which to ask once more, since the shard may not begin yet; 0 if it may.
-    """
+    """What a replica is told of a shard that it takes."""
 
     attempt: int = 1
+    """For which time the shard is tried."""
     suspects: Mapping[int, int] = {}
+    """Row -> how often a replica died with that row alone on it, of rows that must run alone."""
     lethal: Sequence[int] = ()
+    """Rows that must not run, since they end their replica."""
     stopping: bool = False
+    """Whether the run is about to stop, so that the shard shall be left."""
     wait: float = 0.0
+    """Seconds after which to ask once more, since the shard may not begin yet; 0 if it may."""
 
 
 @dataclass

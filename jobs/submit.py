@@ -49,28 +49,26 @@ _MARK = "wallaroo."
 
 @dataclass(frozen=True)
 class Job:
-    """A run on a cluster, as the cluster reports it.
-
-    Attributes:
-        id: Of the submission.
-        state: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        name: Given at submission, or empty.
-        task: `generate`, `edit` or `understand`.
-        output: The folder of the results.
-        started, ended: Seconds since the epoch, or None.
-        exit_code: Of the command; None while it runs, or if it never ran.
-        message: Of the cluster.
-    """
+    """A run on a cluster, as the cluster reports it."""
 
     id: str
+    """Of the submission."""
     state: str
+    """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
     name: str
+    """Given at submission, or empty."""
     task: str
+    """`generate`, `edit` or `understand`."""
     output: str
+    """The folder of the results."""
     started: float | None
+    """Seconds since the epoch, or None."""
     ended: float | None
+    """Seconds since the epoch, or None."""
     exit_code: int | None
+    """Of the command; None while it runs, or if it never ran."""
     message: str
+    """Of the cluster."""
 
     @property
     def over(self) -> bool:

@@ -25,18 +25,16 @@ class Visible:
 
     A forward takes n runs of t consecutive tokens: all rows of a group with t = 1 in decode, pieces of
     prompts in prefill.
-
-    Attributes:
-        rows: int64 `(n,)`: the cache row of each run; None where run i is row i.
-        limits: int64 `(n, t)`: a query sees the keys below its limit.
-        stops: The last limit of each run where the host knows it (prefill), else None.
-        longest: A bound on all limits that the host knows.
     """
 
     rows: Tensor | None
+    """int64 `(n,)`: the cache row of each run; None where run i is row i."""
     limits: Tensor
+    """int64 `(n, t)`: a query sees the keys below its limit."""
     stops: list[int] | None
+    """The last limit of each run where the host knows it (prefill), else None."""
     longest: int
+    """A bound on all limits that the host knows."""
 
     @classmethod
     def decode(cls, lengths: Tensor, longest: int) -> "Visible":

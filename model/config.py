@@ -120,36 +120,35 @@ class VQConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What `config.json` holds.
-
-    Attributes:
-        layout: `eval` or `train`: where size indicators and assistant header stand in a prompt.
-        indicators: `added` (one token each) or `text` (spelled out in ordinary tokens).
-        line_break: Whether `<|end_of_line>|` separates the rows of an image and prompts carry size
-            indicators. Square checkpoints of the early stages have neither.
-        tasks: What the checkpoint can do; checkpoints of stages 1 to 3 cannot edit.
-        sizes: Ratio of height to width -> (height, width) in pixels.
-        edit_pixels: Least and most pixels of the source of an edit, as the vision tower sees it.
-        understand_pixels: The same for `understand`.
-        trained_tokens: Task -> longest row seen in training, in tokens.
-        token_ids: Text of a control token -> its id.
-    """
+    """What `config.json` holds."""
 
     decoder: DecoderConfig = DecoderConfig()
     vision: VisionConfig = VisionConfig()
     vq: VQConfig = VQConfig()
     name: str = "wallaroo"
     layout: str = "eval"
+    """`eval` or `train`: where size indicators and assistant header stand in a prompt."""
     indicators: str = "added"
+    """`added` (one token each) or `text` (spelled out in ordinary tokens)."""
     line_break: bool = True
+    """Whether `<|end_of_line>|` separates the rows of an image and prompts carry size indicators.
+
+    Square checkpoints of the early stages have neither.
+    """
     tasks: tuple[str, ...] = TASKS
+    """What the checkpoint can do; checkpoints of stages 1 to 3 cannot edit."""
     sizes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=lambda: dict(SIZES_512))
+    """Ratio of height to width -> (height, width) in pixels."""
     edit_pixels: tuple[int, int] = (12544, 188160)
+    """Least and most pixels of the source of an edit, as the vision tower sees it."""
     understand_pixels: tuple[int, int] = (12544, 188160)
+    """The same for `understand`."""
     trained_tokens: dict[str, int] = dataclasses.field(
         default_factory=lambda: {"generate": 1632, "edit": 2624, "understand": 1504}
     )
+    """Task -> longest row seen in training, in tokens."""
     token_ids: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Text of a control token -> its id."""
 
     def __post_init__(self) -> None:
         decoder = self.decoder

@@ -14,22 +14,18 @@ from wallaroo.model.config import DecoderConfig
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prompt that has been through the decoder, ready to be copied into any slot.
-
-    Attributes:
-        keys: Of whole blocks, `(layers, kv_heads, blocks, KEY_BLOCK, head_dim)`.
-        values: Likewise.
-        hidden: `(H,)`: the last token's output after the final norm; the first generated token is drawn
-            from it.
-        length: Tokens of the prompt.
-        next_position: Position of the first generated token.
-    """
+    """A prompt that has been through the decoder, ready to be copied into any slot."""
 
     keys: Tensor
+    """Of whole blocks, `(layers, kv_heads, blocks, KEY_BLOCK, head_dim)`."""
     values: Tensor
+    """Likewise."""
     hidden: Tensor
+    """`(H,)`: the last token's output after the final norm; the first generated token is drawn from it."""
     length: int
+    """Tokens of the prompt."""
     next_position: int
+    """Position of the first generated token."""
 
     def copy_to(self, cache: "KVCache", row: int) -> None:
         """Writes keys and values to the start of a row, which must have room for them."""

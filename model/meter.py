@@ -40,17 +40,14 @@ OVERWRITES = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "ate
 
 @dataclass
 class Counted:
-    """What one call of `Engine.step` took.
-
-    Attributes:
-        work: By phase, the innermost `record_function` of the engine.
-        seen: What happened, by phase.
-        needed: Bytes of keys and values of the sequences in slots.
-    """
+    """What one call of `Engine.step` took."""
 
     work: dict[str, Work] = field(default_factory=dict)
+    """By phase, the innermost `record_function` of the engine."""
     seen: dict[str, Seen] = field(default_factory=dict)
+    """What happened, by phase."""
     needed: float = 0
+    """Bytes of keys and values of the sequences in slots."""
 
     def of(self, *phases: str) -> Work:
         """The work of some phases together, of all where none is named."""

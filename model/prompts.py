@@ -46,21 +46,18 @@ _LATIN = re.compile("[A-Za-z]")
 
 @dataclass(frozen=True)
 class Prompt:
-    """Everything the decoder is fed before the first generated token.
-
-    Attributes:
-        ids: int32 `(L,)`.
-        positions: int32 `(3, L)`: the time, height and width axes of MRoPE.
-        next_position: Position of the first generated token, the same on all axes.
-        semantic: `[start, stop)` of the vision tower's embeddings among ids, or None.
-        pixel: int32 `(h * w,)`: indices of the pixel adapter's embeddings in raster order, or None.
-    """
+    """Everything the decoder is fed before the first generated token."""
 
     ids: np.ndarray
+    """int32 `(L,)`."""
     positions: np.ndarray
+    """int32 `(3, L)`: the time, height and width axes of MRoPE."""
     next_position: int
+    """Position of the first generated token, the same on all axes."""
     semantic: tuple[int, int] | None = None
+    """`[start, stop)` of the vision tower's embeddings among ids, or None."""
     pixel: np.ndarray | None = None
+    """int32 `(h * w,)`: indices of the pixel adapter's embeddings in raster order, or None."""
 
 
 def detect_language(prompt: str) -> str:

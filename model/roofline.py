@@ -19,19 +19,16 @@ PRECISIONS = {"half": 1.0, "tf32": 1 / 2, "float32": 1 / 15}
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU and the rates that it is taken to reach.
-
-    Attributes:
-        name: Such as `H200`.
-        bandwidth: Bytes/s of a copy.
-        flops: 16-bit multiplications and additions/s of large matrix products.
-        memory: Bytes.
-    """
+    """A GPU and the rates that it is taken to reach."""
 
     name: str
+    """Such as `H200`."""
     bandwidth: float
+    """Bytes/s of a copy."""
     flops: float
+    """16-bit multiplications and additions/s of large matrix products."""
     memory: float
+    """Bytes."""
 
 
 GPUS = {
@@ -48,25 +45,22 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one operator.
-
-    Attributes:
-        launches: Kernels that it starts.
-        read: Bytes.
-        written: Bytes.
-        flops: Multiplications and additions.
-        keys: Bytes of `read` that are of the key-value cache.
-        weights: Bytes of `read` that are of the model.
-        precision: Of the arithmetic, a key of PRECISIONS.
-    """
+    """Work of one operator."""
 
     launches: int = 1
+    """Kernels that it starts."""
     read: float = 0
+    """Bytes."""
     written: float = 0
+    """Bytes."""
     flops: float = 0
+    """Multiplications and additions."""
     keys: float = 0
+    """Bytes of `read` that are of the key-value cache."""
     weights: float = 0
+    """Bytes of `read` that are of the model."""
     precision: str = "half"
+    """Of the arithmetic, a key of PRECISIONS."""
 
     def seconds(self, gpu: Gpu) -> float:
         """Least time on the GPU, from the begin of its first kernel to that of the next operator's."""

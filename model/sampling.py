@@ -23,19 +23,16 @@ ALWAYS = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row's tokens are drawn.
-
-    Attributes:
-        cfg: Scale of classifier-free guidance; at most 1 means that no null branch is run.
-        temperature: Divides the logits; 0 is greedy.
-        top_k: Tokens kept before top-p; ties with the last one stay. 0 keeps all, 1 is greedy.
-        top_p: Probability mass kept; 1 keeps all.
-    """
+    """How one row's tokens are drawn."""
 
     cfg: float = 3.0
+    """Scale of classifier-free guidance; at most 1 means that no null branch is run."""
     temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
     top_k: int = 1000
+    """Tokens kept before top-p; ties with the last one stay. 0 keeps all, 1 is greedy."""
     top_p: float = 1.0
+    """Probability mass kept; 1 keeps all."""
 
     @property
     def guided(self) -> bool:
@@ -87,14 +84,12 @@ class Filters:
 
     A row's token is the same under any Filters that hold for it: they choose how the kept tokens are found,
     never which.
-
-    Attributes:
-        most: Bound on the top_k of all rows that have one; 0 if none has.
-        nucleus: Whether any row has a top_p below 1.
     """
 
     most: int
+    """Bound on the top_k of all rows that have one; 0 if none has."""
     nucleus: bool
+    """Whether any row has a top_p below 1."""
 
     @classmethod
     def of(cls, rows: Iterable[Sampling], vocabulary: int) -> "Filters":

@@ -31,53 +31,54 @@ class _Refused(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that an option may have.
-
-    Attributes:
-        metavar: Stands for the value in the help; empty for a switch.
-        rule: What a value must be, as the end of a sentence.
-        read: Makes the value from the text of a flag, from TOML, or from Python. It takes its own results
-            too. Raises ValueError where the rule is broken.
-        write: The text of a value, as one would type it after the flag.
-        choices: All values, where they can be listed.
-    """
+    """The values that an option may have."""
 
     metavar: str
+    """Stands for the value in the help; empty for a switch."""
     rule: str
+    """What a value must be, as the end of a sentence."""
     read: Callable[[Any], Any]
+    """Makes the value from the text of a flag, from TOML, or from Python.
+
+    It takes its own results too. Raises ValueError where the rule is broken.
+    """
     write: Callable[[Any], str] = str
+    """The text of a value, as one would type it after the flag."""
     choices: tuple[str, ...] = ()
+    """All values, where they can be listed."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a run.
-
-    Attributes:
-        default: The value where nobody gives one.
-        key: `section.key`, its name in a run file and after `--set`.
-        kind: Its values.
-        help: What it does, for the help. The default is added.
-        tasks: The tasks that have it.
-        meaning: Whether it may change what a row holds, beyond rounding. Such options are part of an output's
-            `config_digest`.
-        later: Whether it was added after version 0.1.0. `run.json` has it last, and `config_digest` has it
-            only where it is given, so that older outputs keep theirs.
-        run_only: Whether the Python functions, which have no output folder, lack it.
-        stored: Where it stands in `run.json`, with a dot for a key within a key.
-        name: Of the field of RunConfig.
-    """
+    """One option of a run."""
 
     default: Any
+    """The value where nobody gives one."""
     key: str
+    """`section.key`, its name in a run file and after `--set`."""
     kind: Kind
+    """Its values."""
     help: str
+    """What it does, for the help. The default is added."""
     tasks: tuple[str, ...] = TASKS
+    """The tasks that have it."""
     meaning: bool = False
+    """Whether it may change what a row holds, beyond rounding.
+
+    Such options are part of an output's `config_digest`.
+    """
     later: bool = False
+    """Whether it was added after version 0.1.0.
+
+    `run.json` has it last, and `config_digest` has it only where it is given, so that older outputs keep
+    theirs.
+    """
     run_only: bool = False
+    """Whether the Python functions, which have no output folder, lack it."""
     stored: str = ""
+    """Where it stands in `run.json`, with a dot for a key within a key."""
     name: str = ""
+    """Of the field of RunConfig."""
 
     @property
     def section(self) -> str:

@@ -51,16 +51,14 @@ class RunConfig(RunControl):
     A field made by `option` is one option of a run; the comment above it says what the help cannot. Options
     that are None by default and have another value in every run are filled from the preset or the task. Those
     that change no row, beyond rounding, are inherited.
-
-    Attributes:
-        manifest: A local path or `s3://bucket/key`: a file, a folder or a glob. Empty for a Dataset.
-        output: The folder of the results, local or on S3. Empty where nothing is written.
-        task: One of `model.config.TASKS`.
     """
 
     manifest: str
+    """A local path or `s3://bucket/key`: a file, a folder or a glob. Empty for a Dataset."""
     output: str
+    """The folder of the results, local or on S3. Empty where nothing is written."""
     task: str = "generate"
+    """One of `model.config.TASKS`."""
 
     model: str = option("tiny", "run.model", place("PATH"), "Checkpoint folder, local or s3://.")
     samples: int = option(

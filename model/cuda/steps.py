@@ -88,21 +88,18 @@ register(
 
 
 class Fed(NamedTuple):
-    """What the layers take in a step.
-
-    Attributes:
-        x: `(n, H)`.
-        normed: Its norm, `(n, H)`.
-        cos: `(n, head_dim / 2)`.
-        sin: Likewise.
-        seen: int64 `(n,)`: the keys of each sequence, the new token's included (see `attend`).
-    """
+    """What the layers take in a step."""
 
     x: Tensor
+    """`(n, H)`."""
     normed: Tensor
+    """Its norm, `(n, H)`."""
     cos: Tensor
+    """`(n, head_dim / 2)`."""
     sin: Tensor
+    """Likewise."""
     seen: Tensor
+    """int64 `(n,)`: the keys of each sequence, the new token's included (see `attend`)."""
 
 
 def feed(

@@ -34,50 +34,52 @@ WORKING_SHARE = 0.1
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What shapes an engine's work. `shapes` names the options that may change a row by rounding.
-
-    Attributes:
-        slots: Rows that decode at once, rounded up to whole groups.
-        group_rows: Guided rows of a group, which are twice as many sequences.
-        smaller: Values that replace `group_rows`, in turn, when memory runs out with a single group.
-        prefill_piece: Tokens of one prompt that stay together.
-        prefill_pieces: Pieces, of one or several prompts, of one forward.
-        vq_slice: Pictures of one VQ decode.
-        vq_precision: `tf32` or `float32`, of the VQ's convolutions on CUDA.
-        prefix_sharing: Whether rows with equal prompts share a prefill.
-        prefix_tokens: Prompt tokens kept for sharing after the last row that waits for them.
-        prompt_tokens: Most tokens of a row's own prompt. With `max_new_tokens`, `pixels` and the largest
-            size it bounds the keys of a row. On CUDA memory for so many is taken once; a longer row takes
-            more and makes the recordings anew.
-        max_new_tokens: Most tokens of a text.
-        pixels: Least and most pixels of a picture to be understood, as the vision tower sees it; None for the
-            limits of the checkpoint.
-        attention: `block`, `sdpa`, `flash` or `triton`; None chooses by device. `triton` runs the whole
-            decoder by the kernels of `model.cuda`.
-        graphs: Whether decode steps on CUDA are recorded once and replayed (see model/cuda/graphs.py).
-        decode_vq: Whether results have pixels, not only tokens.
-        cfg_interval: First and last share of a picture's steps between which it is guided; lossy unless (0,
-            1). Later steps have no null branch, so more rows decode at once.
-        trace: Whether to keep each row's logits and to take forced tokens.
-    """
+    """What shapes an engine's work. `shapes` names the options that may change a row by rounding."""
 
     slots: int = SLOTS["cpu"]
+    """Rows that decode at once, rounded up to whole groups."""
     group_rows: int = 16
+    """Guided rows of a group, which are twice as many sequences."""
     smaller: tuple[int, ...] = ()
+    """Values that replace `group_rows`, in turn, when memory runs out with a single group."""
     prefill_piece: int = 8
+    """Tokens of one prompt that stay together."""
     prefill_pieces: int = 8
+    """Pieces, of one or several prompts, of one forward."""
     vq_slice: int = 1
+    """Pictures of one VQ decode."""
     vq_precision: str = "tf32"
+    """`tf32` or `float32`, of the VQ's convolutions on CUDA."""
     prefix_sharing: bool = True
+    """Whether rows with equal prompts share a prefill."""
     prefix_tokens: int = 16384
+    """Prompt tokens kept for sharing after the last row that waits for them."""
     prompt_tokens: int = 1024
+    """Most tokens of a row's own prompt.
+
+    With `max_new_tokens`, `pixels` and the largest size it bounds the keys of a row. On CUDA memory for so
+    many is taken once; a longer row takes more and makes the recordings anew.
+    """
     max_new_tokens: int = 256
+    """Most tokens of a text."""
     pixels: tuple[int | None, int | None] = (None, None)
+    """Least and most pixels of a picture to be understood, as the vision tower sees it; None for the limits
+    of the checkpoint.
+    """
     attention: str | None = None
+    """`block`, `sdpa`, `flash` or `triton`; None chooses by device. `triton` runs the whole decoder by the
+    kernels of `model.cuda`.
+    """
     graphs: bool = True
+    """Whether decode steps on CUDA are recorded once and replayed (see model/cuda/graphs.py)."""
     decode_vq: bool = True
+    """Whether results have pixels, not only tokens."""
     cfg_interval: tuple[float, float] = ALWAYS
+    """First and last share of a picture's steps between which it is guided; lossy unless (0, 1). Later steps
+    have no null branch, so more rows decode at once.
+    """
     trace: bool = False
+    """Whether to keep each row's logits and to take forced tokens."""
 
     def shapes(self, device: torch.device, dtype: torch.dtype) -> dict[str, int | str]:
         """The options that may change a row by rounding, as they apply on a device."""

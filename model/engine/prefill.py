@@ -28,23 +28,20 @@ from wallaroo.model.wallaroo import Wallaroo
 
 @dataclass(eq=False)
 class PendingPrefix:
-    """A prompt on its way through the decoder, or through it (`prefix` is set).
-
-    Attributes:
-        waiting: Rows that need it.
-        done: Tokens that have been through.
-        scratch: Its row in the scratch cache; -1 before the first piece.
-        features: See `Prefill._features`.
-    """
+    """A prompt on its way through the decoder, or through it (`prefix` is set)."""
 
     key: Hashable
     prompt: Prompt
     semantic: np.ndarray | None
     pixels: np.ndarray | None
     waiting: int = 0
+    """Rows that need it."""
     done: int = 0
+    """Tokens that have been through."""
     scratch: int = -1
+    """Its row in the scratch cache; -1 before the first piece."""
     features: list[tuple[np.ndarray, Tensor]] | None = None
+    """See `Prefill._features`."""
     prefix: Prefix | None = None
 
 

@@ -16,80 +16,72 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """One row to serve.
-
-    Attributes:
-        key: Given back with the result.
-        prompt: The conditional branch.
-        null: The null branch; needed if `sampling.guided`.
-        size: Of the picture in pixels; None for text.
-        seed: Fixes the row's draws.
-        sampling: Guidance, temperature and filters.
-        semantic: Source as the vision tower takes it, uint8 `(h, w, 3)` (see model/images.py).
-        pixels: Source as the VQ encoder takes it, uint8 `(H, W, 3)`.
-        max_new_tokens: Most tokens of a text.
-        forced: Tokens to take instead of the drawn ones, int32 `(n,)`, -1 where drawn; for scoring a given
-            picture or text.
-    """
+    """One row to serve."""
 
     key: Hashable
+    """Given back with the result."""
     prompt: Prompt
+    """The conditional branch."""
     null: Prompt | None
+    """The null branch; needed if `sampling.guided`."""
     size: Size | None
+    """Of the picture in pixels; None for text."""
     seed: int
+    """Fixes the row's draws."""
     sampling: Sampling
+    """Guidance, temperature and filters."""
     semantic: np.ndarray | None = None
+    """Source as the vision tower takes it, uint8 `(h, w, 3)` (see model/images.py)."""
     pixels: np.ndarray | None = None
+    """Source as the VQ encoder takes it, uint8 `(H, W, 3)`."""
     max_new_tokens: int = 256
+    """Most tokens of a text."""
     forced: np.ndarray | None = None
+    """Tokens to take instead of the drawn ones, int32 `(n,)`, -1 where drawn; for scoring a given picture or
+    text.
+    """
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a row.
-
-    Attributes:
-        key: Of the request.
-        tokens: int32 `(n,)`: codebook indices in raster order, or text token ids without the stop token.
-        pixels: uint8 `(H, W, 3)`; None for text.
-        finish_reason: `length` or `stop`.
-        prompt_tokens: Tokens of the conditional branch.
-        error: Why the row could not be served; empty if it was.
-        logits: float32 `(n, vocabulary)` before temperature; only from an engine that traces.
-    """
+    """What became of a row."""
 
     key: Hashable
+    """Of the request."""
     tokens: np.ndarray
+    """int32 `(n,)`: codebook indices in raster order, or text token ids without the stop token."""
     pixels: np.ndarray | None = None
+    """uint8 `(H, W, 3)`; None for text."""
     finish_reason: str = ""
+    """`length` or `stop`."""
     prompt_tokens: int = 0
+    """Tokens of the conditional branch."""
     error: str = ""
+    """Why the row could not be served; empty if it was."""
     logits: np.ndarray | None = None
+    """float32 `(n, vocabulary)` before temperature; only from an engine that traces."""
 
 
 @dataclass(eq=False)
 class Row:
-    """A request in the engine.
-
-    Attributes:
-        request: What was asked.
-        prefixes: Its prompts, the conditional one first, until it has a slot.
-        steps: Forwards from its first draw to its last token.
-        guided: Steps whose draw is guided, counted from 0.
-        length: Most keys of one of its sequences.
-        line: Steps of a line of the picture, line end included; more than `steps` if there are no lines.
-        sequences: Places of its branches in a group; the first is its slot.
-        step: Steps done.
-    """
+    """A request in the engine."""
 
     request: Request
+    """What was asked."""
     prefixes: list["PendingPrefix"]
+    """Its prompts, the conditional one first, until it has a slot."""
     steps: int
+    """Forwards from its first draw to its last token."""
     guided: range
+    """Steps whose draw is guided, counted from 0."""
     length: int
+    """Most keys of one of its sequences."""
     line: int
+    """Steps of a line of the picture, line end included; more than `steps` if there are no lines."""
     sequences: tuple[int, ...] = ()
+    """Places of its branches in a group; the first is its slot."""
     step: int = 0
+    """Steps done."""
 
     @property
     def slot(self) -> int:

@@ -30,39 +30,36 @@ from wallaroo.model.wallaroo import Wallaroo
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one task, padded right to `T` places.
-
-    Attributes:
-        ids: Text tokens, int64 `(B, T)`.
-        image: Image tokens, -1 elsewhere, int64 `(B, T)`.
-        positions: int64 `(3, B, T)`.
-        target: Places whose token is predicted, bool `(B, T)`.
-        null: Rows whose prompt was dropped, bool `(B,)`.
-        filled: Places without pads in the flattened `B * T`, int64 `(tokens,)`.
-        patches: Of all sources, `(n, 1176)`.
-        grids: Patches of each source along time, height and width, int64 `(B, 3)`.
-        semantic: Places of the vision tower's embeddings in the flattened `B * T`, int64 `(m,)`.
-        pixel: Places of the source's latents there, int64 `(k,)`.
-        latents: Of all sources, float32 `(k, 8)`.
-        tower: What the vision tower derives from the grids.
-        bad: Reasons for which rows were replaced.
-        lengths: Tokens of each row.
-    """
+    """Rows of one task, padded right to `T` places."""
 
     ids: Tensor
+    """Text tokens, int64 `(B, T)`."""
     image: Tensor
+    """Image tokens, -1 elsewhere, int64 `(B, T)`."""
     positions: Tensor
+    """int64 `(3, B, T)`."""
     target: Tensor
+    """Places whose token is predicted, bool `(B, T)`."""
     null: Tensor
+    """Rows whose prompt was dropped, bool `(B,)`."""
     filled: Tensor
+    """Places without pads in the flattened `B * T`, int64 `(tokens,)`."""
     patches: Tensor | None = None
+    """Of all sources, `(n, 1176)`."""
     grids: Tensor | None = None
+    """Patches of each source along time, height and width, int64 `(B, 3)`."""
     semantic: Tensor | None = None
+    """Places of the vision tower's embeddings in the flattened `B * T`, int64 `(m,)`."""
     pixel: Tensor | None = None
+    """Places of the source's latents there, int64 `(k,)`."""
     latents: Tensor | None = None
+    """Of all sources, float32 `(k, 8)`."""
     tower: dict[str, Tensor] = field(default_factory=dict)
+    """What the vision tower derives from the grids."""
     bad: tuple[str, ...] = ()
+    """Reasons for which rows were replaced."""
     lengths: tuple[int, ...] = ()
+    """Tokens of each row."""
 
     @classmethod
     def of(cls, rows: Sequence[TrainingRow], config: VisionConfig, bad: Sequence[str] = ()) -> "Batch":

@@ -10,21 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Process:
-    """One of the processes that share a training; by default the only one.
-
-    Attributes:
-        rank: Number of the process, from 0.
-        world: Number of processes.
-        device: On which it computes, `cpu` or `cuda:N`.
-        shard: `none` if each process holds the whole model, `full` if each holds a shard of it.
-        grouped: Whether they have joined a process group of torch.distributed.
-    """
+    """One of the processes that share a training; by default the only one."""
 
     rank: int = 0
+    """Number of the process, from 0."""
     world: int = 1
+    """Number of processes."""
     device: str = "cpu"
+    """On which it computes, `cpu` or `cuda:N`."""
     shard: str = "none"
+    """`none` if each process holds the whole model, `full` if each holds a shard of it."""
     grouped: bool = False
+    """Whether they have joined a process group of torch.distributed."""
 
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums numbers over all processes, which must call this together.

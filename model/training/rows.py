@@ -38,32 +38,30 @@ NO_LATENT = -1.0
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A row ready for a batch, `L` places long.
-
-    Attributes:
-        ids: Text tokens, `(L,)`.
-        image: Image tokens, -1 elsewhere, `(L,)`.
-        positions: `(3, L)`.
-        target: Places whose token is predicted, by the image head where `image` is set, else by the text
-            head; bool `(L,)`.
-        semantic: First place of the vision tower's embeddings, and the place after the last.
-        patches: Of the source, `(n, 1176)`.
-        grid: Patches of the source along height and width.
-        pixel: Places of the source's latents, `(k,)`.
-        latents: Of the source, float32 `(k, 8)`.
-        null: Whether the prompt was dropped.
-    """
+    """A row ready for a batch, `L` places long."""
 
     ids: np.ndarray
+    """Text tokens, `(L,)`."""
     image: np.ndarray
+    """Image tokens, -1 elsewhere, `(L,)`."""
     positions: np.ndarray
+    """`(3, L)`."""
     target: np.ndarray
+    """Places whose token is predicted, by the image head where `image` is set, else by the text head; bool
+    `(L,)`.
+    """
     semantic: tuple[int, int] | None = None
+    """First place of the vision tower's embeddings, and the place after the last."""
     patches: np.ndarray | None = None
+    """Of the source, `(n, 1176)`."""
     grid: tuple[int, int] | None = None
+    """Patches of the source along height and width."""
     pixel: np.ndarray | None = None
+    """Places of the source's latents, `(k,)`."""
     latents: np.ndarray | None = None
+    """Of the source, float32 `(k, 8)`."""
     null: bool = False
+    """Whether the prompt was dropped."""
 
 
 def response_row(prompt: Prompt, first: int, ids: np.ndarray, image: np.ndarray) -> TrainingRow:

@@ -26,17 +26,14 @@ SHARDS = ("auto", "none", "full")
 
 @dataclass(frozen=True)
 class Need:
-    """Memory of a worker.
-
-    Attributes:
-        shard: `none` or `full`.
-        workers: Number of workers.
-        parts: Purpose -> bytes.
-    """
+    """Memory of a worker."""
 
     shard: str
+    """`none` or `full`."""
     workers: int
+    """Number of workers."""
     parts: Mapping[str, int]
+    """Purpose -> bytes."""
 
     @property
     def total(self) -> int:

@@ -30,15 +30,12 @@ MAX_UNFIT = 1000
 
 @dataclass(frozen=True)
 class Groups:
-    """The row groups of a task's files.
-
-    Attributes:
-        places: Path and number of each row group.
-        sizes: Number of rows of each.
-    """
+    """The row groups of a task's files."""
 
     places: Sequence[tuple[str, int]]
+    """Path and number of each row group."""
     sizes: Sequence[int]
+    """Number of rows of each."""
 
     @classmethod
     def of(cls, paths: Sequence[str]) -> "Groups":

@@ -36,36 +36,30 @@ _OTHERS = ("model", "cfg_interval", "threads")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to repeat a row.
-
-    Attributes:
-        manifest: The row of the manifest, one line of JSON.
-        command: Shell lines that write this manifest and run it.
-    """
+    """How to repeat a row."""
 
     manifest: str
+    """The row of the manifest, one line of JSON."""
     command: str
+    """Shell lines that write this manifest and run it."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step back in the history of a row.
-
-    Attributes:
-        kind: Task of the row, or `picture` or `manifest` at the end.
-        where: Path of the output, the picture or the manifest.
-        name: Of the row.
-        prompt: Of the row.
-        shard: Of the row, None if this is not a row.
-        position: Of the row in the shard.
-    """
+    """One step back in the history of a row."""
 
     kind: str
+    """Task of the row, or `picture` or `manifest` at the end."""
     where: str
+    """Path of the output, the picture or the manifest."""
     name: str = ""
+    """Of the row."""
     prompt: str = ""
+    """Of the row."""
     shard: int | None = None
+    """Of the row, None if this is not a row."""
     position: int | None = None
+    """Of the row in the shard."""
 
 
 def source_reference(row: Mapping[str, Any]) -> str:

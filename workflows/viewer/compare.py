@@ -40,23 +40,20 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Rows of all outputs with one id, version and sample.
-
-    Attributes:
-        prompt: Of the row in the first output; `language` likewise.
-        differs: Whether status or result differ.
-        place: Of the row in the first output.
-        sides: One an output.
-    """
+    """Rows of all outputs with one id, version and sample."""
 
     id: str
     version: int
     sample: int
     prompt: str
+    """Of the row in the first output; `language` likewise."""
     language: str
     differs: bool
+    """Whether status or result differ."""
     place: Place
+    """Of the row in the first output."""
     sides: list[Side]
+    """One an output."""
 
 
 class Comparison:

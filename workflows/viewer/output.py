@@ -35,17 +35,14 @@ IDLE_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Page:
-    """One page.
-
-    Attributes:
-        rows: What it shows, in order.
-        first: Whether nothing comes before it.
-        last: Whether nothing comes after it.
-    """
+    """One page."""
 
     rows: list[Any]
+    """What it shows, in order."""
     first: bool
+    """Whether nothing comes before it."""
     last: bool
+    """Whether nothing comes after it."""
 
 
 @dataclass(frozen=True)

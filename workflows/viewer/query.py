@@ -32,17 +32,14 @@ FACET_TYPES = ("VARCHAR", "BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT",
 
 @dataclass(frozen=True)
 class Place:
-    """Where a page starts (after a row) or, if `backwards`, ends (before it).
-
-    Attributes:
-        shard: Number of the shard of the row.
-        position: Of the row in the shard.
-        backwards: Whether the page ends here.
-    """
+    """Where a page starts (after a row) or, if `backwards`, ends (before it)."""
 
     shard: int
+    """Number of the shard of the row."""
     position: int
+    """Of the row in the shard."""
     backwards: bool = False
+    """Whether the page ends here."""
 
     @classmethod
     def parse(cls, text: str, backwards: bool = False) -> "Place":
@@ -57,24 +54,23 @@ class Place:
 
 @dataclass(frozen=True)
 class Query:
-    """Which rows to show, in which order.
-
-    Attributes:
-        search: Words that must all occur in the prompt or the answer. Quotes make a phrase, a leading minus
-            excludes a word.
-        where: SQL expression over the columns.
-        facets: Facet -> chosen values; a row must have one of them.
-        sort: A column, RANDOM, or empty for the order of the plan.
-        descending: Direction of `sort`. Rows without a value come last either way.
-        seed: Seed of the random order.
-    """
+    """Which rows to show, in which order."""
 
     search: str = ""
+    """Words that must all occur in the prompt or the answer.
+
+    Quotes make a phrase, a leading minus excludes a word.
+    """
     where: str = ""
+    """SQL expression over the columns."""
     facets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Facet -> chosen values; a row must have one of them."""
     sort: str = ""
+    """A column, RANDOM, or empty for the order of the plan."""
     descending: bool = False
+    """Direction of `sort`. Rows without a value come last either way."""
     seed: int = 0
+    """Seed of the random order."""
 
     @classmethod
     def from_parameters(cls, pairs: Iterable[tuple[str, str]]) -> "Query":

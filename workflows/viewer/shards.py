@@ -43,19 +43,16 @@ LARGE_BYTES = 12 << 20
 
 
 class Shard(NamedTuple):
-    """One file of `data/` as listed.
-
-    Attributes:
-        number: Number of the shard.
-        path: Of the file, local or `s3://`.
-        size: In bytes.
-        etag: Changes when the contents do.
-    """
+    """One file of `data/` as listed."""
 
     number: int
+    """Number of the shard."""
     path: str
+    """Of the file, local or `s3://`."""
     size: int
+    """In bytes."""
     etag: str
+    """Changes when the contents do."""
 
 
 class Unreadable(InputError):

@@ -49,21 +49,18 @@ class Key(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How often one output was preferred.
-
-    Attributes:
-        votes: For this output.
-        decided: Votes for any output.
-        share: votes / decided, 0 without votes.
-        low: Lower end of the 95 % interval of the share.
-        high: Its upper end.
-    """
+    """How often one output was preferred."""
 
     votes: int
+    """For this output."""
     decided: int
+    """Votes for any output."""
     share: float
+    """votes / decided, 0 without votes."""
     low: float
+    """Lower end of the 95 % interval of the share."""
     high: float
+    """Its upper end."""
 
 
 class Summary(NamedTuple):
