@@ -61,11 +61,14 @@ class Call:
 
 
 class Waiting(NamedTuple):
-    """A row of a call that the engine is to get. row: its position in the shard."""
+    """A row of a call that the engine is to get."""
 
     call: Call
+    """The call."""
     row: int
+    """Position of the row in the shard."""
     request: "Request"
+    """What the engine gets."""
 
 
 @dataclass
@@ -129,7 +132,12 @@ class Announced:
     """How many rows they are."""
 
     def add(self, rows: list[Waiting], reply: "Future[None] | None") -> None:
-        """Adds the rows of a note."""
+        """Adds the rows of a note.
+
+        Args:
+            rows: The rows.
+            reply: Ends when the watch has received the note; None if there is no watch.
+        """
         self.notes.append((rows, reply))
         self.rows += len(rows)
 
@@ -174,7 +182,12 @@ class Encoders:
         self._room = most_bytes
 
     def give_back(self, call: Call, outcome: Outcome) -> None:
-        """Gives an outcome back to its call, its picture as a file where there is room to encode it."""
+        """Gives an outcome back to its call, its picture encoded if there is room.
+
+        Args:
+            call: The call that the row belongs to.
+            outcome: The outcome, with pixels.
+        """
         pixels = outcome.pixels
         if call.encode is None or pixels is None:
             call.give_back(outcome)

@@ -16,11 +16,14 @@ _PRINTABLE = "".join(set(string.printable) - set(string.whitespace) - {"%"}) + "
 
 @dataclass(frozen=True)
 class Metric:
-    """kind: `counter`, which only grows, or `gauge`. tags: names of its labels."""
+    """A metric of a run."""
 
     kind: str
+    """`counter`, which only grows, or `gauge`."""
     help: str
+    """What it measures."""
     tags: tuple[str, ...] = ()
+    """Names of its labels."""
 
 
 METRICS = {
@@ -75,11 +78,23 @@ def _tags(tags: dict[str, str]) -> dict[str, str]:
 
 
 def count(name: str, amount: float = 1, **tags: str) -> None:
-    """Adds to a counter of METRICS; all of its tags must be given."""
+    """Adds to a counter of METRICS.
+
+    Args:
+        name: Of the counter.
+        amount: What is added; at least 0.
+        **tags: A value for each of its tags.
+    """
     if amount:
         _metric(name).inc(amount, _tags(tags))
 
 
 def gauge(name: str, value: float, **tags: str) -> None:
-    """Sets a gauge of METRICS; all of its tags must be given."""
+    """Sets a gauge of METRICS.
+
+    Args:
+        name: Of the gauge.
+        value: Its new value.
+        **tags: A value for each of its tags.
+    """
     _metric(name).set(value, _tags(tags))

@@ -53,7 +53,15 @@ AHEAD = 16
 
 
 def joined(before: str, after: str) -> str:
-    """The environment of rows of which some were made before a change of it and some after."""
+    """The environment of rows some of which were made before it changed, and some after.
+
+    Args:
+        before: The earlier environment, as JSON.
+        after: The later one.
+
+    Returns:
+        JSON; a shape that differs is written as `OLD, then NEW`.
+    """
     if before == after:
         return after
     old, new = json.loads(before), json.loads(after)

@@ -68,39 +68,54 @@ picture is in `picture` as its pixels or in `file` as an encoded file."""
 
 
 class PictureFile(NamedTuple):
-    """An encoded picture; height and width in pixels."""
+    """An encoded picture."""
 
     height: int
+    """In pixels."""
     width: int
+    """In pixels."""
     data: bytes
+    """Bytes of the file."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request.
-
-    row: position in the shard.
-    started_at: when the engine got the request (with a time zone); seconds: from then to its result.
-    error_type, error_message: both empty for an ok row.
-    pixels: uint8 [H, W, 3], or None for text, for error rows, and where there is a file.
-    file: the picture, encoded by the replica.
-    tokens: int32 (n,). prompt_tokens: length of the prompt in tokens.
-    """
+    """The outcome of one request."""
 
     row: int
+    """Position of the row in the shard."""
     started_at: datetime
+    """When the engine got the request, with a time zone."""
     seconds: float
+    """Time from then to the result."""
     error_type: str = ""
+    """Kind of the error; empty for an ok row."""
     error_message: str = ""
+    """What is wrong; empty for an ok row."""
     pixels: np.ndarray | None = None
+    """uint8 [H, W, 3]; None for a text, an error row, and where `file` is set."""
     tokens: np.ndarray | None = None
+    """int32 `(n,)`."""
     finish_reason: str = ""
+    """Why an answer ended: `stop` or `length`; empty for a picture."""
     prompt_tokens: int = 0
+    """Tokens of the prompt."""
     file: PictureFile | None = None
+    """The picture, if the replica encoded it."""
 
     @classmethod
     def of_result(cls, row: int, result: "Result", started_at: datetime, seconds: float) -> "Outcome":
-        """The outcome of a row that the engine gave back."""
+        """The outcome of a row that the engine gave back.
+
+        Args:
+            row: Position of the row in the shard.
+            result: What the engine gave.
+            started_at: When the engine got the request, with a time zone.
+            seconds: Time from then to the result.
+
+        Returns:
+            The outcome.
+        """
         return cls(
             row=row,
             error_type="engine" if result.error else "",
@@ -139,9 +154,21 @@ def request_values(
     pixels: np.ndarray | None = None,
     max_new_tokens: int = 256,
 ) -> dict[str, Any]:
-    """One row of a table under REQUESTS, of what a `model.engine.Request` says.
+    """One row of a table under REQUESTS; the values are those of `model.engine.Request`.
 
-    row: position in the shard. sampling: cfg, temperature, top_k and top_p.
+    Args:
+        row: Position of the row in the shard.
+        prompt: The prompt.
+        null: The prompt of the null branch; None without guidance.
+        size: Of the picture to generate; None for a text.
+        seed: Of the draws.
+        sampling: `cfg`, `temperature`, `top_k` and `top_p`.
+        semantic: Source for the vision tower, uint8 [H, W, 3], or None.
+        pixels: Source for the image tokenizer, uint8 [H, W, 3], or None.
+        max_new_tokens: Most tokens of a text.
+
+    Returns:
+        Name of the column -> value.
     """
     return {
         "row": row,
@@ -163,7 +190,15 @@ def requests_table(values: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 
 def requests(table: pa.Table, keys: Sequence[Hashable]) -> list["Request"]:
-    """The requests of a table under REQUESTS, named by `keys`, one for each row."""
+    """Reads the requests of a table.
+
+    Args:
+        table: Rows under REQUESTS.
+        keys: A key for each row, by which the engine names its result.
+
+    Returns:
+        One request per row.
+    """
     from wallaroo.model.engine.requests import Request
     from wallaroo.model.sampling import Sampling
 

@@ -37,17 +37,17 @@ class WatchCounts:
     rows: int = 0
     """Rows that replicas have given back, error rows included; a shard that is restarted counts from zero."""
     errors: int = 0
-    """Error rows among them."""
+    """Error rows among `rows`."""
     replicas: int = 0
-    """Replicas that were seen up and have not ended as far as the watch was told."""
+    """Replicas that are up, as far as the watch knows."""
     deaths: int = 0
-    """Replicas that ended while they had rows, or because they could not go on."""
+    """Replicas that died with rows, or because they could not continue."""
     last_death: str = ""
-    """What the latest of them said before it ended, or empty."""
+    """The reason that the latest of them gave, or empty."""
     hardest_shard: int = -1
-    """The shard whose replica died most often since a row was last found guilty."""
+    """The shard whose replica died most often since a row was last found lethal."""
     fruitless: int = 0
-    """How often."""
+    """How often the replica of `hardest_shard` died."""
     held: int = 0
     """Shards in flight in replicas."""
     finished: int = 0
@@ -56,33 +56,34 @@ class WatchCounts:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far replicas may go ahead of what is written."""
+    """How far replicas may run ahead of the writing of shards."""
 
     shards: float = math.inf
-    """Fewer than these may be begun or finished and yet unwritten."""
+    """Bound on shards that are started or finished and not yet written."""
     error_rate: float = 1.0
-    """No shard is begun while a larger share of the rows are errors."""
+    """No shard is started while a larger share of the rows failed."""
     least_rows: int = 0
-    """Rows from which the share is judged."""
+    """Rows from which on the share is judged."""
     seconds: float = math.inf
-    """Timeout after which a shard is begun although none was written: what is waited for may be lost, and to
-    be made once more it needs a replica.
+    """Time after which a shard is started although none was written.
+
+    The awaited shard may be lost, and needs a replica to be made again.
     """
 
 
 class Start(NamedTuple):
-    """What a replica is told of a shard that it takes."""
+    """The watch's reply to a replica that takes a shard."""
 
     attempt: int = 1
-    """For which time the shard is tried."""
+    """Number of this attempt at the shard, from 1."""
     suspects: Mapping[int, int] = {}
-    """Row -> how often a replica died with that row alone on it, of rows that must run alone."""
+    """Rows that must run alone -> how often a replica died while it ran only that row."""
     lethal: Sequence[int] = ()
-    """Rows that must not run, since they end their replica."""
+    """Rows that must not run, since they kill their replica."""
     stopping: bool = False
-    """Whether the run is about to stop, so that the shard shall be left."""
+    """Whether the run is about to stop, so that the shard must not start."""
     wait: float = 0.0
-    """Seconds after which to ask once more, since the shard may not begin yet; 0 if it may."""
+    """Seconds until the replica may ask again; 0 if the shard may start now."""
 
 
 @dataclass
@@ -243,7 +244,12 @@ class Watch:
         self._full_since = None
 
     def note_death(self, replica: str, reason: str) -> None:
-        """A replica is about to end itself, for a reason that it can tell, with rows or before it is up."""
+        """Records that a replica is about to end itself, with rows or before it is up.
+
+        Args:
+            replica: Name of the replica.
+            reason: Why, in a sentence.
+        """
         self._last_death = reason
         self._replicas.add(replica)
         self._record_death(replica)

@@ -218,14 +218,19 @@ def tiny_config(token_ids: dict[str, int]) -> ModelConfig:
 
 
 def make_base(folder: str | Path, seed: int = 0) -> None:
-    """Write into a new folder the checkpoint with which training begins."""
+    """Writes the checkpoint that training starts from.
+
+    Args:
+        folder: A new folder.
+        seed: Of the random weights.
+    """
     text = tokenizer_json()
     config = tiny_config(Tokenizer(text).token_ids)
     save(fresh_model(config, seed), config, text, folder)
 
 
 def make(folder: str | Path) -> None:
-    """Train a checkpoint, or on from where that was, and write it into a folder, over what is there."""
+    """Trains a checkpoint, or resumes its training, and writes it into a folder, over its files."""
     if not (WORK / "base").exists():
         make_base(WORK / "base")
     for name, rows, sizes, hard in DATA:
@@ -245,7 +250,7 @@ def make(folder: str | Path) -> None:
 
 
 def main() -> None:
-    """Make the checkpoint anew in the folder that is named, or in its place in the program."""
+    """Writes the checkpoint into the named folder, or to `model/tiny`."""
     if len(sys.argv) > 2:
         sys.exit("usage: python -m wallaroo.jobs.make_tiny [FOLDER]")
     make(sys.argv[1] if len(sys.argv) > 1 else TINY)

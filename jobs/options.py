@@ -16,13 +16,29 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Values(click.ParamType):
-    """The values of an option that is none of a run, with the rule and the sentence of those that are."""
+    """Values of an option that no run has, with the same rules and messages as those of a run.
+
+    Args:
+        kind: The values.
+    """
 
     def __init__(self, kind: Kind):
         self.kind, self.name = kind, kind.metavar
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value of a text. Raises click.UsageError for one that breaks the rule."""
+        """Reads a value.
+
+        Args:
+            value: The text, or a value that was read before.
+            param: The option, for the message.
+            ctx: Of click.
+
+        Returns:
+            The value.
+
+        Raises:
+            click.UsageError: The value breaks the rule.
+        """
         named = param.opts[0] if param is not None else self.name
         try:
             return Option(None, "", self.kind, "").read(value, named)
@@ -42,6 +58,7 @@ class RunOption(click.Option):
             super().__init__(names, is_flag=True, default=None, help=option.help_text)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The choices that begin with what is typed."""
         return [CompletionItem(one) for one in self.option.kind.choices if one.startswith(incomplete)]
 
 
@@ -62,6 +79,7 @@ class RunCommand(click.Command):
     """A command whose help shows the options of a run under the headings of their sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options under the headings of their sections."""
         groups: dict[str, list[tuple[str, str]]] = {heading: [] for heading in SECTIONS.values()}
         other = []
         for param in self.get_params(ctx):

@@ -40,7 +40,15 @@ class Rate:
 
 
 def line(progress: "Progress", rate: float) -> str:
-    """`120 of 2,212 rows (5 %), 3.4 rows/s, 2 errors, 10 min 15 s left`, or what the run waits for."""
+    """The progress in a line.
+
+    Args:
+        progress: Counts of the run.
+        rate: Rows/s, for the time left.
+
+    Returns:
+        `120 of 2,212 rows (5 %), 3.4 rows/s, 2 errors, 10 min 15 s left`, or what the run waits for.
+    """
     parts = []
     if progress.rows:
         share = 100 * progress.done // progress.rows

@@ -52,11 +52,11 @@ class Job:
     """A run on a cluster, as the cluster reports it."""
 
     id: str
-    """Of the submission."""
+    """Id of the submission."""
     state: str
     """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
     name: str
-    """Given at submission, or empty."""
+    """The name given at submission, or empty."""
     task: str
     """`generate`, `edit` or `understand`."""
     output: str
@@ -66,12 +66,13 @@ class Job:
     ended: float | None
     """Seconds since the epoch, or None."""
     exit_code: int | None
-    """Of the command; None while it runs, or if it never ran."""
+    """Exit status of the command; None while it runs, or if it never ran."""
     message: str
-    """Of the cluster."""
+    """The cluster's message about the job."""
 
     @property
     def over(self) -> bool:
+        """Whether the run has ended."""
         return self.state not in ("PENDING", "RUNNING")
 
 
@@ -322,7 +323,18 @@ def jobs(client: "JobSubmissionClient") -> list[Job]:
 
 
 def find(client: "JobSubmissionClient", name: str) -> Job:
-    """The newest run with this id, name or output. Raises InputError if there is none."""
+    """Finds the newest run with this id, name or output.
+
+    Args:
+        client: Of the cluster.
+        name: An id, a name or an output folder.
+
+    Returns:
+        The run.
+
+    Raises:
+        InputError: There is none.
+    """
     found_jobs = jobs(client)
     for job in found_jobs:
         if name in (job.id, job.name, job.output.rstrip("/"), job.output):
@@ -357,7 +369,16 @@ def progress(job: Job) -> "Status | None":
 
 
 def follow(client: "JobSubmissionClient", job_id: str, write: Callable[[str], None]) -> Job:
-    """Passes the log of a run to `write` until the run has ended; then returns the run."""
+    """Passes the log of a run to `write` until the run has ended.
+
+    Args:
+        client: Of the cluster.
+        job_id: Id of the submission.
+        write: Gets each new piece of the log.
+
+    Returns:
+        The run after its end.
+    """
     import asyncio
 
     written = 0
@@ -386,13 +407,29 @@ def follow(client: "JobSubmissionClient", job_id: str, write: Callable[[str], No
 
 
 def logs(client: "JobSubmissionClient", job_id: str) -> str:
-    """The log of a run so far."""
+    """Reads the log of a run so far.
+
+    Args:
+        client: Of the cluster.
+        job_id: Id of the submission.
+
+    Returns:
+        The log.
+    """
     with _answered():
         return client.get_job_logs(job_id)
 
 
 def stop(client: "JobSubmissionClient", job_id: str) -> Job:
-    """Asks a run to stop and waits for its end. A run that has ended is left as it is."""
+    """Asks a run to stop, and waits for its end. A run that has ended is left alone.
+
+    Args:
+        client: Of the cluster.
+        job_id: Id, name or output of the run.
+
+    Returns:
+        The run after its end, or as it is after the timeout (twice STOP_TIMEOUT).
+    """
     job = find(client, job_id)
     if not job.over:
         with _answered():

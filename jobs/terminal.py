@@ -40,9 +40,11 @@ class Group(click.Group):
     """Lists its commands in the order in which a person needs them; without arguments it prints its help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of their declaration."""
         return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Prints the help if there are no arguments."""
         if not args and not ctx.resilient_parsing:
             click.echo(ctx.get_help())
             ctx.exit()
