@@ -34,18 +34,18 @@ class Kind:
     """The values that an option may have."""
 
     metavar: str
-    """Stands for the value in the help; empty for a switch."""
+    """Placeholder of the value in the help; empty for a switch."""
     rule: str
     """What a value must be, as the end of a sentence."""
     read: Callable[[Any], Any]
-    """Makes the value from the text of a flag, from TOML, or from Python.
+    """Reads a value from the text of a flag, from TOML or from Python.
 
-    It takes its own results too. Raises ValueError where the rule is broken.
+    Accepts its own results too. Raises ValueError if the rule is broken.
     """
     write: Callable[[Any], str] = str
-    """The text of a value, as one would type it after the flag."""
+    """Writes a value as text, as a user would type it after the flag."""
     choices: tuple[str, ...] = ()
-    """All values, where they can be listed."""
+    """All values, if they can be listed."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Option:
     """One option of a run."""
 
     default: Any
-    """The value where nobody gives one."""
+    """The value if none is given."""
     key: str
     """`section.key`, its name in a run file and after `--set`."""
     kind: Kind
-    """Its values."""
+    """The values it may have."""
     help: str
     """What it does, for the help. The default is added."""
     tasks: tuple[str, ...] = TASKS
@@ -76,12 +76,13 @@ class Option:
     run_only: bool = False
     """Whether the Python functions, which have no output folder, lack it."""
     stored: str = ""
-    """Where it stands in `run.json`, with a dot for a key within a key."""
+    """Its place in `run.json`, with a dot for a key within a key."""
     name: str = ""
-    """Of the field of RunConfig."""
+    """Name of the field of RunConfig."""
 
     @property
     def section(self) -> str:
+        """The section of its key."""
         return self.key.partition(".")[0]
 
     @property
@@ -123,7 +124,18 @@ class Option:
 
 
 def option(default: Any, key: str, kind: Kind, help: str, **others: Any) -> Any:
-    """A field of a dataclass that is an option; the arguments are those of Option."""
+    """Declares a field of a dataclass that is an option.
+
+    Args:
+        default: The value if none is given.
+        key: `section.key`, its name in a run file and after `--set`.
+        kind: The values it may have.
+        help: What it does, for the help.
+        **others: Other fields of Option.
+
+    Returns:
+        The field.
+    """
     return dataclasses.field(default=default, metadata={"option": Option(default, key, kind, help, **others)})
 
 
@@ -146,7 +158,17 @@ def _shown(value: Any) -> str:
 
 
 def whole(least: int, most: int = INT32_MAX, metavar: str = "N", note: str = "") -> Kind:
-    """A whole number from `least` to `most`. note: added to the rule."""
+    """The values of an option that is a whole number.
+
+    Args:
+        least: The least value.
+        most: The greatest value.
+        metavar: Placeholder of the value in the help.
+        note: Added to the rule.
+
+    Returns:
+        The kind.
+    """
 
     def read(value: Any) -> int:
         number = _integer(value)
@@ -159,7 +181,16 @@ def whole(least: int, most: int = INT32_MAX, metavar: str = "N", note: str = "")
 
 
 def number(rule: str, holds: Callable[[float], bool] = math.isfinite, metavar: str = "X") -> Kind:
-    """A finite number for which `holds` is true."""
+    """The values of an option that is a finite number.
+
+    Args:
+        rule: What a value must be, as the end of a sentence.
+        holds: Whether a number keeps the rule.
+        metavar: Placeholder of the value in the help.
+
+    Returns:
+        The kind.
+    """
 
     def read(value: Any) -> float:
         number = _number(value)
@@ -197,7 +228,11 @@ def choice(*choices: str) -> Kind:
 
 
 def check_place(value: str) -> None:
-    """Raises ValueError with the rest of a sentence where a path or address holds what none may."""
+    """Checks a path or address for what none may hold: a NUL, a user or a password.
+
+    Raises:
+        ValueError: It holds one; the message is the rest of a sentence.
+    """
     if "\0" in value:
         raise _Refused("holds a NUL character: remove it.")
     # The value would stand in run.json and in messages, so this one does not repeat it.

@@ -46,11 +46,14 @@ _SEEN = whole(TOKEN_PIXELS, CONTEXT_TOKENS * TOKEN_PIXELS, "PIXELS", f" ({TOKEN_
 
 @dataclass(frozen=True)
 class RunConfig(RunControl):
-    """One run: its task, manifest and output, and every option. Raises OptionError if a value breaks a rule.
+    """One run: its task, manifest and output, and every option.
 
     A field made by `option` is one option of a run; the comment above it says what the help cannot. Options
     that are None by default and have another value in every run are filled from the preset or the task. Those
     that change no row, beyond rounding, are inherited.
+
+    Raises:
+        OptionError: A value breaks a rule.
     """
 
     manifest: str
@@ -467,37 +470,37 @@ REMOVED = {"run.weights": "asks for 8-bit weights, which only version 0.1.0 had:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
-
-    rows: output rows of the whole run, 0 while it is not known.
-    done: rows finished so far, error rows and those of earlier runs included.
-    before: how many of `done` were there when this run started.
-    errors: error rows among `done`.
-    waiting: what the run is waiting for, in words (`waiting for 1 GPU: 0 of 4 up, 3 min`), or empty.
-    phase: what a command that goes over the rows several times does with them now (`comparing`), or empty.
-    """
+    """The progress of a run."""
 
     rows: int = 0
+    """Output rows of the whole run; 0 while unknown."""
     done: int = 0
+    """Rows finished so far, error rows and rows of earlier runs included."""
     before: int = 0
+    """Rows among `done` that earlier runs finished."""
     errors: int = 0
+    """Error rows among `done`."""
     waiting: str = ""
+    """What the run waits for (`waiting for 1 GPU: 0 of 4 up, 3 min`), or empty."""
     phase: str = ""
+    """The present pass of a command that passes over the rows several times (`comparing`), or empty."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended.
-
-    rows: output rows planned; ok, errors: of these, as they now stand in the output.
-    before: rows that were there already when the run started. made: pictures or texts that it made.
-    seconds: wall time of this run, as its record has it.
-    """
+    """The result of a run."""
 
     output: str
+    """The folder of the results."""
     rows: int
+    """Planned output rows."""
     ok: int
+    """Rows in the output that have a result."""
     errors: int
+    """Error rows in the output."""
     before: int
+    """Rows that earlier runs finished."""
     made: int
+    """Pictures or texts that this run made."""
     seconds: float
+    """Wall time of this run, as its record has it."""

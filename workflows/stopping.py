@@ -20,10 +20,12 @@ class RunStopped(BaseException):
 
 
 class Stop:
-    """The wish to stop, if there is one.
+    """A request to stop the run, if there is one.
 
-    grace: seconds that shards in flight have from the wish on. deadline: seconds from now after which the
-    wish comes by itself; None for never. kept: what the work so far has left, for the message.
+    Args:
+        grace: Drain timeout for shards in flight, in seconds.
+        deadline: Seconds from now after which the run stops by itself; None for never.
+        kept: What remains of the work so far, for the message.
     """
 
     def __init__(self, grace: float, deadline: float | None = None, kept: str = "Finished shards are kept"):
@@ -36,7 +38,11 @@ class Stop:
         self._deferred = False
 
     def ask(self, why: str) -> None:
-        """Wishes the run to stop. Raises RunStopped where nothing is in flight, or at the second time."""
+        """Asks the run to stop.
+
+        Raises:
+            RunStopped: Nothing is in flight, or this is the second request.
+        """
         if self.why or not self._deferred:
             self.why = why
             raise self.stopped()

@@ -26,12 +26,16 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 
 class Preset(NamedTuple):
-    """Parameters of a published evaluation; others: values of options beside sampling and samples."""
+    """Parameters of a published evaluation."""
 
     task: str
+    """The task that it is for."""
     sampling: dict[str, Any]
+    """`cfg`, `temperature`, `top_k` and `top_p`."""
     samples: int = 1
+    """Results per manifest row."""
     others: Mapping[str, int] = MappingProxyType({})
+    """Values of other options."""
 
 
 PRESETS = {

@@ -16,5 +16,13 @@ def duration(seconds: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A count with its noun: `1 row`, `2,212 rows`."""
+    """A count with its noun.
+
+    Args:
+        count: The count.
+        noun: In the singular; its plural must end in `s`.
+
+    Returns:
+        Such as `1 row` or `2,212 rows`.
+    """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -40,7 +40,18 @@ _SIDES = ("left", "right", "top", "bottom")
 
 
 def sample(generator: np.random.Generator, size: Size, task: str, kind: str, language: str) -> Example:
-    """A random row of one kind. Whether it is held out is up to the caller to ask."""
+    """Draws a random row of one kind, which may be a held-out combination or not.
+
+    Args:
+        generator: Of random numbers.
+        size: Of the picture, in pixels.
+        task: `generate`, `edit` or `understand`.
+        kind: One of the kinds of the task.
+        language: `en` or `zh`.
+
+    Returns:
+        The row.
+    """
     return _SAMPLERS[task](generator, size, kind, language)
 
 
@@ -53,12 +64,23 @@ def examples(
     first: int = 0,
     hard: bool = False,
 ) -> Iterator[Example]:
-    """Rows of all tasks, kinds, languages and sizes in turn; row n depends on the arguments and n alone. It
-    begins with row `first`.
+    """Draws rows of all tasks, kinds, languages and sizes in turn.
 
-    held: whether the combinations (of an edit, that of its result) are the held-out ones or the others.
-    In training both sides of an edit are of the others. hard: whether the kinds in HARD come three times as
-    often as others, edits twice of these times of one object of two.
+    Row n depends on n and the arguments alone.
+
+    Args:
+        rows: Number after the last row.
+        seed: Of the random numbers.
+        sizes: Of the pictures, in pixels.
+        held: Draw only held-out combinations (of an edit, its result), or only the others. In training both
+            the source and the result of an edit are of the others.
+        tasks: The tasks of the rows.
+        first: Number of the first row.
+        hard: Draw the kinds in HARD three times as often as others; two of three such edits are of one object
+            of two.
+
+    Yields:
+        The rows, in order.
     """
     cells = [
         (task, kind, more)
@@ -96,8 +118,17 @@ def _a(words: str) -> str:
 def caption(
     scene: Scene, language: str, named: tuple[str, ...] = ("background",), turned: bool = False
 ) -> str:
-    """What a scene shows. named: of `size` (of a single object) and `background`, what is said of them.
-    turned: the background first in English, last in Chinese."""
+    """Describes a scene in words.
+
+    Args:
+        scene: The scene.
+        language: `en` or `zh`.
+        named: What is told beyond the objects: `size` (of a single object), `background`.
+        turned: Put the background first in English, last in Chinese.
+
+    Returns:
+        The caption.
+    """
     names = [_name(thing, language) for thing in scene.things]
     if "size" in named:
         size = scene.things[0].size

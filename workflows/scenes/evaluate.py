@@ -40,14 +40,18 @@ KEPT_DIFFERENCE = 8.0
 
 @dataclass(frozen=True)
 class Seen:
-    """An object found in a picture. shape and colour are empty if they are none of the world's; row and
-    column are of its centre, side is the longer one of its box, in pixels."""
+    """An object found in a picture."""
 
     shape: str
+    """Its shape; empty if the world has no such shape."""
     colour: str
+    """Its colour; empty if the world has no such colour."""
     row: float
+    """Of its centre, in pixels."""
     column: float
+    """Of its centre, in pixels."""
     side: float
+    """The longer side of its box, in pixels."""
 
 
 def look(picture: np.ndarray) -> tuple[str, list[Seen]]:
@@ -105,7 +109,16 @@ def _shape(region: Any) -> str:
 
 
 def score_picture(picture: np.ndarray, scene: Scene, named: Iterable[str]) -> dict[str, bool]:
-    """What of a scene a picture shows. named: `background` and `size`, where the prompt told them."""
+    """Scores what of a scene a picture shows.
+
+    Args:
+        picture: uint8 [H, W, 3].
+        scene: What the prompt asked for.
+        named: What the prompt told beyond the objects: `background`, `size`.
+
+    Returns:
+        Name of the score -> whether it is right.
+    """
     ground, seen = look(picture)
     wanted = sorted((thing.shape, thing.colour) for thing in scene.things)
     shown = sorted((one.shape, one.colour) for one in seen)
@@ -137,10 +150,16 @@ def _related(seen: list[Seen], scene: Scene) -> bool:
 
 
 def score_edit(picture: np.ndarray, scene: Scene, source: Scene) -> dict[str, bool]:
-    """Whether an edit did what was asked and kept the rest.
+    """Scores whether an edit did what was asked and kept the rest.
 
-    done: exactly the objects of `scene` are there, each at its place, on its background. kept: where
-    neither asks for a change, the picture is that of `source`, to KEPT_DIFFERENCE.
+    Args:
+        picture: uint8 [H, W, 3].
+        scene: What the picture should show.
+        source: What the source picture shows.
+
+    Returns:
+        `done`: exactly the objects of `scene` are found, each in its place, on its background. `kept`: where
+        both scenes are alike, the picture differs from the drawn source by at most KEPT_DIFFERENCE.
     """
     from scipy.ndimage import binary_dilation
 
@@ -169,7 +188,15 @@ def _centre(thing: Thing) -> tuple[float, float]:
 
 
 def same_answer(given: str, wanted: str) -> bool:
-    """Equality but for case, spaces and punctuation."""
+    """Whether two answers are equal, ignoring case, spaces and punctuation.
+
+    Args:
+        given: The answer.
+        wanted: The right answer.
+
+    Returns:
+        True if they are equal.
+    """
     return _plain(given) == _plain(wanted)
 
 
@@ -179,7 +206,14 @@ def _plain(text: str) -> str:
 
 
 def score(row: Mapping[str, Any]) -> dict[str, bool]:
-    """Scores of one row of an output; `right` is all of them. Raises InputError for a row without a scene."""
+    """Scores one row of an output.
+
+    Returns:
+        Name of the score -> whether it is right; `right` is all of them.
+
+    Raises:
+        InputError: The row has no scene.
+    """
     for name in ("scene", "kind"):
         if not row.get(name):
             raise InputError(
@@ -200,14 +234,20 @@ def score(row: Mapping[str, Any]) -> dict[str, bool]:
 
 @dataclass
 class Line:
-    """Scores of one cell of the table: how many rows, and of each score how many of how many."""
+    """Scores of one cell of the table."""
 
     task: str
+    """`generate`, `edit` or `understand`."""
     kind: str
+    """Kind of the rows."""
     language: str
+    """Language of the prompts."""
     size: str
+    """Size of the pictures."""
     rows: int
+    """How many rows."""
     right: dict[str, tuple[int, int]]
+    """Name of the score -> rows that are right, and rows that have this score."""
 
 
 def tabulate(rows: Iterable[Mapping[str, Any]]) -> list[Line]:
@@ -245,10 +285,15 @@ def tabulate(rows: Iterable[Mapping[str, Any]]) -> list[Line]:
 
 
 def evaluate(output: str) -> list[Line]:
-    """Scores the output of a run on the drawn scenes and writes the table to `evaluation.json` there, from
-    where the report takes it.
+    """Scores the output of a run on drawn scenes, and writes the table to its `evaluation.json`.
 
-    Raises InputError if there are no results, or they are of other rows.
+    The report reads the table from there.
+
+    Returns:
+        The lines of the table.
+
+    Raises:
+        InputError: There are no results, or they are not of drawn scenes.
     """
     done = sorted(list_done(output))
     if not done:
@@ -301,4 +346,5 @@ def to_text(table: list[Line]) -> str:
 
 
 def to_json(table: list[Line]) -> str:
+    """The table as JSON text."""
     return json.dumps({"format": 1, "lines": [asdict(line) for line in table]}, indent=1)

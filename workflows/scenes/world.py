@@ -46,32 +46,46 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 
 @dataclass(frozen=True)
 class Thing:
-    """An object. row, column: of its cell's upper left corner, in image tokens."""
+    """An object."""
 
     shape: str
+    """A key of SHAPES."""
     colour: str
+    """A key of COLOURS."""
     size: str
+    """A key of SPANS."""
     row: int
+    """Of the upper left corner of its cell, in image tokens."""
     column: int
+    """Of the upper left corner of its cell, in image tokens."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture to be drawn; height and width in pixels. relation: of the first of two objects to the other,
-    empty for one or three objects."""
+    """A picture to draw."""
 
     height: int
+    """In pixels."""
     width: int
+    """In pixels."""
     background: str
+    """A key of BACKGROUNDS."""
     things: tuple[Thing, ...]
+    """One to three objects."""
     relation: str = ""
+    """Where the first of two objects is, seen from the second; empty for one or three objects."""
 
     def to_json(self) -> str:
+        """The scene as JSON text."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Scene":
-        """Raises InputError for a text that `to_json` did not write."""
+        """The inverse of `to_json`.
+
+        Raises:
+            InputError: The text is no scene.
+        """
         try:
             values = json.loads(text)
             return cls(**{**values, "things": tuple(Thing(**thing) for thing in values["things"])})
@@ -83,21 +97,27 @@ class Scene:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of the data set.
-
-    prompt: caption, instruction or question; scene: of the picture to make, or that is asked about;
-    source: of the picture to edit; answer: to a question. named: what the prompt says of the scene
-    beyond its objects (`size`, `background`), which is all that a picture can be held to.
-    """
+    """One row of the data set."""
 
     task: str
+    """`generate`, `edit` or `understand`."""
     kind: str
+    """Kind of the prompt."""
     language: str
+    """`en` or `zh`."""
     prompt: str
+    """Caption, instruction or question."""
     scene: Scene
+    """Of the picture to make, or that the question is about."""
     source: Scene | None = None
+    """Of the picture to edit."""
     answer: str = ""
+    """To the question."""
     named: tuple[str, ...] = ()
+    """What the prompt tells of the scene beyond its objects: `size`, `background`.
+
+    A picture is scored on nothing else.
+    """
 
 
 def held_out(scene: Scene) -> bool:
@@ -143,17 +163,42 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def choice(generator: np.random.Generator, items: Any) -> Any:
+    """One of the items at random.
+
+    Args:
+        generator: Of random numbers.
+        items: The items, all equally likely.
+
+    Returns:
+        The item.
+    """
     return list(items)[int(generator.integers(len(items)))]
 
 
 def random_looks(generator: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    """Shape and colour of objects, no two of one colour."""
+    """Draws the shapes and colours of objects, each of another colour.
+
+    Args:
+        generator: Of random numbers.
+        count: How many objects.
+
+    Returns:
+        Shape and colour of each.
+    """
     colours = generator.permutation(list(COLOURS))[:count]
     return [(choice(generator, SHAPES), str(colour)) for colour in colours]
 
 
 def anchors(cells: int, span: int) -> list[int]:
-    """Start, middle and end of a line of cells, for an object of so many."""
+    """The places of an object on a line: at its start, in the middle and at its end.
+
+    Args:
+        cells: Length of the line, in image tokens.
+        span: Length of the object, in image tokens.
+
+    Returns:
+        The first cell of the object for each place, in order, each once.
+    """
     return sorted({0, (cells - span) // 2, cells - span})
 
 
@@ -163,6 +208,16 @@ def free_room(size: Size) -> int:
 
 
 def random_scene(generator: np.random.Generator, size: Size, count: int) -> Scene:
+    """Draws a scene.
+
+    Args:
+        generator: Of random numbers.
+        size: Of the picture, in pixels.
+        count: How many objects, 1 to 3.
+
+    Returns:
+        The scene; two objects have a relation.
+    """
     rows, columns = size.grid
     looks = random_looks(generator, count)
     background = choice(generator, BACKGROUNDS)

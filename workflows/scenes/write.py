@@ -22,7 +22,12 @@ from wallaroo.workflows.scenes.world import KINDS, Example, png
 def to_values(example: Example, identity: str) -> dict[str, Any]:
     """A row of the data set's Parquet files, which are manifests of their tasks.
 
-    picture: what is to be made; image: what is edited or asked about.
+    Args:
+        example: The row.
+        identity: Its id.
+
+    Returns:
+        Name of the column -> value. `picture` is the picture to make; `image` the one to edit or ask about.
     """
     values: dict[str, Any] = {"id": identity, "task": example.task, "prompt": example.prompt}
     values |= {"language": example.language, "kind": example.kind}
@@ -62,13 +67,25 @@ def write(
     hard: bool = False,
     overwrite: bool = False,
 ) -> list[str]:
-    """Writes the data set into a folder: for each task `train/TASK.parquet` with `rows` rows, and
-    `held-out/TASK.parquet` with `held_out_rows`, combinations that the former lack; gives their paths.
+    """Writes the data set: for each task `train/TASK.parquet` and `held-out/TASK.parquet`.
 
-    Each file is a manifest of its task. lines: also `train/TASK.jsonl`, which
-    `python -m wallaroo.model.training` reads. hard: whether the rows to train on are mostly of the kinds in
-    HARD; those held out are the same either way. overwrite: whether the folder may hold
-    files already. Raises InputError for a number below one, and for a folder that may not.
+    Each file is a manifest of its task. The held-out rows are of combinations that no training row has.
+
+    Args:
+        output: The folder, local or `s3://`.
+        rows: How many training rows per task.
+        held_out_rows: How many held-out rows per task.
+        seed: Of the random numbers.
+        sizes: Of the pictures, in pixels.
+        lines: Also write `train/TASK.jsonl`, which `python -m wallaroo.model.training` reads.
+        hard: Draw most training rows from the kinds in HARD; held-out rows stay the same.
+        overwrite: Write into a folder that has files already.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        InputError: A number of rows is below 1, or, without `overwrite`, the folder has files.
     """
     if rows < 1 or held_out_rows < 1:
         raise InputError(

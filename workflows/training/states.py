@@ -33,27 +33,38 @@ class S3States:
         self.folder = folder
 
     def system(self) -> FileSystemBase:
+        """The file system for torch.distributed.checkpoint."""
         return _S3System()
 
     def read(self, path: str) -> bytes | None:
+        """The bytes of a file; None if there is none."""
         try:
             return storage.read_bytes(path)
         except FileNotFoundError:
             return None
 
     def write(self, path: str, data: bytes) -> None:
+        """Writes a file atomically.
+
+        Args:
+            path: Of the file.
+            data: Its bytes.
+        """
         storage.write_atomic(path, data)
 
     def whole(self) -> list[str]:
+        """Names of the folders that hold a file WHOLE."""
         return [name for name, _, file in self._files() if file == WHOLE]
 
     def folders(self) -> list[str]:
+        """Names of all folders."""
         return sorted({name for name, _, _ in self._files()})
 
     def _files(self) -> list[tuple[str, str, str]]:
         return [file.relative.partition("/") for file in storage.list_files(self.folder)]
 
     def remove(self, path: str) -> None:
+        """Removes a folder with its files, WHOLE first, so that no half of it counts as a state."""
         storage.delete(storage.join(path, WHOLE))
         for file in storage.list_files(path):
             storage.delete(file.path)

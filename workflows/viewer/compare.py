@@ -32,10 +32,12 @@ _OF_EACH = (
 
 @dataclass(frozen=True)
 class Side:
-    """The row of one output in a pair; `output` is the number of the output."""
+    """The row of one output in a pair."""
 
     output: int
+    """Number of the output."""
     row: dict[str, Any]
+    """Its columns."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,21 @@ class Pair:
     """Rows of all outputs with one id, version and sample."""
 
     id: str
+    """Id of the rows."""
     version: int
+    """Version of the rows."""
     sample: int
+    """Number of the sample."""
     prompt: str
-    """Of the row in the first output; `language` likewise."""
+    """Prompt of the row in the first output."""
     language: str
+    """Language of the row in the first output."""
     differs: bool
     """Whether status or result differ."""
     place: Place
-    """Of the row in the first output."""
+    """Place of the row in the first output."""
     sides: list[Side]
-    """One an output."""
+    """The row of each output."""
 
 
 class Comparison:
@@ -152,7 +158,14 @@ class Comparison:
         return Page([self._pair(row) for row in rows], first, last)
 
     def counts(self, search: str) -> dict[str, int]:
-        """Returns the number of `pairs` and how many are `differing`. Raises QueryError."""
+        """Counts the pairs that a search finds.
+
+        Returns:
+            Number of `pairs`, and how many of them are `differing`.
+
+        Raises:
+            QueryError: The search is invalid.
+        """
         if not self.ready:
             return {"pairs": 0, "differing": 0}
         where = self._where(search, "all")

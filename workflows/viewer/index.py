@@ -157,7 +157,12 @@ class Index:
         return found[0] if found else 0
 
     def remove(self, number: int, shards: Iterable[int]) -> None:
-        """Removes shards from the index of an output."""
+        """Removes shards from the index of an output.
+
+        Args:
+            number: Of the output.
+            shards: Numbers of the shards.
+        """
         wanted = [[shard] for shard in shards]
         if not wanted:
             return
@@ -295,7 +300,11 @@ class Index:
 
 
 def check_expression(text: str) -> None:
-    """Raises QueryError unless the text is exactly one SQL expression. Does not check its columns."""
+    """Checks that a text is exactly one SQL expression, but not its columns.
+
+    Raises:
+        QueryError: It is not.
+    """
     try:
         duckdb.SQLExpression(text)
     except duckdb.Error as error:

@@ -47,14 +47,18 @@ class Page:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of an index: shards of the output, how many of them are indexed, and rows in the index."""
+    """Progress of an index."""
 
     shards: int
+    """Shards of the output."""
     indexed: int
+    """Shards in the index."""
     rows: int
+    """Rows in the index."""
 
     @property
     def complete(self) -> bool:
+        """Whether all shards are in the index."""
         return self.indexed >= self.shards
 
 
@@ -93,10 +97,12 @@ class Output:
 
     @property
     def status(self) -> Status:
+        """The state of the output when it was last looked at."""
         return self._status
 
     @property
     def running(self) -> bool:
+        """Whether a run was active then."""
         return self._status.state == "running"
 
     def refresh(self) -> None:
@@ -176,7 +182,11 @@ class Output:
     # Rows
 
     def shard(self, number: int) -> Shard:
-        """Returns a shard by its number. Raises InputError if it does not exist."""
+        """Returns a shard by its number.
+
+        Raises:
+            InputError: There is no such shard.
+        """
         for shard in self.shards:
             if shard.number == number:
                 return shard
@@ -290,6 +300,7 @@ class Keeper:
         self.trouble = ""
 
     def start(self) -> None:
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:

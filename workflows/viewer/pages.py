@@ -64,7 +64,16 @@ def _digest(name: str) -> str:
 
 
 def page_response(template: str, status: int = 200, **values: Any) -> Response:
-    """Renders a template as an uncached HTML response."""
+    """Renders a template as an uncached HTML response.
+
+    Args:
+        template: Name of the template.
+        status: HTTP status.
+        **values: Values for the template.
+
+    Returns:
+        The response.
+    """
     html = templates().get_template(template).render(**values)
     return Response(
         html, status, media_type="text/html; charset=utf-8", headers={"Cache-Control": "no-store"}
@@ -72,7 +81,16 @@ def page_response(template: str, status: int = 200, **values: Any) -> Response:
 
 
 def common(viewer: Viewer, request: Request, output: Output | None = None) -> dict[str, Any]:
-    """Returns the values that every page needs."""
+    """Collects the values that every page needs.
+
+    Args:
+        viewer: State of the viewer.
+        request: The HTTP request.
+        output: The output that the page is about, if it is about one.
+
+    Returns:
+        Name -> value, for the template.
+    """
     values: dict[str, Any] = {"outputs": viewer.outputs, "output": output, "comparing": viewer.comparison}
     values["trouble"] = viewer.keeper.trouble
     if output is not None:
@@ -101,7 +119,16 @@ def _mark(row: Mapping[str, Any]) -> str:
 
 
 def grid(viewer: Viewer, output: Output, request: Request) -> Response:
-    """Renders the grid: tiles of one page, search, filter and facets."""
+    """Renders the grid: tiles of one page, search, filter and facets.
+
+    Args:
+        viewer: State of the viewer.
+        output: The output to show.
+        request: The HTTP request; its parameters hold query, page and tile size.
+
+    Returns:
+        The page.
+    """
     tile = request.query_params.get("tile", "m")
     tile = tile if tile in TILES else "m"
     count, pixels = TILES[tile]
@@ -218,7 +245,20 @@ def _picture_link(number: int, row: Mapping[str, Any], one: bool = False) -> str
 
 
 def one_row(viewer: Viewer, output: Output, request: Request) -> Response:
-    """Renders one row at full size, with its columns, its command and its history."""
+    """Renders one row at full size, with its columns, its command and its history.
+
+    Args:
+        viewer: State of the viewer.
+        output: The output of the row.
+        request: The HTTP request; its path holds shard and position.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: There is no such row.
+        QueryError: The query in the address is invalid.
+    """
     query = Query.from_parameters(request.query_params.multi_items())
     kept = request.query_params.get("tile", "")
     kept = kept if kept in TILES else ""
@@ -273,7 +313,18 @@ def _text(value: Any) -> str:
 
 
 def comparison(viewer: Viewer, request: Request) -> Response:
-    """Renders the comparison: pairs side by side, votes and their summary."""
+    """Renders the comparison: pairs side by side, votes and their summary.
+
+    Args:
+        viewer: State of the viewer.
+        request: The HTTP request; its parameters hold search and page.
+
+    Returns:
+        The page.
+
+    Raises:
+        HTTPException: The viewer shows one output only (404).
+    """
     compared = viewer.comparison
     if compared is None or viewer.votes is None:
         raise HTTPException(404, "A comparison needs two outputs: wallaroo view OUTPUT OUTPUT2.")

@@ -43,7 +43,18 @@ class Place:
 
     @classmethod
     def parse(cls, text: str, backwards: bool = False) -> "Place":
-        """Parses `SHARD.POSITION`. Raises QueryError."""
+        """Parses `SHARD.POSITION`.
+
+        Args:
+            text: The text.
+            backwards: Whether the page ends at this place.
+
+        Returns:
+            The place.
+
+        Raises:
+            QueryError: The text is not of this form.
+        """
         match = re.fullmatch(r"(\d{1,15})\.(\d{1,9})", text)
         if not match:
             raise QueryError(
@@ -74,7 +85,11 @@ class Query:
 
     @classmethod
     def from_parameters(cls, pairs: Iterable[tuple[str, str]]) -> "Query":
-        """Reads the parameters of an address. Raises QueryError if one is invalid."""
+        """Reads the parameters of an address.
+
+        Raises:
+            QueryError: One is invalid.
+        """
         values: dict[str, str] = {}
         facets: dict[str, list[str]] = {}
         for name, value in pairs:
@@ -112,7 +127,15 @@ class Query:
         return self == Query()
 
     def toggled(self, facet: str, value: str) -> "Query":
-        """Returns this query with one value of a facet added, or removed if it was chosen."""
+        """Returns this query with one value of a facet added, or removed if it was chosen.
+
+        Args:
+            facet: Name of the facet.
+            value: The value.
+
+        Returns:
+            The new query.
+        """
         chosen = self.facets.get(facet, ())
         now = tuple(one for one in chosen if one != value) if value in chosen else (*chosen, value)
         facets = {**self.facets, facet: now}
@@ -121,10 +144,12 @@ class Query:
 
 @dataclass
 class Clause:
-    """An SQL expression and the values of its question marks."""
+    """An SQL expression and its parameters."""
 
     sql: str
+    """The expression."""
     values: list[Any] = field(default_factory=list)
+    """The values of its question marks, in order."""
 
     @classmethod
     def all_of(cls, clauses: Iterable["Clause"]) -> "Clause":
@@ -135,7 +160,15 @@ class Clause:
 
 
 def search_clause(text: str, columns: tuple[str, str] = ("prompt", "text")) -> Clause:
-    """Returns the clause of a search in two columns, without regard to case and accents."""
+    """Returns the clause of a search in two columns, without regard to case and accents.
+
+    Args:
+        text: Words and quoted phrases; those with a leading minus must not occur.
+        columns: SQL of the two columns.
+
+    Returns:
+        The clause.
+    """
     terms = re.findall(r'(-?)(?:"([^"]*)"|(\S+))', text)
     haystack = f"strip_accents(lower(concat_ws(chr(10), {columns[0]}, {columns[1]})))"
     clauses = []
@@ -155,6 +188,7 @@ class Rows:
 
     @property
     def table(self) -> str:
+        """Name of the table in the index."""
         return f"o{self.number}.rows"
 
     @property
@@ -163,7 +197,11 @@ class Rows:
         return list(self.index.kinds[self.number])
 
     def column(self, name: str) -> str:
-        """Returns a column or SIZE as SQL. Raises QueryError if there is no such column."""
+        """Returns a column or SIZE as SQL.
+
+        Raises:
+            QueryError: There is no such column.
+        """
         if name == SIZE:
             return "CASE WHEN width > 0 THEN width || '×' || height END"
         if name not in self.index.kinds[self.number]:
@@ -192,7 +230,18 @@ class Rows:
         return Clause.all_of(clauses)
 
     def chosen(self, query: Query, but: str = "") -> Clause:
-        """Returns the clause of all facets except `but`."""
+        """Returns the clause of the chosen facets.
+
+        Args:
+            query: The query.
+            but: Name of a facet to leave out, if any.
+
+        Returns:
+            The clause.
+
+        Raises:
+            QueryError: There is no such facet.
+        """
         clauses = []
         for name, values in query.facets.items():
             if name != but:
@@ -222,7 +271,18 @@ class Rows:
         )
 
     def count(self, query: Query, place: Place | None = None) -> int:
-        """Counts the rows of a query; with a place, only those before it. Raises QueryError."""
+        """Counts the rows of a query.
+
+        Args:
+            query: The query.
+            place: Count only the rows before this place.
+
+        Returns:
+            The number of rows.
+
+        Raises:
+            QueryError: The query is invalid.
+        """
         where = Clause.all_of([self.base(query), self.chosen(query)])
         before = Clause("true")
         source = self.table

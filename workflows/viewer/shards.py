@@ -108,16 +108,28 @@ class Reader:
         self._one_large = threading.Lock()
 
     def schema(self, shard: Shard) -> pa.Schema:
-        """Returns the schema of a shard. Raises Unreadable."""
+        """Returns the schema of a shard.
+
+        Raises:
+            Unreadable: The file cannot be read.
+        """
         return self._fragment(shard).physical_schema
 
     def group_rows(self, shard: Shard) -> list[int]:
-        """Returns the number of rows of each row group. Raises Unreadable."""
+        """Returns the number of rows of each row group.
+
+        Raises:
+            Unreadable: The file cannot be read.
+        """
         metadata = self._fragment(shard).metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def small(self, shard: Shard) -> pa.Table:
-        """Returns all rows of a shard with the columns that `is_indexed`. Raises Unreadable."""
+        """Returns all rows of a shard with the columns that `is_indexed`.
+
+        Raises:
+            Unreadable: The file cannot be read.
+        """
         fragment = self._fragment(shard)
         names = [field.name for field in fragment.physical_schema if is_indexed(field)]
         return self._table(shard, fragment, names)

@@ -59,7 +59,15 @@ class Viewer:
         self.index.close()
 
     def remembered(self, key: Any, action: Callable[[], Any]) -> Any:
-        """Returns the cached result of `action` for a key, which must hold the version of the index."""
+        """Returns the cached result of an action.
+
+        Args:
+            key: Names the action and its arguments; must hold the version of the index.
+            action: Called if the cache has no result.
+
+        Returns:
+            The result.
+        """
         with self._guard:
             if key in self._counts:
                 return self._counts[key]

@@ -44,8 +44,11 @@ class Key(NamedTuple):
     """The rows that a vote is about."""
 
     id: str
+    """Their id."""
     version: int
+    """Their version."""
     sample: int
+    """Number of the sample."""
 
 
 class Share(NamedTuple):
@@ -64,12 +67,16 @@ class Share(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Votes between outputs: all of them, ties, "all bad", and one Share an output."""
+    """Counts of the votes between outputs."""
 
     votes: int
+    """All votes."""
     ties: int
+    """Votes for no output, since all are equally good."""
     bad: int
+    """Votes for no output, since all are bad."""
     shares: list[Share]
+    """One per output."""
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -93,7 +100,8 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 def default_path(output: str) -> str:
     """Returns the default file of votes, `NAME.votes.parquet` beside the folder of an output.
 
-    Raises InputError for a whole bucket.
+    Raises:
+        InputError: The output is a whole bucket.
     """
     folder = output.rstrip("/")
     if storage.is_s3(folder) and "/" not in folder.removeprefix("s3://"):
