@@ -38,12 +38,30 @@ class Visible:
 
     @classmethod
     def decode(cls, lengths: Tensor, longest: int) -> "Visible":
-        """One new token a row, whose cache holds `lengths` keys, int64 `(rows,)`, that token's included."""
+        """What one new token per row sees.
+
+        Args:
+            lengths: Keys of each row, the new token's included; int64 `(rows,)`.
+            longest: A bound on all lengths.
+
+        Returns:
+            Runs of one token, run i in row i.
+        """
         return cls(None, lengths.unsqueeze(1), None, longest)
 
     @classmethod
     def prefill(cls, rows: list[int], starts: list[int], tokens: int, device: torch.device) -> "Visible":
-        """Runs of `tokens` tokens that begin at position `starts` of the cache rows `rows`; causal."""
+        """What runs of consecutive tokens see: the tokens before them and themselves, causally.
+
+        Args:
+            rows: The cache row of each run.
+            starts: Position of the first token of each run.
+            tokens: Length of every run.
+            device: Of the cache.
+
+        Returns:
+            The runs, in this order.
+        """
         limits = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(1, tokens + 1, device=device)
         stops = [start + tokens for start in starts]
         return cls(torch.tensor(rows, device=device), limits, stops, max(stops))

@@ -45,10 +45,12 @@ REPEATS = 16
 
 @dataclass(frozen=True)
 class Timed:
-    """Median seconds of several rounds, and of the spread between them."""
+    """Seconds of several rounds."""
 
     median: float
+    """Of the median round."""
     best: float
+    """Of the fastest round."""
 
 
 def synchronise(device: torch.device) -> None:
@@ -66,7 +68,14 @@ def interleaved(
 ) -> dict[str, Timed]:
     """Times every subject once a round, in turn, after one unmeasured round.
 
-    what: of which the rounds are told on stderr; empty for none.
+    Args:
+        device: The device that the subjects use.
+        rounds: How many rounds are measured.
+        what: Printed on stderr with the number of each round; nothing is printed if empty.
+        **subjects: Name -> what is timed.
+
+    Returns:
+        Name -> times.
     """
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     begin = time.perf_counter()
@@ -88,9 +97,19 @@ def interleaved(
 def decode_products(
     model: Wallaroo, task: str, rows: int, ready: Callable[[nn.Linear, int], nn.Module] | None = None
 ) -> Callable[[], None]:
-    """The matrix products of one decode step of `rows` guided rows and nothing else, each with its own
-    weights, so that they come from memory as they do in the step. ready: what a layer becomes, given how many
-    inputs it will have; by default it stays what it is."""
+    """Makes the matrix products of one decode step of guided rows, and nothing else.
+
+    Each has its own weights, so that they are read from memory as in the step.
+
+    Args:
+        model: The model.
+        task: Of the rows.
+        rows: How many rows; each is two sequences.
+        ready: Replaces a layer, given the number of its inputs; by default layers stay as they are.
+
+    Returns:
+        A function that computes the products.
+    """
     _, head = model.image_parts(task)
     products: list[tuple[nn.Module, Tensor]] = []
 
@@ -134,7 +153,17 @@ def copy_rate(device: torch.device) -> float:
 
 
 def occupancy(model: Wallaroo, sizes: Sequence[Size], rows: int = 200, slots: int = 16) -> float:
-    """Mean share of slots in use from the first step to the last refill, rows of mixed sizes."""
+    """Mean share of slots in use from the first step to the last refill, with rows of mixed sizes.
+
+    Args:
+        model: The model.
+        sizes: Sizes of the pictures, taken in turn.
+        rows: How many rows.
+        slots: Rows that decode at once.
+
+    Returns:
+        A share from 0 to 1.
+    """
     engine = Engine(model, "generate", EngineOptions(slots=slots, group_rows=slots, decode_vq=False))
     for request in text_requests(model.config, rows, sizes):
         engine.submit(request)
@@ -146,7 +175,15 @@ def occupancy(model: Wallaroo, sizes: Sequence[Size], rows: int = 200, slots: in
 
 
 def vq_decode(model: Wallaroo, size: Size) -> Callable[[], None]:
-    """The image tokenizer's part of one picture."""
+    """Makes the image tokenizer's part of one picture.
+
+    Args:
+        model: The model.
+        size: Of the picture, in pixels.
+
+    Returns:
+        A function that decodes the picture.
+    """
     assert model.vq is not None
     vq, tokens = model.vq, torch.zeros((1, *size.grid), dtype=torch.int64, device=model.device)
 
@@ -160,11 +197,19 @@ def vq_decode(model: Wallaroo, size: Size) -> Callable[[], None]:
 def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Sequence[int]) -> dict[str, Any]:
     """Everything this module measures, for pictures of the given sides.
 
-    decode_gemm_fraction is the time that the step's matrix products take by `F.linear`, over that of the
-    step: above 1 where the engine's own products are faster by more than all else takes.
-    decode_own_gemm_fraction is the share of the step that its own products take. floor_fraction is, by
-    phase, the least time over that taken: for all arithmetic at the rate of the faster of these products,
-    or if that takes longer, for reading weights, keys and values at the rate of a copy.
+    Args:
+        name: Of the model, a key of MODELS.
+        slots: Rows that decode at once.
+        rounds: How many rounds are measured.
+        device: The device.
+        sides: Sides of the square pictures, in pixels.
+
+    Returns:
+        Name -> number. decode_gemm_fraction is the time that the step's matrix products take by `F.linear`,
+        over that of the step: above 1 where the engine's own products are faster by more than all else takes.
+        decode_own_gemm_fraction is the share of the step that its own products take. floor_fraction is, by
+        phase, the least time over that taken: for all arithmetic at the rate of the faster of these products,
+        or if that takes longer, for reading weights, keys and values at the rate of a copy.
     """
     config = MODELS[name]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -276,9 +321,19 @@ def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Seque
 def edit_prefix_speedup(
     config: ModelConfig, slots: int, rounds: int, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Time without prefix sharing over time with it, for edits at 256x256 with sources of their own.
+    """Time without prefix sharing over time with it, for edits at 256x256, each with another source.
 
     The image tokenizer has few channels: it encodes the sources on both sides, and its time is not meant.
+
+    Args:
+        config: Of the model.
+        slots: Rows that decode at once.
+        rounds: How many rounds are measured.
+        device: The device.
+        dtype: Of the weights.
+
+    Returns:
+        A ratio; above 1 if sharing is faster.
     """
     config = replace(config, vq=replace(config.vq, channels=32))
     model = random_model(config, ("edit",), device, dtype)
@@ -298,11 +353,19 @@ def edit_prefix_speedup(
 def decode_steps(
     name: str, slots: int, steps: int, device: torch.device, side: int, graphs: bool = False
 ) -> None:
-    """Prints a JSON line for each of several cache lengths: seconds of a decode step, of its matrix
-    products alone, and the pictures/s that follow if all steps were like it.
+    """Prints a JSON line for each of several cache lengths.
 
-    All rows have one prompt, as long as the cache shall be, so that no picture has to be drawn up to there.
-    graphs: whether steps are recorded and replayed.
+    A line has the seconds of a decode step, those of its matrix products alone, and the pictures/s if all
+    steps were alike. All rows have one prompt as long as the cache shall be, so no picture is drawn up to
+    there.
+
+    Args:
+        name: Of the model, a key of MODELS.
+        slots: Rows that decode at once.
+        steps: How many steps are measured.
+        device: The device.
+        side: Side of the square pictures, in pixels.
+        graphs: Whether steps are recorded and replayed.
     """
     config, size = MODELS[name], Size(side, side)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

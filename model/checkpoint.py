@@ -258,7 +258,15 @@ def empty_model(
 
 
 def disk_parts(name: str, config: ModelConfig) -> dict[str, int | None]:
-    """Name on disk -> rows of each part of one of the model's parameters; None if it is the whole one."""
+    """Where one of the model's parameters is stored.
+
+    Args:
+        name: Of the parameter.
+        config: Of the model.
+
+    Returns:
+        Name on disk -> its rows of the parameter; None if it is the whole parameter.
+    """
     decoder = config.decoder
     query, kv = decoder.hidden_size, decoder.num_key_value_heads * decoder.head_dim
     fused: dict[str, dict[str, int | None]] = {

@@ -53,10 +53,12 @@ SIZES_512 = {
 
 
 class Size(NamedTuple):
-    """Height and width of a picture, in pixels."""
+    """Size of a picture."""
 
     height: int
+    """In pixels."""
     width: int
+    """In pixels."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -72,17 +74,27 @@ class DecoderConfig:
     """The text decoder: Qwen2.5-VL's language model (arXiv 2502.13923, table 1)."""
 
     vocab_size: int = 152064
+    """Rows of the token table."""
     hidden_size: int = 3584
+    """Numbers of a hidden state (H)."""
     intermediate_size: int = 18944
+    """Numbers between the projections of an MLP."""
     num_hidden_layers: int = 28
+    """Layers."""
     num_attention_heads: int = 28
+    """Query heads of a layer."""
     num_key_value_heads: int = 4
+    """Key heads of a layer; query heads share them in equal groups."""
     rms_norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
     rope_theta: float = 1e6
+    """Base of the rotary frequencies."""
     mrope_section: tuple[int, int, int] = (16, 24, 24)
+    """Rotary pairs of the time, height and width axes; they sum to half of `head_dim`."""
 
     @property
     def head_dim(self) -> int:
+        """Numbers of a head."""
         return self.hidden_size // self.num_attention_heads
 
 
@@ -91,18 +103,31 @@ class VisionConfig:
     """The vision tower, under the names of transformers' `Qwen2_5_VLVisionConfig`."""
 
     depth: int = 32
+    """Layers."""
     hidden_size: int = 1280
+    """Numbers of a hidden state."""
     hidden_act: str = "silu"
+    """Activation of an MLP."""
     intermediate_size: int = 3420
+    """Numbers between the projections of an MLP."""
     num_heads: int = 16
+    """Heads of a layer."""
     in_channels: int = 3
+    """Channels of a picture."""
     patch_size: int = 14
+    """Side of a patch, in pixels."""
     spatial_merge_size: int = 2
+    """Side of the square of patches that become one token."""
     temporal_patch_size: int = 2
+    """Frames of a patch; a picture is repeated."""
     tokens_per_second: int = 2
+    """Positions per second of a video; pictures do not use it."""
     window_size: int = 112
+    """Side of an attention window, in pixels."""
     out_hidden_size: int = 3584
+    """Numbers of an output token: the decoder's `hidden_size`."""
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    """Layers that attend to the whole picture; the others attend within windows."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +135,19 @@ class VQConfig:
     """The image tokenizer: LlamaGen's VQ-16 (arXiv 2406.06525)."""
 
     channels: int = 128
+    """Channels of the first level."""
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels of each level over those of the first; each further level halves height and width."""
     residual_blocks: int = 2
+    """Residual blocks of a level of the encoder."""
     norm_groups: int = 32
+    """Groups of a group norm."""
     z_channels: int = 256
+    """Channels of the latent picture."""
     codebook_size: int = 16384
+    """Entries of the codebook."""
     codebook_dim: int = 8
+    """Numbers of an entry."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +155,13 @@ class ModelConfig:
     """What `config.json` holds."""
 
     decoder: DecoderConfig = DecoderConfig()
+    """The text decoder."""
     vision: VisionConfig = VisionConfig()
+    """The vision tower."""
     vq: VQConfig = VQConfig()
+    """The image tokenizer."""
     name: str = "wallaroo"
+    """Of the checkpoint, for messages."""
     layout: str = "eval"
     """`eval` or `train`: where size indicators and assistant header stand in a prompt."""
     indicators: str = "added"
@@ -142,7 +178,7 @@ class ModelConfig:
     edit_pixels: tuple[int, int] = (12544, 188160)
     """Least and most pixels of the source of an edit, as the vision tower sees it."""
     understand_pixels: tuple[int, int] = (12544, 188160)
-    """The same for `understand`."""
+    """Least and most pixels of the picture that a question is about."""
     trained_tokens: dict[str, int] = dataclasses.field(
         default_factory=lambda: {"generate": 1632, "edit": 2624, "understand": 1504}
     )
@@ -235,7 +271,15 @@ class ModelConfig:
         return [Size(*size) for size in self.sizes.values()]
 
     def bucket(self, height: int, width: int) -> Size:
-        """The size whose ratio key is nearest to height/width; the first one on a tie."""
+        """The size whose ratio key is nearest to height/width; the first one on a tie.
+
+        Args:
+            height: Of a picture, in pixels.
+            width: Of a picture, in pixels.
+
+        Returns:
+            One of `sizes`.
+        """
         ratio = height / width
         key = min(self.sizes, key=lambda key: abs(float(key) - ratio))
         return Size(*self.sizes[key])
@@ -263,7 +307,11 @@ class ModelConfig:
         return dataclasses.replace(self, understand_pixels=limits)
 
     def require_task(self, task: str) -> None:
-        """Raises InputError if the checkpoint cannot do a task, and says why."""
+        """Checks that the checkpoint can do a task.
+
+        Raises:
+            InputError: It cannot, or there is no such task.
+        """
         if task not in TASKS:
             raise InputError(f"There is no task '{task}'; the tasks are {', '.join(TASKS)}.")
         if task not in self.tasks:
@@ -275,12 +323,20 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Raises InputError for an unknown key, with the nearest known one."""
+        """Makes the configuration from the object in `config.json`.
+
+        Raises:
+            InputError: A key is unknown (the message has the nearest known one), or a value is wrong.
+        """
         return _build(cls, values, "config.json")
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
-        """Raises InputError if the file is absent, no JSON object, or holds an unknown key."""
+        """Reads `config.json`.
+
+        Raises:
+            InputError: The file is absent or no JSON object, a key is unknown, or a value is wrong.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -121,7 +121,16 @@ def flops_of(work: Callable[[], object]) -> int:
 
 
 def counted(model: Wallaroo, requests: Sequence[Request], options: EngineOptions) -> dict[str, float]:
-    """What serving `requests` took in work, whatever the clock says."""
+    """Counts the work of serving requests. No clock is used.
+
+    Args:
+        model: The model.
+        requests: Guided rows of `generate`.
+        options: Of the engine.
+
+    Returns:
+        Name -> number, such as forwards per image, and operators per decode step.
+    """
     engine = Engine(model, "generate", options)
     flops = flops_of(lambda: list(engine.run(requests)))
     counts = engine.counts

@@ -28,6 +28,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """The norm of x `(..., size)`."""
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         # torch's own goes over x four times there.
@@ -43,8 +44,10 @@ def _added(residual: Tensor, linear: nn.Module, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention, added to a residual; query, key and value projections are one matrix, in that
-    order."""
+    """Grouped-query attention, added to a residual.
+
+    Query, key and value projections are one matrix, in that order.
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -56,6 +59,19 @@ class Attention(nn.Module):
     def forward(
         self, residual: Tensor, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend
     ) -> Tensor:
+        """Attends, and adds the result to the residual.
+
+        Args:
+            residual: `(tokens, H)`.
+            x: The residual after its norm, `(tokens, H)`.
+            layer: Number of the layer.
+            cos: Cosines of the rotary angles, as `rotate` takes them.
+            sin: Sines of the same angles.
+            attend: Attends to the cache.
+
+        Returns:
+            The sum, `(tokens, H)`.
+        """
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         turned = self.heads + self.kv_heads
         qk = rotate(qkv[:, :turned], cos, sin)
@@ -72,6 +88,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Adds the MLP's output to the residual.
+
+        Args:
+            residual: `(tokens, H)`.
+            x: The residual after its norm, `(tokens, H)`.
+
+        Returns:
+            The sum, `(tokens, H)`.
+        """
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return _added(residual, self.down_proj, F.silu(gate) * up)
 
@@ -87,6 +112,18 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Runs the layer.
+
+        Args:
+            x: The residual, `(tokens, H)`.
+            layer: Number of the layer.
+            cos: Cosines of the rotary angles, as `rotate` takes them.
+            sin: Sines of the same angles.
+            attend: Attends to the cache.
+
+        Returns:
+            The residual with attention and MLP added, `(tokens, H)`.
+        """
         x = self.self_attn(x, self.input_layernorm(x), layer, cos, sin, attend)
         return self.mlp(x, self.post_attention_layernorm(x))
 
@@ -121,14 +158,30 @@ class Decoder(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight oneDNN has laid out for forwards of `rows` inputs. MKL, which `F.linear`
-    calls, leaves the wide vectors of other CPUs than Intel's unused; there this is twice as fast."""
+    """A linear layer whose weight oneDNN has laid out for a number of inputs.
+
+    MKL, which `F.linear` calls, leaves the wide vectors of other CPUs than Intel's unused; there this is
+    twice as fast.
+
+    Args:
+        linear: The layer.
+        rows: Inputs of a forward.
+    """
 
     def __init__(self, linear: nn.Linear, rows: int):
         super().__init__()
         self.weight, self.bias = _laid_out(linear.weight, rows), linear.bias
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Multiplies, and adds a residual if one is given.
+
+        Args:
+            x: `(rows, inputs)`.
+            residual: `(rows, outputs)`, or None.
+
+        Returns:
+            `(rows, outputs)`.
+        """
         if residual is not None:
             added: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
                 x, residual, self.weight, self.bias, "add"
@@ -139,7 +192,14 @@ class PackedLinear(nn.Module):
 
 
 class PackedMLP(nn.Module):
-    """An MLP likewise, its activation and the product with it done where their numbers come to be."""
+    """An MLP of weights laid out by oneDNN, as in PackedLinear.
+
+    Activation and product are computed where the matrix products write their results.
+
+    Args:
+        mlp: The MLP.
+        rows: Inputs of a forward.
+    """
 
     def __init__(self, mlp: MLP, rows: int):
         super().__init__()
@@ -147,6 +207,15 @@ class PackedMLP(nn.Module):
         self.down_proj = PackedLinear(mlp.down_proj, rows)
 
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Adds the MLP's output to the residual.
+
+        Args:
+            residual: `(rows, H)`.
+            x: The residual after its norm, `(rows, H)`.
+
+        Returns:
+            The sum, `(rows, H)`.
+        """
         gate = torch.ops.mkldnn._linear_pointwise(x, self.gate, None, "swish", [], "")
         wide = torch.ops.mkldnn._linear_pointwise.binary(x, gate, self.up, None, "mul")
         return cast(Tensor, self.down_proj(wide, residual))
@@ -212,7 +281,15 @@ def product_in_float32(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device | str | None = None) -> Tensor:
-    """Angle a position of every rotary pair, float32 `(head_dim / 2,)` (Su et al. 2021)."""
+    """Rotary frequencies (Su et al. 2021).
+
+    Args:
+        config: Of the decoder.
+        device: Of the result.
+
+    Returns:
+        Angle per position of each rotary pair, in radians; float32 `(head_dim / 2,)`.
+    """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     return 1.0 / config.rope_theta**exponent
 
@@ -238,6 +315,15 @@ def rope(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + head_dim / 2) of x `(tokens, heads, head_dim)` by their angles."""
+    """Turns the pairs (i, i + head_dim / 2) of x by their angles.
+
+    Args:
+        x: Queries or keys, `(tokens, heads, head_dim)`.
+        cos: Cosines of the angles; broadcasts to `(tokens, heads, head_dim / 2)`.
+        sin: Sines of the same angles.
+
+    Returns:
+        As x.
+    """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -36,7 +36,15 @@ WARM = 3
 
 
 def needed_weights(model: Wallaroo, task: str) -> float:
-    """Bytes of the weights that a decode step of pictures reads."""
+    """Size of the weights that a decode step of pictures reads.
+
+    Args:
+        model: The model.
+        task: Of the rows.
+
+    Returns:
+        Bytes.
+    """
     _, head = model.image_parts(task)
     decoder = model.language_model
     read = [*decoder.layers.parameters(), *decoder.norm.parameters(), *head.parameters()]
@@ -44,7 +52,15 @@ def needed_weights(model: Wallaroo, task: str) -> float:
 
 
 def free_memory(model: Wallaroo, gpu: Gpu) -> int:
-    """Bytes that a GPU has beside the model."""
+    """GPU memory that the model leaves free.
+
+    Args:
+        model: The model.
+        gpu: The GPU; 2 % of its memory is kept back.
+
+    Returns:
+        Bytes.
+    """
     return int(gpu.memory * 0.98 - sum(tensor_bytes(one) for one in model.parameters()))
 
 
@@ -57,9 +73,21 @@ def measure(
     sampling: Sampling = SAMPLING,
     **given: Any,
 ) -> dict[str, Any]:
-    """Counts of an engine that is asked for so many pictures of a size, and the times that follow.
+    """Counts the work of an engine that draws pictures of one size, and computes the least times from it.
 
-    A step is looked at half-way through the pictures, an admission where a few rows end and others come.
+    A step is counted half-way through the pictures, an admission where a few rows end and others begin.
+
+    Args:
+        meter: Counts on a fake device.
+        model: The model, on that device.
+        images: How many pictures.
+        size: Of the pictures, in pixels.
+        group_rows: Rows that decode at once; by default what the memory allows.
+        sampling: Of the rows.
+        **given: Options of the engine.
+
+    Returns:
+        Name -> count or seconds.
     """
     config, gpu = model.config, meter.gpu
     if group_rows is not None:
@@ -179,7 +207,15 @@ def dry_run(
 
 
 def by_count(measured: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
-    """One value of each measurement, by the number of pictures."""
+    """One value of each measurement.
+
+    Args:
+        measured: Number of pictures -> measurement.
+        key: Name of the value.
+
+    Returns:
+        Number of pictures -> value.
+    """
     return {count: one[key] for count, one in measured.items()}
 
 

@@ -23,11 +23,14 @@ GRACE = 5
 
 
 class Part(NamedTuple):
-    """module, function: what runs; seconds: its share of the time on a GPU."""
+    """A part of the check."""
 
     module: str
+    """Name of the module."""
     function: str
+    """Name of the function in it."""
     seconds: int
+    """Its share of the time on a GPU."""
 
 
 PARTS = {
@@ -47,7 +50,15 @@ SECONDS = sum(part.seconds for part in PARTS.values())
 
 
 def run_part(name: str, device: str, model: str, seconds: float, out: Path) -> None:
-    """Runs a part in this process and appends what it reports to a file, a JSON line at once each."""
+    """Runs a part in this process. Each result is written at once, as a line of JSON.
+
+    Args:
+        name: Of the part, a key of PARTS.
+        device: `cuda` or `cpu`.
+        model: Name of the shapes of the random model.
+        seconds: Time that the part may take.
+        out: The file to append to.
+    """
     end = time.monotonic() + seconds
     with out.open("a") as file:
 
@@ -75,7 +86,17 @@ def run_part(name: str, device: str, model: str, seconds: float, out: Path) -> N
 
 
 def start_part(name: str, device: str, model: str, seconds: float) -> dict[str, Any]:
-    """Runs a part in a process of its own, and gives back what it reported until it ended or was ended."""
+    """Runs a part in a process of its own, and ends that process after its time.
+
+    Args:
+        name: Of the part, a key of PARTS.
+        device: `cuda` or `cpu`.
+        model: Name of the shapes of the random model.
+        seconds: Time that the part may take.
+
+    Returns:
+        What the part reported, also if it was ended.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "reported")
         out.touch()

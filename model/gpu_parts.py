@@ -40,23 +40,30 @@ Report = Callable[[str, Any], None]
 
 @dataclass
 class Bench:
-    """Where a part runs: the device, shapes of the random model, and until when (`time.monotonic`)."""
+    """Where and how long a part runs."""
 
     device: torch.device
+    """The device."""
     model: str
+    """Name of the shapes of the random model, a key of MODELS."""
     end: float
+    """When the part must end, by `time.monotonic`."""
     report: Report
+    """Takes name and value of each result."""
 
     @property
     def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the weights: bfloat16 on a GPU, else float32."""
         return torch.bfloat16 if self.on_gpu else torch.float32
 
     @property
     def config(self) -> ModelConfig:
+        """Configuration of the random model."""
         return MODELS[self.model]
 
     @property
@@ -69,7 +76,16 @@ class Bench:
         return self.end - time.monotonic()
 
     def options(self, config: ModelConfig, task: str = "generate", **given: Any) -> EngineOptions:
-        """Those that a run chooses, with some given."""
+        """The options of the engine that a run would choose.
+
+        Args:
+            config: Of the model.
+            task: Of the rows.
+            **given: Options to take instead.
+
+        Returns:
+            The options.
+        """
         if not self.on_gpu:
             return EngineOptions(**({"group_rows": 4, "slots": 8} | given))
         gc.collect()
@@ -78,21 +94,47 @@ class Bench:
         return gpu_options(config, free, self.dtype.itemsize, task, **given)
 
     def random_model(self, config: ModelConfig, task: str = "generate") -> Wallaroo:
-        """Random weights; the image tokenizer is float32."""
+        """Makes a model with random weights; its image tokenizer is float32.
+
+        Args:
+            config: Of the model.
+            task: That the model must do.
+
+        Returns:
+            The model, on the device.
+        """
         return random_model(config, (task,), self.device, self.dtype)
 
     def synchronise(self) -> None:
+        """Waits until the device is idle."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
 
 def serve(model: Wallaroo, requests: Iterable[Request], options: EngineOptions) -> dict[Hashable, Result]:
-    """Results by key."""
+    """Serves requests by a new engine.
+
+    Args:
+        model: The model.
+        requests: The requests.
+        options: Of the engine.
+
+    Returns:
+        Key of each request -> result.
+    """
     return {result.key: result for result in Engine(model, model.tasks[0], options).run(requests)}
 
 
 def same(ours: dict[Hashable, Result], theirs: dict[Hashable, Result]) -> tuple[bool, bool]:
-    """Whether all of our rows have the tokens and the pixels of theirs."""
+    """Whether all of our rows have the tokens and the pixels of theirs.
+
+    Args:
+        ours: Key -> result.
+        theirs: Key -> result; may have more keys.
+
+    Returns:
+        Whether all tokens are equal, and whether all pixels are.
+    """
     tokens = all(np.array_equal(result.tokens, theirs[key].tokens) for key, result in ours.items())
     pictures = ((result.pixels, theirs[key].pixels) for key, result in ours.items())
     pixels = all(one is not None and other is not None and (one == other).all() for one, other in pictures)
@@ -143,7 +185,16 @@ def _products(x: Tensor, weights: Sequence[Tensor]) -> None:
 
 
 def timed(bench: Bench, work: Callable[[], object], rounds: int = 5) -> float:
-    """Seconds of the fastest of some rounds, after one that is not counted."""
+    """Times some work. Stops early when the part's time is over.
+
+    Args:
+        bench: Where the part runs.
+        work: What is timed.
+        rounds: How many rounds are measured, after one that is not.
+
+    Returns:
+        Seconds of the fastest round; infinite if none was measured.
+    """
     best = float("inf")
     for number in range(rounds + 1):
         bench.synchronise()
@@ -187,7 +238,16 @@ class Compared(TorchDispatchMode):
 
 
 def distance(ours: Tensor, plain: Tensor) -> float:
-    """How far two tensors `(n, ...)` are from each other; infinite where only one is finite."""
+    """How far two tensors are from each other.
+
+    Args:
+        ours: `(n, ...)`.
+        plain: The right values, of the same shape.
+
+    Returns:
+        The largest difference over the largest right value; infinite where only one of two is finite. For
+        whole numbers the share that differs.
+    """
     if not ours.is_floating_point():
         return float((ours != plain).float().mean())
     ours, plain = ours.double(), plain.double()
@@ -230,7 +290,14 @@ def kernels(bench: Bench) -> None:
 
 
 def equality(bench: Bench, model: Wallaroo, requests: list[Request], **given: Any) -> None:
-    """Whether rows are the same with and without graphs, in any order of slots, and alone."""
+    """Reports whether rows are the same with and without graphs, in any order of slots, and alone.
+
+    Args:
+        bench: Where the part runs.
+        model: The model.
+        requests: The rows.
+        **given: Options of the engine.
+    """
     report = bench.report
     options = bench.options(model.config, **given)
     report("backend", Engine(model, "generate", options).backend)

@@ -30,7 +30,17 @@ TOP_KERNELS = 25
 
 
 def warm_engine(bench: Bench, model: Wallaroo, options: EngineOptions, requests: list[Request]) -> Engine:
-    """An engine that has compiled and recorded all it needs for pictures like those of `requests`."""
+    """Makes an engine that has compiled and recorded all it needs.
+
+    Args:
+        bench: Where the part runs.
+        model: The model.
+        options: Of the engine.
+        requests: Rows like those that will be timed.
+
+    Returns:
+        The engine, without rows.
+    """
     engine = Engine(model, model.tasks[0], options)
     small = Size(32, 32)
     if requests[0].pixels is None:
@@ -48,7 +58,14 @@ def warm_engine(bench: Bench, model: Wallaroo, options: EngineOptions, requests:
 
 
 def rate(bench: Bench, engine: Engine, requests: list[Request], name: str) -> None:
-    """Reports pictures/s from the first to the last result, and seconds of a decode step."""
+    """Serves requests and reports pictures/s, and the seconds of a decode step.
+
+    Args:
+        bench: Where the part runs.
+        engine: A warm engine.
+        requests: The rows.
+        name: First part of the names of the results.
+    """
     steps: list[float] = []
     for request in requests:
         engine.submit(request)
@@ -226,7 +243,14 @@ def profile(bench: Bench) -> None:
 
 
 def report(bench: Bench, profile: Any, name: str, times: int) -> None:
-    """Milliseconds of a round by phase, of host and device, and by kernel."""
+    """Reports milliseconds of a round by phase, on host and device, and by kernel.
+
+    Args:
+        bench: Where the part runs.
+        profile: Of `torch.profiler`.
+        name: First part of the names of the results.
+        times: Rounds in the profile.
+    """
     events = profile.key_averages()
     phases = {event.key: event for event in events if event.key in PHASES}
     by_phase = {

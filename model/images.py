@@ -104,14 +104,31 @@ def semantic_image(image: Image.Image, min_pixels: int, max_pixels: int) -> np.n
 
 
 def cover_size(height: int, width: int, size: Size) -> tuple[int, int]:
-    """Height and width, in pixels, of a picture scaled so that it just covers `size`."""
+    """The size of a picture scaled so that it just covers another size.
+
+    Args:
+        height: Of the picture, in pixels.
+        width: Of the picture, in pixels.
+        size: To cover, in pixels.
+
+    Returns:
+        Height and width, in pixels.
+    """
     if size.height / height > size.width / width:
         return size.height, int(width * size.height / height)
     return int(height * size.width / width), size.width
 
 
 def pixel_image(image: Image.Image, size: Size) -> np.ndarray:
-    """The RGB picture scaled to cover `size` and cropped about its centre: uint8 [H, W, 3]."""
+    """Scales a picture to cover a size, and crops it about its centre.
+
+    Args:
+        image: RGB.
+        size: Of the result, in pixels.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
     height, width = cover_size(image.height, image.width, size)
     # Python's round: an odd excess of 1, 5, 9 ... pixels gives the smaller offset, 3, 7 ... the larger.
     top, left = round((height - size.height) / 2), round((width - size.width) / 2)

@@ -19,7 +19,7 @@ class Prefix:
     keys: Tensor
     """Of whole blocks, `(layers, kv_heads, blocks, KEY_BLOCK, head_dim)`."""
     values: Tensor
-    """Likewise."""
+    """Of whole blocks, of the same shape."""
     hidden: Tensor
     """`(H,)`: the last token's output after the final norm; the first generated token is drawn from it."""
     length: int
@@ -28,7 +28,12 @@ class Prefix:
     """Position of the first generated token."""
 
     def copy_to(self, cache: "KVCache", row: int) -> None:
-        """Writes keys and values to the start of a row, which must have room for them."""
+        """Writes keys and values to the start of a row.
+
+        Args:
+            cache: The cache.
+            row: Number of the row, which must have room for them.
+        """
         blocks = self.keys.shape[2]
         if cache.whole is not None:
             cache.whole[0, :, row, :, :blocks] = self.keys
@@ -96,7 +101,17 @@ class KVCache:
         self.capacity = blocks * KEY_BLOCK
 
     def prefix(self, row: int, length: int, hidden: Tensor, next_position: int) -> Prefix:
-        """A copy of the first `length` tokens of a row, with the last one's hidden state `(H,)`."""
+        """Copies the first tokens of a row.
+
+        Args:
+            row: Number of the row.
+            length: How many tokens.
+            hidden: Hidden state of the last of them, `(H,)`.
+            next_position: Position of the token after them.
+
+        Returns:
+            The copy.
+        """
         blocks = -(-length // KEY_BLOCK)
         if self.whole is not None:
             keys, values = self.whole[:, :, row, :, :blocks].clone()

@@ -158,7 +158,16 @@ class Meter:
         self.keys: set[int] = set()
 
     def start(self, model: Wallaroo, task: str, options: EngineOptions) -> Engine:
-        """An engine whose rounds are counted from now on, in place of the one before."""
+        """Makes the engine that is counted from now on, in place of the one before.
+
+        Args:
+            model: The model, on the fake device.
+            task: Of the rows.
+            options: Of the engine.
+
+        Returns:
+            The engine.
+        """
         self.weights = {_storage(one) for one in (*model.parameters(), *model.buffers())}
         self.engine = Engine(model, task, options)
         self.weights.add(_storage(self.engine.table))

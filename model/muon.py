@@ -15,7 +15,15 @@ OUTSIDE = ("embed_tokens.weight", "lm_head.weight", "image_head.2.weight")
 
 
 def takes(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon is for a parameter: it is a matrix, and no table of tokens."""
+    """Whether Muon trains a parameter: a matrix that is no table of tokens.
+
+    Args:
+        name: Of the parameter.
+        parameter: The parameter.
+
+    Returns:
+        True if Muon trains it.
+    """
     return parameter.dim() == 2 and not name.endswith(OUTSIDE)
 
 

@@ -66,7 +66,11 @@ def detect_language(prompt: str) -> str:
 
 
 def check_template(template: str) -> None:
-    """Raises InputError if a template lacks `{prompt}` or holds a placeholder that does not exist."""
+    """Checks the placeholders of a template.
+
+    Raises:
+        InputError: `{prompt}` is missing, or a placeholder does not exist.
+    """
     for name in re.findall(r"\{(\w+)\}", template):
         if name not in _PLACEHOLDERS:
             raise InputError(
@@ -195,7 +199,15 @@ def understand_prompt(
 
 
 def source_tokens(config: ModelConfig, task: str) -> int:
-    """Tokens that a source picture adds to a prompt of a task, at most; 0 for `generate`."""
+    """Tokens that a source picture adds to a prompt, at most.
+
+    Args:
+        config: Of the model.
+        task: `generate`, `edit` or `understand`.
+
+    Returns:
+        A number of tokens; 0 for `generate`.
+    """
     if task == "generate":
         return 0
     if task == "understand":

@@ -41,7 +41,17 @@ MODELS = {
 def random_model(
     config: ModelConfig, tasks: tuple[str, ...], device: torch.device, dtype: torch.dtype
 ) -> Wallaroo:
-    """A model whose weights are drawn with deviation 1/sqrt(fan-in); the image tokenizer is float32."""
+    """Makes a model whose weights are drawn with deviation 1/sqrt(fan-in); its image tokenizer is float32.
+
+    Args:
+        config: Of the model.
+        tasks: That the model must do.
+        device: Of the weights.
+        dtype: Of the weights.
+
+    Returns:
+        The model.
+    """
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Wallaroo(config, tasks)
@@ -61,7 +71,16 @@ def random_model(
 
 
 def text_prompt(rng: np.random.Generator, tokens: int, vocabulary: int) -> Prompt:
-    """A prompt of random ordinary tokens."""
+    """Makes a prompt of random ordinary tokens.
+
+    Args:
+        rng: Of random numbers.
+        tokens: Length of the prompt.
+        vocabulary: Token ids are below it.
+
+    Returns:
+        The prompt.
+    """
     ids = rng.integers(0, min(vocabulary, 900), tokens).astype(np.int32)
     return Prompt(ids, np.tile(np.arange(tokens, dtype=np.int32), (3, 1)), tokens)
 
@@ -69,7 +88,17 @@ def text_prompt(rng: np.random.Generator, tokens: int, vocabulary: int) -> Promp
 def text_requests(
     config: ModelConfig, count: int, sizes: Sequence[Size], sampling: Sampling = SAMPLING
 ) -> list[Request]:
-    """Rows with prompts of their own and one null prompt a size, sizes taken in turn; guided by default."""
+    """Makes rows of `generate` with different prompts, and one null prompt per size.
+
+    Args:
+        config: Of the model.
+        count: How many rows.
+        sizes: Sizes of the pictures in pixels, taken in turn.
+        sampling: Of the rows; guided by default.
+
+    Returns:
+        The rows, with keys from 0.
+    """
     rng = np.random.default_rng(0)
     vocabulary = config.decoder.vocab_size
     nulls = {size: text_prompt(rng, NULL_TOKENS, vocabulary) for size in sizes}

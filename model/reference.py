@@ -24,7 +24,15 @@ from wallaroo.model.wallaroo import Wallaroo
 
 
 def text_model(config: DecoderConfig, tensors: dict[str, Tensor]) -> Any:
-    """Hugging Face's text decoder over `tensors`, which are named as in its own state dict and not copied."""
+    """Makes Hugging Face's text decoder.
+
+    Args:
+        config: Of the decoder.
+        tensors: Its weights, named as in its own state dict; they are not copied.
+
+    Returns:
+        The `Qwen2_5_VLTextModel`.
+    """
     from transformers import Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
@@ -53,7 +61,15 @@ def text_model(config: DecoderConfig, tensors: dict[str, Tensor]) -> Any:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What a token is drawn from: logits `(rows, vocabulary)` after temperature, top-k, top-p and softmax."""
+    """What a token is drawn from: temperature, top-k, top-p and softmax, in this order.
+
+    Args:
+        logits: `(rows, vocabulary)`.
+        sampling: The same for all rows.
+
+    Returns:
+        `(rows, vocabulary)`; each row sums to 1.
+    """
     logits = logits / max(sampling.temperature, MIN_TEMPERATURE)
     if sampling.top_k > 0:
         last = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
@@ -173,7 +189,15 @@ class Reference:
 
     @torch.inference_mode()
     def text(self, request: Request, trace: bool = False) -> Result:
-        """Serves one request of `understand`."""
+        """Serves one request of `understand`.
+
+        Args:
+            request: The request.
+            trace: Whether the result has the logits.
+
+        Returns:
+            The result.
+        """
         assert self.model.lm_head is not None
         stops = [self.model.config.token_ids.get(name) for name in STOP_TOKENS]
         sequences = self._prefill([request], guided=False)
@@ -229,7 +253,16 @@ class Reference:
         return _Sequences(self.decoder, [prompt for prompt, _, _ in sources], embeddings)
 
     def embed_prompt(self, prompt: Prompt, semantic: np.ndarray | None, pixels: np.ndarray | None) -> Tensor:
-        """Decoder inputs `(L, H)` of one prompt, with the source's embeddings in their places."""
+        """Decoder inputs of one prompt, with the source's embeddings in their places.
+
+        Args:
+            prompt: The prompt, L tokens.
+            semantic: Source for the vision tower, uint8 `(h, w, 3)`, or None.
+            pixels: Source for the image tokenizer, uint8 `(H, W, 3)`, or None.
+
+        Returns:
+            `(L, H)`, H as in `DecoderConfig.hidden_size`.
+        """
         model, device = self.model, self.model.device
         embedded = self._embed(torch.from_numpy(prompt.ids))
         if prompt.semantic is not None:

@@ -71,24 +71,34 @@ class Cost:
 
 @dataclass
 class Work:
-    """Work of a part of a program: what its operators cost in sum, and the host's part.
-
-    seconds: least time on the GPU; operators, replays: what the host started, operators of replayed
-    recordings left out.
-    """
+    """Work of a part of a program: the sum over its operators, and the host's part."""
 
     launches: int = 0
+    """Kernels."""
     read: float = 0
+    """Bytes."""
     written: float = 0
+    """Bytes."""
     flops: float = 0
+    """Multiplications and additions."""
     keys: float = 0
+    """Bytes of `read` that are of the key-value cache."""
     weights: float = 0
+    """Bytes of `read` that are of the model."""
     seconds: float = 0
+    """Least time on the GPU."""
     operators: int = 0
+    """Operators that the host started, without those of replayed recordings."""
     replays: int = 0
+    """Recordings that the host replayed."""
 
     def add(self, cost: Cost, gpu: Gpu) -> None:
-        """Counts an operator."""
+        """Adds an operator.
+
+        Args:
+            cost: Of the operator.
+            gpu: For its seconds.
+        """
         for name in ("launches", "read", "written", "flops", "keys", "weights"):
             setattr(self, name, getattr(self, name) + getattr(cost, name))
         self.seconds += cost.seconds(gpu)

@@ -93,7 +93,15 @@ class Filters:
 
     @classmethod
     def of(cls, rows: Iterable[Sampling], vocabulary: int) -> "Filters":
-        """The narrowest that hold for `rows`; the bound is a power of two, so that few shapes occur."""
+        """The narrowest filters that hold for some rows.
+
+        Args:
+            rows: How the tokens of each row are drawn.
+            vocabulary: Number of tokens.
+
+        Returns:
+            The filters; `most` is a power of two or `vocabulary`, so that few shapes occur.
+        """
         rows = list(rows)
         ks = [row.top_k for row in rows if 0 < row.top_k < vocabulary]
         most = min(1 << (max(ks) - 1).bit_length(), vocabulary) if ks else 0
@@ -141,7 +149,17 @@ def kept_logits(
 def filtered_probabilities(
     logits: "Tensor", temperature: "Tensor", top_k: "Tensor", top_p: "Tensor"
 ) -> "Tensor":
-    """Probabilities `(rows, vocabulary)` float32 from which one token a row is drawn."""
+    """Probabilities from which one token per row is drawn.
+
+    Args:
+        logits: float32 `(rows, vocabulary)`.
+        temperature: Of each row, as `kept_logits` takes it.
+        top_k: Of each row.
+        top_p: Of each row.
+
+    Returns:
+        float32 `(rows, vocabulary)`; each row sums to 1.
+    """
     return kept_logits(logits, temperature, top_k, top_p).softmax(-1)
 
 

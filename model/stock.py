@@ -68,7 +68,11 @@ Images are scaled to multiples of 28 pixels per side, to {least:,} pixels at lea
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a backbone folder. Raises InputError if there is none."""
+    """Reads the object in a JSON file of a backbone folder.
+
+    Raises:
+        InputError: The file cannot be read, or holds no JSON object.
+    """
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -81,11 +85,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_preprocessor(values: dict[str, Any], backbone: Path) -> None:
-    """Raises InputError if pictures would have to be prepared in another way than ours.
+    """Checks that a backbone prepares pictures as this program does.
 
     Args:
         values: What the folder says of its preparation of pictures.
         backbone: The folder, for the message.
+
+    Raises:
+        InputError: It prepares them in another way.
     """
     ours = {
         "patch_size": PATCH,

@@ -26,14 +26,31 @@ _NAMED_AT_MOST = 100
 
 
 def expected_shapes(config: ModelConfig, task: str | None = None) -> dict[str, Shape]:
-    """Name on disk -> shape of every tensor of a checkpoint, or of those that one task needs."""
+    """Names and shapes of the tensors of a checkpoint.
+
+    Args:
+        config: Of the checkpoint.
+        task: Only the tensors that this task needs; None for all.
+
+    Returns:
+        Name on disk -> shape.
+    """
     tasks = config.tasks if task is None else (task,)
     prefixes = tuple(prefix for task in tasks for prefix in _PARTS[task])
     return {name: shape for name, shape in _shapes(config) if name.startswith(prefixes)}
 
 
 def compare_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str) -> None:
-    """Raises one InputError that names every missing, unexpected and wrong-shaped tensor of `what`."""
+    """Checks that all tensors are found, and no others.
+
+    Args:
+        found: Name -> shape.
+        expected: Name -> shape.
+        what: What has the tensors, for the message.
+
+    Raises:
+        InputError: Tensors are missing, unexpected or of a wrong shape; the message names them all.
+    """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     wrong = [

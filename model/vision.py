@@ -39,7 +39,16 @@ def vision_tower(config: VisionConfig) -> "Qwen2_5_VisionTransformerPretrainedMo
 def encode_image(
     tower: "Qwen2_5_VisionTransformerPretrainedModel", patches: Tensor, grid: tuple[int, int]
 ) -> Tensor:
-    """Normalised patches [n, 1176] of one picture and their grid (h/14, w/14) -> embeddings [n / 4, H]."""
+    """Embeds one picture.
+
+    Args:
+        tower: The vision tower.
+        patches: Normalised, [n, 1176].
+        grid: Rows and columns of patches, (h/14, w/14).
+
+    Returns:
+        Embeddings [n / 4, H].
+    """
     # The tower reads the grid and the ends of its windows on the host, so there they stay.
     shape = torch.tensor([[1, *grid]])
     plan = tower_plan(cast(VisionConfig, tower.config), shape)

@@ -36,9 +36,13 @@ def _norm_swish(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class ChannelsLastNorm(nn.Module):
-    """A group norm of pictures `[B, C, H, W]` whose channels lie together, with swish where it is asked for.
+    """A group norm of pictures `[B, C, H, W]` in channels-last memory, with swish where asked.
 
-    torch's own would rearrange them, there and back. kernels: whether it is the operator of `model.cuda`.
+    torch's own would rearrange the pictures, there and back.
+
+    Args:
+        norm: The weights.
+        kernels: Whether to use the operator of `model.cuda`.
     """
 
     def __init__(self, norm: nn.GroupNorm, kernels: bool):
@@ -46,7 +50,15 @@ class ChannelsLastNorm(nn.Module):
         self.norm, self.kernels = norm, kernels
 
     def forward(self, x: Tensor, swish: bool = False) -> Tensor:
-        """The norm of x [B, C, H, W], and swish of it."""
+        """Normalises x.
+
+        Args:
+            x: [B, C, H, W].
+            swish: Whether swish follows.
+
+        Returns:
+            As x.
+        """
         norm = self.norm
         if self.kernels:
             from wallaroo.model.cuda import ops

@@ -18,12 +18,28 @@ if TYPE_CHECKING:
 
 
 def adapter(codebook_dim: int, hidden: int) -> nn.Sequential:
-    """Codebook vector `(..., 8)` -> decoder input `(..., H)`."""
+    """Makes an adapter from codebook vectors `(..., codebook_dim)` to decoder inputs `(..., H)`.
+
+    Args:
+        codebook_dim: Numbers of a vector.
+        hidden: H.
+
+    Returns:
+        Two linear layers with a GELU between them.
+    """
     return nn.Sequential(nn.Linear(codebook_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
 
 def image_head(hidden: int, codebook_size: int) -> nn.Sequential:
-    """Hidden state `(..., H)` -> logits over the codebook `(..., C)`."""
+    """Makes a head from hidden states `(..., H)` to logits over the codebook `(..., C)`.
+
+    Args:
+        hidden: H.
+        codebook_size: C.
+
+    Returns:
+        Two linear layers with a GELU between them, the second without bias.
+    """
     return nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, codebook_size, bias=False))
 
 
@@ -63,6 +79,7 @@ class Wallaroo(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Of the weights."""
         return self.language_model.norm.weight.device
 
     @property

@@ -26,10 +26,12 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class FileEntry(NamedTuple):
-    """What `checkpoint.json` says of a file: size in bytes, sha256 in hexadecimal."""
+    """What `checkpoint.json` says of a file."""
 
     size: int
+    """In bytes."""
     sha256: str
+    """In hexadecimal."""
 
 
 @contextmanager
@@ -55,7 +57,16 @@ def open_shard(file: Path, framework: str = "np") -> Iterator[Any]:
 def shard_names(
     tensors: "Mapping[str, torch.Tensor]", shard_bytes: int, dtype: "torch.dtype | None" = None
 ) -> list[list[str]]:
-    """Names of the tensors of each weight file, in the order in which they are written."""
+    """Distributes tensors over weight files.
+
+    Args:
+        tensors: Name -> tensor.
+        shard_bytes: Most bytes of a file, unless one tensor is larger.
+        dtype: That the tensors will be written in; None for their own.
+
+    Returns:
+        Names of the tensors of each file, in the order in which they are written.
+    """
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(tensors):
@@ -155,7 +166,18 @@ def write_safetensors(
 
 
 def write_file(file: Path, chunks: Iterable[Any]) -> FileEntry:
-    """Write chunks of bytes to disk for good; gives size and sha256. InputError if the disk refuses."""
+    """Writes a file and syncs it to the disk.
+
+    Args:
+        file: The file.
+        chunks: Its bytes, in pieces.
+
+    Returns:
+        Size and sha256.
+
+    Raises:
+        InputError: The disk refuses.
+    """
     size, sha256 = 0, hashlib.sha256()
     try:
         with open(file, "wb") as out:
