@@ -359,12 +359,14 @@ class MixedGroup(Group):
         return [sequence for sequence in range(self.rows) if sequence not in taken]
 
     def has_room(self, row: Row) -> bool:
+        """Whether the group has a free place for each branch of a row."""
         return len(self._free()) >= len(row.prefixes)
 
     def _sequences(self, row: Row) -> tuple[int, ...]:
         return tuple(self._free()[: len(row.prefixes)])
 
     def admit(self, row: Row) -> None:
+        """Puts a row into free places, its null branches too."""
         super().admit(row)
         self.updates.put(self.branches, 1, row.slot, (row.slot, row.slot))
         for null in row.sequences[1:]:
@@ -372,6 +374,11 @@ class MixedGroup(Group):
             self.updates.put(self.counters, 1, null, (0, 1, 1))
 
     def step(self) -> list[Ended]:
+        """Takes a step, in which guidance of rows may begin or end.
+
+        Returns:
+            The rows that ended.
+        """
         for row in self.members:
             if row is not None and row.guided and row.step == row.guided.start:
                 self.updates.put(self.branches, 1, row.slot, (row.slot, row.sequences[1]))

@@ -82,7 +82,15 @@ class EngineOptions:
     """Whether to keep each row's logits and to take forced tokens."""
 
     def shapes(self, device: torch.device, dtype: torch.dtype) -> dict[str, int | str]:
-        """The options that may change a row by rounding, as they apply on a device."""
+        """The options that may change a row by rounding, as they apply on a device.
+
+        Args:
+            device: Of the engine.
+            dtype: Of the weights.
+
+        Returns:
+            Name -> value.
+        """
         return {
             "group_rows": self.group_rows,
             "prefill_piece": self.prefill_piece,
@@ -94,13 +102,31 @@ class EngineOptions:
 
 
 def longest_prompt(config: ModelConfig, task: str, options: EngineOptions) -> int:
-    """Tokens of the longest prompt of a task, for rows as the options have them."""
+    """Length of the longest prompt of a task.
+
+    Args:
+        config: Of the model.
+        task: `generate`, `edit` or `understand`.
+        options: Of the engine; they bound the prompt's text and pictures.
+
+    Returns:
+        A number of tokens.
+    """
     pictures = source_tokens(config.with_pixels(*options.pixels), task)
     return options.prompt_tokens + TEMPLATE_TOKENS + pictures
 
 
 def most_steps(config: ModelConfig, task: str, max_new_tokens: int) -> int:
-    """Steps of the longest row of a task."""
+    """Steps of the longest row of a task.
+
+    Args:
+        config: Of the model.
+        task: `generate`, `edit` or `understand`.
+        max_new_tokens: Most tokens of a text.
+
+    Returns:
+        A number of forwards.
+    """
     return max_new_tokens if task == "understand" else steps_of(_largest(config), config.line_break)
 
 

@@ -77,7 +77,13 @@ class Pictures:
         self.rounds = 0
 
     def add(self, row: Row, tokens: Tensor, logits: np.ndarray | None) -> None:
-        """tokens: int64 `(steps or more,)`, one a step, on the device."""
+        """Adds a picture to decode.
+
+        Args:
+            row: Its row.
+            tokens: int64 `(steps or more,)`, one per step, on the device.
+            logits: For the result, or None.
+        """
         size = row.request.size
         assert size is not None
         self.ready.setdefault(size, []).append(_Picture(row, tokens, logits, self.rounds))

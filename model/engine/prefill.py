@@ -31,9 +31,13 @@ class PendingPrefix:
     """A prompt on its way through the decoder, or through it (`prefix` is set)."""
 
     key: Hashable
+    """Equal prompts with equal sources have equal keys."""
     prompt: Prompt
+    """The prompt."""
     semantic: np.ndarray | None
+    """Source for the vision tower, as in `Request`."""
     pixels: np.ndarray | None
+    """Source for the image tokenizer, as in `Request`."""
     waiting: int = 0
     """Rows that need it."""
     done: int = 0
@@ -43,6 +47,7 @@ class PendingPrefix:
     features: list[tuple[np.ndarray, Tensor]] | None = None
     """See `Prefill._features`."""
     prefix: Prefix | None = None
+    """Set when the prompt is through the decoder."""
 
 
 class Prefill:
@@ -73,7 +78,16 @@ class Prefill:
                 pending.done, pending.scratch, pending.features = 0, -1, None
 
     def add(self, prompt: Prompt, semantic: np.ndarray | None, pixels: np.ndarray | None) -> PendingPrefix:
-        """The prompt of one more row, new or shared; semantic and pixels as in `Request`, `(h, w, 3)`."""
+        """Adds the prompt of one more row, which rows with an equal one share.
+
+        Args:
+            prompt: The prompt.
+            semantic: Source for the vision tower, as in `Request`.
+            pixels: Source for the image tokenizer, as in `Request`.
+
+        Returns:
+            The prompt in the queue.
+        """
         key: Hashable
         if self.options.prefix_sharing:
             digest = hashlib.sha256(prompt.ids.tobytes())

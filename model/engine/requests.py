@@ -85,6 +85,7 @@ class Row:
 
     @property
     def slot(self) -> int:
+        """Place of its first branch."""
         return self.sequences[0]
 
     def token_steps(self) -> np.ndarray:
@@ -94,13 +95,30 @@ class Row:
 
 
 def steps_of(size: Size, line_break: bool) -> int:
-    """Forwards that a picture takes from its first draw to its last token."""
+    """Forwards that a picture takes from its first draw to its last token.
+
+    Args:
+        size: Of the picture, in pixels.
+        line_break: Whether a token ends each row of the image but the last.
+
+    Returns:
+        A number of forwards.
+    """
     height, width = size.grid
     return height * width + (height - 1 if line_break else 0)
 
 
 def line_of(request: Request, steps: int, line_break: bool) -> int:
-    """`Row.line` of a request."""
+    """`Row.line` of a request.
+
+    Args:
+        request: The request.
+        steps: Of its row.
+        line_break: Whether a token ends each row of the image.
+
+    Returns:
+        Steps of a line, its end included; more than `steps` if there are no lines.
+    """
     if request.size is None or not line_break:
         return steps + 1
     return request.size.width // VQ_FACTOR + 1

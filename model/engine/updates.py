@@ -22,7 +22,14 @@ class Updates:
         self._waiting: dict[int, tuple[Tensor, int, dict[int, np.ndarray]]] = {}
 
     def put(self, tensor: Tensor, dim: int, index: int, numbers: Sequence[float] | np.ndarray) -> None:
-        """`tensor.select(dim, index)` shall become `numbers`; the tensor has two dimensions."""
+        """Notes that `tensor.select(dim, index)` becomes `numbers`.
+
+        Args:
+            tensor: Of two dimensions.
+            dim: 0 or 1.
+            index: Place along `dim`.
+            numbers: One for each place of the other dimension.
+        """
         _, _, waiting = self._waiting.setdefault(id(tensor), (tensor, dim, {}))
         waiting[index] = np.asarray(numbers, np.float64)
 

@@ -324,6 +324,15 @@ class LMJob:
         return made
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
+        """Makes this process's share of a piece of a step.
+
+        Args:
+            step: Number of the step.
+            piece: Number of the piece, below `recipe.accumulate`.
+
+        Returns:
+            The arguments of the module's forward: task -> batch.
+        """
         part = piece * self.process.world + self.process.rank
         batches: dict[str, Batch] = {}
         for index, (task, size) in enumerate(sorted(self.share.items())):
@@ -345,6 +354,14 @@ class LMJob:
         return (batches,)
 
     def counts(self, batches: Mapping[str, Batch]) -> dict[str, int]:
+        """Counts what the means of losses are taken over, and notes new reasons of bad rows.
+
+        Args:
+            batches: What `batch` gave.
+
+        Returns:
+            Name of the loss -> tokens; and `tokens` and `bad_rows`.
+        """
         found = {"bad_rows": sum(len(batch.bad) for batch in batches.values())}
         for reason in (reason for batch in batches.values() for reason in batch.bad):
             if reason not in self.bad:
@@ -358,10 +375,17 @@ class LMJob:
         return found
 
     def after_step(self, step: int) -> dict[str, float]:
+        """Does nothing.
+
+        Returns:
+            No metrics.
+        """
         return {}
 
     def extra_state(self) -> dict[str, Tensor]:
+        """Nothing beside the model and its optimizers."""
         return {}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Does nothing."""
         return None

@@ -76,7 +76,16 @@ class Log:
 
 
 def progress(step: int, steps: int, numbers: Mapping[str, float]) -> str:
-    """One line for people."""
+    """The progress of a stage in a line.
+
+    Args:
+        step: Number of the step.
+        steps: Steps of the stage.
+        numbers: Metrics of the step.
+
+    Returns:
+        The line.
+    """
     losses = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if name not in _NO_LOSS)
     if "loss" not in numbers:
         return f"step {step:,} of {steps:,}: {losses}"

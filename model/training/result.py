@@ -36,7 +36,11 @@ def result(recipe: Recipe) -> Path | None:
 
 
 def check_result(recipe: Recipe) -> None:
-    """Raises InputError if the result of a stage would find its place taken; told before it trains."""
+    """Checks that the result of a stage has a free place, before the stage trains.
+
+    Raises:
+        InputError: The folder exists, and no stage made it.
+    """
     folder = result_folder(recipe)
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(

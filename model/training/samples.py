@@ -35,7 +35,15 @@ COUNT = 8
 
 
 def due(recipe: Recipe, step: int) -> bool:
-    """Whether samples are drawn after a step."""
+    """Whether samples are drawn after a step.
+
+    Args:
+        recipe: The stage.
+        step: Number of the step.
+
+    Returns:
+        True if they are.
+    """
     wanted = bool(recipe.sample_every) and step % recipe.sample_every == 0
     return wanted and (recipe.part == "vq" or "generate" in recipe.rows)
 

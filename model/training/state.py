@@ -66,7 +66,12 @@ class Files(Protocol):
         """Reads a file; None if it is absent."""
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes a small file, and makes the folders above it."""
+        """Writes a small file, and makes the folders above it.
+
+        Args:
+            path: Of the file.
+            data: Its bytes.
+        """
 
     def whole(self) -> list[str]:
         """Lists the names of the folders in `folder` that hold a file WHOLE."""
@@ -87,24 +92,35 @@ class LocalFiles:
         self.folder = folder
 
     def system(self) -> "FileSystemBase":
+        """The file system for torch.distributed.checkpoint."""
         from torch.distributed.checkpoint.filesystem import FileSystem
 
         return FileSystem()
 
     def read(self, path: str) -> bytes | None:
+        """The bytes of a file; None if there is none."""
         return Path(path).read_bytes() if Path(path).is_file() else None
 
     def write(self, path: str, data: bytes) -> None:
+        """Writes a file, and makes the folders above it.
+
+        Args:
+            path: Of the file.
+            data: Its bytes.
+        """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(data)
 
     def whole(self) -> list[str]:
+        """Names of the folders that hold a file WHOLE."""
         return [path.parent.name for path in Path(self.folder).glob(f"*/{WHOLE}")]
 
     def folders(self) -> list[str]:
+        """Names of all folders."""
         return [path.name for path in Path(self.folder).glob("*/")]
 
     def remove(self, path: str) -> None:
+        """Removes a folder with its files, WHOLE first."""
         (Path(path) / WHOLE).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
@@ -112,9 +128,13 @@ class LocalFiles:
 class StateJob(Protocol):
     """The part of `loop.Job` that a state needs."""
 
-    def extra_state(self) -> dict[str, Tensor]: ...
+    def extra_state(self) -> dict[str, Tensor]:
+        """What a state holds beside the model and its optimizers."""
+        ...
 
-    def load_extra_state(self, state: dict[str, Tensor]) -> None: ...
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `extra_state` gave."""
+        ...
 
 
 class States:

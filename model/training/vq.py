@@ -190,6 +190,16 @@ class VQJob:
         self.latents, self.keys = self.module.last, self.module.last_keys
 
     def batch(self, step: int, piece: int) -> tuple[Any, ...]:
+        """Makes a piece of a step: pictures of two sizes.
+
+        Args:
+            step: Number of the step.
+            piece: Number of the piece, below `recipe.accumulate`.
+
+        Returns:
+            The arguments of the module's forward: float pictures `[B, 3, H, W]` of each size, and whether the
+            codebook is used.
+        """
         sizes = sorted(self.by_size)
         # Two sizes a step, and in the end all pairs, so that equal patches meet across sizes too.
         share, times = self.recipe.share(1)["vq"], step // len(sizes)
@@ -204,6 +214,15 @@ class VQJob:
         return made, step >= self.recipe.plain
 
     def counts(self, batch: Sequence[Tensor], quantised: bool) -> dict[str, int]:
+        """Counts what the means of losses are taken over.
+
+        Args:
+            batch: Pictures of each size, as `batch` gave them.
+            quantised: Whether the codebook is used.
+
+        Returns:
+            Name of the loss -> tokens; and `tokens`.
+        """
         names = ["absolute", "squared"]
         if quantised:
             names += ["codebook", "commitment"]
@@ -213,6 +232,11 @@ class VQJob:
         return dict.fromkeys((*names, "tokens"), tokens)
 
     def after_step(self, step: int) -> dict[str, float]:
+        """Sets the codebook, or revives unused entries, where the step is one for it.
+
+        Returns:
+            Metrics of the codebook; none where they are not due.
+        """
         vq, recipe = self.module.vq, self.recipe
         self.latents = torch.cat((self.latents, self.module.last.cpu()))[-self.KEPT :]
         self.keys = torch.cat((self.keys, self.module.last_keys.cpu()))[-self.KEPT :]
@@ -243,7 +267,9 @@ class VQJob:
         }
 
     def extra_state(self) -> dict[str, Tensor]:
+        """The latents of the last steps, and the keys of their patches."""
         return {"latents": self.latents, "keys": self.keys}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `extra_state` gave."""
         self.latents, self.keys = state["latents"], state["keys"]
