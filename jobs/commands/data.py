@@ -209,7 +209,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 @click.command(short_help="Export results for another tool.")
-@click.argument("format", help="One of the formats below.")
+@click.argument("format", help="One of the formats above.")
 @click.argument("output", help="Folder of a finished run; with --partial, of any.")
 @click.argument("dest", help="Folder to write to.")
 @click.option(
