@@ -49,7 +49,7 @@ if RECIPES.startswith(os.pardir):
     "--square",
     type=int,
     metavar="PIXELS",
-    help="For checkpoints of stages 1 to 3.1: the side of their one size.",
+    help="For checkpoints of stages 1 to 3-1: the side of their one size.",
 )
 @click.option(
     "--overwrite", is_flag=True, help="Replace a checkpoint, or files of the same names; others stay."
