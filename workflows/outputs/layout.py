@@ -5,12 +5,17 @@ import re
 from wallaroo.workflows import storage
 
 RUN_FILE = "run.json"
+"""Configuration of the run."""
 PLAN_FOLDER = "plan"
+"""Parts of the plan."""
 DATA_FOLDER = "data"
+"""Shards of results."""
 RUNS_FOLDER = "runs"
+"""Records and logs, one of each start of a driver."""
 SUMMARIES_FOLDER = "summaries"
+"""Summaries of the plan parts."""
 UNREADABLE_FOLDER = "unreadable"
-"""Where a resumed run puts files of `data/` that are damaged."""
+"""Where a resumed run moves damaged files of `data/`."""
 ERRORS_FILE = "errors.jsonl"
 SUCCESS_FILE = "_SUCCESS"
 CARD_FILE = "README.md"
@@ -41,58 +46,97 @@ def shard_name(shard: int) -> str:
 
 
 def shard_path(output: str, shard: int) -> str:
-    """Where the rows of a shard lie."""
+    """Returns the path of the file of a shard.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        shard: Number of the shard.
+
+    Returns:
+        Local or `s3://` path.
+    """
     return storage.join(output, DATA_FOLDER, shard_name(shard))
 
 
 def shard_number(name: str) -> int | None:
-    """The shard whose file has this name; None for any other file."""
+    """Parses the file name of a shard; None for any other file."""
     match = _SHARD_NAME.fullmatch(name)
     number = int(match.group(1)) if match else None
     return number if number is not None and shard_name(number) == name else None
 
 
 def list_stamps(output: str) -> dict[int, str]:
-    """Stamps of the shards that are there, by number. One listing; no file is opened."""
+    """Lists the shards of an output: number -> stamp. One listing; no file is opened."""
     return storage.list_stamps(storage.join(output, DATA_FOLDER), shard_number)
 
 
 def list_done(output: str) -> set[int]:
-    """Numbers of the shards that are there. One listing; no file is opened."""
+    """Lists the numbers of the shards of an output. One listing; no file is opened."""
     return set(list_stamps(output))
 
 
 def summary_name(part: str) -> str:
-    """File name of the summary of a plan part, or of all of them where `part` is `all`."""
+    """File name of the summary of a plan part, or of all parts if `part` is `all`."""
     return f"{part}.jsonl.gz"
 
 
 def summary_path(output: str, part: str) -> str:
-    """Where the summary of a plan part lies; see `summary_name`."""
+    """Returns the path of a summary.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        part: Name of the plan part, or `all`.
+
+    Returns:
+        Local or `s3://` path.
+    """
     return storage.join(output, SUMMARIES_FOLDER, summary_name(part))
 
 
 def list_summaries(output: str) -> set[str]:
-    """Names of the summary files that are there."""
+    """Lists the file names in the folder of summaries."""
     return set(storage.list_stamps(storage.join(output, SUMMARIES_FOLDER), str))
 
 
 def unreadable_path(output: str, shard: int) -> str:
-    """Where a resumed run puts the damaged file of a shard."""
+    """Returns the path to which a resumed run moves the damaged file of a shard.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        shard: Number of the shard.
+
+    Returns:
+        Local or `s3://` path.
+    """
     return storage.join(output, UNREADABLE_FOLDER, shard_name(shard))
 
 
 def record_path(output: str, run: int) -> str:
-    """Where the record of a run lies: `runs/0001.json` for the first."""
+    """Returns the path of the record of a run: `runs/0001.json` for the first.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        run: Number of the run, from 1.
+
+    Returns:
+        Local or `s3://` path.
+    """
     return storage.join(output, RUNS_FOLDER, f"{run:04d}.json")
 
 
 def record_numbers(output: str) -> list[int]:
-    """Numbers of the records that are there, ascending."""
+    """Lists the numbers of the run records of an output, ascending."""
     names = (info.relative for info in storage.list_files(storage.join(output, RUNS_FOLDER)))
     return sorted(int(match.group(1)) for match in map(_RECORD_NAME.fullmatch, names) if match)
 
 
 def is_early(relative: str) -> bool:
-    """Whether a file of an output, named relative to it, may be there before `run.json` is."""
+    """Tells whether an output may have a file before it has `run.json`.
+
+    Args:
+        relative: Path of the file relative to the output.
+
+    Returns:
+        True for files of planning and for the lock.
+    """
     return _EARLY.fullmatch(relative) is not None

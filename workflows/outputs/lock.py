@@ -24,53 +24,64 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import LOCK_FILE
 
 FORMAT = 1
+"""Version of `lock.json`."""
 LEASE_SECONDS = 20.0
+"""A lock without a heartbeat for so long is taken over."""
 BEATS_PER_LEASE = 5
+"""Heartbeats that the owner writes during one lease."""
 POLLS_PER_LEASE = 20
+"""How often a watcher reads the lock during one lease."""
 
 
 class RunInProgress(RuntimeError):
-    """Another run is at work on the output; the message names it."""
+    """An active run holds the lock on the output; the message names it."""
 
 
 class LockLost(RuntimeError):
-    """Somebody took the lock over; what is unfinished now belongs to them."""
+    """Another run took the lock over, and the unfinished work with it."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock. token: of this one holding. started: start of the process, in clock ticks of its
-    machine, which tells a process from a later one of the same number. machine: what host names and
-    process numbers hold good within. heartbeat: counts up while the owner lives.
-    """
+    """Who holds a lock, as `lock.json` says."""
 
     token: str
+    """Random text of this one holding."""
     run: str
+    """Name of the run for people."""
     host: str
+    """Host name."""
     machine: str
+    """The running system and its set of process numbers, the scope of `pid`; empty if unknown."""
     pid: int
+    """Process number."""
     started: int
+    """Start of the process in clock ticks since boot. A later process of the same number has another."""
     heartbeat: int = 0
+    """Counts up while the owner lives."""
     format: int = FORMAT
+    """Version of the file."""
 
     @classmethod
     def myself(cls, run: str) -> "Owner":
+        """Describes this process as the owner for a run of this name."""
         pid = os.getpid()
         return cls(secrets.token_hex(8), run, socket.gethostname(), _machine(), pid, _process_start(pid) or 0)
 
     def to_json(self) -> bytes:
+        """The contents of `lock.json`."""
         return json.dumps(dataclasses.asdict(self)).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Owner | None":
-        """None if it is not a lock of ours, such as half a file of a broken disk."""
+        """Parses `lock.json`; None if it is no lock of this version, such as half a file of a broken disk."""
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError, RecursionError):
             return None
 
     def is_gone(self) -> bool:
-        """Whether it was a process of this machine that has ended. False where that cannot be known."""
+        """Whether its process ran on this machine and has ended. False if that cannot be known."""
         return bool(self.machine) and self.machine == _machine() and _process_start(self.pid) != self.started
 
 
@@ -98,8 +109,8 @@ def _process_start(pid: int) -> int | None:
 class OutputLock:
     """The lock on an output, as a context manager.
 
-    Entering takes it, or raises RunInProgress. Within, a thread beats; when the lock is lost, `lost` is
-    set and `on_lost` called once, from that thread. Leaving gives it back.
+    Entering takes the lock, or raises RunInProgress. Within the block a thread writes heartbeats. When the
+    lock is lost, that thread sets `lost` and calls `on_lost` once. Leaving the block releases the lock.
     """
 
     def __init__(
@@ -109,7 +120,14 @@ class OutputLock:
         lease: float = LEASE_SECONDS,
         on_lost: Callable[[], None] | None = None,
     ):
-        """run: a name of the run for people. lease: seconds after which a silent owner is given up."""
+        """Describes the lock; takes nothing yet.
+
+        Args:
+            output: Folder of the run, local or on S3.
+            run: Name of the run for people.
+            lease: Seconds without a heartbeat after which the lock is taken over.
+            on_lost: Called once if the lock is lost, from the thread of the heartbeats.
+        """
         self.path = storage.join(output, LOCK_FILE)
         self.lost = threading.Event()
         self._owner = Owner.myself(run)
@@ -222,12 +240,15 @@ class OutputLock:
 
 
 def at_work(output: str, watch: float = 2 * LEASE_SECONDS / BEATS_PER_LEASE) -> str:
-    """Says in one sentence that a run is at work on an output; empty if none is.
+    """Tells whether a run is active on an output.
 
     Args:
-        output: Its folder, local or on S3.
-        watch: Seconds to wait for a heartbeat of an owner on another machine. Of one on this machine the
-            process is looked for, which takes no time.
+        output: Folder of the run, local or on S3.
+        watch: Seconds to wait for a heartbeat of an owner on another machine. For an owner on this machine
+            its process is checked, without waiting.
+
+    Returns:
+        One sentence about the active run; empty if there is none.
     """
     path = storage.join(output, LOCK_FILE)
     end = time.monotonic() + watch

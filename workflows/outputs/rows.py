@@ -1,4 +1,4 @@
-""""""
+"""Rows of `data/`, from planned rows and their outcomes: files of pictures, texts, digests."""
 
 import dataclasses
 import hashlib
@@ -24,12 +24,20 @@ if TYPE_CHECKING:
 
 
 def restore_size(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """An edit's result, uint8 [H, W, 3], at its source's size: uint8 [height, width, 3].
+    """Scales the result of an edit to the size of its source.
 
-    It is scaled by one factor until it covers that size, and what goes beyond is cut off evenly, so
-    nothing is distorted and no border is added. The model was shown the middle of the source, so the
-    two agree but for a margin of a few per cent where the table has a size of about the source's ratio,
-    and for much more where a source is far longer than any size of the table.
+    One factor scales the picture until it covers that size, and the overhang is cut off evenly on both sides.
+    So nothing is distorted and no border is added. The model saw the middle of the source. Result and source
+    thus agree but for a margin of a few per cent, if the table of sizes has one near the source's ratio. A
+    source far longer than any size of the table loses much more.
+
+    Args:
+        pixels: uint8 [H, W, 3], the result.
+        height: Height of the source in pixels.
+        width: Width of the source in pixels.
+
+    Returns:
+        uint8 [height, width, 3].
     """
     image = Image.fromarray(pixels)
     scale = max(height / image.height, width / image.width)
@@ -41,10 +49,15 @@ def restore_size(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def environment(device: str, threads: int, shapes: Mapping[str, int | str]) -> dict[str, Any]:
-    """What may change a picture by rounding only; its `digest` stands in every row.
+    """Describes what may change a picture by rounding only. Every row holds the digest of it.
 
-    device: the device's model name, `cpu` or that of the GPU. threads: CPU threads of the engine.
-    shapes: the sizes that its operators run at (rows of a group, tokens of a chunk and so on).
+    Args:
+        device: Model name of the GPU, or `cpu`.
+        threads: CPU threads of the engine.
+        shapes: Sizes at which the operators run, such as rows of a group or tokens of a chunk.
+
+    Returns:
+        Values for JSON, with the versions of the packages.
     """
     versions = {}
     for name in ("torch", "pillow", "wallaroo-batch"):
@@ -64,49 +77,65 @@ def environment(device: str, threads: int, shapes: Mapping[str, int | str]) -> d
 
 @dataclass(frozen=True)
 class RunConstants:
-    """What is the same in every row of a run.
-
-    task, mode: `generate` and the like; `mode` names lossy shortcuts, and is EXACT without any.
-    model_digest, config_digest: hex. image_format: `png`, `webp` or `jpeg`; image_quality and
-    png_compression as for `encode_image`. templates: language -> prompt template, where the built-in one
-    is replaced. restore_size: whether a picture gets the size of its source. max_new_tokens: the most
-    tokens of a text. min_pixels, max_pixels: limits of a picture to be understood, None for those of the
-    checkpoint. embed_metadata: whether the file of a picture holds XMP.
-    """
+    """What is the same in every row of a run."""
 
     task: str
+    """`generate`, `edit` or `understand`."""
     model_digest: str
+    """Digest of the checkpoint, hexadecimal."""
     config_digest: str
+    """Digest of the configuration of the run, hexadecimal."""
     mode: str = EXACT
+    """Names lossy shortcuts; EXACT without any."""
     image_format: str = "png"
+    """`png`, `webp` or `jpeg`."""
     image_quality: int | None = None
+    """`quality` of `encode_image`."""
     png_compression: str | None = None
+    """`png_compression` of `encode_image`."""
     templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Language -> prompt template that replaces the built-in one."""
     restore_size: bool = False
+    """Whether a picture gets the size of its source."""
     max_new_tokens: int = 256
+    """Most tokens of a text."""
     min_pixels: int | None = None
+    """Fewest pixels of a picture to understand; None for the limit of the checkpoint."""
     max_pixels: int | None = None
+    """Most pixels of a picture to understand; None for the limit of the checkpoint."""
     embed_metadata: bool = False
+    """Whether picture files hold XMP metadata."""
 
 
 @dataclass(frozen=True)
 class Producer:
-    """Who made the rows of a shard: a replica's name for people, its environment's digest, and how many
-    attempts it took."""
+    """Who made the rows of a shard."""
 
     replica: str = ""
+    """Name of the replica for people."""
     environment_digest: str = ""
+    """Digest of its `environment`, hexadecimal."""
     attempts: int = 1
+    """How many attempts it took."""
 
 
 def encode_image(
     pixels: np.ndarray, image_format: str, quality: int | None = None, png_compression: str | None = None
 ) -> tuple[bytes, str]:
-    """Pixels (uint8 [H, W, 3], RGB) as a file, and its MIME type; equal pixels give equal bytes.
+    """Encodes pixels as an image file. Equal pixels give equal bytes.
 
-    `png` and, without a quality, `webp` are lossless. `quality` (1 to 100) makes `webp` lossy and is
-    that of `jpeg` (95 if None), which keeps its colours at full resolution. `png_compression` is `fast` or
-    `small`, as which None counts: older outputs have it so.
+    Args:
+        pixels: uint8 [H, W, 3], RGB.
+        image_format: `png`, `webp` or `jpeg`.
+        quality: 1 to 100. `webp` is lossless if it is None. `jpeg` takes 95 if it is None, and keeps colours
+            at full resolution. `png` ignores it.
+        png_compression: `fast` or `small`. None means `small`, as in outputs of older versions.
+
+    Returns:
+        The file and its MIME type.
+
+    Raises:
+        ValueError: The pixels have another type or shape, or the format is unknown.
     """
     from PIL import Image
 
@@ -131,7 +160,15 @@ def encode_image(
 
 
 def image_path(row_id: int, image_format: str) -> str:
-    """Name of a row's picture inside the data set; made of its number, never of a user's words."""
+    """Names the picture of a row inside the data set, by its number and never by a user's words.
+
+    Args:
+        row_id: Number of the row.
+        image_format: `png`, `webp` or `jpeg`.
+
+    Returns:
+        A file name such as `row-00000012.png`.
+    """
     return f"row-{row_id:08d}.{'jpg' if image_format == 'jpeg' else image_format}"
 
 
@@ -143,14 +180,24 @@ def build_result_table(
     schema: pa.Schema,
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> pa.Table:
-    """The rows of one shard as they will stand in `data/`, in the order of the plan.
+    """Builds the rows of one shard as they will stand in `data/`, in the order of the plan.
 
-    plan: the plan's rows of the shard, the carried columns among them, and for tasks with a picture to
-    start from the column `source`. Whoever loads the pictures adds to a copy of the plan what can only
-    be known then: sha256, width and height of `source`, and error rows of kind `image`. outcomes: one of
-    every row that this plan did not refuse, in any order. schema: from `result_schema`. decode: token
-    ids -> text; needed where the results are texts.
-    Raises ValueError if a row has no outcome, or an outcome no row: none may be lost on the way.
+    Args:
+        plan: Planned rows of the shard with their carried columns. For tasks that read pictures it has the
+            column `source`. Whoever loads the pictures fills in what is known then: `sha256`, `width` and
+            `height` of `source`, and error rows of kind `image`.
+        outcomes: One of every row that the plan does not refuse, in any order.
+        run: What is the same in every row of the run.
+        made: Who made these rows.
+        schema: Schema of the result, from `result_schema`.
+        decode: Token ids -> text; required if the results are texts.
+
+    Returns:
+        The rows in that schema.
+
+    Raises:
+        ValueError: A row has no outcome or an outcome no row, since none may be lost on the way. Or an
+            outcome does not fit the task.
     """
     rows = plan.select([name for name in plan.column_names if name in RESULT_NAMES]).to_pylist()
     planned = {position for position, row in enumerate(rows) if row["status"] != "error"}
@@ -236,15 +283,15 @@ def _result_row(
 def picture_file(
     pixels: np.ndarray, run: RunConstants, source: Mapping[str, Any] | None
 ) -> tuple[int, int, bytes]:
-    """A picture as it will stand in the data set, but for metadata.
+    """Encodes a picture as it will stand in the data set, without metadata.
 
     Args:
         pixels: uint8 [H, W, 3].
         run: Says format, quality and whether the picture gets the size of its source.
-        source: `height` and `width` of the source in pixels, for a picture that has one.
+        source: `height` and `width` of the source in pixels; None for a picture without one.
 
     Returns:
-        Height, width and the bytes of the file.
+        Height and width in pixels, and the bytes of the file.
     """
     if run.restore_size:
         assert source is not None

@@ -12,20 +12,20 @@ from wallaroo.workflows.outputs.schema import FORMAT
 from wallaroo.workflows.outputs.values import digest, flat, plain, read_json, shown
 
 MAX_NAMED = 3
-"""So many files of a folder that is no output are named."""
+"""Most files that a message names of a folder that is no output."""
 
 
 def find_run(output: str) -> dict[str, Any] | None:
-    """What `run.json` says, before anything is written into a folder that may be somebody else's.
+    """Reads `run.json` before anything is written into a folder that may be somebody else's.
 
-    Costs one request where there is a `run.json`, and else a listing that ends at the first files that no
-    run has written.
+    This costs one request if `run.json` exists. Otherwise it costs a listing that ends at the first files
+    that no run has written.
 
     Args:
-        output: The folder that a run is to fill, local or on S3; it may be absent.
+        output: Folder that a run is to fill, local or on S3; it may be absent.
 
     Returns:
-        As `read_run` does; None if the folder is new, empty, or has a plan without a `run.json` yet.
+        What `read_run` gives; None if the folder is new or empty, or has a plan but no `run.json` yet.
 
     Raises:
         InputError: The folder holds other files, or a `run.json` that cannot be read.
@@ -43,10 +43,15 @@ def find_run(output: str) -> dict[str, Any] | None:
 
 
 def put_run(output: str, fields: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
-    """Makes `run.json`, or checks that the one there is of the same run.
+    """Writes `run.json`, or checks that the existing one is of the same run.
 
-    fields: plain JSON values of what may change a row by meaning. options: others, kept to be read.
-    Raises InputError, naming every key that differs with both values, if the output is another run's.
+    Args:
+        output: Folder of the run, local or on S3.
+        fields: Plain JSON values of the options that can change the meaning of a row.
+        options: Other options, kept for the reader.
+
+    Raises:
+        InputError: The output belongs to another run. The message names each differing key with both values.
     """
     path = storage.join(output, RUN_FILE)
     document = {"format": FORMAT, "config_digest": digest(fields), "config": fields, "options": options or {}}
@@ -58,12 +63,12 @@ def check_run(output: str, run: Mapping[str, Any], fields: Mapping[str, Any]) ->
     """Checks that an output is of the run with these fields.
 
     Args:
-        output: Its folder.
-        run: What its `run.json` says.
-        fields: Plain JSON values of what may change a row by meaning.
+        output: Folder of the run, for messages.
+        run: What `read_run` gives.
+        fields: Plain JSON values of the options that can change the meaning of a row.
 
     Raises:
-        InputError: Some differ; each is named with both values.
+        InputError: Some differ. The message names each with both values.
     """
     stored, here = flat(run["config"]), flat(fields)
     if "weights" in str(stored.get("mode")):
@@ -83,9 +88,16 @@ def check_run(output: str, run: Mapping[str, Any], fields: Mapping[str, Any]) ->
 
 
 def read_run(output: str) -> dict[str, Any]:
-    """What `run.json` says: `format`, `config_digest`, `config`, `options`.
+    """Reads `run.json`.
 
-    Raises InputError if there is none, so that this is no output of ours, or it cannot be read.
+    Args:
+        output: Folder of the run, local or on S3.
+
+    Returns:
+        `format`, `config_digest`, `config` and `options`.
+
+    Raises:
+        InputError: The folder has no `run.json`, so it is no output, or the file cannot be read.
     """
     document = _read(output)
     if document is None:

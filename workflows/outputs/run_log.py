@@ -24,55 +24,70 @@ from wallaroo.workflows.outputs.layout import record_numbers, record_path
 from wallaroo.workflows.stopping import RunStopped
 
 WRITE_SECONDS = 10.0
+"""Time between two writes of the record."""
 WINDOW_SECONDS = 60.0
-"""The current rate is the mean over so many seconds."""
+"""The current rate is the mean over this time."""
 LOG_LINES = 10_000
-"""Lines that the log of a start keeps, the last ones; at one in ten seconds that is more than a day."""
+"""Lines that the log of a start keeps, the last ones. With one in ten seconds that is more than a day."""
 MAX_SAMPLES = 500
-"""Points of a record's throughput graph; when there are more, every second one goes."""
+"""Most points of the throughput graph of a record. Above it every second point is dropped."""
 STATES = ("running", "finished", "stopped", "failed")
 
 
 @dataclass
 class RunRecord:
-    """One start of a driver, as `runs/NNNN.json` holds it. Times are ISO 8601 in UTC, spans seconds.
-
-    options: the command's resolved options. rows: output rows planned, 0 while unknown. done: rows in
-    the output, `before` of them there already at the start; images: made by this run. errors: kind ->
-    rows. retries: what was tried again, by name; waits: seconds spent waiting, by name.
-    rate: rows/s over the last WINDOW_SECONDS, not before a replica was up. overall_rate: rows/s over the
-    whole run. first_row_seconds: from the start to this run's first row. replica_seconds: replicas that
-    were up, times how long.
-    samples: [seconds since the start, done, error rows].
-    """
+    """One start of a driver, as `runs/NNNN.json` holds it. Times are ISO 8601 in UTC."""
 
     run: int
+    """Number of the start, from 1."""
     started: str
+    """Time of the start."""
     updated: str
+    """Time of the last write."""
     format: int = 1
+    """Version of the file."""
     state: str = "running"
+    """One of STATES."""
     message: str = ""
+    """Why the run ended, in words; empty if it runs or finished."""
     seconds: float = 0.0
+    """Seconds since the start."""
     host: str = ""
+    """Host name of the driver."""
     pid: int = 0
+    """Process number of the driver."""
     versions: dict[str, str] = field(default_factory=dict)
+    """Package -> version; empty for one that is not installed."""
     options: dict[str, Any] = field(default_factory=dict)
+    """Resolved options of the command."""
     rows: int = 0
+    """Planned rows; 0 while unknown."""
     before: int = 0
+    """Rows that the output had at the start."""
     done: int = 0
+    """Rows that the output has, those included."""
     images: int = 0
+    """Pictures that this run made."""
     errors: dict[str, int] = field(default_factory=dict)
+    """Kind of error -> rows."""
     retries: dict[str, int] = field(default_factory=dict)
+    """Name of what was retried -> number of retries."""
     waits: dict[str, float] = field(default_factory=dict)
+    """Name of what was waited for -> seconds."""
     rate: float = 0.0
+    """Rows/s over the last WINDOW_SECONDS, without the time before the first replica was up."""
     overall_rate: float = 0.0
+    """Rows/s over the whole run."""
     first_row_seconds: float | None = None
+    """Seconds from the start to the first row of this run; None before it."""
     replica_seconds: float = 0.0
+    """Seconds that replicas were up, added over all replicas."""
     samples: list[list[float]] = field(default_factory=list)
+    """Points of the graph: [seconds since the start, rows done, error rows]."""
 
     @property
     def cost(self) -> float | None:
-        """Price of the replicas so far, where the run was told what one costs an hour."""
+        """Price of the replicas so far; None if the run has no price per hour."""
         price = self.options.get("price_per_hour")
         return None if price is None else price * self.replica_seconds / 3600
 
@@ -82,7 +97,17 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, data: bytes) -> "RunRecord":
-        """The record in a JSON file; raises ValueError if it is none, or one of another version."""
+        """Parses a record.
+
+        Args:
+            data: Contents of the file.
+
+        Returns:
+            The record.
+
+        Raises:
+            ValueError: It is no record of this version.
+        """
         try:
             values = json.loads(data)
         except RecursionError:
@@ -127,18 +152,25 @@ class _Lines(logging.Handler):
 
 
 class RunLog:
-    """Keeps the record of this start, and rewrites it every WRITE_SECONDS while it is told numbers.
+    """Keeps the record of this start, and rewrites it at most every WRITE_SECONDS as numbers come in.
 
-    Beside it, as `runs/NNNN.log`, stands what there was to say: how far the run was, warnings, and how it
-    ended, with the traceback of what nobody expected. The log of a job is gone with its cluster.
+    `runs/NNNN.log` beside it holds progress, warnings and how the run ended, with the traceback of an
+    unexpected error. It survives the cluster, unlike the log of a job.
 
-    A context manager: leaving it writes how the run ended, `failed` with the reason if by an exception
-    and `stopped` if on purpose. clock: seconds since the epoch.
+    As a context manager it writes how the run ended when the block is left: `finished`, `stopped` on purpose,
+    or `failed` with the reason.
     """
 
     def __init__(
         self, output: str, options: Mapping[str, Any], clock: Callable[[], float] = time.time
     ) -> None:
+        """Takes the next free number and writes the first record.
+
+        Args:
+            output: Folder of the run, local or on S3.
+            options: Resolved options of the command.
+            clock: Gives the time in seconds since the epoch.
+        """
         self._output = output
         self._clock = clock
         self._start = clock()
@@ -179,7 +211,18 @@ class RunLog:
         retries: Mapping[str, int] | None = None,
         waits: Mapping[str, float] | None = None,
     ) -> None:
-        """Takes the numbers as they are now (see RunRecord); cheap, so call it as often as they change."""
+        """Takes the present numbers. It is cheap, so call it as often as they change.
+
+        Args:
+            rows: Planned rows; 0 while unknown.
+            done: Rows that the output has.
+            before: Rows that the output had at the start.
+            errors: Kind of error -> rows.
+            images: Pictures that this run made.
+            replicas: Replicas that are up.
+            retries: Name -> number of retries.
+            waits: Name -> seconds spent waiting.
+        """
         record, now = self.record, self._clock()
         record.replica_seconds += replicas * max(0.0, now - self._start - record.seconds)
         record.seconds = now - self._start
@@ -207,7 +250,15 @@ class RunLog:
                 self._write_log()
 
     def end(self, state: str, message: str = "") -> None:
-        """Writes the last state: `finished`, `stopped` or `failed`, and the reason in words."""
+        """Writes the last state of the run.
+
+        Args:
+            state: `finished`, `stopped` or `failed`.
+            message: The reason in words.
+
+        Raises:
+            ValueError: There is no such state.
+        """
         if state not in STATES:
             raise ValueError(f"state {state!r}, expected one of {STATES}")
         now = self._clock()
@@ -276,7 +327,14 @@ class RunLog:
 
 
 def read_records(output: str) -> tuple[list[RunRecord], list[str]]:
-    """The records in order, and the paths of those that cannot be read."""
+    """Reads the records of all starts.
+
+    Args:
+        output: Folder of the run, local or on S3.
+
+    Returns:
+        The records in order, and the paths of those that cannot be read.
+    """
     records, unreadable = [], []
     for number in record_numbers(output):
         path = record_path(output, number)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from wallaroo.model.errors import InputError
 
 FORMAT = 1
-"""Version of everything this module writes; a reader refuses what it does not know."""
+"""Version of everything that this module writes. A reader refuses any other."""
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 SOURCE_TYPE = pa.struct(
     [
@@ -22,9 +22,9 @@ SOURCE_TYPE = pa.struct(
     ]
 )
 NOTED_SOURCE_TYPE = pa.struct([*SOURCE_TYPE, ("note", pa.string())])
-"""With what somebody should know of the picture, such as a colour profile that is broken."""
+"""`SOURCE_TYPE` with a note on the picture, such as a colour profile that is broken."""
 NOTE_MARK = b"wallaroo.source_note"
-"""Key of the metadata of plans whose sources have a note, which those of version 0.1.0 have not."""
+"""Key in the metadata of plans whose sources have a note. Plans of version 0.1.0 lack it."""
 RESULT_FIELDS = (
     pa.field("row_id", pa.int64()),
     pa.field("shard", pa.int64()),
@@ -64,22 +64,33 @@ RESULT_FIELDS = (
 )
 TOKENS_FIELD = pa.field("tokens", pa.list_(pa.int32()))
 RESULT_NAMES = frozenset(field.name for field in (*RESULT_FIELDS, TOKENS_FIELD))
-"""Names that a carried column cannot have; it comes as `in_<name>` instead."""
+"""Names that a carried column cannot have; it is called `in_<name>` instead."""
 VOLATILE = ("attempts", "replica", "started_at", "seconds")
-"""The columns that may differ when a shard is made again; all others may not."""
+"""Columns that may differ when a shard is made again. No other may."""
 JSON_MARK = b"wallaroo.json"
-"""Key of the schema metadata: a JSON list of the carried columns that hold JSON text."""
+"""Key in the metadata of a schema: a JSON list of the carried columns that hold JSON text."""
 TEXT_TASKS = frozenset({"understand"})
-"""Tasks whose results are texts; those of all others are pictures."""
+"""Tasks whose results are texts. All others give pictures."""
 MIME_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
 
 def result_schema(carried: pa.Schema, save_tokens: bool = False) -> pa.Schema:
-    """The one schema of all files of `data/`: ours, `tokens` if saved, then the carried columns.
+    """Builds the schema of all files of `data/`.
 
-    It is the schema as Parquet gives it back (which has no seconds in timestamps, for instance), so a
-    file's schema can be compared with it exactly. Its metadata tells Hugging Face `datasets` that
-    `image` holds pictures. Raises ValueError where a carried column has a name of ours.
+    It is the schema as Parquet gives it back, so a file's schema can be compared with it exactly. (Parquet
+    has no timestamps in seconds, for example.) Its metadata tells Hugging Face `datasets` that `image` holds
+    pictures.
+
+    Args:
+        carried: Schema of the carried columns.
+        save_tokens: Whether there is a column `tokens`.
+
+    Returns:
+        RESULT_FIELDS, `tokens` if saved, then the carried columns.
+
+    Raises:
+        ValueError: A carried column has the name of a result column.
+        InputError: A carried column has a type that Parquet cannot hold.
     """
     taken = [name for name in carried.names if name in RESULT_NAMES]
     if taken:
@@ -102,12 +113,12 @@ def result_schema(carried: pa.Schema, save_tokens: bool = False) -> pa.Schema:
 
 
 def source_type(schema: pa.Schema) -> pa.DataType:
-    """The type of `source` in the results of a plan with this schema, or these carried columns."""
+    """Type of `source` in the results, from the metadata of the plan or of its carried columns."""
     return NOTED_SOURCE_TYPE if NOTE_MARK in (schema.metadata or {}) else SOURCE_TYPE
 
 
 def json_columns(schema: pa.Schema) -> frozenset[str]:
-    """Names of the columns that hold JSON text, as a file of ours says; what else may stand there is none."""
+    """Names of the columns that hold JSON text by the metadata of a schema. Foreign metadata names none."""
     try:
         names = json.loads((schema.metadata or {}).get(JSON_MARK, b"[]"))
     except (ValueError, RecursionError):
@@ -145,7 +156,14 @@ def _own_fields() -> tuple[pa.Field, ...]:
 
 
 def lacking(schema: pa.Schema) -> str:
-    """Why a file with this schema is none of results, in words; empty if it may be one."""
+    """Tells what a file of this schema lacks to be a file of results.
+
+    Args:
+        schema: Schema of the file.
+
+    Returns:
+        The end of a sentence; empty if it may be one.
+    """
     for field in _own_fields():
         kinds = (SOURCE_TYPE, NOTED_SOURCE_TYPE) if field.name == "source" else (field.type,)
         if schema.names.count(field.name) != 1 or schema.field(field.name).type not in kinds:

@@ -15,19 +15,22 @@ from wallaroo.workflows.outputs.layout import shard_path
 from wallaroo.workflows.outputs.schema import lacking
 
 PICTURE_ROWS = 32
-"""Rows of a row group with pictures: whoever wants one of them reads these, not the whole shard."""
+"""Rows of a row group with pictures. Reading one picture reads its row group, not the whole shard."""
 TALLY_KEY = b"wallaroo-tally"
-"""Key of the footer's metadata. Metadata of a schema begins with `wallaroo.`, and is carried along."""
+"""Key in the metadata of the footer. It lacks the prefix `wallaroo.` of the keys that are carried along."""
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 def shard_bytes(table: pa.Table, tally: bytes = b"") -> pa.Buffer:
-    """A result table as a Parquet file; equal tables give equal bytes.
+    """Encodes a result table as a Parquet file. Equal tables give equal bytes.
 
     Args:
         table: From `build_result_table`, or read back from such a file.
-        tally: What is counted of its rows, for the footer; empty for none.
+        tally: Counts of its rows, for the footer; empty for none.
+
+    Returns:
+        The file.
     """
     # The table may come from a file with a tally of its own.
     metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != TALLY_KEY}
@@ -57,16 +60,19 @@ def _leaf_columns(schema: pa.Schema) -> list[str]:
 
 
 def write_shard(output: str, shard: int, table: pa.Table, tally: bytes = b"") -> str:
-    """Writes the file of a shard, whole or not at all. Written twice, it differs in VOLATILE columns only.
+    """Writes the file of a shard atomically. Written twice, it differs in VOLATILE columns only.
 
     Args:
-        output: Folder of the run.
-        shard: Its number, which is that of all rows.
+        output: Folder of the run, local or on S3.
+        shard: Number of the shard, which all rows have.
         table: From `build_result_table`.
-        tally: What is counted of its rows, for the footer; empty for none.
+        tally: Counts of its rows, for the footer; empty for none.
 
     Returns:
         The stamp that a listing gives the file.
+
+    Raises:
+        ValueError: A row is of another shard.
     """
     if pc.any(pc.not_equal(table.column("shard"), shard)).as_py():
         raise ValueError(f"the table of shard {shard} holds rows of another shard")
@@ -74,23 +80,26 @@ def write_shard(output: str, shard: int, table: pa.Table, tally: bytes = b"") ->
 
 
 def without_tally(schema: pa.Schema) -> pa.Schema:
-    """The schema of a shard's rows, without what the footer says of them."""
+    """Returns the schema of a shard without the counts of its footer."""
     metadata = {key: value for key, value in (schema.metadata or {}).items() if key != TALLY_KEY}
     return schema.with_metadata(metadata)
 
 
 @contextmanager
 def open_shard(output: str, shard: int, data: bytes | None = None) -> Iterator[pq.ParquetFile]:
-    """The file of a shard, for reading row group by row group.
+    """Opens the file of a shard for reading row group by row group.
 
     Args:
-        output: Folder of the run.
-        shard: Its number.
-        data: The whole file, where it was read already.
+        output: Folder of the run, local or on S3.
+        shard: Number of the shard.
+        data: The whole file, if it is already read.
+
+    Yields:
+        The open file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ArrowInvalid: Another file lies in its place.
+        ArrowInvalid: It is not a file of results.
     """
     path = shard_path(output, shard)
     filesystem, inner = storage.parquet_filesystem(path)
@@ -105,7 +114,16 @@ def open_shard(output: str, shard: int, data: bytes | None = None) -> Iterator[p
 
 
 def map_shards(function: Callable[[S], T], shards: Iterable[S], threads: int = 8) -> Iterator[T]:
-    """`function(shard)` of every shard, in their order, a few at a time and never far ahead."""
+    """Calls a function for every shard in threads.
+
+    Args:
+        function: Called as `function(shard)`.
+        shards: Its arguments.
+        threads: Calls at once.
+
+    Yields:
+        The results in the order of `shards`. At most about twice `threads` of them wait in memory.
+    """
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque[Future[T]] = deque()
         try:

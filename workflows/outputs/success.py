@@ -14,22 +14,34 @@ from wallaroo.workflows.outputs.values import read_json
 
 @dataclass
 class RowTotals:
-    """Rows that are in `data/`: all, ok, and errors by kind.
-
-    Of the ok rows also: sizes in pixels, width first, of their pictures; languages; and the folders that
-    their source pictures are in.
-    """
+    """Counts of the rows in `data/`."""
 
     rows: int = 0
+    """All rows."""
     ok: int = 0
+    """Rows with a result."""
     errors: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Kind of error -> rows."""
     sizes: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
+    """(width, height) in pixels -> ok rows with a picture of this size."""
     languages: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Language -> ok rows."""
     folders: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Folder of the source picture -> ok rows."""
 
 
 def read_success(output: str) -> dict[str, Any] | None:
-    """What `_SUCCESS` says: `rows`, `ok`, `errors` by kind, `shards`, `parts`; None if there is none."""
+    """Reads `_SUCCESS`.
+
+    Args:
+        output: Folder of the run, local or on S3.
+
+    Returns:
+        `format`, `rows`, `ok`, `errors` by kind, `shards` and `parts`; None if there is no such file.
+
+    Raises:
+        InputError: The file is damaged or of another version.
+    """
     path = storage.join(output, SUCCESS_FILE)
     try:
         document = read_json(path, "move it elsewhere and re-run its command")

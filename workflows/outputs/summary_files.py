@@ -16,15 +16,16 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import summary_path
 
 FORMAT = 1
+"""Version of the files."""
 MAX_BYTES = 64 << 20
-"""Of a summary in memory. A longer one is none: nobody has written it, or it is better made anew."""
+"""Most bytes of a summary in memory. A longer one is neither written nor read."""
 
 
 def write_lines(output: str, part: str, lines: Iterable[bytes]) -> None:
-    """Writes a summary file over the one there may be.
+    """Writes a summary file, over an older one if there is one. Above MAX_BYTES it writes nothing.
 
     Args:
-        output: Folder of the run.
+        output: Folder of the run, local or on S3.
         part: Name of the plan part, or `all`.
         lines: JSON values without newlines.
     """
@@ -38,12 +39,28 @@ def write_lines(output: str, part: str, lines: Iterable[bytes]) -> None:
 
 
 def read_lines(output: str, part: str) -> list[Any]:
-    """The values in a summary file; none where it is absent, damaged, or of another part or version."""
+    """Reads the values of a summary file.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        part: Name of the plan part, or `all`.
+
+    Returns:
+        The values; none if the file is absent, damaged, or of another part or version.
+    """
     return [json.loads(line) for line in read_texts(output, part)]
 
 
 def read_texts(output: str, part: str) -> list[bytes]:
-    """The lines of a summary file as they stand there; see `read_lines`."""
+    """Reads the lines of a summary file as JSON text.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        part: Name of the plan part, or `all`.
+
+    Returns:
+        The lines; none if the file is absent, damaged, or of another part or version.
+    """
     try:
         data = storage.read_bytes(summary_path(output, part))
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:

@@ -14,11 +14,14 @@ from wallaroo.workflows import storage
 
 
 def read_json(path: str, remedy: str) -> Any:
-    """The value in a JSON file of an output.
+    """Reads a JSON file of an output.
 
     Args:
-        path: Of the file, local or on S3.
+        path: Local or `s3://` path.
         remedy: What to do if it is not JSON, as the end of a sentence.
+
+    Returns:
+        The value in the file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -32,7 +35,17 @@ def read_json(path: str, remedy: str) -> Any:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one UTF-8 JSON text of a plain value: keys sorted, no spaces, 3.0 as 3. Refuses NaN."""
+    """Encodes a plain value as its one UTF-8 JSON text: keys sorted, no spaces, 3.0 as 3.
+
+    Args:
+        value: The value; tuples count as lists.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+    """
     text = json.dumps(
         plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
@@ -40,6 +53,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def plain(value: Any) -> Any:
+    """Converts a value to plain JSON types: tuples to lists, keys to text, whole floats to integers."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -50,12 +64,20 @@ def plain(value: Any) -> Any:
 
 
 def digest(value: Any) -> str:
-    """sha256, in hex, of `canonical_json(value)`."""
+    """sha256 of `canonical_json(value)`, hexadecimal."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with keys such as `sampling.cfg`."""
+    """Flattens nested mappings.
+
+    Args:
+        value: The mapping.
+        prefix: Put before every key.
+
+    Returns:
+        One mapping with keys such as `sampling.cfg`.
+    """
     found: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping):
@@ -66,6 +88,15 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(values: Mapping[str, Any], key: str) -> str:
+    """Formats a value for a message.
+
+    Args:
+        values: The values.
+        key: Key of the value.
+
+    Returns:
+        JSON text of at most 80 characters, or `absent`.
+    """
     if key not in values:
         return "absent"
     text = json.dumps(values[key], ensure_ascii=False)
@@ -73,7 +104,7 @@ def shown(values: Mapping[str, Any], key: str) -> str:
 
 
 def json_line(values: Mapping[str, Any]) -> bytes:
-    """A line of a JSON Lines file, from values as `jsonable` gives them."""
+    """Encodes values from `jsonable` as a line of a JSON Lines file."""
     text = json.dumps(values, ensure_ascii=False, allow_nan=False)
     try:
         return text.encode() + b"\n"
@@ -83,7 +114,7 @@ def json_line(values: Mapping[str, Any]) -> bytes:
 
 
 def json_again(text: str) -> Any:
-    """What JSON text says; the text itself where it is none."""
+    """Parses JSON text; returns the text itself if it is not JSON."""
     try:
         return jsonable(json.loads(text))
     except (ValueError, RecursionError):
@@ -91,7 +122,7 @@ def json_again(text: str) -> Any:
 
 
 def jsonable(value: Any) -> Any:
-    """A value that Arrow gave as one that JSON can hold."""
+    """Converts a value from Arrow to one that JSON can hold. NaN and infinity become null, bytes base64."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -10,14 +10,14 @@ import zlib
 from xml.sax.saxutils import escape
 
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""IPTC's term for what a trained model has made."""
+"""IPTC's term for media made by a trained model."""
 
 SYSTEM = "Wallaroo"
 NAMESPACE = "urn:x-wallaroo-batch:xmp:1.0:"
-"""Of what IPTC has no property for."""
+"""Namespace of properties that IPTC lacks."""
 
 MAX_PROMPT_BYTES = 50_000
-"""A JPEG segment has 64 KiB; a longer prompt is cut, and ends with an ellipsis."""
+"""Most bytes of the prompt (a JPEG segment has 64 KiB). A longer one is cut and ends with an ellipsis."""
 
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _PNG_KEYWORD = b"XML:com.adobe.xmp"
@@ -26,10 +26,18 @@ _XMP_FLAG, _ALPHA_FLAG = 0x04, 0x10
 
 
 def xmp_packet(prompt: str, seed: str, model_digest: str) -> bytes:
-    """XMP (UTF-8) with IPTC's properties of generated pictures: source type, prompt, system and version.
+    """Builds an XMP packet with IPTC's properties of generated pictures.
 
-    model_digest is the version of the system; the seed has a property of our own. Equal values give
-    equal bytes. Characters that XML cannot hold become U+FFFD.
+    They are source type, prompt, system and version. Equal values give equal bytes. Characters that XML
+    cannot hold become U+FFFD.
+
+    Args:
+        prompt: Prompt of the picture.
+        seed: Its seed, which has a property of our own.
+        model_digest: Digest of the checkpoint, written as the version of the system.
+
+    Returns:
+        The packet in UTF-8.
     """
     properties = {
         "Iptc4xmpExt:DigitalSourceType": DIGITAL_SOURCE_TYPE,
@@ -65,14 +73,17 @@ def _xml_text(text: str) -> str:
 
 
 def embed(data: bytes, packet: bytes) -> bytes:
-    """The file with an XMP packet in it; unchanged if it holds this packet already.
+    """Puts an XMP packet into an image file. A file that holds this packet stays unchanged.
 
     Args:
         data: A PNG, JPEG or WebP file without another packet.
-        packet: Of `xmp_packet`.
+        packet: From `xmp_packet`.
+
+    Returns:
+        The file with the packet.
 
     Raises:
-        ValueError: The file is of none of these formats.
+        ValueError: The file has none of these formats.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR":
         write = _embed_png
