@@ -12,16 +12,17 @@ from wallaroo.model.errors import RowError
 from wallaroo.workflows.sources.references import SourceOptions
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""What is decoded, by Pillow's names. The many others that it knows are rare and little tested."""
+"""Formats to decode, by Pillow's names. It knows many others, which are rare and little tested."""
 HEIF_BRANDS = frozenset(
     ("heic", "heix", "hevc", "heim", "heis", "hevm", "hevs", "hevx", "mif1", "msf1", "mif2")
 )
-"""What a HEIF file calls itself, after `ftyp`."""
+"""Brands of HEIF files; one of them follows `ftyp`."""
 MAX_PROFILE_BYTES = 8 << 20
-"""Of a colour profile; those of printing presses have up to 3 MiB. A longer one counts as broken."""
+"""Most bytes of a colour profile; a longer one counts as broken. Printing presses have up to 3 MiB."""
 NOTE = "wallaroo.note"
-"""Key of what `decode` says in the `info` of a picture."""
+"""Key in the `info` of a picture for a note of `decode`."""
 ORIENTATION = 0x0112
+"""EXIF tag of the orientation."""
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,7 +32,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what brings a picture upright."""
+"""EXIF orientation -> operation that turns the picture upright."""
 TILE_WIDTH, TILE_LENGTH = 322, 323
 """Tags of a TIFF file: its tiles, which may be far larger than the picture."""
 JPEG_PIECE_BYTES = 1024
@@ -77,19 +78,19 @@ def decode(
     most_pixels: int = SourceOptions.most_pixels,
     seconds: float = SourceOptions.decode_seconds,
 ) -> Image.Image:
-    """Decodes a picture: sRGB, 8 bits, upright as EXIF says, composed on white, its first frame.
+    """Decodes a picture: first frame, sRGB, 8 bits, upright by its EXIF data, composed on white.
 
-    Of 16 bits the upper 8 are kept. The colours of a picture with an ICC profile are converted to sRGB; a
-    profile that is broken, or of other channels than the picture, is ignored. HEIF needs pillow-heif.
+    Of 16 bits the upper 8 are kept. Colours of a picture with an ICC profile are converted to sRGB. A profile
+    that is broken, or made for other channels, is ignored. HEIF needs pillow-heif.
 
     Args:
-        data: A file of one of FORMATS, or HEIF.
-        name: Of the picture; messages begin with it.
-        most_pixels: A picture with more is refused.
-        seconds: CPU time after which decoding is stopped.
+        data: A file in one of FORMATS, or HEIF.
+        name: Name of the picture; messages begin with it.
+        most_pixels: Most pixels of the picture.
+        seconds: CPU seconds after which decoding stops.
 
     Returns:
-        The picture in mode RGB. `info[NOTE]` says that a profile was ignored, if one was.
+        The picture in mode RGB. `info[NOTE]` is set if a profile was ignored.
 
     Raises:
         RowError: ("image") The bytes are no picture, are damaged, or break a limit.

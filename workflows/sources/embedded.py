@@ -19,36 +19,45 @@ from wallaroo.model.errors import InputError, RowError
 from wallaroo.workflows import storage
 
 COLUMN = "image"
+"""Column of pictures."""
 
 BATCH_ROWS = 8
-"""Rows of a file whose pictures are held at a time."""
+"""Rows of a file whose pictures are in memory at once."""
 
 
 class Cell(NamedTuple):
-    """One picture. path: of its file, with the column unless it is `image`. row: number of its row in the
-    file, or its row_id in an output.
-    """
+    """One picture in a Parquet file."""
 
     path: str
+    """Path of the file, with the column behind it unless that is `image`."""
     row: int
+    """Number of the row in the file from 0; its `row_id` in the output of a run."""
 
     def __str__(self) -> str:
         return f"{self.path}#{self.row}"
 
 
 def parse_cell(text: str) -> Cell | None:
-    """The cell that a reference names; None if it names anything else."""
+    """Parses a reference to a cell; None for any other reference."""
     match = re.fullmatch(r"(.+\.(?:parquet|pq)(?:#[^/#]+)?)#([0-9]{1,18})", text, re.IGNORECASE | re.DOTALL)
     return Cell(match[1], int(match[2])) if match else None
 
 
 def with_column(path: str, column: str) -> str:
-    """What stands for a file in its cells if the pictures are in this column."""
+    """Names a file in references to its cells.
+
+    Args:
+        path: Path of the file.
+        column: Column of the pictures.
+
+    Returns:
+        The path, with the column behind it unless that is `image`.
+    """
     return path if column == COLUMN else f"{path}#{quote(column, safe='')}"
 
 
 def split_column(path: str) -> tuple[str, str]:
-    """File and column of what `with_column` gives."""
+    """Reverses `with_column`: path of the file, and column."""
     match = re.fullmatch(r"(.+\.(?:parquet|pq))#([^/#]+)", path, re.IGNORECASE | re.DOTALL)
     return (match[1], unquote(match[2])) if match else (path, COLUMN)
 
@@ -59,10 +68,17 @@ def is_result(schema: pa.Schema) -> bool:
 
 
 def read_cells(path: str, rows: Collection[int]) -> Iterator[tuple[int, Any]]:
-    """Rows of a file and what stands in their cells, each once, a few of them in memory at a time.
+    """Reads cells of a file, a few of them in memory at a time.
 
-    A row that the file does not have comes with a RowError. Raises InputError if the file is gone or
-    corrupt.
+    Args:
+        path: Path of the file, from `with_column`.
+        rows: The rows to read, numbered as `Cell.row`.
+
+    Yields:
+        Each row once, with the value of its cell. A row that the file lacks comes with a RowError.
+
+    Raises:
+        InputError: The file is gone or corrupt.
     """
     missing = set(rows)
     path, column = split_column(path)

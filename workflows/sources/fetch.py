@@ -30,24 +30,31 @@ from wallaroo.workflows.sources.references import (
 )
 
 FIRST_PAUSE_SECONDS = 0.5
+"""Pause after the first failure of a host. Each further failure doubles it."""
 MAX_BACKOFF_SECONDS = 20.0
+"""Longest pause."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A source's bytes, and where they are from: an absolute path, an address without its query, or for
-    bytes in the manifest the path that stands beside them, or `data:` with their type."""
+    """The bytes of a source, and where they are from."""
 
     uri: str
+    """Absolute path, or address without its query.
+
+    For bytes in the manifest it is the path beside them, or `data:` with their type.
+    """
     data: bytes
+    """The bytes of the file."""
 
     @functools.cached_property
     def sha256(self) -> str:
+        """sha256 of the bytes, hexadecimal."""
         return hashlib.sha256(self.data).hexdigest()
 
     @property
     def name(self) -> str:
-        """How messages begin that are about this source."""
+        """Name of the source at the beginning of messages."""
         inline = not self.uri or self.uri.startswith("data:")
         return "The picture in the manifest" if inline else shown(self.uri)
 
@@ -55,14 +62,15 @@ class Fetched:
 def fetch_many(
     references: Sequence[Reference], options: SourceOptions
 ) -> Iterator[tuple[list[int], Fetched | RowError]]:
-    """Fetches every distinct reference once. At most `options.fetches` are under way or waiting.
+    """Fetches every distinct reference once. At most `options.fetches` are in flight or waiting.
 
     Args:
-        references: What stands in `image`, row by row.
+        references: Value of `image`, row by row.
         options: Where sources may come from, and their limits.
 
     Yields:
-        The positions of a reference, and its bytes or why it is refused, in the order of the first ones.
+        The positions of a reference, and its bytes or the reason for refusal, in the order of first
+        positions.
 
     Raises:
         InputError: A storage does not serve.
@@ -99,19 +107,19 @@ def fetch(
     options: SourceOptions,
     download: Callable[[str, int], bytes] = https.download,
 ) -> Fetched:
-    """Fetches the bytes that a reference leads to.
+    """Fetches the bytes of a reference.
 
     Args:
-        reference: What stands in `image`.
+        reference: Value of `image`.
         options: Where sources may come from, and their limits.
-        download: Address and most bytes -> bytes, in place of `https.download`.
+        download: Address and most bytes -> bytes; replaces `https.download`.
 
     Returns:
         The bytes, and where they are from.
 
     Raises:
-        RowError: ("image") There is no such source, it may not be read or has too many bytes, or a web
-            host does not serve.
+        RowError: ("image") There is no such source, it may not be read or has too many bytes, or a web host
+            does not serve.
         InputError: A storage does not serve.
     """
     data, path = parts_of(reference)

@@ -19,11 +19,14 @@ from contextlib import suppress
 from wallaroo.model.errors import RowError
 
 SECONDS = 60
-"""From the first connection of a download, redirects included, to its last byte."""
+"""Most seconds from the first connection of a download to its last byte, redirects included."""
 
 CONNECT_SECONDS = 10
+"""Most seconds of one connection attempt."""
 MAX_REDIRECTS = 5
+"""Most redirects of one download."""
 CHUNK_BYTES = 1 << 16
+"""Most bytes of one read."""
 
 _TRY_AGAIN = {408, 425, 429}
 _REDIRECTS = {301, 302, 303, 307, 308}
@@ -43,7 +46,7 @@ _NOT_PUBLIC = tuple(
 
 
 class Unavailable(Exception):
-    """The host did not serve this time, but may do so later; the message is a sentence's end."""
+    """The host did not serve this time, but may do so later. The message is the end of a sentence."""
 
 
 def download(
@@ -54,11 +57,21 @@ def download(
     resolve: "Callable[[str, int], Sequence[str]] | None" = None,
     permitted: "Callable[[str], bool] | None" = None,
 ) -> bytes:
-    """What is at an https:// URL, `most` bytes of it at most.
+    """Downloads a file from a public host.
 
-    resolve: host and port -> addresses, by default as the system does. permitted: whether an address
-    may be asked, by default `is_public`. Raises RowError("image") for what will not change by asking
-    again, Unavailable for what may.
+    Args:
+        url: Address, https:// only.
+        most: Most bytes of the file.
+        seconds: Most seconds of the whole download.
+        resolve: Host and port -> IP addresses; the system resolver if None.
+        permitted: Whether to connect to an IP address; `is_public` if None.
+
+    Returns:
+        The file.
+
+    Raises:
+        RowError: ("image") The host refuses, or a rule is broken. A retry would not help.
+        Unavailable: The host does not serve now.
     """
     name = shown(without_query(url))
     deadline = time.monotonic() + seconds
@@ -81,7 +94,7 @@ def download(
 
 
 def without_query(url: str) -> str:
-    """A URL to show and to keep: what follows `?` may be a signature, and what precedes `@` a password."""
+    """Removes what may be secret from a URL: the query, which may be a signature, and user and password."""
     with suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -89,14 +102,21 @@ def without_query(url: str) -> str:
 
 
 def shown(path: str) -> str:
-    """A path or address in a message: one line, and of a very long one the beginning and the end."""
+    """Formats a path or address for a message: one line of at most 200 characters."""
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in path)
     return text if len(text) <= 200 else f"{text[:140]}…{text[-59:]}"
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet: none of a private network, of this machine
-    or its link, or of a cloud's metadata service, and none that stands for such a one."""
+    """Tells whether an IP address belongs to the public internet.
+
+    Args:
+        address: IPv4 or IPv6 address.
+
+    Returns:
+        False for private networks, this machine and its link, metadata services of clouds, addresses that
+        embed one of these, and text that is no address.
+    """
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -16,38 +16,54 @@ from wallaroo.workflows.sources.references import Reference, SourceOptions
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture as a `model.engine.Request` wants it.
-
-    width, height: of the upright source, in pixels. semantic: uint8 [h, w, 3]; grid: rows and columns
-    of its merged tokens. size: of the picture that an edit makes, pixels: uint8 [H, W, 3] of that size;
-    both None for understanding.
-    """
+    """A picture as a `model.engine.Request` takes it."""
 
     width: int
+    """Width of the upright source in pixels."""
     height: int
+    """Height of the upright source in pixels."""
     semantic: np.ndarray
+    """uint8 [h, w, 3]: pixels for the vision tower."""
     grid: tuple[int, int]
+    """Rows and columns of its merged tokens."""
     size: Size | None = None
+    """Size of the picture that an edit makes; None for understanding."""
     pixels: np.ndarray | None = None
+    """uint8 [H, W, 3]: the source at that size; None for understanding."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source made ready. uri, sha256: as `Fetched` has them. note: what was ignored of it, or empty."""
+    """A source ready for the model."""
 
     uri: str
+    """`Fetched.uri`."""
     sha256: str
+    """`Fetched.sha256`."""
     prepared: Prepared
+    """The picture."""
     note: str = ""
+    """What was ignored of the file, such as a broken colour profile; empty if nothing."""
 
 
 def load_many(
     references: Sequence[Reference], task: str, config: ModelConfig, options: SourceOptions
 ) -> Iterator[tuple[list[int], Source | RowError]]:
-    """Every distinct source of a shard once, with the positions that name it, made ready or refused.
+    """Fetches, decodes and resizes every distinct source of a shard once.
 
-    While one is decoded the next ones are fetched; no more than one decoded picture is held at a time.
-    Raises InputError as `fetch` does.
+    The next sources are fetched while one is decoded. Only one decoded picture is in memory at a time.
+
+    Args:
+        references: Value of `image`, row by row.
+        task: `edit` or `understand`.
+        config: Configuration of the model.
+        options: Where sources may come from, and their limits.
+
+    Yields:
+        The positions of a source, and the source or the reason for refusal.
+
+    Raises:
+        InputError: A storage does not serve.
     """
     for positions, fetched in fetch_many(references, options):
         made = fetched if isinstance(fetched, RowError) else _load(fetched, task, config, options)
@@ -65,10 +81,19 @@ def _load(fetched: Fetched, task: str, config: ModelConfig, options: SourceOptio
 
 
 def prepare(image: Image.Image, task: str, config: ModelConfig, name: str = "The source") -> Prepared:
-    """An upright RGB picture as the task `edit` or `understand` takes it.
+    """Resizes a picture for a task.
 
-    Raises RowError("image"), whose message begins with `name`, if one side is more than 200 times the
-    other.
+    Args:
+        image: Upright picture in mode RGB.
+        task: `edit` or `understand`.
+        config: Configuration of the model.
+        name: Name of the picture; messages begin with it.
+
+    Returns:
+        The picture as the model takes it.
+
+    Raises:
+        RowError: ("image") One side is more than 200 times the other.
     """
     least, most = config.edit_pixels if task == "edit" else config.understand_pixels
     try:

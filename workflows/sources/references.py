@@ -16,39 +16,58 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.sources.https import shown, without_query
 
 Reference = str | bytes | Mapping[str, Any] | list[Any] | None
-"""What stands in a manifest's `image`: a path or address, a data URI or base64, the bytes, `{bytes, path}`,
-or a list of one of these."""
+"""Value of `image` in a manifest.
+
+A path or address, a data URI or base64, the bytes, `{bytes, path}`, or a list of one of these.
+"""
 
 MAX_INLINE_CHARACTERS = 16 << 20
-"""Of a data URI or base64. A plan holds a shard of them in memory; bytes in Parquet are only referred to."""
+"""Most characters of a data URI or base64.
+
+A plan holds a shard of them in memory. Bytes in Parquet are only referenced, so they have no such limit.
+"""
 
 SHORTEST_BASE64 = 64
-"""Characters. A path may consist of the same letters, but none so long begins like a picture by chance."""
+"""Fewest characters of base64.
+
+A path may have the same letters, but none so long begins like a picture by chance.
+"""
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Where sources may come from, and what bounds them.
-
-    folder: of the manifest, local or `s3://`; relative paths start there. https: whether https://
-    sources are allowed. outside: whether relative paths may leave the folder, by `..` or by links.
-    most_bytes: of a file. most_pixels: of a picture. decode_seconds: of CPU time for one picture.
-    retry_seconds: how long a disk or web host that does not serve is asked again. fetches: sources
-    that are fetched at once, and so the most that wait in memory to be decoded.
-    """
+    """Where sources may come from, and their limits."""
 
     folder: str
+    """Folder of the manifest, local or `s3://`. Relative paths start there."""
     https: bool = False
+    """Whether https:// sources are allowed."""
     outside: bool = False
+    """Whether relative paths may leave the folder, by `..` or by links."""
     most_bytes: int = 128 << 20
+    """Most bytes of a file."""
     most_pixels: int = 1 << 26
+    """Most pixels of a picture."""
     decode_seconds: float = 20
+    """Most CPU seconds to decode a picture."""
     retry_seconds: float = 120
+    """How long a disk or web host that does not serve is retried."""
     fetches: int = 8
+    """Sources fetched at once, and so the most that wait in memory to be decoded."""
 
 
 def single(reference: Reference) -> Reference:
-    """The one reference of a list; any other as it is. Raises RowError("image") for several."""
+    """Takes the one reference out of a list; any other reference is returned unchanged.
+
+    Args:
+        reference: Value of `image`.
+
+    Returns:
+        The reference; None for a list without one.
+
+    Raises:
+        RowError: ("image") The list has several.
+    """
     if not isinstance(reference, list):
         return reference
     given = [one for one in reference if one is not None]
@@ -62,7 +81,7 @@ def single(reference: Reference) -> Reference:
 
 
 def identity(reference: Reference) -> Any:
-    """Equal for references that lead to the same bytes; never holds the bytes."""
+    """Returns a key that is equal for references to the same bytes. It never holds the bytes."""
     if isinstance(reference, list):
         return tuple(map(identity, reference))
     if isinstance(reference, Mapping):
@@ -74,7 +93,17 @@ def identity(reference: Reference) -> Any:
 
 
 def parts_of(reference: Reference) -> tuple[bytes | None, str]:
-    """Bytes and path of a reference; one of the two is there."""
+    """Splits a reference into bytes and path.
+
+    Args:
+        reference: Value of `image`.
+
+    Returns:
+        Bytes and path. One of them may be None or empty, but not both.
+
+    Raises:
+        RowError: ("image") The value is missing or has another type.
+    """
     reference = single(reference)
     data, path = reference, None
     if isinstance(reference, Mapping):
@@ -93,9 +122,17 @@ def parts_of(reference: Reference) -> tuple[bytes | None, str]:
 
 
 def locate(path: str, options: SourceOptions) -> str:
-    """Where a path of a manifest leads: an absolute local path, `s3://...`, `https://...` or `data:...`.
+    """Finds where a path of a manifest leads.
 
-    Raises RowError("image") if the run does not allow it, or the scheme is another.
+    Args:
+        path: Path, address, data URI or base64.
+        options: Where sources may come from.
+
+    Returns:
+        An absolute local path, `s3://...`, `https://...` or `data:...`.
+
+    Raises:
+        RowError: ("image") The run does not allow it, or it is malformed.
     """
     if (inline := _data_uri(path)) is not None:
         if len(inline) > MAX_INLINE_CHARACTERS:
@@ -195,7 +232,17 @@ def _from_base64(text: str) -> bytes:
 
 
 def inline_bytes(uri: str) -> bytes:
-    """What a data URI holds. Raises RowError("image") if it is broken."""
+    """Decodes a data URI.
+
+    Args:
+        uri: The data URI.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        RowError: ("image") It is broken.
+    """
     header, text = _parts_of_uri(uri)
     data = urllib.parse.unquote_to_bytes(text)
     if not header.lower().rstrip().endswith(";base64"):
@@ -216,9 +263,13 @@ def _parts_of_uri(uri: str) -> tuple[str, str]:
 
 
 def kept_uri(path: str) -> str:
-    """What a result says of a path or address; the query of a web address may hold a key and is left out.
+    """Removes what a result must not keep from a path or address.
 
-    Of a data URI only what precedes its data.
+    Args:
+        path: Path, address, data URI or base64.
+
+    Returns:
+        A web address without its query, which may hold a key. A data URI without its data.
     """
     if (inline := _data_uri(path)) is not None:
         return inline[:200].partition(",")[0].partition(";")[0]
