@@ -50,18 +50,17 @@ def run(
     """Does a run, or what is left of it, and returns when all of its rows are in the output.
 
     Args:
-        config: Of the run.
+        config: Options of the run.
         on_progress: Called about twice a second.
-        replica: The class of the replicas.
-        stop: By which somebody may stop it; without one only the deadline of the configuration does.
+        replica: Class of the replicas.
+        stop: Lets the caller stop the run. Without it only the deadline of the options does.
 
     Returns:
         Counts of the finished run.
 
     Raises:
-        InputError: The user can put the cause right. The output keeps what is finished, and the same run
-            resumes.
-        RunStopped: It was stopped on purpose.
+        InputError: The user can fix the cause. The output keeps what is finished, and the same run resumes.
+        RunStopped: The run was stopped on purpose.
         RunInProgress: Another run holds the output.
     """
     started = time.monotonic()

@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     import ray.data
 
 TASK_PARTS = 16
-"""Parts of the plan whose shards one task yields; Ray repeats the whole task if its process is lost."""
+"""Parts of the plan whose shards one task yields. If its process is lost, Ray repeats the whole task."""
 POLL_SECONDS = 0.1
-"""How often the task asks whether there is room; the window has shards for that long."""
+"""How often the task asks for room. The window holds enough shards for that time."""
 
 
 def shard_stream(plan: Plan, shards: Sequence[int], watch: Any) -> "ray.data.Dataset":
-    """A Dataset of shards, of which only a window is ever in the pipeline.
+    """Makes a Dataset of shards, of which only a window is ever in the pipeline.
 
     Args:
         plan: The whole plan.
         shards: Numbers of the shards to make, ascending.
-        watch: Handle of the run's `actors.watch.Watch`, whose `admit` says how many may have come.
+        watch: Handle of the run's `actors.watch.Watch`, whose `admit` sets how many may enter.
 
     Returns:
-        Rows for `stages.load`: `shard`, and where its planned rows are, `plan_file` and `row_group`. Each
-        is a block, as Ray Data hands out blocks and not rows.
+        Rows for `stages.load`: `shard`, and the place of its planned rows as `plan_file` and `row_group`.
+        Each is a block of its own, since Ray Data hands out blocks and not rows.
     """
     import ray
     import ray.data
@@ -66,9 +66,12 @@ def admitted(span: dict[str, Any], watch: Any) -> Iterator[dict[str, Any]]:
     """Yields the shards of a part of the plan, each when the watch has admitted it.
 
     Args:
-        span: `shards` are numbers as bytes of int64, `position` that of the first in the whole queue, `file`
-            and `first_shard` those of the part.
-        watch: As of `shard_stream`.
+        span: `shards` are numbers as bytes of int64, `position` is the place of the first one in the whole
+            queue. `file` and `first_shard` are those of the part.
+        watch: Handle of the run's `actors.watch.Watch`.
+
+    Yields:
+        Rows as `shard_stream` describes.
     """
     import ray
 

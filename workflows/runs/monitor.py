@@ -24,16 +24,19 @@ from wallaroo.workflows.text import duration
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 6
-"""Replicas that may die with a shard and teach nothing; with more the run stops, or it would never end."""
+"""Most replicas that may die without showing which row is to blame.
+
+Above it the run stops, since it would never end.
+"""
 MIN_ROWS = 20
-"""An error rate is not judged on fewer rows."""
+"""Fewest rows on which an error rate is judged."""
 
 
 class Monitor:
     """Follows the shards of a run as they arrive.
 
-    Shards are counted as they come, and let as many more into the pipeline. All else is done every
-    TICK_SECONDS, however many shards came, so that its cost does not grow with their rate.
+    Each arriving shard is counted, and lets another one into the pipeline. All else is done every
+    TICK_SECONDS, however many shards came, so its cost does not grow with their rate.
     """
 
     def __init__(
@@ -46,6 +49,17 @@ class Monitor:
         report: Callable[[Progress], None],
         stop: Stop,
     ):
+        """Starts the counts.
+
+        Args:
+            resolved: The run.
+            remaining: Shards to make, and counts of the finished rows.
+            pool: The replicas.
+            lock: The lock on the output; losing it ends the run.
+            run_log: Record of this start.
+            report: Called with the progress.
+            stop: Says whether the run is to stop.
+        """
         self._config, self._plan = resolved.config, resolved.plan
         self._pool, self._lock, self._run_log, self._report, self._stop = pool, lock, run_log, report, stop
         self._before = remaining.finished.rows
@@ -67,10 +81,11 @@ class Monitor:
             watch: Handle of the run's `actors.watch.Watch`.
 
         Returns:
-            How many rows were made ok.
+            Number of rows that this start made ok.
 
         Raises:
             InputError: A shard is begun over and over, or too many rows are errors.
+            LockLost: Another run took over the output.
             RunStopped: The run was stopped on purpose.
         """
         watch.admit.remote(self._pool.window)
@@ -168,12 +183,15 @@ class Monitor:
 
 
 def waiting_for(config: RunConfig, pool: Pool, seconds: float) -> str:
-    """What a run without a replica waits for, in words.
+    """Describes what a run without a replica waits for.
 
     Args:
-        config: Of the run.
+        config: Options of the run.
         pool: Its replicas.
-        seconds: For how long it has waited.
+        seconds: How long it has waited.
+
+    Returns:
+        Words for the progress display.
     """
     import ray
 
@@ -188,12 +206,12 @@ def waiting_for(config: RunConfig, pool: Pool, seconds: float) -> str:
 
 
 def check_health(config: RunConfig, counts: WatchCounts, made: ShardCounts) -> None:
-    """Ends a run that should not go on.
+    """Ends a run that should not continue.
 
     Args:
-        config: Of the run.
-        counts: From its watch.
-        made: Rows that this start of it has made.
+        config: Options of the run.
+        counts: Counts of its watch.
+        made: Rows that this start has made.
 
     Raises:
         InputError: A shard is begun over and over, or too many rows are errors.

@@ -20,37 +20,34 @@ if TYPE_CHECKING:
 
 
 MIN_LOADS = 2
-"""Shards whose sources are loaded at once, at least; each loads several sources at once."""
+"""Fewest shards whose sources are loaded at once. Each loads several sources at once."""
 WRITERS = 2
-"""Shards that are encoded and written at once, for each replica, at least; more where one holds more."""
+"""Fewest shards that are encoded and written at once for each replica."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The replicas of a pipeline, and how much its stages hold.
-
-    Attributes:
-        device: `cpu` or `cuda`.
-        size: Replicas at most.
-        calls: Shards in flight in one replica.
-        shards: All shards of the pipeline.
-        threads: CPU threads of one replica.
-        options: Fields of `model.engine.EngineOptions` that differ from their defaults.
-        kind: Class of the replicas.
-    """
+    """The replicas of a pipeline, and how much its stages hold."""
 
     device: str
+    """`cpu` or `cuda`."""
     size: int
+    """Most replicas."""
     calls: int
+    """Shards in flight in one replica."""
     shards: int
+    """All shards of the pipeline."""
     threads: int = 1
+    """CPU threads of one replica."""
     options: dict[str, Any] = field(default_factory=dict)
+    """Fields of `model.engine.EngineOptions` that differ from their defaults."""
     kind: type = Replica
+    """Class of the replicas."""
 
     def tasks(self, most: int) -> "ray.data.TaskPoolStrategy":
-        """At most `most` tasks at once, for a stage around the replicas.
+        """Allows at most `most` tasks at once in a stage around the replicas.
 
-        Ray Data warns of more tasks at once than there are shards.
+        There are never more than shards, since Ray Data warns of that.
         """
         from ray.data import TaskPoolStrategy
 
@@ -68,7 +65,7 @@ class Pool:
 
     @property
     def unwritten(self) -> int:
-        """Fewer shards than this may be begun and not written yet."""
+        """Fewer shards than this may be begun and not yet written."""
         return 2 * self.size + self.writers
 
     @property
@@ -78,9 +75,9 @@ class Pool:
 
     @property
     def cpus(self) -> float:
-        """CPUs of the stages around the replicas, a task each.
+        """CPUs of one task in the stages around the replicas.
 
-        Where replicas hold the CPUs themselves the stages ask for none, or they would wait for ever.
+        It is 0 if replicas themselves hold the CPUs, or the tasks would wait forever.
         """
         return 0 if self.device == "cpu" else 1
 
@@ -88,15 +85,18 @@ class Pool:
 def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type = Replica) -> Pool:
     """Sizes the pool of a pipeline.
 
-    A replica holds as many shards as fill its slots and one more; a larger backlog would only keep work
-    from replicas that come up later.
+    A replica holds as many shards as fill its slots and one more. A larger backlog would only keep work from
+    replicas that come up later.
 
     Args:
-        config: Of the run.
+        config: Options of the run.
         device: `cpu` or `cuda`.
         rows: Planned rows.
-        shards: Shards that they are in.
+        shards: Number of shards of these rows.
         kind: Class of the replicas.
+
+    Returns:
+        The pool; nothing is started.
     """
     slots = config.slots or SLOTS[device]
     calls = 1 + math.ceil(slots * shards / rows)
@@ -117,13 +117,13 @@ def make_pool(config: RunConfig, device: str, rows: int, shards: int, kind: type
 def load_stage(
     shards: "ray.data.Dataset", stage: Callable[..., dict[str, Any]], context: StageContext, pool: Pool
 ) -> "ray.data.Dataset":
-    """Adds the load stage to a pipeline, each task of which is a process.
+    """Adds the load stage to a pipeline. Each of its tasks is a process.
 
     Args:
         shards: Rows that `stage` takes.
         stage: `load` or `prepare`.
-        context: Of the pipeline.
-        pool: Its replicas.
+        context: What the stages need to know.
+        pool: The replicas.
 
     Returns:
         Rows of `prepare`.
@@ -148,9 +148,9 @@ def make_results(
 
     Args:
         shards: Rows of `prepare`.
-        stage: `encode`, or `encode_and_write`.
-        context: Of the pipeline.
-        pool: Its replicas.
+        stage: `encode` or `encode_and_write`.
+        context: What the stages need to know.
+        pool: The replicas.
         watch: Handle of the run's `actors.watch.Watch`, or None.
 
     Returns:

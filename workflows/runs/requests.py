@@ -37,12 +37,13 @@ def load_requests(
 
     Args:
         plan: The planned rows.
-        model: Folder of a checkpoint.
+        model: Folder of the checkpoint, local or on S3.
         run: Constants of all rows.
-        sources: What source images may be.
+        sources: Where sources may come from, and their limits.
 
     Returns:
-        The plan with hash, size and errors of the sources, and the requests under `actors.rows.REQUESTS`.
+        The plan with digest, size and errors of the sources, and the requests in the schema
+        `actors.rows.REQUESTS`.
 
     Raises:
         InputError: A storage is out of order.

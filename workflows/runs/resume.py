@@ -18,31 +18,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Remaining:
-    """The shards that a run has to make.
-
-    Attributes:
-        shards: Their numbers, ascending.
-        retried: Those among them that are finished but for error rows to retry.
-        finished: WatchCounts of the rows that stay as they are.
-        summaries: Of the output; they take in what is written.
-    """
+    """The shards that a run has to make."""
 
     shards: list[int]
+    """Numbers of the shards, ascending."""
     retried: frozenset[int]
+    """Numbers of the finished ones among them, whose error rows are retried."""
     finished: ShardCounts
+    """Counts of the rows that stay."""
     summaries: Summaries
+    """Summaries of the output, which take in what is written."""
 
 
 def find_remaining(output: str, plan: Plan, retry_errors: bool = False) -> Remaining:
-    """Compares the listing of `data/` with the plan. Opens the files that no summary covers.
+    """Compares the listing of `data/` with the plan. Opens only files that no summary covers.
 
     A file that cannot be read is moved aside, and its shard is made again.
 
     Args:
-        output: Folder of the run.
+        output: Folder of the run, local or on S3.
         plan: The whole plan.
-        retry_errors: Whether error rows that the plan did not refuse are to be made once more. `_SUCCESS`
-            is deleted if there are any, so that an interrupted run resumes and finishes anew.
+        retry_errors: Whether to retry error rows, except those that the plan refuses. If there are any,
+            `_SUCCESS` is deleted, so that an interrupted run resumes and finishes again.
 
     Returns:
         What is left to make.

@@ -40,33 +40,33 @@ from wallaroo.workflows.tasks import DRAWING_TASKS
 log = logging.getLogger(__name__)
 
 MAX_LOOKED_AT = 1_000_000
-"""Rows of a plan that is made once more to show which of them are refused."""
+"""Most rows of a plan that is repeated to show which of them are refused."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A run as it was found at its start; nothing of it is looked up a second time.
-
-    Attributes:
-        config: The options, with absolute paths.
-        settings: What the plan depends on.
-        checkpoint: Configuration, tokenizer and digest of the model.
-        meaning: What may change a row by meaning, the model among it: the fields of the config digest.
-        plan: All planned rows; without parts until `with_plan`, and where there is no output.
-    """
+    """A run as it was found at its start. Nothing of it is looked up twice."""
 
     config: RunConfig
+    """The options, with absolute paths."""
     settings: PlanSettings
+    """What the plan depends on."""
     checkpoint: Checkpoint
+    """Configuration, tokenizer and digest of the model."""
     meaning: dict[str, Any]
+    """What can change the meaning of a row, the model included: the fields of the config digest."""
     plan: Plan = field(default_factory=Plan)
+    """All planned rows; without parts before `with_plan`, or if nothing is planned."""
 
     def context(self, carried: pa.Schema, environments: Iterable[str] = ()) -> StageContext:
-        """What the stages of the pipeline need.
+        """Collects what the stages of the pipeline need to know.
 
         Args:
             carried: Schema of the carried columns.
             environments: The only environment digests that are allowed; empty for any.
+
+        Returns:
+            The context, which is sent to all tasks.
         """
         config = self.config
         options = {one.name for one in dataclasses.fields(RunConstants)} - {"model_digest", "config_digest"}
@@ -92,12 +92,15 @@ class Resolved:
 def resolve(config: RunConfig, run: dict[str, Any] | None = None) -> Resolved:
     """Reads what a run needs of its model, and checks its options against it. Needs no Ray.
 
-    A local checkpoint is checked as closely as can be without reading its weights. The replicas check one
-    on S3, since a driver need not hold the weights.
+    A local checkpoint is checked as far as possible without reading its weights. One on S3 is checked by the
+    replicas, since a driver need not hold the weights.
 
     Args:
-        config: Of the run; relative paths start at the working directory.
-        run: What the output's `run.json` says; None if there is none yet.
+        config: Options of the run. Relative paths start in the working directory.
+        run: What `read_run` gives of the output; None if it has no `run.json` yet.
+
+    Returns:
+        The run, without its plan.
 
     Raises:
         InputError: The model is no checkpoint, or does not serve the task.
@@ -120,14 +123,17 @@ def with_plan(
     report: Callable[[Progress], None],
     stop: Stop | None = None,
 ) -> Resolved:
-    """Adds the plan, which is made as far as it lacks; only for that Ray is connected.
+    """Adds the plan, and plans the rows that it lacks. Connects to Ray only for that.
 
     Args:
         resolved: From `resolve`.
-        run: What the output's `run.json` says; None if there is none yet, and it is put.
-        stack: Ends Ray.
+        run: What `read_run` gives of the output; None if it has no `run.json` yet, which is then written.
+        stack: Ends the connection to Ray when it is closed.
         report: Called when Ray starts and when planning does.
-        stop: Listens to signals, which Ray takes over when it starts.
+        stop: Listens to signals again after Ray has started, which takes them over.
+
+    Returns:
+        The run with its plan.
 
     Raises:
         InputError: The output is of another run, or the manifest cannot be planned.
@@ -155,20 +161,21 @@ def plan(
     on_progress: Callable[[Progress], None] | None = None,
     look: Callable[[str, Plan], None] | None = None,
 ) -> Plan:
-    """Plans a run and makes nothing. With an output, `run` goes on with this plan.
+    """Plans a run and makes no rows. With an output, `run` continues with this plan.
 
     Args:
-        config: Of the run; where `output` is empty nothing is written.
+        config: Options of the run. If `output` is empty, nothing is written.
         on_progress: Called while Ray starts.
-        look: Called with a folder that has the plan's rows, if any of them are refused. Without an output
-            they are planned once more for it, into a folder of this machine that vanishes; not on a cluster,
-            whose other machines lack that folder, and not above MAX_LOOKED_AT rows.
+        look: Called with a folder of the plan and the plan, if any rows are refused. Without an output the
+            rows are planned a second time for it, to a temporary folder of this machine. That is left out on
+            a cluster, whose other machines lack the folder, and above MAX_LOOKED_AT rows.
 
     Returns:
         The whole plan.
 
     Raises:
         InputError: As `run` does.
+        RunInProgress: Another run holds the output.
     """
     report = on_progress or (lambda progress: None)
     output = absolute_path(config.output) if config.output else ""
@@ -191,7 +198,17 @@ def plan(
 def connect(
     config: RunConfig, stack: ExitStack, report: Callable[[Progress], None], stop: Stop | None = None
 ) -> None:
-    """Connects to Ray for as long as `stack` lasts; without effect where this process is connected."""
+    """Connects to Ray until `stack` is closed. Does nothing if this process is connected.
+
+    Args:
+        config: Options of the run.
+        stack: Ends the connection when it is closed.
+        report: Called when Ray starts.
+        stop: Listens to signals again after Ray has started, which takes them over.
+
+    Raises:
+        InputError: Ray cannot be reached or started.
+    """
     # Not imported here: Ray reads some of what `connected` sets only then.
     if not ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
         where = "starting Ray"
@@ -205,7 +222,7 @@ def connect(
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """With paths that hold good in a process with another working folder."""
+    """Makes the paths of the options independent of the working directory."""
     return dataclasses.replace(
         config,
         manifest=absolute_path(config.manifest),
@@ -228,18 +245,29 @@ def _with_png_compression(config: RunConfig, run: dict[str, Any] | None) -> RunC
 
 
 def is_finished(output: str, plan: Plan) -> bool:
-    """Whether every row of a plan is known to be there, and the files that come after the last row too."""
+    """Tells whether an output is finished, with the files that are written after the last row.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        plan: Its plan.
+
+    Returns:
+        True if nothing is left to do.
+    """
     return finished(output, plan) is not None and storage.exists(storage.join(output, REPORT_FILE))
 
 
 def summary_of(config: RunConfig, started: float, before: int, made: int) -> RunSummary:
-    """What a finished run tells its caller.
+    """Summarises a finished run for its caller.
 
     Args:
-        config: Of the run.
+        config: Options of the run.
         started: When it was called, by `time.monotonic`.
         before: Rows that were finished then.
-        made: Rows that were made ok.
+        made: Rows that were made ok since.
+
+    Returns:
+        Counts from `_SUCCESS`, and the time that the run took.
     """
     success = read_success(config.output)
     assert success is not None

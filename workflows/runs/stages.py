@@ -37,21 +37,18 @@ from wallaroo.workflows.storage.checkpoints import read_checkpoint
 
 @dataclass(frozen=True)
 class StageContext:
-    """What the stages must know, wherever they run.
-
-    Attributes:
-        model: Folder of a checkpoint, local or on S3.
-        run: Constants of all result rows.
-        schema: Of the result rows.
-        sources: What source images may be.
-        environments: The only environment digests that are allowed, where the run is strict; empty for any.
-    """
+    """What the stages need to know, wherever they run."""
 
     model: str
+    """Folder of the checkpoint, local or on S3."""
     run: RunConstants
+    """Constants of all result rows."""
     schema: pa.Schema
+    """Schema of the result rows."""
     sources: SourceOptions
+    """Where sources may come from, and their limits."""
     environments: frozenset[str] = frozenset()
+    """The only environment digests that a strict run allows; empty for any."""
 
 
 def load(
@@ -61,9 +58,12 @@ def load(
 
     Args:
         row: From `feed.shard_stream`.
-        context: Of the run.
-        output: Its folder.
+        context: What the stages need to know.
+        output: Folder of the run, local or on S3.
         retried: Finished shards, of which only the rows to retry are taken.
+
+    Returns:
+        A row of `prepare`.
     """
     storage.enable_retries()
     shard = row["shard"]
@@ -77,7 +77,16 @@ def load(
 
 
 def rows_to_retry(output: str, shard: int, plan: pa.Table) -> pa.Array:
-    """bool [planned rows]: those of a finished shard that are errors, though the plan did not refuse them."""
+    """Finds the error rows of a finished shard that the plan did not refuse.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        shard: Number of the shard.
+        plan: Its planned rows.
+
+    Returns:
+        bool [planned rows].
+    """
     with open_shard(output, shard) as parquet:
         data = parquet.read(columns=["row_id", "status"])
     failed = data.filter(pc.equal(data.column("status"), "error")).column("row_id")
@@ -90,11 +99,11 @@ def prepare(row: dict[str, Any], context: StageContext) -> dict[str, Any]:
 
     Args:
         row: `plan` is an IPC buffer of planned rows.
-        context: Of the pipeline.
+        context: What the stages need to know.
 
     Returns:
-        The row with `plan` as it is after loading, `requests` for the replica, and `retries`: requests to a
-        storage that were retried, which the later stages add to.
+        The row with `plan` as it is after loading, `requests` for the replica, and `retries`. The latter
+        counts retried requests to a storage; later stages add to it.
     """
     storage.enable_retries()
     started = time.perf_counter()
@@ -109,11 +118,14 @@ def prepare(row: dict[str, Any], context: StageContext) -> dict[str, Any]:
 
 
 def picture_encoder(row: Mapping[str, Any], run: RunConstants) -> Encode:
-    """What a replica encodes the pictures of a shard with.
+    """Makes the function by which a replica encodes the pictures of a shard.
 
     Args:
-        row: Of the shard, from `prepare`.
+        row: The shard, from `prepare`.
         run: Says format, quality and size.
+
+    Returns:
+        Position of the row and its pixels (uint8 [H, W, 3]) -> file.
     """
     sources = from_ipc(row["plan"]).column("source").to_pylist() if run.restore_size else None
 
@@ -131,11 +143,11 @@ def encode(row: dict[str, Any], context: StageContext) -> dict[str, Any]:
 
     Args:
         row: From the replica.
-        context: Of the pipeline.
+        context: What the stages need to know.
 
     Returns:
-        `shard`, `retries`, and `result` (an IPC buffer), empty where the replica left the shard to a later
-        run.
+        `shard`, `retries`, and `result` as an IPC buffer. `result` is empty if the replica left the shard to
+        a later run.
 
     Raises:
         InputError: The run is strict, and the rows were made in another environment.
@@ -163,24 +175,33 @@ def encode(row: dict[str, Any], context: StageContext) -> dict[str, Any]:
 def encode_and_write(
     row: dict[str, Any], context: StageContext, write: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """`write(encode(row, context))`: one task for both, since every task of a shard costs the driver."""
+    """Calls `write(encode(row, context))`. It is one task, since every task of a shard costs the driver time.
+
+    Args:
+        row: From the replica.
+        context: What the stages need to know.
+        write: `write` with its other arguments bound.
+
+    Returns:
+        A row of `write`.
+    """
     return write(encode(row, context))
 
 
 def write(
     row: dict[str, Any], output: str, retried: frozenset[int] = frozenset(), watch: Any = None
 ) -> dict[str, Any]:
-    """Writes a shard's file.
+    """Writes the file of a shard.
 
     Args:
-        row: From `encode` or `refuse`.
-        output: Folder of the run.
-        retried: Finished shards, whose rows of the same numbers are replaced.
+        row: From `encode` or `refuse_and_write`.
+        output: Folder of the run, local or on S3.
+        retried: Finished shards. In them, rows of the same numbers are replaced.
         watch: Handle of the run's `actors.watch.Watch`, or None.
 
     Returns:
-        `shard`, and for the driver `tally`, a ShardCounts as JSON, and for summaries `stamp` and `summary`:
-        the file's stamp and its ShardTally as JSON. All are empty where the shard was left to a later run.
+        `shard`; `tally`, a ShardCounts as JSON, for the driver; `stamp` of the file and `summary`, a
+        ShardTally as JSON, for the summaries. All but `shard` are empty if the shard was left to a later run.
     """
     if not row["result"]:
         return {"shard": row["shard"], "tally": "", "stamp": "", "summary": ""}
@@ -221,34 +242,40 @@ def _merged(output: str, shard: int, rows: pa.Table) -> pa.Table:
 def refuse_and_write(
     row: dict[str, Any], context: StageContext, write: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Makes and writes the error rows of a shard that the plan refuses whole, in place of the replicas."""
+    """Makes and writes the error rows of a shard that the plan refuses whole, without the replicas.
+
+    Args:
+        row: From `load`.
+        context: What the stages need to know.
+        write: `write` with its other arguments bound.
+
+    Returns:
+        A row of `write`.
+    """
     table = build_result_table(from_ipc(row["plan"]), [], context.run, Producer(), context.schema)
     return write({"shard": row["shard"], "retries": row["retries"], "result": to_ipc(table)})
 
 
 @dataclass
 class ShardCounts:
-    """Counts of the rows of one written shard, or of many.
-
-    Attributes:
-        rows: All of them.
-        ok: Rows that are no error rows.
-        refused: Rows that the plan had refused.
-        errors: Error rows by kind.
-        environments: Digests of what made them.
-        retries: Requests to a storage that were retried for them.
-    """
+    """Counts of the rows of one or many written shards."""
 
     rows: int = 0
+    """All rows."""
     ok: int = 0
+    """Rows with a result."""
     refused: int = 0
+    """Rows that the plan refused."""
     errors: dict[str, int] = field(default_factory=dict)
+    """Kind of error -> rows."""
     environments: list[str] = field(default_factory=list)
+    """Digests of the environments that made the rows."""
     retries: int = 0
+    """Requests to a storage that were retried for the rows."""
 
     @classmethod
     def of(cls, found: row_tally.Tally) -> "ShardCounts":
-        """The counts that a tally of rows has."""
+        """Takes the counts from a tally of rows."""
         return cls(found.rows, found.ok, found.refused, dict(found.errors), sorted(found.environments))
 
     def add(self, other: "ShardCounts") -> None:
@@ -262,7 +289,15 @@ class ShardCounts:
 
 
 def retriable_rows(output: str, shard: int) -> dict[str, int]:
-    """How many rows of a finished shard are to be retried, by the kind of their error."""
+    """Counts the rows of a finished shard to retry.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        shard: Number of the shard.
+
+    Returns:
+        Kind of error -> rows.
+    """
     plan = read_shard(output, shard)
     wanted = plan.filter(rows_to_retry(output, shard, plan)).column("row_id").combine_chunks()
     with open_shard(output, shard) as parquet:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import ray.data
 
 TICK_SECONDS = 0.5
-"""How often a driver looks at its replicas."""
+"""How often a driver checks its replicas."""
 CANCEL_SECONDS = 10.0
 """Timeout for a cancelled pipeline to end by itself."""
 _OF_THREAD = threading.local()
@@ -45,18 +45,18 @@ class _Cancelled(Exception):
 
 
 def arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Generator[list[dict[str, Any]], None, None]:
-    """The rows of a pipeline as they come: those since the last time, at least every TICK_SECONDS.
+    """Yields the rows of a pipeline as they arrive, at least every TICK_SECONDS.
 
-    The pipeline runs in a thread of its own, so that whoever looks on is never kept waiting.
+    The pipeline runs in a thread of its own, so its caller is never kept waiting.
 
     Args:
         pipeline: Makes the Dataset; called in that thread.
 
     Yields:
-        New rows, none if TICK_SECONDS passed without one.
+        Rows since the last time; none if TICK_SECONDS passed without one.
 
     Raises:
-        BaseException: What went wrong in the pipeline, out of Ray's wrappers.
+        BaseException: An error of the pipeline, without Ray's wrappers.
     """
     arrived: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
     cancelled = threading.Event()
