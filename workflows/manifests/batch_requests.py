@@ -11,17 +11,23 @@ ENDPOINTS = {
     "edit": "/v1/images/edits",
     "understand": "/v1/chat/completions",
 }
-"""Task -> where its requests are for."""
+"""Task -> endpoint of its requests."""
 
 
 def is_request(line: dict[str, Any]) -> bool:
+    """Whether a JSON object is a line of OpenAI's batch format."""
     return "custom_id" in line and isinstance(line.get("body"), dict)
 
 
 def row_of(line: dict[str, Any], task: str) -> tuple[dict[str, Any], str]:
-    """A request as a row: its body, with the names of our columns; and what is wrong with it.
+    """Turns a request into a row: its body, with the names of our columns.
 
-    task: of the run; empty for `generate`.
+    Args:
+        line: The JSON object of a line.
+        task: Task of the run; empty for `generate`.
+
+    Returns:
+        The row, and why it cannot be served (empty if it can).
     """
     task = task or "generate"
     body, row = line["body"], {"id": line["custom_id"]}

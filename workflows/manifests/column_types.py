@@ -14,25 +14,41 @@ import pyarrow.types as types
 from wallaroo.model.errors import InputError
 
 UNFIT_MARK = b"wallaroo.types"
-"""Key of a schema's metadata: JSON, column -> the types that it is joined from, each with a file."""
+"""Key in the metadata of a schema: JSON, column -> the types that it is joined from, each with a file."""
 
 
 class Unfit(ValueError):
-    """A value that the column's one type does not hold. name: of the column."""
+    """A value that the one type of its column cannot hold."""
 
     def __init__(self, name: str, words: str):
+        """Keeps the name of the column.
+
+        Args:
+            name: Name of the column.
+            words: Arrow's words about the value.
+        """
         super().__init__(words)
         self.name = name
 
 
 def is_json(kind: pa.DataType) -> bool:
+    """Whether a type is Arrow's extension type for JSON."""
     return isinstance(kind, pa.JsonType)
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type in which values of a column are handed on: no views, and no extension types that are text.
+    """Chooses the type in which values of a column are passed on.
 
-    Raises ValueError for any other extension type.
+    Views become plain types, and extension types of text become text.
+
+    Args:
+        kind: Type in the file.
+
+    Returns:
+        The plain type.
+
+    Raises:
+        ValueError: It is any other extension type.
     """
     if kind == pa.string_view() or isinstance(kind, pa.UuidType) or is_json(kind):
         return pa.string()
@@ -61,7 +77,15 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def joined_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that holds the values of both unchanged; None if there is none."""
+    """Finds the type that holds the values of two types unchanged.
+
+    Args:
+        one: A type.
+        other: Another type.
+
+    Returns:
+        The joined type; None if there is none.
+    """
     if one == other or types.is_null(other):
         return one
     if types.is_null(one):
@@ -155,7 +179,19 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def converted(column: Any, name: str, kind: pa.DataType) -> Any:
-    """A column (Array or ChunkedArray) in the type that the manifest has for it. Raises Unfit."""
+    """Converts a column to the type that it has in the manifest.
+
+    Args:
+        column: Array or ChunkedArray.
+        name: Name of the column, for the error.
+        kind: Type of the column in the manifest.
+
+    Returns:
+        The converted column.
+
+    Raises:
+        Unfit: The type cannot hold a value.
+    """
     if isinstance(column.type, pa.UuidType):
         texts = [None if value is None else str(_uuid(value)) for value in column.to_pylist()]
         column = pa.array(texts, pa.string())
@@ -176,7 +212,16 @@ def _uuid(value: Any) -> uuid.UUID:
 
 
 def refuse_unfit(error: Unfit, path: str, schema: pa.Schema) -> InputError:
-    """The sentence about a value that the one type of its column does not hold."""
+    """Makes the error for a value that the one type of its column cannot hold.
+
+    Args:
+        error: From `converted`.
+        path: Path of the file.
+        schema: Schema of the manifest, with UNFIT_MARK in its metadata.
+
+    Returns:
+        The error to raise.
+    """
     kind = schema.field(error.name).type
     joined = json.loads((schema.metadata or {}).get(UNFIT_MARK, b"{}")).get(error.name, [])
     others = [f"{other} in {file}" for other, file in joined if not path.endswith(file)]

@@ -15,16 +15,20 @@ from wallaroo.workflows.manifests.types import ManifestFile, check_width
 from wallaroo.workflows.sources.references import MAX_INLINE_CHARACTERS
 
 FIELD_CHARACTERS = 1 << 20
-"""Most characters of a CSV field; of tasks that start from pictures it may be one in base64."""
+"""Most characters of a CSV field. It may be longer for tasks that read pictures, which may be in base64."""
 
 
 class Row(NamedTuple):
-    """A row of a text file: its bytes, its values, and what is wrong with it (empty if nothing is)."""
+    """A row of a text file."""
 
     start: int
+    """Its first byte in the stream."""
     stop: int
+    """The byte after its last one."""
     values: Any
+    """Its values: a list of fields, or a dict."""
     fault: str
+    """What is wrong with it; empty if nothing is."""
 
 
 class _Lines:
@@ -58,6 +62,18 @@ class _Lines:
 
 
 def read_line(file: IO[bytes], path: str) -> bytes:
+    """Reads one line of a text file.
+
+    Args:
+        file: The open stream.
+        path: Path of the file, for the error.
+
+    Returns:
+        The line with its end; empty at the end of the file.
+
+    Raises:
+        InputError: The line has LINE_BYTES or more.
+    """
     line = file.readline(LINE_BYTES)
     if len(line) == LINE_BYTES and not line.endswith(b"\n"):
         raise InputError(f"{path} has a line of more than {LINE_BYTES >> 20} MiB: check its format.")
@@ -93,16 +109,16 @@ def _dialect(file: ManifestFile) -> _Dialect:
 
 
 def csv_rows(stream: IO[bytes], file: ManifestFile, start: int, width: int = 0) -> Iterator[Row]:
-    """Reads the rows of a CSV or TSV stream. Blank lines are none.
+    """Reads the rows of a CSV or TSV stream. Blank lines are left out.
 
     Args:
-        stream: Of the file; it stands at byte `start`.
+        stream: The open file, at byte `start`.
         file: The file, whose header tells how fields are separated.
         start: Byte at which a row begins.
-        width: Fields of a row; 0 for the header.
+        width: Number of fields of a row; 0 for the header.
 
     Yields:
-        The rows with their fields. A row that is no valid CSV ends with its first line.
+        The rows with their fields. A row that is not valid CSV ends with its first line.
     """
     csv.field_size_limit(MAX_INLINE_CHARACTERS if file.task else FIELD_CHARACTERS)
     lines, delimiter = _Lines(stream, file.path, start), _dialect(file).delimiter
@@ -147,7 +163,18 @@ def _other_quotes(lines: _Lines, delimiter: str, width: int) -> list[str] | None
 
 
 def csv_header(file: ManifestFile, stream: IO[bytes]) -> Row | None:
-    """The first row of a CSV file, its names checked; None if the file is empty."""
+    """Reads the header of a CSV file and checks its names.
+
+    Args:
+        file: The file.
+        stream: The file, open; it is read from its beginning.
+
+    Returns:
+        The first row, with the names as its values; None if the file is empty.
+
+    Raises:
+        InputError: The header is not valid CSV or UTF-8, or names a column twice.
+    """
     start = _dialect(file).start
     stream.seek(start)
     first = next(csv_rows(stream, file, start), None)
@@ -166,7 +193,15 @@ def csv_header(file: ManifestFile, stream: IO[bytes]) -> Row | None:
 
 
 def csv_values(row: Row, header: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    """Values of a CSV row by column, as far as it can be read, and what is wrong with it."""
+    """Assigns the fields of a CSV row to columns.
+
+    Args:
+        row: The row.
+        header: Names of the columns.
+
+    Returns:
+        Column -> text, as far as the row can be read, and what is wrong with it (empty if nothing is).
+    """
     if row.fault:
         return {}, row.fault
     if len(row.values) != len(header):

@@ -30,30 +30,31 @@ from wallaroo.workflows.storage.paths import hub_remedy
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
 HASHED_BYTES = 64 << 20
+"""Local files up to this size are identified by their contents, larger ones by size and time of change."""
 _TEXT_FORMATS = frozenset(("json", "jsonl", "csv", "tsv", "lines"))
 _SPARK_PART = re.compile(r"(.*/)?part-\d{5,}-[^/]+")
 """Files that Spark writes. A text of it has a row a line."""
 PEEKED_FILES = 100
-"""Tables in a folder of pictures that are opened to see whether they name pictures."""
+"""Most tables in a folder of pictures that are opened to see whether they name pictures."""
 
 
 def discover(path: str, task: str = "generate", image_column: str | None = None) -> Manifest:
-    """Finds the files of a manifest: a file, all of a folder at any depth, or what matches a pattern.
+    """Finds the files of a manifest: a file, all of a folder at any depth, or those that match a pattern.
 
-    Hidden files, markers and files of other formats are not read, and counted. A task that starts from
-    pictures reads pictures that no table names, and the output of a finished run.
+    Hidden files, markers and files of other formats are counted and not read. A task that reads pictures also
+    takes pictures that no table names, and the output of a finished run.
 
     Args:
-        path: Local or `s3://`. A file or folder of that name comes before a pattern.
+        path: Local or `s3://` path. An existing file or folder of this name precedes a pattern.
         task: One of `model.config.TASKS`.
-        image_column: The column that names or holds pictures, if the run gives one.
+        image_column: Column that names or holds pictures, if the run gives one.
 
     Returns:
         The files with their identity, and what is not read.
 
     Raises:
-        InputError: There is no such manifest, it has no file that is read, or it is an output that the
-            task does not start from.
+        InputError: There is no such manifest, it has no file to read, or it is an output that the task cannot
+            read.
     """
     pictures = task in PICTURE_TASKS
     single = storage.info(path)
@@ -217,7 +218,15 @@ def _columns(file: ManifestFile) -> list[str] | None:
 
 
 def format_of(name: str, formats: dict[str, str]) -> str:
-    """The format that a name's suffix stands for; empty if there is none."""
+    """Finds the format of a file by its suffix.
+
+    Args:
+        name: Name of the file, perhaps with a suffix of COMPRESSED behind.
+        formats: Suffix -> format.
+
+    Returns:
+        The format; empty if there is none.
+    """
     stem, suffix = os.path.splitext(name.lower())
     if suffix in COMPRESSED:
         inner = formats.get(os.path.splitext(stem)[1], "")

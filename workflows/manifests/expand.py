@@ -28,10 +28,12 @@ from wallaroo.workflows.outputs.values import canonical_json
 from wallaroo.workflows.settings import OptionError
 
 MAX_PROMPTS = 10_000_000
-"""More rows than this are not written; `sample` chooses among any number."""
+"""Most rows to write. `sample` may choose them from any number."""
 
 BATCH_ROWS = 8192
+"""Rows of a row group."""
 ID_LETTERS = 20
+"""Hexadecimal digits of an id."""
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 _PARAMETERS = frozenset(KNOWN_COLUMNS["generate"]) - {"prompt", "id", "language"}
@@ -71,15 +73,26 @@ def expand(
     sample: int | None = None,
     seed: int = 0,
 ) -> int:
-    """Writes the manifest of all combinations, or of `sample` of them drawn by `seed`; returns its rows.
+    """Writes the manifest of all combinations of templates and values, or of a sample of them.
 
-    templates: text with `{name}` where a value goes; `{{` and `}}` are braces. lists: name -> values;
-    `name.zh` and `name.en` are used instead in templates of that language, which is told by their own
-    words. A name that no template has must be a parameter of `generate`, such as `cfg`; it becomes a
-    column like the others and has a part in the id. output: a .parquet or .jsonl file, local or on S3,
-    with columns `id`, `prompt`, `language` and one for each name. Combinations that give the same row
-    but for the values are written once. The order is that of the templates and lists, whatever is drawn.
-    Raises OptionError for a placeholder without a list, a list without use, or too many rows.
+    The output has the columns `id`, `prompt`, `language` and one for each name. The id is a digest of prompt,
+    language and parameters; combinations with one id are written once. Rows keep the order of templates and
+    lists, sampled or not.
+
+    Args:
+        templates: Texts with `{name}` for a value; `{{` and `}}` are braces.
+        lists: Name -> values. `name.zh` and `name.en` replace them in templates of that language, which is
+            detected from the template. A name that no template has must be a parameter of `generate`, such as
+            `cfg`. It becomes a column like the others, and a part of the id.
+        output: Path of a .parquet or .jsonl file, local or on S3.
+        sample: Number of combinations to draw; all if None.
+        seed: Seed of the draw.
+
+    Returns:
+        Number of rows written.
+
+    Raises:
+        OptionError: A placeholder has no list, a list is not used, or there are too many rows.
     """
     if not output.endswith((".parquet", ".jsonl")):
         raise OptionError(f"The output {output} must end in .parquet or .jsonl: name it so.")
@@ -122,7 +135,16 @@ def _write_parquet(file: IO[bytes], rows: Iterator[dict[str, str]], schema: pa.S
 
 
 def draw(total: int, count: int, seed: int) -> list[int]:
-    """`count` of the numbers below `total`, ascending; the same for the same arguments on any machine."""
+    """Draws distinct numbers. Equal arguments give the same numbers on any machine.
+
+    Args:
+        total: The numbers are less than this.
+        count: How many to draw.
+        seed: Seed of the draw.
+
+    Returns:
+        The numbers, ascending.
+    """
     if count > total // 2:
         left_out = set(draw(total, total - count, seed))
         return [number for number in range(total) if number not in left_out]
@@ -210,7 +232,17 @@ def _checked(lists: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[st
 
 
 def read_list(path: str) -> list[str]:
-    """Values in a text file, local or on S3, one a line; blank lines are none. Raises InputError."""
+    """Reads the values of a text file, one a line. Blank lines are left out.
+
+    Args:
+        path: Local or `s3://` path.
+
+    Returns:
+        The values, without white space around them.
+
+    Raises:
+        InputError: There is no such file, or it is not UTF-8.
+    """
     try:
         text = storage.read_bytes(path).decode("utf-8-sig")
     except FileNotFoundError:

@@ -15,8 +15,9 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+"""Name of a Hive folder for rows without a value."""
 Partition = tuple[tuple[str, str | None, str], ...]
-"""Columns whose values are told beside a file: name, value as text, Arrow type."""
+"""Columns whose values stand beside a file: name, value as text, Arrow type."""
 
 _LOGS = {
     "Delta Lake": re.compile(r"(.*?)(?:^|/)_delta_log/.+"),
@@ -27,17 +28,27 @@ _LOGS = {
 
 
 class LiveFile(NamedTuple):
-    """A file of a table that its present version has."""
+    """A file that the present version of a table has."""
 
     file: storage.FileInfo
+    """The file as listed."""
     partition: Partition
+    """Values of its partition."""
 
 
 def live_files(path: str, found: Sequence[storage.FileInfo]) -> list[LiveFile] | None:
-    """The live files of the table that a folder is; None if it is none.
+    """Finds the live files of a table of Delta Lake or Iceberg.
 
-    found: all files of the folder. Raises InputError where the folder holds a table further down, or the
-    table needs more than its files, or its library is not installed.
+    Args:
+        path: Folder of the manifest, local or on S3.
+        found: All files of the folder.
+
+    Returns:
+        The live files by relative path; None if the folder is no such table.
+
+    Raises:
+        InputError: The table is in a subfolder, needs more than its files, is damaged, or its library is not
+            installed.
     """
     for kind, log in _LOGS.items():
         match = next((match for file in found if (match := log.fullmatch(file.relative))), None)
@@ -60,7 +71,15 @@ def live_files(path: str, found: Sequence[storage.FileInfo]) -> list[LiveFile] |
 
 
 def refuse_parts(pattern: str, found: Sequence[storage.FileInfo]) -> None:
-    """Raises InputError for a pattern of files in the folder of a table, stale ones among them."""
+    """Refuses a pattern of files in the folder of a table, since some of them may be stale.
+
+    Args:
+        pattern: The manifest, local or on S3.
+        found: Files that match it.
+
+    Raises:
+        InputError: The files are of a table of Delta Lake or Hudi.
+    """
     folders = {file.path.rpartition("/")[0] for file in found}
     if storage.is_s3(pattern):
         # Each costs a request, so only the one that the pattern begins with is looked at.
@@ -194,7 +213,7 @@ def _newest(files: Mapping[str, storage.FileInfo]) -> str:
 
 
 def hive_partition(relative: str) -> Partition:
-    """Columns of the folders that are named as Hive does: `language=zh/part-0.parquet`."""
+    """Reads the columns in a path with folders named as by Hive: `language=zh/part-0.parquet`."""
     found: dict[str, str | None] = {}
     for part in relative.split("/")[:-1]:
         name, mark, value = part.partition("=")

@@ -19,7 +19,15 @@ _DPG = {"item_id", "text", "question_natural_language"}
 
 
 def picture_column(names: Collection[str], given: str | None = None) -> str:
-    """The column that names or holds the picture of a row; `image` by default."""
+    """Finds the column that names or holds the picture of a row.
+
+    Args:
+        names: Columns of the manifest.
+        given: Column that the run names, or None.
+
+    Returns:
+        Name of the column; `image` if the layout is unknown.
+    """
     if given or IMAGE in names:
         return given or IMAGE
     if FILE_NAME in names:
@@ -37,7 +45,15 @@ def _other_case(names: Collection[str], name: str) -> str:
 
 
 def id_column(names: Collection[str], given: str | None = None) -> str:
-    """The column of ids; `id` by default."""
+    """Finds the column of ids.
+
+    Args:
+        names: Columns of the manifest.
+        given: Column that the run names, or None.
+
+    Returns:
+        Name of the column; `id` if the layout is unknown.
+    """
     if given or "id" in names:
         return given or "id"
     if has_questions(names):
@@ -46,10 +62,18 @@ def id_column(names: Collection[str], given: str | None = None) -> str:
 
 
 def prompt_column(names: Collection[str], task: str, prompt: str | None) -> str:
-    """The column of prompts, if the run names none. prompt: what the run gives for all rows.
+    """Finds the column of prompts, if the run names none.
 
-    A caption says what is in a picture. It is what `generate` and `edit` are to follow, unless the run says
-    what that is, and never a question for `understand`.
+    A caption describes a picture. `generate` and `edit` take it as the prompt unless the run gives one.
+    `understand` never takes it as a question.
+
+    Args:
+        names: Columns of the manifest.
+        task: Task of the run.
+        prompt: Prompt that the run gives for all rows, or None.
+
+    Returns:
+        Name of the column; `prompt` if the layout is unknown.
     """
     if "prompt" in names or prompt is not None:
         return "prompt"
@@ -73,5 +97,13 @@ def _is_img2dataset(names: Collection[str]) -> bool:
 
 
 def has_pictures(names: Sequence[str] | None, given: str | None) -> bool:
-    """Whether a table with these columns names or holds pictures; None, if it cannot be read, does."""
+    """Tells whether a table names or holds pictures.
+
+    Args:
+        names: Columns of the table; None if it cannot be read.
+        given: Column of pictures that the run names, or None.
+
+    Returns:
+        True also for a table that cannot be read, so that its own error is reported later.
+    """
     return names is None or picture_column(names, given) in names or "custom_id" in names

@@ -17,7 +17,7 @@ from wallaroo.workflows.storage.local import TEMPORARY, local_info
 
 _BITMAPS = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PICTURE_SUFFIXES = (*_BITMAPS, ".avif", ".heic", ".heif")
-"""Files of a folder that are taken for pictures."""
+"""Suffixes of files of a folder that count as pictures."""
 
 _MARKERS = re.compile(
     r"_SUCCESS|_metadata|_common_metadata|_delta_log|_change_data|_spark_metadata|_temporary|_started_\w+"
@@ -27,35 +27,45 @@ _MARKERS = re.compile(
 """Names that Spark, Delta, Databricks, Windows, macOS and we give to what is no data."""
 
 MOST_KINDS = 30
-"""Kinds of files that are named in the words about those passed over."""
+"""Most kinds of skipped files that a message names."""
 
 PassedOver = Mapping[str, tuple[int, str]]
-"""Kind of file -> how many, and the name of one of them."""
+"""Kind of skipped file -> how many, and the name of one."""
 
 
 class Listing(NamedTuple):
-    """What was found. passed_over: links and special files, which are no files to read."""
+    """The files that were found."""
 
     files: list[storage.FileInfo]
+    """Files to read, by relative path."""
     passed_over: PassedOver
+    """Links and special files, which are not read."""
 
 
 class Counter:
-    """Counts what is passed over, by kind; of each kind the first name in order is kept."""
+    """Counts skipped files by kind, and keeps the first name of each kind in order."""
 
     def __init__(self, earlier: PassedOver | None = None):
         self.kinds = dict(earlier or {})
 
     def add(self, kind: str, name: str) -> None:
+        """Counts one file.
+
+        Args:
+            kind: Kind of the file, in words.
+            name: Name of the file.
+        """
         count, first = self.kinds.get(kind, (0, name))
         self.kinds[kind] = (count + 1, min(first, name))
 
 
 def is_picture(name: str) -> bool:
+    """Whether the suffix of a name is that of a picture."""
     return name.lower().endswith(PICTURE_SUFFIXES)
 
 
 def is_pattern(path: str) -> bool:
+    """Whether a path has a character of a pattern."""
     return bool(re.search(r"[*?\[]", path))
 
 
@@ -63,10 +73,10 @@ def list_manifest(path: str) -> Listing:
     """Lists all files of a folder, or those that match a pattern. Follows links, each folder once.
 
     Args:
-        path: Local or `s3://`. A folder whose name looks like a pattern is a folder.
+        path: Local or `s3://` path. An existing folder of this name precedes a pattern.
 
     Returns:
-        The files in order of their relative paths, none if there are none, and links that lead nowhere.
+        The files in order of their relative paths, and the links that lead nowhere.
     """
     if storage.is_s3(path):
         files = storage.list_files(path)
@@ -195,7 +205,7 @@ def _parents(folder: str) -> list[str]:
 
 
 def unread(relative: str) -> str:
-    """The kind of a file that no manifest is made of, whatever its suffix; empty for all others."""
+    """Kind of a file that is never read, such as a hidden one; empty for any other."""
     parts = relative.split("/")
     if any(_MARKERS.fullmatch(part) for part in parts):
         return "marker"
@@ -203,7 +213,14 @@ def unread(relative: str) -> str:
 
 
 def visible(listing: Listing) -> tuple[list[storage.FileInfo], Counter]:
-    """The files that a manifest may be made of, and all others counted."""
+    """Separates the files that may be read from all others.
+
+    Args:
+        listing: All files.
+
+    Returns:
+        The files that may be read, and counts of the others.
+    """
     passed, files = Counter(listing.passed_over), []
     for file in listing.files:
         if kind := unread(file.relative):
@@ -214,13 +231,13 @@ def visible(listing: Listing) -> tuple[list[storage.FileInfo], Counter]:
 
 
 def suffix_kind(name: str) -> str:
-    """How a file with a suffix of no meaning is counted."""
+    """Kind under which a file with an unknown suffix is counted."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
 
 
 def in_words(passed_over: PassedOver) -> str:
-    """One sentence about all that is passed over; empty if nothing is."""
+    """Describes the skipped files in one sentence; empty if there are none."""
     if not passed_over:
         return ""
     ordered = sorted(passed_over.items(), key=lambda entry: (-entry[1][0], entry[0]))
@@ -240,7 +257,7 @@ def _shown(name: str) -> str:
 
 
 def list_pictures(path: str) -> list[storage.FileInfo]:
-    """The pictures of a manifest that is a picture, a folder of pictures or a pattern, looked for anew."""
+    """Lists the pictures of a manifest, which is a picture, a folder of pictures or a pattern."""
     single = storage.info(path)
     if single is not None:
         return [single]
@@ -248,5 +265,5 @@ def list_pictures(path: str) -> list[storage.FileInfo]:
 
 
 def captions(files: Sequence[storage.FileInfo]) -> dict[str, storage.FileInfo]:
-    """Text files by what stands before `.txt` in their relative path."""
+    """Maps what precedes `.txt` in the relative path of text files to the files."""
     return {file.relative[:-4]: file for file in files if file.relative.lower().endswith(".txt")}

@@ -30,7 +30,7 @@ from wallaroo.workflows.outputs.schema import JSON_MARK, TEXT_TASKS, json_column
 from wallaroo.workflows.sources.embedded import COLUMN, Cell
 
 TEXT_BYTES = 1 << 20
-"""Most bytes of a text that is a caption or a prompt."""
+"""Most bytes of a text file that is a caption or a prompt."""
 
 
 def _imgedit_rows(file: ManifestFile) -> list[dict[str, Any]]:
@@ -50,6 +50,7 @@ def _imgedit_rows(file: ManifestFile) -> list[dict[str, Any]]:
 
 
 def scan_imgedit(file: ManifestFile) -> Scan:
+    """Scans a JSON file of ImgEdit: one piece, with the kinds of values in each column."""
     rows = _imgedit_rows(file)
     kinds: dict[str, set[str]] = {}
     for row in rows:
@@ -59,13 +60,22 @@ def scan_imgedit(file: ManifestFile) -> Scan:
 
 
 def read_imgedit(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    """Reads the rows of ImgEdit's JSON.
+
+    Args:
+        piece: The whole file.
+        schema: Schema of the manifest.
+
+    Yields:
+        Batches of rows.
+    """
     rows, marked = _imgedit_rows(piece.file), json_columns(schema)
     for start in range(0, len(rows), BATCH_ROWS):
         yield Batch(start, text_table(rows[start : start + BATCH_ROWS], schema, marked), {})
 
 
 def scan_pictures(file: ManifestFile) -> Scan:
-    """One row a picture; with a column `caption` if any has a text of the same name beside it."""
+    """Scans a folder of pictures: one row a picture, with a `caption` if any has a text of the same name."""
     pictures, captions_of = _pictures(file)
     fields = [("id", pa.string()), (COLUMN, pa.string())]
     fields += [(CAPTION, pa.string())] if captions_of else []
@@ -89,6 +99,15 @@ def _pictures(file: ManifestFile) -> tuple[list[storage.FileInfo], dict[str, sto
 
 
 def read_pictures(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    """Reads rows of a folder of pictures.
+
+    Args:
+        piece: Some pictures in the order of their names.
+        schema: Schema of the manifest.
+
+    Yields:
+        Batches of rows with `id`, `image` and `caption`, as far as the schema has them.
+    """
     files, captions_of = _pictures(piece.file)
     files = files[piece.first_row : piece.first_row + piece.rows]
     for start in range(0, len(files), BATCH_ROWS):
@@ -124,7 +143,7 @@ def _text_of(file: storage.FileInfo) -> tuple[str, str]:
 
 
 def scan_prompts(file: ManifestFile) -> Scan:
-    """One row a text of a folder; its id is its name without the suffix."""
+    """Scans a folder of texts: one row a text, whose id is its name without the suffix."""
     schema = pa.schema([("id", pa.string()), ("prompt", pa.string())])
     return Scan(_pieces(file, len(_texts(file))), schema)
 
@@ -135,6 +154,15 @@ def _texts(file: ManifestFile) -> list[storage.FileInfo]:
 
 
 def read_prompts(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    """Reads rows of a folder of texts.
+
+    Args:
+        piece: Some texts in the order of their names.
+        schema: Schema of the manifest.
+
+    Yields:
+        Batches of rows with `id` and `prompt`, as far as the schema has them.
+    """
     files = _texts(piece.file)[piece.first_row : piece.first_row + piece.rows]
     for start in range(0, len(files), BATCH_ROWS):
         few = files[start : start + BATCH_ROWS]
@@ -151,11 +179,21 @@ def read_prompts(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
 
 
 CARRIED_PREFIX = "in_"
-"""How the columns of a run's output begin, where it is the manifest of another run."""
+"""Prefix of the columns of a run's output that is the manifest of another run."""
 
 
 def scan_results(file: ManifestFile) -> Scan:
-    """Its ok rows: `id`, `image` (a reference), and all other columns under names of their own."""
+    """Scans a shard of a run's output, of which ok rows are read.
+
+    Args:
+        file: The file of the shard.
+
+    Returns:
+        Its piece, and its schema: `id`, `image` (a reference), and all other columns with CARRIED_PREFIX.
+
+    Raises:
+        InputError: It is no file of results.
+    """
     with open_parquet(file) as parquet:
         theirs = parquet.schema_arrow
         if words := lacking(theirs):
@@ -170,6 +208,15 @@ def scan_results(file: ManifestFile) -> Scan:
 
 
 def read_results(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    """Reads the ok rows of a shard.
+
+    Args:
+        piece: The whole file.
+        schema: Schema of the manifest.
+
+    Yields:
+        Batches of rows. An id with several samples becomes `id/sample`.
+    """
     path, first = piece.file.path, 0
     wanted = [name.removeprefix(CARRIED_PREFIX) for name in schema.names if name.startswith(CARRIED_PREFIX)]
     needed = {"row_id", "id", "sample", "status", "task", "source", *wanted}

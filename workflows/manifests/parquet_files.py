@@ -27,12 +27,28 @@ from wallaroo.workflows.outputs.schema import JSON_MARK, json_columns
 from wallaroo.workflows.sources.embedded import COLUMN, Cell, with_column
 
 REPEATED_BYTES = 256 << 20
+"""Most bytes that a column of a batch of Parquet rows may take, unless REPEATED_TIMES allows more."""
 REPEATED_TIMES = 100
-"""A column of a batch of Parquet rows may take more bytes than the former, but not more than the latter times
-those of its distinct values: a file of a few kilobytes can say a long text again and again."""
+"""A column may also take so many times the bytes of its distinct values.
+
+A file of a few kilobytes can repeat a long text very often, and would fill the memory.
+"""
 
 
 def open_parquet(file: ManifestFile, **options: Any) -> pq.ParquetFile:
+    """Opens a Parquet file with its checksums verified.
+
+    Args:
+        file: The file.
+        **options: Further arguments of `pyarrow.parquet.ParquetFile`.
+
+    Returns:
+        The open file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: The storage does not serve.
+    """
     with storage.explained(file.path):
         filesystem, inner = storage.parquet_filesystem(file.path)
         source = filesystem.open_input_file(inner)
@@ -46,9 +62,20 @@ def parquet_batches(
     first_row: int = 0,
     groups: Sequence[int] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Rows of a file, which is open, in batches, with the columns that are named.
+    """Reads some columns of a Parquet file in batches of BATCH_ROWS.
 
-    Raises InputError for a column of few long values before these are written out for each row.
+    Args:
+        file: The file.
+        parquet: The file, open.
+        names: Columns to read.
+        first_row: Number of the first row, for messages.
+        groups: Row groups to read; all if None.
+
+    Yields:
+        Batches of rows.
+
+    Raises:
+        InputError: A column repeats few long values. Raised before these are written out for each row.
     """
     schema = parquet.schema_arrow
     texts = [name for name in names if _is_long(schema.field(name).type)]
@@ -82,6 +109,17 @@ def _refuse_repetition(column: pa.DictionaryArray, name: str, path: str, first_r
 
 
 def scan_parquet(file: ManifestFile) -> Scan:
+    """Scans a Parquet file by its footer.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its pieces, and the schema in which its values are passed on.
+
+    Raises:
+        InputError: It has two columns of one name, too many columns, or one of a type that is not read.
+    """
     with open_parquet(file) as parquet:
         schema, metadata = parquet.schema_arrow, parquet.metadata
         for name in schema.names:
@@ -161,6 +199,18 @@ def _plain(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
 
 
 def read_parquet(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    """Reads the rows of some row groups.
+
+    Args:
+        piece: The row groups.
+        schema: Schema of the manifest.
+
+    Yields:
+        Batches of rows. Columns that the file lacks are null.
+
+    Raises:
+        Unfit: The type of a column cannot hold a value.
+    """
     row = piece.first_row
     with open_parquet(piece.file) as parquet:
         theirs = parquet.schema_arrow

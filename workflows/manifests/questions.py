@@ -13,28 +13,36 @@ from wallaroo.workflows.sources.embedded import COLUMN
 
 _PATH = "image_path"
 MAX_REFERENCE_CHARACTERS = 64
-"""Longer values are pictures and not the index of a row."""
+"""Most characters of the index of a row; a longer value is a picture."""
 
 
 def is_questions(names: Collection[str], file: ManifestFile) -> bool:
-    """Whether a file with these columns is a table of VLMEvalKit that `understand` reads."""
+    """Tells whether a file is a table of VLMEvalKit that `understand` reads.
+
+    Args:
+        names: Columns of the file.
+        file: The file.
+
+    Returns:
+        True if it is.
+    """
     named = {"index", "question"} <= set(names) and bool({COLUMN, _PATH} & set(names))
     return named and file.format == "tsv" and file.task == "understand" and "prompt" not in names
 
 
 def question_columns(names: Collection[str]) -> list[str]:
-    """The columns that `question_row` gives to rows of a table with these."""
+    """Columns of the rows that `question_row` makes of a table with these columns."""
     return list(dict.fromkeys([*names, "id", "prompt", COLUMN]))
 
 
 def question_row(
     values: Mapping[str, str], shared: Callable[[], Mapping[str, str]]
 ) -> tuple[dict[str, Any], str]:
-    """A row as `understand` takes it.
+    """Turns a row of VLMEvalKit into one for `understand`.
 
     Args:
         values: The row, column -> text.
-        shared: Gives the pictures that `shared_pictures` finds in the file.
+        shared: Returns what `shared_pictures` finds in the file.
 
     Returns:
         The row with `id`, `prompt` and `image`, and what is wrong with it (empty if nothing is).
@@ -74,10 +82,13 @@ def _listed(text: str) -> list[str]:
 
 
 def shared_pictures(rows: Callable[[], Iterator[dict[str, str]]]) -> dict[str, str]:
-    """The pictures that other rows name, by the index of the row that has them.
+    """Finds the pictures that other rows refer to.
 
     Args:
-        rows: Begins to read the rows of a file; it is called twice.
+        rows: Begins to read the rows of a file; called twice.
+
+    Returns:
+        Index of the row that has the picture -> the picture in base64.
     """
     cells = (row.get(COLUMN, "") for row in rows())
     named = {cell.strip() for cell in cells if len(cell) <= MAX_REFERENCE_CHARACTERS}

@@ -29,16 +29,18 @@ from wallaroo.workflows.sources.embedded import is_result
 
 
 def scan(file: ManifestFile) -> Scan:
-    """Reads what columns a file has, and cuts it into pieces. Of Parquet it reads the footer, of others all.
+    """Finds the columns of a file and cuts it into pieces.
+
+    Of a Parquet file it reads the footer, of any other format the whole file.
 
     Args:
-        file: As `discover` found it.
+        file: A file from `discover`.
 
     Returns:
         Its pieces in order, and its Arrow schema, or the kinds of values in each column.
 
     Raises:
-        InputError: The file is corrupt, or has columns that are not served; the message names it.
+        InputError: The file is corrupt, or has columns that are not supported. The message names it.
     """
     scans = {
         "parquet": scan_parquet,
@@ -114,18 +116,18 @@ class _readable:
 
 
 def read(piece: Piece, schema: pa.Schema, columns: Iterable[str] | None = None) -> Iterator[Batch]:
-    """Reads the rows of a piece, in order. Of a row with a fault the values are what could be read.
+    """Reads the rows of a piece in order. A row with a fault has the values that could be read.
 
     Args:
-        piece: Of a file that was scanned.
-        schema: Of all files of the manifest.
-        columns: The columns that are wanted; all if None.
+        piece: A piece from `scan`.
+        schema: Schema of all files of the manifest.
+        columns: Columns to read; all if None.
 
     Yields:
-        Batches of at most a few thousand rows, with the faults of rows by their number in the file.
+        Batches of at most BATCH_ROWS rows, with the faults of rows by their number in the file.
 
     Raises:
-        InputError: The file is corrupt, or no longer what it was when it was scanned.
+        InputError: The file is corrupt, or has changed since it was scanned.
     """
     if columns is not None:
         wanted = set(columns)

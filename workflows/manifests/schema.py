@@ -14,7 +14,7 @@ from wallaroo.workflows.outputs.schema import JSON_MARK, json_columns
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is: a scalar, `list:` of one kind of scalar, or `json` for anything else."""
+    """Kind of a JSON value: a scalar's own, `list:` with one kind of scalar, or `json` for anything else."""
     if value is None:
         return "null"
     if isinstance(value, list):
@@ -30,7 +30,7 @@ def kind_of(value: Any) -> str:
 
 
 def merged_kind(kinds: set[str]) -> str:
-    """The one kind that all values of these kinds have without loss; `json` if there is none."""
+    """Kind that holds the values of all these kinds without loss; `json` if there is none."""
     kinds = kinds - {"null"}
     if "nan" in kinds:
         # It is how pandas says "nothing", and a number only beside numbers.
@@ -59,22 +59,32 @@ _ARROW = {
 
 
 class Columns:
-    """Settles one Arrow schema for all files of a manifest, whatever the order they are scanned in."""
+    """Builds one Arrow schema for all files of a manifest, whatever the order in which they are scanned."""
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[int, str, Scan]] = {}
 
     def add(self, number: int, path: str, found: Scan) -> None:
-        """number, path: of the file. Of files with equal columns only the first is kept."""
+        """Adds the columns of a file. Of files with equal columns only the first is kept.
+
+        Args:
+            number: Place of the file in the manifest.
+            path: Path of the file.
+            found: Its scan.
+        """
         columns = Scan([], found.schema, found.kinds)
         key = columns.to_json()
         if key not in self.files or number < self.files[key][0]:
             self.files[key] = (number, path, columns)
 
     def schema(self) -> pa.Schema:
-        """Columns in the order they are first met; its metadata names those that hold JSON text.
+        """Builds the schema.
 
-        Raises InputError if two files have one column with types that do not go together.
+        Returns:
+            The columns in the order in which they first occur. The metadata names those that hold JSON text.
+
+        Raises:
+            InputError: A column has types in two files that cannot be joined.
         """
         ordered = sorted(self.files.values(), key=lambda entry: entry[0])
         kinds: dict[str, set[str]] = {}
@@ -149,12 +159,35 @@ def _arrow_type(kind: str) -> pa.DataType:
 
 
 def to_table(columns: list[Any], schema: pa.Schema, rows: int) -> pa.Table:
+    """Builds a table, also one without columns, which still has rows.
+
+    Args:
+        columns: Arrays in the order of the schema.
+        schema: Schema of the table.
+        rows: Number of rows.
+
+    Returns:
+        The table.
+    """
     if columns:
         return pa.Table.from_arrays(columns, schema=schema)
     return pa.table({"": pa.nulls(rows)}).select([])
 
 
 def text_table(values: list[dict[str, Any]], schema: pa.Schema, marked: frozenset[str]) -> pa.Table:
+    """Builds a table of rows that were read from text.
+
+    Args:
+        values: Rows, column -> value.
+        schema: Schema of the table. NaN becomes null in columns other than floats.
+        marked: Columns whose values become JSON text.
+
+    Returns:
+        The table.
+
+    Raises:
+        Unfit: The type of a column cannot hold a value.
+    """
     columns = []
     for field in schema:
         column = [row.get(field.name) for row in values]
@@ -170,9 +203,10 @@ def text_table(values: list[dict[str, Any]], schema: pa.Schema, marked: frozense
 
 
 def is_text(text: str) -> bool:
+    """Whether text is valid Unicode, without lone surrogates."""
     return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
 def mended(text: str) -> str:
-    """The text with U+FFFD for every byte or half that is none."""
+    """Replaces lone surrogates, which stand for invalid bytes, by U+FFFD."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)

@@ -24,7 +24,9 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import COMPRESSED, ManifestFile
 
 LINE_BYTES = 64 << 20
+"""Most bytes of a line or a JSON object."""
 CHUNK_BYTES = 1 << 20
+"""Bytes that are read and converted at once."""
 _HEAD_BYTES = 64 << 10
 _COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
 """Suffix of a compressed file -> its first bytes."""
@@ -36,7 +38,19 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{}]', re.DOTALL)
 
 @contextmanager
 def open_text(file: ManifestFile, start: int = 0) -> Iterator[IO[bytes]]:
-    """The stream of a text file from byte `start` on; it can be sought. Raises FileNotFoundError."""
+    """Opens a text file as a stream of UTF-8 with a row a line, which can seek.
+
+    Args:
+        file: The file.
+        start: First byte of the stream to read.
+
+    Yields:
+        The open stream.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It is no text, or is encoded or compressed in a way that is not read.
+    """
     with ExitStack() as stack:
         steps = _steps(file)[1]
         if not steps:
@@ -55,6 +69,7 @@ def open_text(file: ManifestFile, start: int = 0) -> Iterator[IO[bytes]]:
 
 
 def is_compressed(file: ManifestFile) -> bool:
+    """Whether the suffix of a file is that of a compressed one."""
     return file.path.lower().endswith(COMPRESSED)
 
 
@@ -120,7 +135,7 @@ def _gunzip(raw: IO[bytes]) -> IO[bytes]:
 
 
 def first_line(file: ManifestFile) -> bytes:
-    """The first line of a text file as UTF-8, as far as its first 64 KiB have it."""
+    """First line of a text file in UTF-8, cut after 64 KiB."""
     return _steps(file)[0].splitlines(keepends=True)[:1][0] if _steps(file)[0] else b""
 
 

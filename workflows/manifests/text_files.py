@@ -28,14 +28,25 @@ from wallaroo.workflows.outputs.schema import json_columns
 from wallaroo.workflows.sources.embedded import COLUMN
 
 COMPRESSED_TIMES = 8
-"""A piece of a compressed file is so many times as large as others."""
+"""A piece of a compressed file is larger than others by this factor."""
 PEEKED_ROWS = 100
-"""Rows that tell what a file without columns holds."""
+"""Rows that are read to find what a file without columns holds."""
 DEEPEST = 100
-"""Lists and objects within each other, in a value of JSON; what goes beyond has no sense, and no end."""
+"""Deepest nesting of lists and objects in a JSON value. A row with a deeper one is refused."""
 
 
 def scan_csv(file: ManifestFile) -> Scan:
+    """Scans a CSV or TSV file. All of its columns are text.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its pieces, and its columns.
+
+    Raises:
+        InputError: The header is damaged.
+    """
     with open_text(file) as stream:
         header = csv_header(file, stream)
         if header is None:
@@ -100,6 +111,7 @@ def _json_object(line: bytes, task: str) -> tuple[dict[str, Any], str]:
 
 
 def is_deep(value: Any) -> bool:
+    """Whether a JSON value is nested deeper than DEEPEST."""
     level = [value]
     for _ in range(DEEPEST):
         inner = [
@@ -115,6 +127,17 @@ def _json_name(value: Any) -> str:
 
 
 def scan_lines(file: ManifestFile) -> Scan:
+    """Scans a file of JSON Lines, or of plain lines.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its pieces, and the kinds of values in each column.
+
+    Raises:
+        InputError: It has too many columns, or JSON other than an object a row.
+    """
     kinds: dict[str, set[str]] = {}
 
     def noted(rows: Iterable[Row]) -> Iterator[Row]:
@@ -181,6 +204,18 @@ def _pieces(
 
 
 def read_text(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
+    """Reads the rows of a piece of a CSV, TSV, JSON or text file.
+
+    Args:
+        piece: The piece.
+        schema: Schema of the manifest.
+
+    Yields:
+        Batches of rows.
+
+    Raises:
+        Unfit: The type of a column cannot hold a value.
+    """
     marked = json_columns(schema)
     row, values, faults = piece.first_row, [], {}
     with open_text(piece.file, piece.start) as stream:
@@ -232,7 +267,7 @@ def _every_row(file: ManifestFile) -> Iterator[dict[str, str]]:
 
 
 def first_columns(file: ManifestFile) -> list[str]:
-    """Names of the columns of a file, as far as its first row tells."""
+    """Lists the columns of a file, as far as its first row shows them."""
     with open_text(file) as stream:
         if file.format in ("csv", "tsv"):
             header = csv_header(file, stream)

@@ -19,45 +19,57 @@ FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
 }
-"""Suffix -> format of the files that are a manifest wherever they lie."""
+"""Suffix -> format of the files that are always read as a manifest."""
 OTHER_FORMATS = {".json": "json", ".txt": "lines"}
-"""The same for files that are one where they are named, or nothing else is there."""
+"""Suffix -> format of the files that are read if they are given by name, or if a folder has no others."""
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-"""Suffixes that may stand behind those of text."""
+"""Suffixes that may follow those of text files."""
 PIECE_ROWS = 65_536
+"""A piece ends when it has so many rows."""
 PIECE_BYTES = 64 << 20
-"""A piece ends when it has so many rows or bytes; of a Parquet file it has at least one row group."""
+"""A piece ends when it has so many bytes. A piece of a Parquet file has at least one row group."""
 BATCH_ROWS = 4096
+"""Most rows of a batch."""
 MAX_COLUMNS = 1000
+"""Most columns of a manifest file."""
 
 
 @dataclass(frozen=True)
 class ManifestFile:
-    """One file of a manifest. relative: path below the manifest. size: bytes. etag: of its contents.
-
-    format: one of FORMATS or OTHER_FORMATS, or `results` (a shard of a run's output), `pictures` (a folder
-    or pattern of them, path being its own), `prompts` (a folder of texts) or `imgedit`. cells: whether
-    pictures in its column of pictures are given as references to their rows. column: name of that column,
-    if the run gives one. task: of the run, where rows are read by it. partition: columns whose values
-    stand in the names of folders: name, value as text, and Arrow type.
-    """
+    """One file of a manifest."""
 
     path: str
+    """Local or `s3://` path. For `pictures` and `prompts` it is the folder or pattern."""
     relative: str
+    """Path below the manifest."""
     format: str
+    """One of FORMATS or OTHER_FORMATS, or one of four more.
+
+    `results` is a shard of a run's output, `pictures` a folder or pattern of pictures, `prompts` a folder of
+    texts, `imgedit` the JSON of ImgEdit.
+    """
     size: int
+    """Size in bytes."""
     etag: str
+    """Changes when the contents do."""
     cells: bool = False
+    """Whether pictures in it are read as references to their rows."""
     column: str = ""
+    """Column of pictures, if the run names one."""
     task: str = ""
+    """Task of the run, if it changes how rows are read."""
     partition: tuple[tuple[str, str | None, str], ...] = ()
+    """Columns whose values stand in the names of folders: name, value as text, Arrow type."""
 
     def __post_init__(self) -> None:
         # JSON has no tuples.
         object.__setattr__(self, "partition", tuple(map(tuple, self.partition)))
 
     def to_values(self) -> dict[str, Any]:
-        """Plain JSON values. Fields that say nothing are left out, as those were that did not exist yet."""
+        """Converts to plain JSON values.
+
+        Empty fields that older versions lacked are left out, so that older plans keep their digests.
+        """
         values = dataclasses.asdict(self)
         return {key: value for key, value in values.items() if value or key not in _LATER_FIELDS}
 
@@ -67,59 +79,63 @@ _LATER_FIELDS = ("column", "task", "partition")
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a manifest, sorted by relative path.
-
-    passed_over: kind of the other files beside them -> how many, and the name of one. notes: what
-    somebody should be told of how the files are read.
-    """
+    """The files of a manifest."""
 
     path: str
+    """Local or `s3://` path of a file or folder, or a pattern."""
     files: tuple[ManifestFile, ...]
+    """The files, sorted by relative path."""
     passed_over: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    """Kind of skipped file -> how many, and the name of one."""
     notes: tuple[str, ...] = ()
+    """Sentences for the user about how the files are read."""
 
     def identity(self) -> list[list[Any]]:
-        """Relative path, size and etag of every file: what must be the same for a plan to go on."""
+        """Relative path, size and etag of every file. They must be the same for a plan to continue."""
         return [[file.relative, file.size, file.etag] for file in self.files]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some consecutive rows of a file, so few that one task reads them.
-
-    first_row: number of the first one in the file, from 0. start, stop: of the bytes (CSV, JSON Lines)
-    or of the row groups (Parquet). header: columns of a CSV file.
-    """
+    """Some consecutive rows of a file, few enough for one task."""
 
     file: ManifestFile
+    """The file."""
     first_row: int
+    """Number of the first row in the file, from 0."""
     rows: int
+    """Number of rows."""
     start: int
+    """Where it begins: a byte of text, a row group of Parquet, or a row of a folder."""
     stop: int
+    """The byte or row group after its last one."""
     header: tuple[str, ...] = ()
+    """Columns of a CSV file; empty for other formats."""
 
     def to_json(self) -> str:
+        """Encodes the piece as JSON text."""
         return json.dumps(dataclasses.asdict(self) | {"file": self.file.to_values()})
 
     @classmethod
     def from_json(cls, text: str) -> "Piece":
+        """Decodes what `to_json` gave."""
         values = json.loads(text)
         return cls(**values | {"file": ManifestFile(**values["file"]), "header": tuple(values["header"])})
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What is in a file: its pieces, and its columns in order.
-
-    schema: of a Parquet file. kinds: column -> the kinds of value seen in it, for the other formats.
-    """
+    """What is in a file."""
 
     pieces: list[Piece]
+    """Its pieces in order."""
     schema: pa.Schema | None = None
+    """Schema of a file whose columns have types; None for text files."""
     kinds: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    """Column -> kinds of values in it, for text files."""
 
     def to_json(self) -> str:
-        """For the way from a task to whoever puts scans together, who has the file already."""
+        """Encodes the scan as JSON text, without the file, which the receiver has."""
         return json.dumps(
             {
                 "pieces": [[piece.first_row, piece.rows, piece.start, piece.stop] for piece in self.pieces],
@@ -131,6 +147,15 @@ class Scan:
 
     @classmethod
     def from_json(cls, text: str, file: ManifestFile) -> "Scan":
+        """Decodes what `to_json` gave.
+
+        Args:
+            text: JSON text.
+            file: The scanned file.
+
+        Returns:
+            The scan.
+        """
         values = json.loads(text)
         header = tuple(values["header"])
         return cls(
@@ -141,24 +166,36 @@ class Scan:
 
 
 def encode_schema(schema: pa.Schema) -> str:
-    """A schema as text, for JSON."""
+    """Encodes a schema as text for JSON."""
     return base64.b64encode(schema.serialize()).decode()
 
 
 def decode_schema(text: str) -> pa.Schema:
-    """The schema of such a text."""
+    """Decodes what `encode_schema` gave."""
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
 
 
 class Batch(NamedTuple):
-    """Some rows of a piece. first_row: number in the file. faults: number in the file -> what is wrong."""
+    """Some rows of a piece."""
 
     first_row: int
+    """Number of the first row in the file."""
     table: pa.Table
+    """The rows."""
     faults: dict[int, str]
+    """Number of a row in the file -> what is wrong with it."""
 
 
 def check_width(file: ManifestFile, names: Sequence[str]) -> None:
+    """Checks the number of columns of a file.
+
+    Args:
+        file: The file.
+        names: Its columns.
+
+    Raises:
+        InputError: There are more than MAX_COLUMNS.
+    """
     if len(names) > MAX_COLUMNS:
         raise InputError(f"{file.path} has more than {MAX_COLUMNS} columns: leave some out.")
 
@@ -175,6 +212,7 @@ PICTURE_COLUMNS = (
     "top_p",
     "language",
 )
+"""Columns that the tasks with a source picture read."""
 KNOWN_COLUMNS = {
     "generate": (
         "prompt",
@@ -193,4 +231,4 @@ KNOWN_COLUMNS = {
     "edit": PICTURE_COLUMNS,
     "understand": PICTURE_COLUMNS,
 }
-"""Task -> columns of a manifest that mean something; all others are carried through."""
+"""Task -> columns of a manifest that it reads. All others are carried through."""

@@ -12,14 +12,22 @@ from wallaroo.workflows.settings import OptionError
 
 
 class Filter:
-    """Rows of a manifest for which an SQL expression over its columns holds, by DuckDB.
+    """Chooses rows of a manifest by an SQL expression over its columns, with DuckDB.
 
-    The expression sees the rows alone: no file, network, environment or extension. DuckDB takes no notice
-    of upper and lower case; where two columns differ in nothing else, a name must be that of one of them.
+    The expression sees the rows alone: no file, network, environment or extension. DuckDB ignores case in
+    names. If two columns differ only in case, the expression must spell the name exactly.
     """
 
     def __init__(self, expression: str, schema: pa.Schema):
-        """Raises InputError, with DuckDB's own words, if the expression does not fit the columns."""
+        """Checks the expression on an empty table.
+
+        Args:
+            expression: A condition in DuckDB's SQL.
+            schema: Schema of the manifest.
+
+        Raises:
+            OptionError: The expression does not fit the columns. The message quotes DuckDB.
+        """
         import duckdb
 
         self.expression, self.error = expression, duckdb.Error
@@ -44,7 +52,17 @@ class Filter:
         self.matches(schema.empty_table())
 
     def matches(self, table: pa.Table) -> np.ndarray:
-        """bool [rows]: for which rows the expression is true. Raises InputError as above."""
+        """Finds the rows for which the expression is true.
+
+        Args:
+            table: Some rows of the manifest.
+
+        Returns:
+            bool [rows].
+
+        Raises:
+            OptionError: DuckDB refuses the expression for these rows.
+        """
         numbers = np.arange(table.num_rows)
         table = table.rename_columns([self.aliases.get(name, name) for name in table.column_names])
         self.database.register("manifest", table.append_column(self.number, pa.array(numbers)))
