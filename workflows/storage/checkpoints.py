@@ -26,17 +26,28 @@ from wallaroo.workflows.storage.retries import retried
 
 _CHECKPOINTS = "a folder that `wallaroo convert` made of the published files (docs/models.md), or tiny"
 RANGE_BYTES = 16 << 20
+"""Bytes of one request."""
 RANGES_AT_ONCE = 8
+"""Requests at once."""
 
 
 def fetch_folder(path: str, names: Sequence[str] | None = None, cache: Path | None = None) -> Path:
-    """A local folder with files of a checkpoint: a local one as it is, one on S3 from a cache.
+    """Returns a local folder with files of a checkpoint. One on S3 is copied to a cache.
 
-    `names` are the files wanted beside the list of files (all if None), so that who needs only the
-    tokenizer does not wait for the weights. A file has its name in the cache only after its digest was
-    verified, so it is fetched and verified once for all processes of a machine.
-    cache: default `~/.cache/wallaroo`. Raises InputError if `path` is no checkpoint, or a file is not
-    what its list says.
+    A file gets its name in the cache only after its digest was verified. So it is fetched and verified once
+    for all processes of a machine.
+
+    Args:
+        path: Folder of the checkpoint, local or on S3.
+        names: Files to fetch beside the list of files; all if None. Without the weights, nobody waits for
+            them.
+        cache: Folder of the cache; `~/.cache/wallaroo` if None.
+
+    Returns:
+        The folder; a local path is returned unchanged.
+
+    Raises:
+        InputError: `path` is no checkpoint, or a file differs from what its list says.
     """
     if not is_s3(path):
         return Path(path)
@@ -136,22 +147,45 @@ def _sha256(path: Path) -> str:
 
 
 class Checkpoint(NamedTuple):
-    """What can be known of a checkpoint without its weights; digest: its own, in hexadecimal."""
+    """What is known of a checkpoint without its weights."""
 
     config: ModelConfig
+    """Configuration of the model."""
     tokenizer: Tokenizer
+    """Tokenizer of the model."""
     digest: str
+    """Digest of its list of files, hexadecimal."""
 
 
 @functools.lru_cache(maxsize=4)
 def read_checkpoint(model: str) -> Checkpoint:
-    """What planning needs of a checkpoint, once a process: its weights are neither read nor fetched."""
+    """Reads what planning needs of a checkpoint, once a process. Weights are neither read nor fetched.
+
+    Args:
+        model: Folder of the checkpoint, local or on S3.
+
+    Returns:
+        Configuration, tokenizer and digest.
+
+    Raises:
+        InputError: It is no checkpoint, or a file is damaged.
+    """
     folder, files = fetch_folder(model, (CONFIG, TOKENIZER)), read_files(model)
     return Checkpoint(ModelConfig.from_file(folder / CONFIG), Tokenizer.from_folder(folder), digest(files))
 
 
 def read_files(model: str) -> dict[str, FileEntry]:
-    """Size and sha256 of every file of a checkpoint, by name."""
+    """Reads the list of files of a checkpoint.
+
+    Args:
+        model: Folder of the checkpoint, local or on S3.
+
+    Returns:
+        Name -> size in bytes and sha256.
+
+    Raises:
+        InputError: It is no checkpoint.
+    """
     where = fetch_folder(model, ()) / FILE_LIST
     try:
         return parse_file_list(where.read_bytes(), str(where))
@@ -171,5 +205,5 @@ def _fault(model: str) -> str:
 
 
 def model_path(model: str) -> str:
-    """Where a checkpoint lies that may be named `tiny`."""
+    """Path of a checkpoint, which may be given as `tiny`."""
     return str(checkpoint.TINY) if model == "tiny" else absolute_path(model)

@@ -17,16 +17,20 @@ if TYPE_CHECKING:
 
 
 CONNECT_SECONDS = 3
+"""Most seconds until a connection to S3 is open."""
 READ_SECONDS = 60
+"""Most seconds until the next bytes of a response."""
 ATTEMPTS = 4
-"""Bounds of one request to S3: an endpoint that nobody answers at is given up within half a minute."""
+"""Attempts of one request. An endpoint that does not answer is thus given up within half a minute."""
 _retries = 0
 _guard = threading.Lock()
 
 
 def take_retries() -> int:
-    """How many requests were tried again since this was last asked, as far as it can be known: pyarrow and
-    s3fs keep some of theirs to themselves."""
+    """Returns how many requests were retried since the last call.
+
+    Retries within pyarrow and s3fs are missing, since these do not report them.
+    """
     global _retries
     with _guard:
         count, _retries = _retries, 0
@@ -34,6 +38,7 @@ def take_retries() -> int:
 
 
 def count_retries(count: int) -> None:
+    """Adds to the count that `take_retries` returns."""
     global _retries
     with _guard:
         _retries += count
@@ -41,6 +46,7 @@ def count_retries(count: int) -> None:
 
 @functools.cache
 def session() -> Any:
+    """boto3's session of this process."""
     import boto3.session
 
     return boto3.session.Session()
@@ -48,7 +54,7 @@ def session() -> Any:
 
 @functools.cache
 def s3_client() -> Any:
-    """boto3's client; it may be used from many threads."""
+    """boto3's client of this process. It may be used from many threads."""
     import botocore.config
 
     config = botocore.config.Config(
@@ -70,6 +76,7 @@ def _note_attempts(parsed: dict[str, Any], **_: Any) -> None:
 
 @functools.cache
 def s3_filesystem() -> Any:
+    """s3fs's file system of this process, for streams and globs. It caches no listing."""
     import s3fs
 
     return s3fs.S3FileSystem(
@@ -84,7 +91,7 @@ def s3_filesystem() -> Any:
 
 
 def forget_clients() -> None:
-    """Looks at the AWS variables anew when S3 is next used."""
+    """Drops the clients, so that the next use of S3 reads the AWS variables again."""
     for cached in (session, s3_client, s3_filesystem, _region):
         cached.cache_clear()
 
@@ -124,9 +131,18 @@ def _arrow_s3(access: str, secret: str, token: str | None, region: str, scheme: 
 
 
 def parquet_filesystem(path: str) -> "tuple[pyarrow.fs.FileSystem, str]":
-    """pyarrow's filesystem for a path, and the path as that filesystem wants it.
+    """Returns pyarrow's file system for a path.
 
-    Ask anew for every file: credentials that expire are renewed here. Wrap the reading in `explained`.
+    Call it for every file, since it renews credentials that expire. Wrap the reading in `explained`.
+
+    Args:
+        path: Local or `s3://` path.
+
+    Returns:
+        The file system, and the path in its own form.
+
+    Raises:
+        InputError: There are no AWS credentials.
     """
     import pyarrow.fs
 

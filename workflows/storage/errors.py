@@ -14,7 +14,16 @@ from wallaroo.workflows.storage.paths import is_s3
 def explained(path: str, writing: bool = False) -> Iterator[None]:
     """Turns errors of storage inside the block into InputErrors about `path`.
 
-    A FileNotFoundError stays one, but in writing, where it means that no file can be made there.
+    Args:
+        path: Local or `s3://` path that the block uses.
+        writing: Whether the block writes. A FileNotFoundError then means that no file can be made there, and
+            becomes an InputError. In reading it stays a FileNotFoundError.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: The block raised an error that `explain` knows.
     """
     try:
         yield
@@ -54,6 +63,7 @@ CODE_ALIASES = {
     "SLOW_DOWN": "SlowDown",
     "ServiceUnavailable": "SlowDown",
 }
+"""Code of an error of S3 -> the code that this module uses for it."""
 NO_CREDENTIALS = "there are no AWS credentials: set the AWS variables or AWS_PROFILE"
 _UNREACHABLE = "no answer from its endpoint: check AWS_ENDPOINT_URL and the network"
 _LOCAL = {
@@ -72,7 +82,15 @@ _LOCAL = {
 
 
 def explain(path: str, error: Exception) -> str | None:
-    """One sentence about an error of storage; None for an error that is none. Never holds a secret."""
+    """Describes an error of storage in one sentence, which never holds a secret.
+
+    Args:
+        path: Local or `s3://` path that was used.
+        error: The error.
+
+    Returns:
+        The sentence; None for an error that is not one of storage.
+    """
     import botocore.exceptions
 
     if isinstance(error, ValueError) and ("null byte" in str(error) or isinstance(error, UnicodeEncodeError)):
@@ -125,6 +143,15 @@ def explain(path: str, error: Exception) -> str | None:
 
 
 def explain_code(path: str, code: str) -> str:
+    """Describes an error code of S3 in one sentence.
+
+    Args:
+        path: Path that was used.
+        code: The code, or an HTTP status as text.
+
+    Returns:
+        The sentence.
+    """
     reason = _CODES.get(CODE_ALIASES.get(code, code))
     return f"{path} cannot be used, {reason or f'S3 says {code!r}: check the bucket and its settings'}."
 
@@ -146,8 +173,17 @@ _OF_ONE_PATH = {
 
 
 def refuses_path(error: InputError) -> bool:
-    """Whether an error of S3 is about the one path that was asked for: it would be the same the next
-    time, and other paths may do. All others say that the storage or the access to it is out of order."""
+    """Tells whether an error of S3 concerns only the one path that was asked for.
+
+    A second try would give the same error, but other paths may work. All other errors mean that the storage
+    or the access to it is out of order.
+
+    Args:
+        error: What `explained` raised.
+
+    Returns:
+        True if it concerns the path alone.
+    """
     import botocore.exceptions
 
     cause = error.__cause__
@@ -159,15 +195,17 @@ def refuses_path(error: InputError) -> bool:
 
 
 class TooLarge(Exception):
-    """An object has more bytes than were asked for at most."""
+    """An object has more bytes than allowed."""
 
 
 def raise_unless_missing(error: OSError) -> None:
+    """Raises an error of a local file again, except a FileNotFoundError."""
     if not isinstance(error, FileNotFoundError):
         raise error
 
 
 def is_missing(error: BaseException) -> bool:
+    """Whether an error of botocore says that the object does not exist."""
     import botocore.exceptions
 
     if not isinstance(error, botocore.exceptions.ClientError):
@@ -176,5 +214,14 @@ def is_missing(error: BaseException) -> bool:
 
 
 def raise_if_missing(path: str, error: BaseException) -> None:
+    """Turns an error of botocore into a FileNotFoundError if the object does not exist.
+
+    Args:
+        path: Path of the object.
+        error: The error.
+
+    Raises:
+        FileNotFoundError: The object does not exist. Otherwise nothing is raised.
+    """
     if is_missing(error):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error

@@ -43,13 +43,35 @@ K = TypeVar("K")
 
 
 def read_bytes(path: str) -> bytes:
-    """Contents of a small file. Raises FileNotFoundError."""
+    """Reads a small file whole.
+
+    Args:
+        path: Local or `s3://` path.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: The storage does not serve.
+    """
     return read_with_etag(path)[0]
 
 
 @retried
 def read_with_etag(path: str) -> tuple[bytes, str]:
-    """Contents of a small file, and the tag that `replace_if_match` wants. Raises FileNotFoundError."""
+    """Reads a small file whole, with the tag for `replace_if_match`.
+
+    Args:
+        path: Local or `s3://` path.
+
+    Returns:
+        Contents and tag.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: The storage does not serve.
+    """
     with explained(path):
         if not is_s3(path):
             data = Path(path).read_bytes()
@@ -65,7 +87,20 @@ def read_with_etag(path: str) -> tuple[bytes, str]:
 
 @retried
 def read_object(path: str, most: int) -> bytes:
-    """Contents of an object on S3. Raises FileNotFoundError, and TooLarge before a byte is read."""
+    """Reads an object on S3 whole.
+
+    Args:
+        path: `s3://` path.
+        most: Most bytes of the object.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        FileNotFoundError: There is no such object.
+        TooLarge: It has more bytes; raised before any of them is read.
+        InputError: The storage does not serve.
+    """
     bucket, key = bucket_and_key(path)
     with explained(path):
         try:
@@ -81,7 +116,7 @@ def read_object(path: str, most: int) -> bytes:
 
 @retried
 def info(path: str) -> FileInfo | None:
-    """What a listing would say of one file; None if there is no such file."""
+    """Returns what a listing would say of one file; None if there is no such file."""
     relative = path.rsplit("/", 1)[-1]
     with explained(path):
         if not is_s3(path):
@@ -101,13 +136,20 @@ def info(path: str) -> FileInfo | None:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file of this path. A folder is none."""
+    """Whether there is a file of this path; False for a folder."""
     return info(path) is not None
 
 
 @retried
 def list_files(folder: str) -> list[FileInfo]:
-    """All files below a folder, at any depth, sorted by relative path; none if there is no folder."""
+    """Lists all files below a folder, at any depth.
+
+    Args:
+        folder: Local or on S3; it may be absent.
+
+    Returns:
+        The files, sorted by relative path.
+    """
     with explained(folder):
         if is_s3(folder):
             return sorted(s3_files(folder), key=lambda file: file.relative)
@@ -116,14 +158,14 @@ def list_files(folder: str) -> list[FileInfo]:
 
 @retried
 def list_stamps(folder: str, key: Callable[[str], K | None]) -> dict[K, str]:
-    """The stamps of the files below a folder, for listings that would be large as a list of FileInfo.
+    """Lists the stamps of the files below a folder. It needs less memory than a list of FileInfo.
 
     Args:
         folder: Local or on S3; it may be absent.
-        key: What a file is called in the answer, from its relative path; None leaves it out.
+        key: Relative path -> the key of the file in the result; None leaves the file out.
 
     Returns:
-        key -> `FileInfo.stamp`.
+        Key -> `FileInfo.stamp`.
     """
     with explained(folder):
         found = s3_files(folder) if is_s3(folder) else _local_files(folder)
@@ -144,16 +186,16 @@ def _local_files(folder: str) -> Iterator[FileInfo]:
 
 @retried
 def find_files(folder: str, wanted: Callable[[str], bool], most: int) -> list[str]:
-    """Looks for files below a folder, and reads no more of its listing than it takes.
+    """Finds files below a folder, and reads no more of its listing than needed.
 
     Args:
         folder: Local or on S3; it may be absent.
-        wanted: Of a path relative to the folder, whether it is looked for.
-        most: So many are enough, at least 1.
+        wanted: Whether to take a file, by its path relative to the folder.
+        most: Stops after so many files; at least 1.
 
     Returns:
-        Their relative paths, in the order in which they were met. Locally also what is neither file nor
-        folder, and links to folders; not the temporary files of a write that was cut off.
+        Relative paths, in the order of the listing. On a local disk they include links to folders and what is
+        neither file nor folder, but not the temporary files of interrupted writes.
     """
     found: list[str] = []
     with explained(folder):
@@ -171,7 +213,14 @@ def _names(folder: str) -> Iterator[str]:
 
 @retried
 def match_files(pattern: str) -> list[FileInfo]:
-    """Files that match a pattern of `*`, `?`, `[...]` and `**`, sorted; relative to its fixed folders."""
+    """Finds the files that match a pattern of `*`, `?`, `[...]` and `**`.
+
+    Args:
+        pattern: Local or `s3://` path with such characters.
+
+    Returns:
+        The files, sorted by their path relative to the last folder before the first of these characters.
+    """
     fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
     fixed = fixed[: fixed.rfind("/") + 1]
     with explained(pattern):
@@ -189,7 +238,19 @@ def match_files(pattern: str) -> list[FileInfo]:
 
 @contextmanager
 def open_source(path: str, start: int = 0) -> Iterator[IO[bytes]]:
-    """A file for reading from byte `start` on, as a buffered stream. Raises FileNotFoundError."""
+    """Opens a file for reading as a buffered stream.
+
+    Args:
+        path: Local or `s3://` path.
+        start: First byte to read.
+
+    Yields:
+        The open file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: The storage does not serve.
+    """
     with explained(path):
         if is_s3(path):
             raw = s3_filesystem().open(path, "rb", block_size=8 << 20, cache_type="readahead")
@@ -204,7 +265,19 @@ def open_source(path: str, start: int = 0) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def open_ranges(path: str, size: int) -> "Iterator[pyarrow.NativeFile]":
-    """A file of known size for reading in any order; on S3 see `Ranges`. Raises FileNotFoundError."""
+    """Opens a file of known size for reading in any order; on S3 by `Ranges`.
+
+    Args:
+        path: Local or `s3://` path.
+        size: Size of the file in bytes.
+
+    Yields:
+        The open file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: The storage does not serve.
+    """
     import pyarrow
 
     with explained(path):
@@ -215,10 +288,17 @@ def open_ranges(path: str, size: int) -> "Iterator[pyarrow.NativeFile]":
 
 @retried
 def write_atomic(path: str, data: bytes | memoryview) -> str:
-    """Writes a file, whole or not at all, over the one there may be. On S3 it is one PUT.
+    """Writes a file atomically, over an older one if there is one. On S3 it is one PUT.
+
+    Args:
+        path: Local or `s3://` path. A local folder is made if it is absent.
+        data: Contents of the file.
 
     Returns:
         The stamp (`FileInfo.stamp`) that a listing gives this content of the path.
+
+    Raises:
+        InputError: The storage does not take it.
     """
     with explained(path, writing=True):
         if is_s3(path):
@@ -234,9 +314,19 @@ def write_atomic(path: str, data: bytes | memoryview) -> str:
 
 @contextmanager
 def write_stream(path: str) -> "Iterator[pyarrow.NativeFile]":
-    """A file too large for memory, written by pyarrow; it is there when the block ends well.
+    """Opens a file for writing by pyarrow, for files too large for memory.
 
-    On S3 it is a multipart upload; what a killed process leaves of it, `remove_leftovers` removes.
+    The file appears when the block ends without an error. On S3 it is a multipart upload; `remove_leftovers`
+    removes the rest of one whose process was killed.
+
+    Args:
+        path: Local or `s3://` path.
+
+    Yields:
+        The open stream.
+
+    Raises:
+        InputError: The storage does not take it.
     """
     import pyarrow
 
@@ -249,9 +339,17 @@ def write_stream(path: str) -> "Iterator[pyarrow.NativeFile]":
 
 @retried
 def put_if_absent(path: str, data: bytes) -> bool:
-    """Writes a file unless there is one; of several writers at once exactly one wins.
+    """Writes a file unless there is one. Of several writers at once exactly one wins.
 
-    True if the file now holds `data`: so a PUT that was answered too late and repeated still counts.
+    Args:
+        path: Local or `s3://` path.
+        data: Contents of the file.
+
+    Returns:
+        True if the file now holds `data`. So a PUT whose answer was lost and that was repeated still counts.
+
+    Raises:
+        InputError: The storage does not take it.
     """
     with explained(path, writing=True):
         if is_s3(path):
@@ -278,7 +376,19 @@ def put_if_absent(path: str, data: bytes) -> bool:
 
 @retried
 def replace_if_match(path: str, data: bytes, etag: str) -> str | None:
-    """Replaces a file that is still as `read_with_etag` found it, and returns the new tag, else None."""
+    """Replaces a file if it is still the one that `read_with_etag` read.
+
+    Args:
+        path: Local or `s3://` path.
+        data: New contents.
+        etag: Tag from `read_with_etag`.
+
+    Returns:
+        The new tag; None if the file has changed or is gone.
+
+    Raises:
+        InputError: The storage does not serve.
+    """
     with explained(path):
         if is_s3(path):
             return put_conditional(path, data, IfMatch=etag)
@@ -294,7 +404,7 @@ def replace_if_match(path: str, data: bytes, etag: str) -> str | None:
 
 @retried
 def delete(path: str) -> None:
-    """Deletes a file; nothing if there is none."""
+    """Deletes a file, if there is one."""
     with explained(path):
         if is_s3(path):
             bucket, key = bucket_and_key(path)
@@ -305,9 +415,15 @@ def delete(path: str) -> None:
 
 @retried
 def move(path: str, target: str) -> None:
-    """Gives a file another name in the same storage, over the file that may have it.
+    """Renames a file within one storage, over the target if it exists.
 
-    Raises FileNotFoundError.
+    Args:
+        path: Local or `s3://` path of the file.
+        target: Its new path. A local folder is made if it is absent.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: The storage does not serve.
     """
     with explained(path):
         if is_s3(path):
@@ -326,10 +442,15 @@ def move(path: str, target: str) -> None:
 
 @retried
 def remove_leftovers(folder: str) -> int:
-    """Removes what killed writers left below a folder, and returns how many files or uploads that were.
+    """Removes what killed writers left below a folder: temporary files, or unfinished uploads on S3.
 
-    Local: temporary files; S3: unfinished multipart uploads. Only for the one who holds the lock on
-    the folder, since it would cut off another writer.
+    Call it only with the lock on the folder held, since it would cut off another writer.
+
+    Args:
+        folder: Local or on S3.
+
+    Returns:
+        Number of files or uploads removed.
     """
     count = 0
     with explained(folder):

@@ -9,30 +9,40 @@ from wallaroo.model.errors import InputError
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file as listed.
-
-    relative: path below the listed folder. size: in bytes. etag: changes when the contents do; S3's
-    own, for a local file made of its size and time of change.
-    """
+    """A file as listed."""
 
     path: str
+    """Local or `s3://` path."""
     relative: str
+    """Path below the listed folder."""
     size: int
+    """Size in bytes."""
     etag: str
+    """Changes when the contents do: the ETag of S3, or size and time of change of a local file."""
 
     @property
     def stamp(self) -> str:
-        """Size and tag in one text: equal stamps of one path mean equal contents."""
+        """Size and tag in one text. Equal stamps of one path mean equal contents."""
         return f"{self.size}:{self.etag}"
 
 
 def stamp_size(stamp: str) -> int:
-    """The size in bytes that a `FileInfo.stamp` begins with."""
+    """Size in bytes, from a `FileInfo.stamp`."""
     return int(stamp.partition(":")[0])
 
 
 def is_s3(path: str) -> bool:
-    """Whether the path is on S3. Raises InputError for any other scheme."""
+    """Tells whether a path is on S3.
+
+    Args:
+        path: Local or `s3://` path.
+
+    Returns:
+        False for a local path.
+
+    Raises:
+        InputError: The path has any other scheme.
+    """
     scheme, mark, _ = path.partition("://")
     if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         return False
@@ -44,14 +54,24 @@ def is_s3(path: str) -> bool:
 
 
 def hub_remedy(name: str) -> str:
-    """How to come by what is on the Hugging Face hub under a name such as `datasets/ORG/NAME/...`."""
+    """Tells how to download what the Hugging Face hub has under a name such as `datasets/ORG/NAME/...`."""
     kind = "--repo-type dataset " if name.startswith("datasets/") else ""
     name = "/".join(name.removeprefix("datasets/").split("@", 1)[0].split("/")[:2])
     return f"download it with `hf download {name} {kind}--local-dir FOLDER`, then give FOLDER."
 
 
 def absolute_path(path: str) -> str:
-    """The path as it is called from any working directory. Raises InputError if it is not UTF-8."""
+    """Makes a path independent of the working directory.
+
+    Args:
+        path: Local or `s3://` path.
+
+    Returns:
+        An absolute path, or the `s3://` path unchanged.
+
+    Raises:
+        InputError: It is not UTF-8.
+    """
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -61,12 +81,30 @@ def absolute_path(path: str) -> str:
 
 
 def join(path: str, *parts: str) -> str:
-    """The path of something in a folder."""
+    """Joins a folder and parts of a path.
+
+    Args:
+        path: Folder, local or on S3.
+        *parts: Names, or relative paths.
+
+    Returns:
+        The joined path.
+    """
     return "/".join([path.rstrip("/") if path.strip("/") else "", *parts])
 
 
 def bucket_and_key(path: str) -> tuple[str, str]:
-    """Bucket and key of an `s3://` path."""
+    """Splits an `s3://` path.
+
+    Args:
+        path: `s3://bucket/key`; the key may be empty.
+
+    Returns:
+        Bucket and key.
+
+    Raises:
+        InputError: The path has no bucket, or a user, password or port.
+    """
     bucket, _, key = path.removeprefix("s3://").partition("/")
     if "@" in bucket or ":" in bucket:
         raise InputError(

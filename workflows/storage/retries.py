@@ -110,7 +110,7 @@ def with_retries(path: str, action: Callable[[], T]) -> T:
 
 
 def retried(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
-    """A function of a path, done `with_retries`."""
+    """Makes a function of a path run by `with_retries`."""
 
     @functools.wraps(function)
     def retrying(path: str, /, *args: P.args, **kwargs: P.kwargs) -> T:

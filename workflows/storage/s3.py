@@ -12,7 +12,7 @@ from wallaroo.workflows.storage.retries import with_retries
 
 
 def s3_files(folder: str) -> Iterator[FileInfo]:
-    """The objects below a folder in the order of their keys, a request for each 1,000 of them."""
+    """Lists the objects below a folder in the order of their keys; one request for each 1,000 of them."""
     bucket, key = bucket_and_key(folder)
     prefix = key.rstrip("/") + "/" if key else ""
     for page in s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
@@ -23,33 +23,52 @@ def s3_files(folder: str) -> Iterator[FileInfo]:
 
 
 class Ranges(io.RawIOBase):
-    """An object of known size for reading in any order, of which a window of WINDOW_BYTES is in memory.
+    """An object of known size for reading in any order. A window of WINDOW_BYTES is in memory.
 
-    Read from front to back it asks for each byte once; the first request, for the end of the object, has
-    the whole of a small one.
+    Read from front to back, it requests each byte once. The first request is for the end of the object and
+    returns a small object whole.
     """
 
     WINDOW_BYTES = 8 << 20
 
     def __init__(self, path: str, size: int):
+        """Opens the object; the first read sends the first request.
+
+        Args:
+            path: `s3://` path.
+            size: Size of the object in bytes.
+        """
         self.path, self.size = path, size
         self._place = self._start = 0
         self._window = b""
 
     def readable(self) -> bool:
+        """True: it can be read."""
         return True
 
     def seekable(self) -> bool:
+        """True: it can be read in any order."""
         return True
 
     def tell(self) -> int:
+        """Place of the next byte."""
         return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves to a place.
+
+        Args:
+            offset: Bytes from the place that `whence` names.
+            whence: `io.SEEK_SET`, `io.SEEK_CUR` or `io.SEEK_END`.
+
+        Returns:
+            The new place.
+        """
         self._place = offset + (0, self._place, self.size)[whence]
         return self._place
 
     def read(self, count: int = -1) -> bytes:
+        """Reads the next bytes, all if `count` is negative."""
         start = self._place
         stop = self.size if count < 0 else min(self.size, start + count)
         if stop <= start:
@@ -72,7 +91,7 @@ class Ranges(io.RawIOBase):
 
 @contextmanager
 def uploading(path: str) -> "Iterator[_Upload]":
-    """A file that becomes the object `path` when the block ends well, and else is forgotten."""
+    """Opens a file that becomes the object `path` when the block ends without an error."""
     upload = _Upload(*bucket_and_key(path))
     try:
         yield upload
@@ -146,7 +165,16 @@ class _Upload(io.RawIOBase):
 
 
 def put_conditional(path: str, data: bytes, **condition: str) -> str | None:
-    """ETag of the object written, None if the condition does not hold."""
+    """Writes an object on a condition.
+
+    Args:
+        path: `s3://` path.
+        data: Contents of the object.
+        **condition: `IfNoneMatch="*"` or `IfMatch=etag`.
+
+    Returns:
+        ETag of the written object; None if the condition does not hold.
+    """
     import botocore.exceptions
 
     bucket, key = bucket_and_key(path)
