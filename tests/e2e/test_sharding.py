@@ -61,6 +61,7 @@ def close(found, wanted):
     ("workers", "shard", "more"),
     [
         (2, "none", {"accumulate": 2}),
+        (4, "none", {"checkpointing": True}),
         (1, "full", {"accumulate": 2, "checkpointing": True}),
         (2, "full", {"checkpointing": True, "sample_every": 20}),
         (4, "full", {"accumulate": 2}),
