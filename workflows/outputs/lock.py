@@ -159,7 +159,11 @@ class OutputLock:
             self._give_back()
 
     def check(self) -> None:
-        """Raises LockLost if the lock is no longer held."""
+        """Checks that the lock is still held.
+
+        Raises:
+            LockLost: Another run took it over.
+        """
         if self.lost.is_set():
             raise LockLost(f"Another run took over {self.path}, so this one stops; what it finished is kept.")
 

@@ -128,6 +128,9 @@ class Round:
         Args:
             values: What `to_values` gave.
 
+        Returns:
+            The round.
+
         Raises:
             ValueError: `selected` does not have the rows of the manifest.
         """
@@ -146,7 +149,9 @@ class Plan:
     """The valid parts of a plan, in order; none if nothing is planned yet."""
 
     parts: tuple[PlanPart, ...] = ()
+    """Valid parts in order."""
     rounds: tuple[Round, ...] = field(default=(), repr=False)
+    """Rounds of these parts in order."""
 
     @property
     def rows(self) -> int:

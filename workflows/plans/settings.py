@@ -20,30 +20,52 @@ from wallaroo.workflows.settings import OPTIONS, OptionError, RunConfig
 class PlanSettings:
     """The options of a run that decide what its planned rows are, and which manifest rows it plans.
 
-    Values, rules and defaults are those of `settings.RunConfig`; a plan depends on no other option.
+    Each field has the values, rule and default of the same field of `settings.RunConfig`. A plan depends on
+    no other option.
     """
 
     task: str
+    """One of `model.config.TASKS`."""
     seed: int
+    """Seed of the run, from which the seeds of rows are derived."""
     samples: int
+    """Samples of a row that does not say how many."""
     sampling: Sampling
+    """Sampling of a row that does not give its own."""
     width: int | None
+    """Width in pixels of a row without a size; None for the checkpoint's square."""
     height: int | None
+    """Height in pixels of a row without a size; None for the checkpoint's square."""
     language: str | None
+    """Language of a row that names none; None to detect it."""
     max_prompt_tokens: int
+    """Most tokens of a prompt."""
     prompt: str | None
+    """Prompt of all rows with a picture and without a prompt of their own."""
     prompt_column: str | None
+    """Column of prompts; None to find it by the layout of the manifest."""
     image_column: str | None
+    """Column of pictures; None to find it by the layout."""
     id_column: str | None
+    """Column of ids; None to find it by the layout."""
     image_root: str | None
+    """Folder where relative paths of pictures start; None for that of the manifest file."""
     allow_https: bool
+    """Whether pictures may come from https:// addresses."""
     restore_size: bool
+    """Whether a result gets the size of its source."""
     min_pixels: int | None
+    """Fewest pixels of a picture to understand; None for the checkpoint's limit."""
     max_pixels: int | None
+    """Most pixels of a picture to understand; None for the checkpoint's limit."""
     limit: int | None
+    """Most manifest rows to plan; None for all."""
     where: str | None
+    """SQL condition for the manifest rows to plan; None for all."""
     incremental: bool
+    """Whether to plan only rows that are new or changed since the last run."""
     strip_quotes: bool | None
+    """Whether to remove quotes around a whole prompt."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "PlanSettings":
