@@ -43,9 +43,12 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, keys: Tensor, va
 
     Args:
         qkv: `(n, (heads + 2 kv_heads) * head_dim)`, one new token of n sequences.
-        cos, sin: `(n, head_dim / 2)`, of the new tokens.
-        seen: int64 `(n,)`, keys of each sequence with its new token's. 0: reads and writes none, gives zeros.
-        keys, values: a cache layer `(n, kv_heads, blocks, KEY_BLOCK, head_dim)`; the new ones are written.
+        cos: `(n, head_dim / 2)`, of the new tokens.
+        sin: As `cos`.
+        seen: int64 `(n,)`, keys of each sequence with its new token's. A sequence with 0 reads and writes
+            nothing, and gives zeros.
+        keys: A cache layer `(n, kv_heads, blocks, KEY_BLOCK, head_dim)`; the new ones are written.
+        values: As `keys`.
 
     Returns:
         `(n, heads * head_dim)`.
@@ -107,16 +110,22 @@ register(
 def rotate_and_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, rows: Tensor, places: Tensor
 ) -> Tensor:
-    """Turned queries `(tokens, heads, head_dim)`; turned keys and the values go to the cache.
+    """Turns queries and keys, and writes the keys and values to the cache.
 
     Equals `rotate`, and writing keys and values.
 
     Args:
         qkv: `(tokens, (heads + 2 kv_heads) * head_dim)`.
-        cos, sin: `(tokens, 1, head_dim / 2)`, see `rope`.
-        keys, values: a cache layer `(rows, kv_heads, blocks, KEY_BLOCK, head_dim)`.
-        rows, places: int64 `(tokens,)`, cache row and place in it of each token. Where two tokens share
-            a place, either may stay.
+        cos: `(tokens, 1, head_dim / 2)`, see `rope`.
+        sin: As `cos`.
+        keys: A cache layer `(rows, kv_heads, blocks, KEY_BLOCK, head_dim)`, written.
+        values: As `keys`.
+        rows: int64 `(tokens,)`, cache row of each token.
+        places: int64 `(tokens,)`, place of each token in its row. Where two tokens share a place, either may
+            stay.
+
+    Returns:
+        Turned queries, `(tokens, heads, head_dim)`.
     """
     kv_heads, dim = keys.shape[1], keys.shape[-1]
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // dim - 2 * kv_heads, dim)
@@ -179,11 +188,12 @@ def cache_attention(
     Equals `BlockAttention`, and zeros for queries that see no key.
 
     Args:
-        q: turned, `(runs, t, heads, head_dim)`.
-        keys, values: a cache layer `(rows, kv_heads, blocks, KEY_BLOCK, head_dim)`.
+        q: Turned queries, `(runs, t, heads, head_dim)`.
+        keys: A cache layer `(rows, kv_heads, blocks, KEY_BLOCK, head_dim)`.
+        values: As `keys`.
         rows: int64 `(runs,)`, cache row of each run.
-        limits: int64 `(runs, t)`, a query sees the keys below its limit.
-        longest: bounds all limits.
+        limits: int64 `(runs, t)`; a query sees the keys below its limit.
+        longest: A bound on all limits.
 
     Returns:
         `(runs, t, heads * head_dim)`.

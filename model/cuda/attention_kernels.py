@@ -49,9 +49,29 @@ def attend_split(
 ):
     """Part of one step's attention: program (sequence and key head, split) takes SPLIT keys.
 
-    The program whose split has the new token's place turns the key, writes key and value to the cache and
-    takes them from where they were; nobody reads that place. TILE: GROUP queries padded to what a product
-    takes. Out: sums `(sequences, kv_heads, splits, GROUP, DIM)`, tops and masses `(..., GROUP)`, float32.
+    The program whose split has the new token's place turns the key, writes key and value to the cache, and
+    uses its own copies of both; no program reads that place.
+
+    Args:
+        qkv: Of the new tokens, `(sequences, (heads + 2 KV_HEADS) * DIM)`.
+        cos: Of the new tokens, `(sequences, DIM / 2)`.
+        sin: As `cos`.
+        seen: int64 `(sequences,)`, keys of each sequence with its new token's.
+        keys: The cache layer; the new keys are written.
+        values: The cache layer; the new values are written.
+        sums: Out: weighted values, float32 `(sequences, KV_HEADS, splits, GROUP, DIM)`.
+        tops: Out: largest score, float32 `(sequences, KV_HEADS, splits, GROUP)`.
+        masses: Out: sum of the weights, as `tops`.
+        qkv_stride: Numbers from one token of `qkv` to the next.
+        row_stride: Numbers from one row of the cache layer to the next.
+        head_stride: Numbers from one head of a row to the next.
+        scale: Of scores, in powers of two.
+        KV_HEADS: Key heads.
+        GROUP: Queries of a key head.
+        TILE: GROUP, padded to what a product takes.
+        DIM: Numbers of a head.
+        SPLIT: Keys of a program.
+        BLOCK: Keys of a product.
     """
     sequence = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     head = tl.program_id(0) % KV_HEADS
@@ -120,7 +140,21 @@ def attend_combine(
     SPLIT: tl.constexpr,
 ):
     """Adds up the splits of `attend_split`, first to last: program (sequence and key head, query of it).
-    A sequence without keys gets zeros."""
+
+    A sequence without keys gets zeros.
+
+    Args:
+        seen: int64 `(sequences,)`, keys of each sequence.
+        sums: As `attend_split` wrote them.
+        tops: As `attend_split` wrote them.
+        masses: As `attend_split` wrote them.
+        out: `(sequences, KV_HEADS * GROUP * DIM)`, written.
+        most_splits: Splits of a sequence that fills the cache.
+        KV_HEADS: Key heads.
+        GROUP: Queries of a key head.
+        DIM: Numbers of a head.
+        SPLIT: Keys of a split.
+    """
     group, query = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count = tl.load(seen + group // KV_HEADS).to(tl.int32)
     dims = tl.arange(0, DIM)
@@ -158,7 +192,25 @@ def rotate_and_store(
     TILE: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Program i turns the queries and keys of token i, and writes its keys and values to their place."""
+    """Program i turns the queries and keys of token i, and writes its keys and values to their place.
+
+    Args:
+        qkv: `(tokens, (HEADS + 2 KV_HEADS) * DIM)`.
+        cos: `(tokens, DIM / 2)`.
+        sin: As `cos`.
+        rows: int64 `(tokens,)`, cache row of each token.
+        places: int64 `(tokens,)`, place of each token in its row.
+        keys: The cache layer, written.
+        values: The cache layer, written.
+        out: Turned queries, `(tokens, HEADS, DIM)`, written.
+        qkv_stride: Numbers from one token of `qkv` to the next.
+        row_stride: Numbers from one row of the cache layer to the next.
+        head_stride: Numbers from one head of a row to the next.
+        HEADS: Queries of a token.
+        KV_HEADS: Key heads.
+        TILE: HEADS + KV_HEADS, padded to a power of two.
+        DIM: Numbers of a head.
+    """
     token = tl.program_id(0).to(tl.int64)
     dims, head = tl.arange(0, DIM), tl.arange(0, TILE)
     qkv += token * qkv_stride
@@ -197,8 +249,28 @@ def attend_runs(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Attention of runs of consecutive tokens: program (run and piece of it, key head) takes TOKENS tokens
-    with the head's GROUP queries each, padded to PADDED, over the keys of one cache row in order."""
+    """Attention of runs of consecutive tokens: program (run and piece of it, key head) takes TOKENS tokens.
+
+    Each token has GROUP queries of the head. They go over the keys of one cache row in order.
+
+    Args:
+        q: Turned queries, `(runs, tokens, KV_HEADS * GROUP, DIM)`.
+        rows: int64 `(runs,)`, cache row of each run.
+        limits: int64 `(runs, tokens)`; a query sees the keys below its limit.
+        keys: The cache layer.
+        values: The cache layer.
+        out: As `q`, written.
+        tokens: Of a run.
+        row_stride: Numbers from one row of the cache layer to the next.
+        head_stride: Numbers from one head of a row to the next.
+        scale: Of scores, in powers of two.
+        KV_HEADS: Key heads.
+        GROUP: Queries of a key head.
+        PADDED: GROUP, padded to a power of two that makes products large enough.
+        TOKENS: Of a program.
+        DIM: Numbers of a head.
+        BLOCK: Keys of a product.
+    """
     pieces = tl.cdiv(tokens, TOKENS)
     run = (tl.program_id(0) // pieces).to(tl.int64)
     piece = tl.program_id(0) % pieces

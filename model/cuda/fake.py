@@ -53,14 +53,18 @@ class Waited(RuntimeError):
 
 @dataclass(frozen=True)
 class Operator:
-    """One call of an operator on the device: what it is, what it got, what it gave, and under which
-    `record_function` it ran ("" outside all)."""
+    """One call of an operator on the device."""
 
     func: Any
+    """The operator."""
     args: tuple[Any, ...]
+    """Its positional arguments."""
     kwargs: dict[str, Any]
+    """Its keyword arguments."""
     out: Any
+    """Its result."""
     phase: str
+    """The `record_function` around it; empty outside all."""
 
     @property
     def name(self) -> str:
@@ -70,15 +74,22 @@ class Operator:
 
 @dataclass
 class Seen:
-    """What happened in one phase. waits: reasons why the host waited; to_device, to_host: copies."""
+    """What happened in one phase."""
 
     operators: int = 0
+    """Operators that the host started."""
     replays: int = 0
+    """Recordings that the host replayed."""
     to_device: int = 0
+    """Copies from host to device."""
     to_device_bytes: int = 0
+    """Bytes of these copies."""
     to_host: int = 0
+    """Copies from device to host."""
     entered: int = 0
+    """How often the phase was entered."""
     waits: Counter[str] = field(default_factory=Counter)
+    """Reason why the host waited -> how often."""
 
     def include(self, other: "Seen") -> None:
         """Adds what happened elsewhere."""

@@ -69,9 +69,13 @@ class Host(Protocol):
     memory: int
     recording: list[Any] | None
 
-    def wait(self, reason: str) -> None: ...
+    def wait(self, reason: str) -> None:
+        """Called where the host waits for the device, with the reason."""
+        ...
 
-    def replay(self, tape: list[Any]) -> None: ...
+    def replay(self, tape: list[Any]) -> None:
+        """Called where a recording is replayed."""
+        ...
 
 
 class _Stream:

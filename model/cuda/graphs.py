@@ -21,7 +21,9 @@ class Recorder(Protocol):
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]: ...
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Says that nothing recorded so far will be called again."""
+        ...
 
 
 class GraphRecorder:
@@ -45,6 +47,7 @@ class GraphRecorder:
         return Graph(function, self)
 
     def clear(self) -> None:
+        """Waits for replays, and leaves the pool."""
         # Replays may be under way.
         torch.cuda.synchronize()
         self.pool = None

@@ -19,8 +19,18 @@ def group_sums(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Program (part, picture): of each channel in TILES tiles of ROWS pixels the mean, and the sum of squared
-    distances from it. WIDTH: CHANNELS padded."""
+    """Program (part, picture) sums up TILES tiles of ROWS pixels, channel by channel.
+
+    Args:
+        x: `(pictures, pixels, CHANNELS)`.
+        means: Out: mean of each part, float32 `(pictures, parts, CHANNELS)`.
+        squares: Out: sum of the squared distances from that mean, as `means`.
+        pixels: Of a picture.
+        CHANNELS: Of a pixel.
+        WIDTH: CHANNELS, padded to a power of two.
+        ROWS: Pixels of a tile.
+        TILES: Of a part.
+    """
     part, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     real = channel < CHANNELS
@@ -63,8 +73,24 @@ def group_scales(
     PARTS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Program (group, picture): by what its GROUP channels are multiplied, and what is added then.
-    PART: pixels of a part; WIDTH and PARTS: GROUP and parts, padded."""
+    """Program (group, picture) computes what its GROUP channels are multiplied by, and what is then added.
+
+    Args:
+        means: As `group_sums` wrote them.
+        squares: As `group_sums` wrote them.
+        weight: `(CHANNELS,)`.
+        bias: `(CHANNELS,)`.
+        scales: Out: factors, float32 `(pictures, CHANNELS)`.
+        shifts: Out: what is added, as `scales`.
+        pixels: Of a picture.
+        parts: Of a picture.
+        eps: Added to the variance.
+        CHANNELS: Of a pixel.
+        GROUP: Channels of a group.
+        WIDTH: GROUP, padded to a power of two.
+        PARTS: `parts`, padded to a power of two.
+        PART: Pixels of a part.
+    """
     group, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
     inside = tl.arange(0, WIDTH)
     channel = group * GROUP + inside
@@ -97,7 +123,19 @@ def group_apply(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Program (tile, picture) takes ROWS pixels."""
+    """Program (tile, picture) normalises ROWS pixels.
+
+    Args:
+        x: `(pictures, pixels, CHANNELS)`.
+        scales: As `group_scales` wrote them.
+        shifts: As `group_scales` wrote them.
+        out: As `x`, written.
+        pixels: Of a picture.
+        SWISH: Whether swish follows.
+        CHANNELS: Of a pixel.
+        WIDTH: CHANNELS, padded to a power of two.
+        ROWS: Pixels of a tile.
+    """
     picture = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     real = channel < CHANNELS

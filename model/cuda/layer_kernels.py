@@ -11,7 +11,17 @@ import triton.language as tl
 
 @triton.jit
 def store_norm(x, weight, out, eps, index, real, SIZE: tl.constexpr):
-    """RMSNorm of one row x, float32 and 0 where it is not `real`."""
+    """Stores the RMSNorm of one row.
+
+    Args:
+        x: The row, float32 [PADDED], 0 where it is not `real`.
+        weight: `(SIZE,)`.
+        out: Where the row goes.
+        eps: Added to the mean square.
+        index: Places of the row, [PADDED].
+        real: Whether a place is below SIZE, [PADDED].
+        SIZE: Numbers of a row.
+    """
     rms = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
     w = tl.load(weight + index, mask=real, other=0.0).to(tl.float32)
     tl.store(out + index, (x * rms * w).to(out.dtype.element_ty), mask=real)
@@ -19,7 +29,16 @@ def store_norm(x, weight, out, eps, index, real, SIZE: tl.constexpr):
 
 @triton.jit
 def rms_norm(x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Program i takes row i."""
+    """RMSNorm: program i takes row i.
+
+    Args:
+        x: `(n, SIZE)`.
+        weight: `(SIZE,)`.
+        out: As `x`, written.
+        eps: Added to the mean square.
+        SIZE: Numbers of a row.
+        PADDED: SIZE, padded to a power of two.
+    """
     row = tl.program_id(0).to(tl.int64) * SIZE
     index = tl.arange(0, PADDED)
     real = index < SIZE
@@ -29,7 +48,17 @@ def rms_norm(x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def add_rms_norm(residual, x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Program i adds row i of x to the residual and takes the norm of the sum."""
+    """Program i adds row i of x to the residual, and takes the RMSNorm of the sum.
+
+    Args:
+        residual: `(n, SIZE)`, changed.
+        x: `(n, SIZE)`.
+        weight: `(SIZE,)`.
+        out: As `x`, written.
+        eps: Added to the mean square.
+        SIZE: Numbers of a row.
+        PADDED: SIZE, padded to a power of two.
+    """
     row = tl.program_id(0).to(tl.int64) * SIZE
     index = tl.arange(0, PADDED)
     real = index < SIZE
@@ -42,7 +71,14 @@ def add_rms_norm(residual, x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.c
 
 @triton.jit
 def swiglu(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row, block) takes BLOCK numbers of a row."""
+    """SwiGLU: program (row, block) takes BLOCK numbers of a row.
+
+    Args:
+        gate_up: Gate, then up; `(n, 2 SIZE)`.
+        out: `(n, SIZE)`, written.
+        SIZE: Numbers of a row of `out`.
+        BLOCK: Numbers of a program.
+    """
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = index < SIZE
@@ -60,7 +96,16 @@ def _gelu(x, dtype: tl.constexpr):
 
 @triton.jit
 def guide(hidden, cfg, null_of, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row, block) mixes BLOCK numbers of a row's two branches."""
+    """Guidance after GELU: program (row, block) mixes BLOCK numbers of a row's two branches.
+
+    Args:
+        hidden: The head's first product, `(sequences, SIZE)`; the first `rows` are conditional.
+        cfg: Scale, float32 `(rows, 1)`.
+        null_of: int64 `(rows,)`, the sequence of each row's null branch.
+        out: `(rows, SIZE)`, written.
+        SIZE: Numbers of a row.
+        BLOCK: Numbers of a program.
+    """
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = index < SIZE

@@ -12,14 +12,29 @@ WIDE = 1024
 
 
 def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
-    """The norm of x `(n, H)`. Equals `RMSNorm`."""
+    """RMSNorm in one kernel. Equals `RMSNorm`.
+
+    Args:
+        x: `(n, H)`.
+        norm: Weight and epsilon.
+
+    Returns:
+        `(n, H)`.
+    """
     out = torch.empty_like(x)
     torch.ops.wallaroo.rms_norm(x, norm.weight, norm.eps, out)
     return out
 
 
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    """The norm of x `(n, H)`, put into `out`."""
+    """RMSNorm by torch.
+
+    Args:
+        x: `(n, H)`.
+        weight: `(H,)`.
+        eps: Added to the mean square.
+        out: `(n, H)`, written.
+    """
     out.copy_(F.rms_norm(x, x.shape[-1:], weight, eps))
 
 
@@ -70,7 +85,14 @@ register(
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`(n, I)` of the product of both matrices `(n, 2 I)`. Equals `F.silu(gate) * up`, as in `MLP`."""
+    """SwiGLU in one kernel. Equals `F.silu(gate) * up`, as in `MLP`.
+
+    Args:
+        gate_up: Product with both matrices, gate first; `(n, 2 I)`.
+
+    Returns:
+        `(n, I)`.
+    """
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     torch.ops.wallaroo.swiglu(gate_up, out)
     return out
@@ -92,14 +114,17 @@ register("swiglu(Tensor gate_up, Tensor(a!) out)", _swiglu_plain, _swiglu_launch
 
 
 def guide(hidden: Tensor, cfg: Tensor, null_of: Tensor) -> Tensor:
-    """What the image head's last matrix takes, `(rows, H)`: GELU of its first product, then guidance.
+    """GELU of the image head's first product, then guidance.
 
     Equals `F.gelu` and `null + cfg * (branch - null)` in float32, of the first `rows` sequences.
 
     Args:
-        hidden: the head's first product, `(n, H)`.
-        cfg: float32 `(rows, 1)`.
+        hidden: The head's first product, `(n, H)`.
+        cfg: Scale, float32 `(rows, 1)`.
         null_of: int64 `(rows,)`, the sequence of each row's null branch; the row's own where it has none.
+
+    Returns:
+        What the head's last matrix takes, `(rows, H)`.
     """
     out = hidden.new_empty(len(null_of), hidden.shape[1])
     torch.ops.wallaroo.guide(hidden, cfg, null_of, out)

@@ -13,11 +13,14 @@ import torch
 
 
 class Operator(NamedTuple):
-    """plain: the torch code; launch: starts the kernels, with the same arguments; launches: their number."""
+    """An operator of the engine."""
 
     plain: Callable[..., None]
+    """The torch code."""
     launch: Callable[..., None]
+    """Starts the kernels; takes the same arguments."""
     launches: int
+    """How many kernels it starts."""
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -43,10 +46,10 @@ def register(schema: str, plain: Callable[..., None], launch: Callable[..., None
     """Registers `torch.ops.wallaroo.<name>`.
 
     Args:
-        schema: without a result, such as `swiglu(Tensor x, Tensor(a!) out)`.
-        plain: the operator on a CPU.
-        launch: the operator on CUDA.
-        launches: kernels that `launch` starts.
+        schema: Without a result, such as `swiglu(Tensor x, Tensor(a!) out)`.
+        plain: The operator on a CPU.
+        launch: The operator on CUDA.
+        launches: Kernels that `launch` starts.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(f"{schema} -> ()")

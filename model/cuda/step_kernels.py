@@ -30,7 +30,31 @@ def feed(
     PADDED: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Program i makes all that the layers take for sequence i, then moves its length and position on."""
+    """Program i makes all that the layers take for sequence i, then advances its length and position.
+
+    Args:
+        token: int64 `(rows,)`, the last token of each row.
+        table: Decoder input of each token, `(vocabulary, SIZE)`.
+        line_end: Decoder input of a line end, `(SIZE,)`; not read without LINES.
+        taken: int64 `(rows,)`, tokens of each row so far.
+        line: int64 `(rows,)`, tokens after which a line end is fed.
+        fed_as: int64 `(n,)`, the row that a sequence is fed from.
+        advance: int64 `(n,)`, 1 for a sequence that takes the step, else 0.
+        length: int64 `(n,)`, keys of each sequence, written.
+        position: int64 `(n,)`, position of the fed token, written.
+        frequencies: float32 `(HALF,)`, see `rope_frequencies`.
+        weight: Of the first layer's norm, `(SIZE,)`.
+        x: Out: decoder inputs, `(n, SIZE)`.
+        normed: Out: their RMSNorm, `(n, SIZE)`.
+        cos: Out: of the rotary angles, `(n, HALF)`.
+        sin: Out: as `cos`.
+        seen: Out: int64 `(n,)`, keys of each sequence with its new token's.
+        eps: Added to the mean square.
+        LINES: Whether line ends are fed.
+        SIZE: Numbers of a decoder input.
+        PADDED: SIZE, padded to a power of two.
+        HALF: Rotary pairs of a head.
+    """
     sequence = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, PADDED)
     real = index < SIZE
@@ -79,9 +103,24 @@ def draw(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Program i draws row i's token: SIZE logits in blocks of BLOCK; CHUNKS: blocks, to a power of two.
+    """Program i draws row i's token.
 
     The k-th largest logit is found two bits at a time, by counting the logits at or above three bounds.
+
+    Args:
+        logits: `(rows, SIZE)`.
+        temperature: float32 `(rows,)`.
+        top_k: int64 `(rows,)`.
+        uniform: float64 `(rows, steps)`, of which number `taken` is used.
+        advance: int64 `(rows or more,)`, added to `taken` at the end.
+        taken: int64 `(rows,)`, tokens of each row so far, written.
+        token: int64 `(rows,)`, written.
+        tokens: int64 `(rows, steps)`, written at `taken`.
+        steps: Of a row of `uniform` and `tokens`.
+        least: Least temperature; a smaller one counts as this.
+        SIZE: Logits of a row.
+        BLOCK: Logits of a block.
+        CHUNKS: Blocks of a row, padded to a power of two.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * SIZE

@@ -24,17 +24,19 @@ def draw(
     token: Tensor,
     tokens: Tensor,
 ) -> None:
-    """Draws a token a row and notes it. Equals `sample` with a top_p of 1.
+    """Draws a token per row and notes it. Equals `sample` with a top_p of 1.
 
     It adds up float64 weights in another order, so a draw within a rounding of the border between two tokens
     may give the other one.
 
     Args:
         logits: `(rows, vocabulary)`.
-        temperature: float32 `(rows,)`. top_k: int64 `(rows,)`.
+        temperature: float32 `(rows,)`.
+        top_k: int64 `(rows,)`.
         uniform: float64 `(rows, steps)`, of which number `taken` is used.
-        advance: int64 `(rows or more,)`, added to `taken` in the end.
-        taken: int64 `(rows,)`, written. token: int64 `(rows,)`, written.
+        advance: int64 `(rows or more,)`, added to `taken` at the end.
+        taken: int64 `(rows,)`, tokens of each row so far, written.
+        token: int64 `(rows,)`, written.
         tokens: int64 `(rows, steps)`, written at `taken`.
     """
     torch.ops.wallaroo.draw(logits, temperature, top_k, uniform, advance, taken, token, tokens)
@@ -115,17 +117,25 @@ def feed(
     frequencies: Tensor,
     norm: RMSNorm,
 ) -> Fed:
-    """The inputs of all sequences for a step, and moves their lengths and positions on by `advance`.
+    """Makes the inputs of all sequences for a step, and advances their lengths and positions.
 
     Equals the lookup in the table, the forced line end, `rope` of one position for all axes, and `RMSNorm`.
 
     Args:
-        token, taken, line: int64 `(rows,)`; after every `line` tokens a line end is fed.
-        table: `(vocabulary, H)`. line_end: `(H,)`, None if there is none.
+        token: int64 `(rows,)`, the last token of each row.
+        table: Decoder input of each token, `(vocabulary, H)`.
+        line_end: Decoder input of a line end, `(H,)`; None if there is none.
+        taken: int64 `(rows,)`, tokens of each row so far.
+        line: int64 `(rows,)`, tokens after which a line end is fed.
         fed_as: int64 `(n,)`, the row that a sequence is fed from.
-        advance, length, position: int64 `(n,)`; the last two are written.
+        advance: int64 `(n,)`, added to `length` and `position`.
+        length: int64 `(n,)`, keys of each sequence, written.
+        position: int64 `(n,)`, position of the fed token, written.
         frequencies: float32 `(head_dim / 2,)`.
-        norm: of the first layer's input.
+        norm: Of the first layer's input.
+
+    Returns:
+        The inputs.
     """
     n, half = len(fed_as), len(frequencies)
     x = table.new_empty(n, table.shape[1])
