@@ -31,10 +31,13 @@ Encode = Callable[[int, np.ndarray], PictureFile]
 class Call:
     """The rows of one shard on their way through the engine.
 
-    Attributes:
+    Args:
         shard: Its number.
         rows: Positions of its rows in the shard.
+        loop: The event loop in which `finished` is awaited.
         encode: Makes files of its pictures; None if they stay pixels.
+
+    Attributes:
         finished: Set when every row has an outcome.
         outcomes: Those so far.
     """
@@ -146,6 +149,9 @@ class Announced:
 
         Args:
             block: Whether to wait for the first reply, as an engine without rows must.
+
+        Returns:
+            The rows.
 
         Raises:
             Exception: The watch could not be told.

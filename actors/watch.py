@@ -101,13 +101,16 @@ Row = tuple[int, int]
 
 
 class Watch:
-    """The state behind the actor; made with `start`, and called through the handle that this gives.
+    """The state behind the actor; made with `start`, and called through the handle that `start` returns.
 
-    How a row that kills its replica is found: with a death every row that the engine had then has seen one.
-    One death makes no suspect, since machines are lost every day. What has seen SUSPECT_DEATHS runs alone
-    from then on, and what ends its replica alone PROVEN_DEATHS times is lethal. Such a death proves
-    nothing where that replica had given back no row before: then its device may be at fault, and more of
-    them are asked for.
+    How the watch finds a row that kills its replica: each death counts against every row in the engine at
+    that time. One death makes no suspect, since machines are lost every day. A row with SUSPECT_DEATHS runs
+    alone from then on, and a row that kills its replica alone PROVEN_DEATHS times is lethal. Such a death
+    proves nothing if that replica had given back no row before, since its device may be at fault; then more
+    deaths are needed.
+
+    Args:
+        limits: How far replicas may run ahead of the writing of shards; by default without limit.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:

@@ -47,6 +47,9 @@ def resolve(
         file: Local path or `s3://` of a TOML run file.
         environment: Has RAY_ADDRESS, the default of `address`.
 
+    Returns:
+        The configuration.
+
     Raises:
         InputError: A section or key does not exist (the nearest one is named), or a value breaks a rule.
     """

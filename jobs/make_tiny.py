@@ -177,8 +177,10 @@ def tokenizer_json(controls: bool = True) -> str:
 
 
 def tiny_config(token_ids: dict[str, int]) -> ModelConfig:
-    """The published architecture with small numbers; rotary frequencies and image tokenizer are those of
-    short rows and of pictures of few colours."""
+    """The published architecture with small numbers.
+
+    Rotary frequencies and image tokenizer suit short rows, and pictures of few colours.
+    """
     return ModelConfig(
         name="tiny",
         layout="train",

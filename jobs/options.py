@@ -47,7 +47,11 @@ class Values(click.ParamType):
 
 
 class RunOption(click.Option):
-    """The flag of an option of a run. Its value is checked with all others, by `configure`."""
+    """The flag of an option of a run. Its value is checked with all others, by `configure`.
+
+    Args:
+        option: The option.
+    """
 
     def __init__(self, option: Option):
         self.option = option
@@ -63,7 +67,11 @@ class RunOption(click.Option):
 
 
 class RemovedOption(click.Option):
-    """The flag of an option that existed once: not in the help, and refused."""
+    """The flag of an option that existed once: not in the help, and refused.
+
+    Args:
+        key: `section.key` of the option, in REMOVED.
+    """
 
     def __init__(self, key: str):
         flag = "--" + key.partition(".")[2].replace("_", "-")
@@ -140,6 +148,9 @@ def configure(
         output: The argument OUTPUT.
         given: The keyword arguments that `run_options` added.
         environment: Has RAY_ADDRESS.
+
+    Returns:
+        The configuration.
 
     Raises:
         click.UsageError: An option breaks a rule.

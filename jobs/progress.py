@@ -67,8 +67,9 @@ def line(progress: "Progress", rate: float) -> str:
 class Display:
     """Shows each Progress that it is called with; a context manager, which ends the bar.
 
-    stream: where it shows; a bar if that is a terminal.
-    clock: seconds of a steady clock.
+    Args:
+        stream: Where it shows; a bar if that is a terminal.
+        clock: Gives the seconds of a steady clock.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:

@@ -86,6 +86,9 @@ def connect(address: str | None, environment: Mapping[str, str] = os.environ) ->
         environment: Has these variables, and the token: RAY_AUTH_TOKEN, or the file RAY_AUTH_TOKEN_PATH
             (default ~/.ray/auth_token).
 
+    Returns:
+        The client.
+
     Raises:
         InputError: Nothing answers, or the token is missing or wrong.
     """
@@ -251,6 +254,9 @@ def carried(config: "RunConfig", command: Sequence[str]) -> list[Path]:
     Args:
         config: What `command` resolves to.
         command: The words after `wallaroo`.
+
+    Returns:
+        Their paths.
 
     Raises:
         InputError: The command names a path that a cluster cannot read.

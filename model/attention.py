@@ -74,9 +74,12 @@ def _index(count: int, device: torch.device) -> Tensor:
 
 
 class Attention(Protocol):
-    """Attention of one forward: q `(n, t, heads, head_dim)` over the keys and values of a cache layer
-    `(rows, kv_heads, blocks, KEY_BLOCK, head_dim)`, those of the queries' own tokens included ->
-    `(n, t, heads * head_dim)`. A run's result does not depend on the other runs or on the capacity."""
+    """Attention of one forward.
+
+    Takes q `(n, t, heads, head_dim)`, and keys and values of a cache layer `(rows, kv_heads, blocks,
+    KEY_BLOCK, head_dim)`, which hold those of the queries' own tokens too. Gives
+    `(n, t, heads * head_dim)`. A run's result depends neither on the other runs nor on the capacity.
+    """
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
 
@@ -87,6 +90,11 @@ class BlockAttention:
     Every operator has one shape, whatever the lengths: a longer row in the batch only adds blocks, and
     a block past a row's end adds exact zeros to it. On CPUs this is faster than the fused kernel,
     because the queries of a key head share one matrix product.
+
+    Args:
+        visible: Which keys each query sees.
+        kv_heads: Key heads.
+        dtype: Of queries, keys and values.
     """
 
     def __init__(self, visible: Visible, kv_heads: int, dtype: torch.dtype):
@@ -141,6 +149,11 @@ class SdpaAttention:
     The queries of a key head stand together as one sequence: keys are not repeated, and no key head idles. On
     CUDA one kernel is named, which takes masks, goes over keys in one order and keeps no scores in memory,
     since torch's own choice depends on the shapes.
+
+    Args:
+        visible: Which keys each query sees.
+        kv_heads: Key heads.
+        dtype: Of queries, keys and values.
     """
 
     def __init__(self, visible: Visible, kv_heads: int, dtype: torch.dtype):
@@ -169,7 +182,16 @@ class SdpaAttention:
 
 
 class FlashAttention:
-    """flash-attn's kernels (Dao 2023), for half precision on CUDA; raises ImportError without the library."""
+    """flash-attn's kernels (Dao 2023), for half precision on CUDA.
+
+    Args:
+        visible: Which keys each query sees.
+        kv_heads: Key heads.
+        dtype: Of queries, keys and values.
+
+    Raises:
+        ImportError: Flash-attn is not installed.
+    """
 
     def __init__(self, visible: Visible, kv_heads: int, dtype: torch.dtype):
         from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache

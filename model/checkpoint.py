@@ -204,6 +204,9 @@ def load(
         dtype: Of decoder, vision tower, heads and adapters, float32 by default. The image tokenizer is
             float32 always.
 
+    Returns:
+        The model.
+
     Raises:
         InputError: As `check` does.
     """
@@ -238,6 +241,9 @@ def empty_model(
         task: Make only the parts that it needs; None for all.
         device: Where.
         dtype: Of all parameters but those of the image tokenizer, which are float32.
+
+    Returns:
+        The model.
     """
     import torch
 

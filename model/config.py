@@ -291,6 +291,9 @@ class ModelConfig:
             least: Pixels that the vision tower sees at least; None leaves the limit as it is.
             most: Pixels that it sees at most; None likewise.
 
+        Returns:
+            The new configuration.
+
         Raises:
             InputError: The limits are in the wrong order.
         """

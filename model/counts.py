@@ -170,6 +170,9 @@ def step_bytes(model: Wallaroo, requests: Sequence[Request]) -> float:
     Args:
         model: Its weights are read once.
         requests: The rows; keys and values of both branches count half-way through the pictures.
+
+    Returns:
+        Bytes.
     """
     decoder, item = model.config.decoder, model.dtype.itemsize
     _, head = model.image_parts("generate")

@@ -20,7 +20,12 @@ output `(tokens, heads * head_dim)`."""
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019)."""
+    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019).
+
+    Args:
+        size: Numbers of the last axis.
+        eps: Added to the mean square.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -47,6 +52,9 @@ class Attention(nn.Module):
     """Grouped-query attention, added to a residual.
 
     Query, key and value projections are one matrix, in that order.
+
+    Args:
+        config: Of the decoder.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -80,7 +88,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020), added to a residual; gate and up projections are one matrix, in that order."""
+    """SwiGLU (Shazeer 2020), added to a residual; gate and up projections are one matrix, in that order.
+
+    Args:
+        config: Of the decoder.
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -102,7 +114,11 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind its norm and added to what came in."""
+    """Attention and MLP, each behind its norm and added to what came in.
+
+    Args:
+        config: Of the decoder.
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -129,7 +145,11 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers and final norm."""
+    """Embeddings, layers and final norm.
+
+    Args:
+        config: Sizes of its parts.
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -251,6 +271,9 @@ def packed(part: Part, rows: int) -> Part:
     Args:
         part: Of the model.
         rows: Tokens of each forward.
+
+    Returns:
+        A copy with packed layers, or the same layer where packing does not apply.
     """
     if isinstance(part, nn.Linear):
         return cast(Part, PackedLinear(part, rows)) if _is_packed(part) else part

@@ -161,11 +161,11 @@ def dry_run(
     """Counts and computed times of guided square pictures, by random weights of a model's shapes in bfloat16.
 
     Args:
-        config: the model.
-        gpu: whose rates turn counts into times.
-        side: of the pictures in pixels.
-        images: how many are asked for at once, in turn.
-        given: engine options that replace those chosen for the GPU's memory.
+        config: The model.
+        gpu: Whose rates turn counts into times.
+        side: Of the pictures in pixels.
+        images: How many are asked for at once, in turn.
+        given: Engine options that replace those chosen for the GPU's memory.
 
     Returns:
         `chosen`: see `measure`, by number of pictures, in the groups that a run chooses for the GPU;
@@ -227,14 +227,17 @@ def predicted_rate(
     The commonest size is counted, as by `measure`; others take time by their steps.
 
     Args:
-        config: the model.
-        gpu: whose rates turn counts into times.
-        sizes: pictures to make by size.
-        sampling: of all rows; guided rows decode two sequences.
-        given: engine options that replace those chosen for the GPU's memory.
+        config: The model.
+        gpu: Whose rates turn counts into times.
+        sizes: Pictures to make by size.
+        sampling: Of all rows; guided rows decode two sequences.
+        given: Engine options that replace those chosen for the GPU's memory.
+
+    Returns:
+        Pictures/s, and rows of a group.
 
     Raises:
-        InputError: no CUDA device can be made up in this process.
+        InputError: No CUDA device can be made up in this process.
     """
     if reason := missing():
         raise InputError(

@@ -15,6 +15,10 @@ class InputError(ValueError):
 class RowError(InputError):
     """One row cannot be served, whatever becomes of its neighbours.
 
+    Args:
+        kind: A short stable word such as `size` or `prompt`, by which reports count errors.
+        message: What is wrong, in a sentence.
+
     Attributes:
         kind: A short stable word such as `size` or `prompt`, by which reports count errors.
     """

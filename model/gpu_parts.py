@@ -214,8 +214,10 @@ def timed(bench: Bench, work: Callable[[], object], rounds: int = 5) -> float:
 class Compared(TorchDispatchMode):
     """Runs the plain code of each of our operators beside it, on copies, and keeps the largest distances.
 
-    distance: by operator, of a written number from the plain code's over the largest one of its tensor, or
-    for whole numbers the share that differs; calls: by operator.
+    Attributes:
+        distance: Name of the operator -> largest difference from the plain code's numbers, over the largest
+            number of the tensor; for whole numbers the share that differs.
+        calls: Name of the operator -> number of calls.
     """
 
     def __init__(self) -> None:

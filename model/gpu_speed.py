@@ -88,8 +88,10 @@ def rate(bench: Bench, engine: Engine, requests: list[Request], name: str) -> No
 
 
 def speed(bench: Bench) -> None:
-    """Pictures a second by number of pictures; one also in the small shape, and 64 without graphs for some
-    steps."""
+    """Reports pictures/s by number of pictures.
+
+    One number is also measured in the small shape, and 64 also without graphs for some steps.
+    """
     size = Size(bench.side, bench.side)
     start = time.perf_counter()
     model = bench.random_model(bench.config)

@@ -45,13 +45,20 @@ class Prefix:
 
 
 class KVCache:
-    """Keys and values of `rows` sequences in blocks of tokens, a pair of tensors `(rows, kv_heads, blocks,
-    KEY_BLOCK, head_dim)` a layer.
+    """Keys and values of sequences, in blocks of tokens.
 
-    On CPUs, where attention takes a block of all rows at a time, such a block is one piece of memory, and in
-    it the numbers of one place of all keys of a head lie together. Elsewhere all layers are views of `whole`,
-    `(2, layers, rows, kv_heads, blocks, KEY_BLOCK, head_dim)`, so that a prompt is copied by two operators.
-    The capacity is counted in tokens and grows in whole blocks; growing keeps what is there.
+    Each layer is a pair of tensors `(rows, kv_heads, blocks, KEY_BLOCK, head_dim)`. On CPUs, where attention
+    takes a block of all rows at a time, such a block is one piece of memory, and in it the numbers of one
+    place of all keys of a head lie together. Elsewhere all layers are views of `whole`, `(2, layers, rows,
+    kv_heads, blocks, KEY_BLOCK, head_dim)`, so that a prompt is copied by two operators. The capacity is
+    counted in tokens and grows in whole blocks; growing keeps the contents.
+
+    Args:
+        config: Of the decoder.
+        rows: Sequences.
+        capacity: Tokens of a sequence, at first.
+        device: Of the tensors.
+        dtype: Of the tensors.
     """
 
     def __init__(

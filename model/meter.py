@@ -101,8 +101,11 @@ def lengths(group: Any) -> list[int]:
 
 
 def plain_cost(operator: Operator) -> Cost:
-    """Work of an operator of torch: its arguments read and its results written once, but for operators that
-    read or write parts of a tensor."""
+    """Work of an operator of torch.
+
+    Its arguments are read and its results written once, except by operators that read or write parts of a
+    tensor.
+    """
     name, out = operator.name, operator.out
     schema = operator.func._schema.arguments
     given = [
@@ -147,7 +150,11 @@ def plain_cost(operator: Operator) -> Cost:
 
 
 class Meter:
-    """Takes an engine through rounds on a fake device and says what each took."""
+    """Takes an engine through rounds on a fake device, and counts what each took.
+
+    Args:
+        gpu: The GPU whose least times are computed.
+    """
 
     def __init__(self, gpu: Gpu):
         self.gpu = gpu

@@ -40,8 +40,16 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices; a step is as long as one of AdamW at the same rate tends to be (Liu et al. 2025,
-    section 2.2: each number moves by a fifth of the rate, in the mean)."""
+    """Muon, for matrices.
+
+    A step is as long as one of AdamW tends to be at the same rate: on average each number moves by a fifth of
+    the rate (Liu et al. 2025, section 2.2).
+
+    Args:
+        parameters: The matrices.
+        lr: Learning rate.
+        momentum: Share of the mean gradient that stays in each step.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})

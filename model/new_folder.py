@@ -31,6 +31,9 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         overwrite: Whether it may hold files. Those of the same names are replaced, those of a checkpoint that
             it was are removed, all others stay.
 
+    Yields:
+        The folder, under a temporary name.
+
     Raises:
         InputError: `folder` or NAME.partial exists already, or cannot be written.
     """

@@ -101,6 +101,9 @@ def generate_prompt(
         language: `en` or `zh`: selects the template.
         template: Replaces the built-in template.
 
+    Returns:
+        The prompt.
+
     Raises:
         InputError: The vocabulary has no size indicator for a side.
         RowError: The text is not valid Unicode.
@@ -135,6 +138,9 @@ def edit_prompt(
         grid: Rows and columns of the vision tower's merged tokens of the source.
         language: `en` or `zh`: selects the template.
         template: Replaces the built-in template.
+
+    Returns:
+        The prompt.
 
     Raises:
         InputError: The vocabulary has no size indicator for a side.
@@ -180,6 +186,9 @@ def understand_prompt(
         question: Text of the row.
         grid: Rows and columns of the vision tower's merged tokens.
         assistant_header: Whether the prompt ends with the opening of the answer, as in every real use.
+
+    Returns:
+        The prompt.
 
     Raises:
         RowError: The text is not valid Unicode.

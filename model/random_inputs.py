@@ -128,6 +128,9 @@ def edit_requests(
         size: Of the pictures, in pixels.
         text: Tokens of text.
         seen: Side of the grid of semantic tokens.
+
+    Returns:
+        The rows, with keys from 0.
     """
     rng = np.random.default_rng(0)
     rows, columns = size.grid

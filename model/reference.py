@@ -120,7 +120,11 @@ class _Sequences:
 
 
 class Reference:
-    """Serves requests in the published order of operations, as many at once as a call is given."""
+    """Serves requests in the published order of operations, as many at once as a call is given.
+
+    Args:
+        model: Its weights are used, not copied.
+    """
 
     def __init__(self, model: Wallaroo):
         self.model = model
@@ -145,6 +149,9 @@ class Reference:
             requests: The rows.
             trace: Whether to keep the logits after guidance.
             decode_vq: Whether results have pixels.
+
+        Returns:
+            A result for each request, in order.
         """
         first, count = requests[0], len(requests)
         assert all((r.size, r.sampling) == (first.size, first.sampling) for r in requests)

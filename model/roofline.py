@@ -122,6 +122,9 @@ def find_gpu(name: str, bandwidth: float | None = None, flops: float | None = No
         bandwidth: Bytes/s that it reaches; None for the known rate.
         flops: 16-bit operations/s that it reaches; None for the known rate.
 
+    Returns:
+        The GPU.
+
     Raises:
         InputError: The name is unknown, or a rate is not positive.
     """

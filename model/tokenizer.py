@@ -77,6 +77,9 @@ def added_tokens(sizes: dict[str, tuple[int, int]], indicators: str = "added") -
     Args:
         sizes: Ratio -> (height, width) in pixels.
         indicators: `text` leaves the size indicators out.
+
+    Returns:
+        The text of each token.
     """
     tokens = [*QWEN_TOKENS, *WALLAROO_TOKENS]
     if indicators == "added":
@@ -93,6 +96,9 @@ def build(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> toke
     Args:
         vocabulary: Token -> id, in the byte alphabet of `vocab.json`.
         merges: Pairs by rank, in the same alphabet.
+
+    Returns:
+        The tokenizer.
     """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.normalizer = tokenizers.normalizers.NFC()
@@ -130,6 +136,10 @@ def add_control_tokens(tokenizer: tokenizers.Tokenizer, tokens: Sequence[str]) -
 
 class Tokenizer:
     """A checkpoint's tokenizer.
+
+    Args:
+        text: Contents of `tokenizer.json`.
+        where: The file, for messages.
 
     Attributes:
         token_ids: Text of a control token -> its id.
@@ -172,6 +182,9 @@ class Tokenizer:
         Args:
             pieces: A `Control` gives its one id; neighbouring plain strings are joined and encoded as one
                 text.
+
+        Returns:
+            Token ids, `(n,)`.
 
         Raises:
             InputError: A control token is unknown.

@@ -107,6 +107,9 @@ def tower_plan(config: VisionConfig, grids: Tensor) -> dict[str, Tensor]:
     Args:
         config: Of the tower.
         grids: int64 `(B, 3)`: frames, rows and columns of patches.
+
+    Returns:
+        Name of the tower's argument -> tensor.
     """
     from transformers import vision_utils as theirs
 

@@ -236,10 +236,15 @@ class _Quantizer(nn.Module):
 
 
 class VQModel(nn.Module):
-    """Parameter names are those of the published file, less the buffer `quantize.codebook_used`.
+    """The image tokenizer: pictures to codebook indices and back.
 
-    A picture's numbers do not depend on the other pictures of a batch, but their last bits do depend on
-    how many there are: who needs equal bytes calls with one batch size.
+    Parameter names are those of the published file, without the buffer `quantize.codebook_used`.
+
+    A picture's numbers do not depend on the other pictures of a batch, but their last bits depend on the
+    batch size. For equal bytes, use one batch size.
+
+    Args:
+        config: Of the tokenizer.
     """
 
     channels_last = False
@@ -261,6 +266,9 @@ class VQModel(nn.Module):
 
         Args:
             kernels: Whether norms are operators of `model.cuda`.
+
+        Returns:
+            The model; it shares the weights that stay the same.
         """
         made = copy.copy(self)
         made._modules = self._modules | {"decoder": _channels_last(self.decoder, kernels)}
@@ -296,6 +304,9 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
     Args:
         name: `tf32` (10 bits after the point) or `float32`.
         device: Where the convolutions run.
+
+    Yields:
+        Nothing.
     """
     if device.type != "cuda":
         yield

@@ -42,6 +42,9 @@ def open_shard(file: Path, framework: str = "np") -> Iterator[Any]:
         file: The file.
         framework: `np` for names and shapes, which needs no torch; `pt` for weights.
 
+    Yields:
+        The open file of safetensors.
+
     Raises:
         InputError: The file is not whole.
     """

@@ -55,6 +55,9 @@ def connected(
         cpus: CPUs that a local Ray counts at least, whatever the machine has.
         start_timeout: Seconds after which a local Ray is not started once more.
 
+    Yields:
+        Nothing.
+
     Raises:
         InputError: Nothing answers at the address, or a local Ray does not start.
     """

@@ -108,6 +108,9 @@ class Option:
             value: What was given.
             origin: What to call the option in an error, such as its flag; its name by default.
 
+        Returns:
+            The value.
+
         Raises:
             OptionError: The value breaks the rule of its kind.
         """

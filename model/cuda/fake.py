@@ -100,10 +100,12 @@ class Seen:
 class FakeCuda(TorchDispatchMode):
     """A device `cuda` that exists inside `with FakeCuda() as device:`.
 
-    Attributes:
-        seen: What happened, by phase, which is the innermost `torch.profiler.record_function` around it.
+    Args:
         watch: Called with every operator that would start a kernel, also with those of a replayed recording.
         memory: Bytes that the device says it has, all of them free.
+
+    Attributes:
+        seen: Phase -> what happened in it. A phase is the innermost `torch.profiler.record_function`.
     """
 
     def __init__(self, watch: Callable[[Operator], None] | None = None, memory: int = 139 << 30):

@@ -54,8 +54,15 @@ class GraphRecorder:
 
 
 class Graph:
-    """A recorded function. The first call runs it as it is, since libraries set themselves up and kernels are
-    compiled then; the second records it. Where that fails, it always runs as it is."""
+    """A recorded function.
+
+    The first call runs it directly, since libraries set themselves up and kernels are compiled then. The
+    second call records it. If recording fails, all calls run it directly.
+
+    Args:
+        function: Works in place, see `Recorder`.
+        recorder: Gives the pool of memory, and notes failures.
+    """
 
     def __init__(self, function: Callable[[], None], recorder: GraphRecorder):
         self.function, self.recorder, self.pool = function, recorder, recorder.pool

@@ -80,9 +80,9 @@ def decode_layers(decoder: Decoder, cache: KVCache, fed: Fed, hidden: Tensor) ->
     """One step of all sequences. Equals `Decoder`; nine kernels a layer.
 
     Args:
-        decoder: whose layers are taken.
+        decoder: Has the layers.
         cache: `n` rows; new keys and values are written.
-        fed: see `feed`; its x is written.
+        fed: See `feed`; its x is written.
         hidden: `(n, H)`, gets what comes after the final norm.
     """
 
@@ -105,13 +105,14 @@ def prefill_layers(
     """Runs of consecutive tokens of prompts. Equals `Decoder`; nine kernels a layer.
 
     Args:
-        decoder: whose layers are taken.
-        cache: keys and values of the tokens are written.
-        x: input embeddings, `(runs * t, H)`, written.
-        cos, sin: `(runs * t, 1, head_dim / 2)`, see `rope`.
+        decoder: Has the layers.
+        cache: Keys and values of the tokens are written.
+        x: Input embeddings, `(runs * t, H)`, written.
+        cos: `(runs * t, 1, head_dim / 2)`, see `rope`.
+        sin: As `cos`.
         rows: int64 `(runs,)`, cache row of each run.
-        limits: int64 `(runs, t)`, place of each token and one.
-        longest: bounds all limits.
+        limits: int64 `(runs, t)`, place of each token plus one.
+        longest: A bound on all limits.
 
     Returns:
         What comes after the final norm, `(runs * t, H)`.

@@ -42,10 +42,13 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 class Streams:
-    """The streams of one engine: `main` for the decoder and, of lower priority, `side` for pictures; and the
-    names under which a profile shows what the engine does.
+    """The streams of one engine, and the names that its phases have in a profile.
 
-    On a CPU both streams are None, and contexts and waits do nothing.
+    `main` is for the decoder; `side`, of lower priority, for pictures. On a CPU both are None, and contexts
+    and waits do nothing.
+
+    Args:
+        device: Of the engine.
     """
 
     def __init__(self, device: torch.device):

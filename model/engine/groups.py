@@ -43,6 +43,10 @@ class Group:
     What a step works on stays where it is, and whatever the host decides travels as numbers in it, so that a
     step can be recorded: one recording serves all sizes, filters and mixtures of rows, a second one those
     with a top_p. In a recorded step line ends are drawn too, and the draw is not used.
+
+    Args:
+        engine: The engine that the group belongs to.
+        guided: Whether its rows are guided.
     """
 
     STOP_CHECK = 4
@@ -349,6 +353,9 @@ class MixedGroup(Group):
 
     When the last guided step of a row is done, the place of its null branch is free for another row. It
     cannot begin later than its row, since guidance needs its keys from the first token on.
+
+    Args:
+        engine: The engine that the group belongs to.
     """
 
     def __init__(self, engine: "Engine"):

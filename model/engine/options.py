@@ -148,6 +148,9 @@ def gpu_options(
         element: Bytes of an element of keys and values.
         task: What the engine will serve.
         given: Fields of EngineOptions, which stay.
+
+    Returns:
+        The options.
     """
     given = GPU_PREFILL | {"vq_slice": GPU_VQ_SLICE} | given
     base = EngineOptions(**given)

@@ -53,7 +53,15 @@ class _Slice:
 
 
 class Pictures:
-    """Finished pictures by size, the slices on their way, and results."""
+    """Finished pictures by size, the slices on their way, and results.
+
+    Args:
+        model: Has the image tokenizer.
+        options: Of the engine.
+        backend: Of the engine's attention; `triton` also uses kernels of the image tokenizer.
+        streams: Of the engine.
+        counts: Of the engine, written.
+    """
 
     PATIENCE = 1024
     """Rounds that a picture waits for others of its size, about as many as a large one is drawn in. Then its

@@ -56,6 +56,12 @@ class Prefill:
     Every forward has the same shape: `prefill_pieces` pieces of `prefill_piece` tokens, unused ones filled
     with a pad. A piece is cut by its place in its own prompt, so that its numbers do not depend on which
     other pieces are there.
+
+    Args:
+        model: The model.
+        options: Of the engine.
+        backend: Of attention.
+        counts: Of the engine, written.
     """
 
     def __init__(self, model: Wallaroo, options: EngineOptions, backend: str, counts: Counter[str]):

@@ -14,6 +14,10 @@ class Updates:
 
     All numbers travel as float64, which holds whole ones up to 2^53. On a CPU there is nothing to copy, and
     each change is made alone: so operators have the same shapes however many rows come and go.
+
+    Args:
+        device: Of the tensors.
+        together: Whether changes are sent in one copy; by default on all devices but CPUs.
     """
 
     def __init__(self, device: torch.device, together: bool | None = None):

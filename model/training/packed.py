@@ -92,6 +92,9 @@ def agrees(kernel: Kernel, device: torch.device, heads: int, kv_heads: int, head
         heads: Of queries.
         kv_heads: Of keys and values.
         head_dim: Of a head.
+
+    Returns:
+        True if all are close.
     """
     lengths = [37, 91]
     generator = torch.Generator().manual_seed(0)

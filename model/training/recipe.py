@@ -280,6 +280,9 @@ class Recipe:
 
         Args:
             name: Of the parameter. One that no task of the stage uses never learns.
+
+        Returns:
+            True if it does.
         """
         used = [prefix for task in self.rows for prefix in _PARTS.get(task, ())]
         if not name.startswith(("language_model.", "lm_head.", "vq.", *used)):
@@ -293,6 +296,9 @@ class Recipe:
 
         Args:
             step: Counted from 0.
+
+        Returns:
+            The rate.
         """
         rate = self.rate * min(1.0, (step + 1) / self.warmup) if self.warmup else self.rate
         left = self.steps - step

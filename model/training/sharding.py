@@ -99,6 +99,9 @@ def halves(recipe: Recipe, process: Process) -> bool:
     Args:
         recipe: The stage. `auto` means bfloat16 for the language model on GPUs.
         process: Any of its processes.
+
+    Returns:
+        True if it does.
     """
     if recipe.part == "vq" or recipe.precision == "float32":
         return False
@@ -130,6 +133,9 @@ def synced(module: Any, last: bool) -> Iterator[None]:
     Args:
         module: As `spread` gives it.
         last: Whether the block computes the last piece.
+
+    Yields:
+        Nothing.
     """
     if hasattr(module, "set_requires_gradient_sync"):
         module.set_requires_gradient_sync(last)

@@ -76,8 +76,10 @@ def empty_start(recipe: Recipe, device: str) -> Wallaroo:
 
 
 def start_weights(recipe: Recipe, config: ModelConfig) -> Callable[[str], Tensor]:
-    """Finds the weights that a stage starts with: those of the recipe's start, for `copied` parts those of
-    another part; tensors in neither are drawn by seed.
+    """Finds the weights that a stage starts with.
+
+    They are those of the recipe's start, and for `copied` parts those of another part. Tensors in neither are
+    drawn by seed.
 
     Args:
         recipe: The stage.

@@ -84,7 +84,11 @@ class Files(Protocol):
 
 
 class LocalFiles:
-    """States on a disk, see `Files`."""
+    """States on a disk, see `Files`.
+
+    Args:
+        folder: Of all states of a stage.
+    """
 
     on_disk = True
 

@@ -94,6 +94,9 @@ class CredentialSigner:
             source: For an edit, name and bytes of the picture it started from. Credentials within these bytes
                 stay part of the new ones; without bytes the source is only named.
 
+        Returns:
+            The bytes of the new file.
+
         Raises:
             InputError: The library refuses the picture.
         """

@@ -31,6 +31,9 @@ def decide(found: Found, rules: Rules, on_progress: Report = silent) -> Decided:
         found: All rows, after a look at them.
         rules: Of the selection.
         on_progress: Called about twice a second while pictures are compared.
+
+    Returns:
+        The decision for each row.
     """
     why = found.why.copy()
     if rules.best_of:

@@ -88,6 +88,9 @@ def export(
             format makes.
         on_progress: Called about twice a second.
 
+    Returns:
+        Counts of rows and files.
+
     Raises:
         OptionError: A format or option does not exist, or is for others.
         InputError: The output is not finished (with `partial`: has no finished shard), is of another task

@@ -66,11 +66,12 @@ class Results:
     """The rows of an output.
 
     Attributes:
-        ok, errors, missing: How many rows of the kind have been met; missing are those of shards that are
-            not there.
+        ok: Ok rows read so far.
+        errors: Error rows read so far.
+        missing: Planned rows of unfinished shards read so far.
         embedded: Whether its pictures hold metadata.
         partial: Whether the output is not finished.
-        finished_shards: How many shards were there at the start; no other is read.
+        finished_shards: Shards that were finished at the start; no other is read.
     """
 
     def __init__(self, output: str, partial: bool = False, on_progress: Report = silent):

@@ -54,7 +54,15 @@ class Found(NamedTuple):
 
 
 class Look:
-    """Goes over all rows once, and calls the functions. messages: row number -> what a function said."""
+    """Goes over all rows once, and calls the functions.
+
+    Args:
+        rows: The rows.
+        rules: Say what to look at.
+
+    Attributes:
+        messages: Row number -> what a function said.
+    """
 
     def __init__(self, rows: OutputRows | ManifestRows, rules: Rules):
         self.rows, self.rules = rows, rules
@@ -89,6 +97,9 @@ class Look:
 
         Args:
             phase: Counts them.
+
+        Returns:
+            What `decide` needs of each row.
         """
         parts: list[list[np.ndarray]] = []
         starts = [0]

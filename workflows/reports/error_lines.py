@@ -77,7 +77,11 @@ def as_given(line: dict[str, Any], given: str | None) -> dict[str, Any]:
 
 
 class ErrorLines:
-    """Writes error rows as manifest rows: one line for all samples of an id where they failed alike."""
+    """Writes error rows as manifest rows: one line for all samples of an id where they failed alike.
+
+    Args:
+        file: The open file that the lines go to.
+    """
 
     def __init__(self, file: IO[bytes]):
         self.file = file

@@ -92,13 +92,16 @@ def estimate(plan: Plan, config: RunConfig, rate: str | None, gpu: str | None = 
     """The estimate of a plan, which is left in the output too, for the report to set beside what happened.
 
     Args:
-        plan: what is to be made.
-        config: of the run.
-        rate: rows/s of one replica as text, or an output of a run that measured it.
-        gpu: name of a GPU that the rate is computed for, where none is given.
+        plan: What is to be made.
+        config: Of the run.
+        rate: Rows/s of one replica as text, or an output of a run that measured it.
+        gpu: Name of a GPU that the rate is computed for, where none is given.
+
+    Returns:
+        The estimate.
 
     Raises:
-        InputError: the rate is no positive number and no output that has measured one, the GPU is unknown, or
+        InputError: The rate is no positive number and no output that has measured one, the GPU is unknown, or
             nothing can be computed for the task.
     """
     from wallaroo.workflows.storage.checkpoints import model_path

@@ -33,6 +33,9 @@ def finish(output: str, plan: "Plan") -> RowTotals:
         output: Folder of the run.
         plan: The whole plan.
 
+    Returns:
+        What the rows add up to.
+
     Raises:
         InputError: A shard is missing or its rows do not add up; none of the files is written.
     """

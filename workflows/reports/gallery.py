@@ -160,11 +160,14 @@ def _with_sources(cards: dict[Place, Card], read_source: ReadSource, budget: int
 
 
 def fetch_source(reference: str) -> bytes | None:
-    """The file of a source at an absolute path, on S3 or in a row of a Parquet file (`FILE#ROW`), of at
-    most 64 MiB; None if it cannot be had.
+    """The file of a source, of at most 64 MiB.
 
-    Whatever a run has read may be gone by now, and a report never waits long for it. Web addresses are
-    not asked again: who opens a report has not agreed to that.
+    The source may be at an absolute path, on S3 or in a row of a Parquet file (`FILE#ROW`). It may be gone by
+    now, and a report never waits long for it. Web addresses are not asked again: who opens a report has not
+    agreed to that.
+
+    Returns:
+        Its bytes; None if it cannot be read.
     """
     from wallaroo.workflows.sources.fetch import fetch
     from wallaroo.workflows.sources.references import Reference, SourceOptions

@@ -16,6 +16,9 @@ def describe(model: str) -> list[str]:
     Args:
         model: Its folder, local or on S3, or `tiny`.
 
+    Returns:
+        The lines.
+
     Raises:
         InputError: It is no checkpoint.
     """

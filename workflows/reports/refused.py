@@ -48,6 +48,9 @@ def refused_rows(output: str, plan: Plan, task: str) -> Iterator[Refused]:
         plan: What `read_plan(output)` gives.
         task: That of the plan.
 
+    Yields:
+        The rows.
+
     Raises:
         InputError: A file of the plan is absent or corrupt.
     """

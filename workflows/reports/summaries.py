@@ -130,6 +130,9 @@ class Summaries:
         Args:
             part: Of the plan.
             details: Whether they are wanted too; without them shards with long tallies stay closed.
+
+        Returns:
+            The tally.
         """
         key = stamps_digest((shard, self.stamps[shard]) for shard in self.present(part))
         cached = self._total_of(part, key)
@@ -169,6 +172,9 @@ class Summaries:
         Args:
             part: Of the plan.
             whole: Whether tallies must have details and error rows.
+
+        Yields:
+            Number and tally of each shard.
         """
         cached = self._last[1] if self._last[0] == part.name else self._read_part(part)
         fitting: dict[int, Entry] = {}

@@ -277,6 +277,9 @@ def tally_of_file(parquet: pq.ParquetFile, shard: int, trusted: bool = True) -> 
         shard: Its number.
         trusted: Whether the footer's tally is taken where it is whole. Otherwise, and in files of version
             0.1.0, columns are read: small ones, and of row groups with error rows all but the pictures.
+
+    Returns:
+        The counts and the error rows.
     """
     if trusted and (found := footer_tally(parquet)) is not None and found.whole:
         return found

@@ -61,7 +61,13 @@ class Contents:
 
 
 class Check:
-    """Reads the file of one shard and compares it with the plan."""
+    """Reads the file of one shard and compares it with the plan.
+
+    Args:
+        output: The folder of the run, local or `s3://`.
+        run: Contents of its `run.json`.
+        schema: Of its shards.
+    """
 
     def __init__(self, output: str, run: Mapping[str, Any], schema: pa.Schema):
         self.output = output

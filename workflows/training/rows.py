@@ -197,6 +197,9 @@ def fitting(row: Row, task: str, recipe: Recipe) -> bool:
         row: With the columns that the task needs.
         task: Of the row.
         recipe: The stage; its base is fetched if it is on S3.
+
+    Returns:
+        True if it does.
     """
     config, tokenizer = _prompting(str(fetch_folder(recipe.base)))
     return fits(row, task, tokenizer, stage_config(config, recipe), recipe)

@@ -63,7 +63,12 @@ class Pair:
 
 
 class Comparison:
-    """A comparison of all outputs of a viewer."""
+    """A comparison of all outputs of a viewer.
+
+    Args:
+        index: Of all outputs.
+        outputs: The outputs to compare, at least two.
+    """
 
     def __init__(self, index: Index, outputs: Sequence[Output]) -> None:
         self.index, self.outputs = index, outputs

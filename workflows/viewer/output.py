@@ -65,19 +65,22 @@ class Progress:
 class Output:
     """An output in the viewer.
 
-    Attributes:
+    Args:
         number: Its place among the outputs of the viewer.
-        path: As `whole_path` returns it.
+        path: Of the output, as `whole_path` returns it.
+        index: Of all outputs.
+
+    Attributes:
         name: Last part of the path.
         run: Contents of `run.json`.
         task: Of the run.
         reader: Reads its shards.
         rows: Queries on its index.
         shards: As last listed.
-        unreadable: Shards that cannot be indexed: number -> etag.
+        unreadable: Number of each shard that cannot be indexed -> its etag.
 
     Raises:
-        InputError: If the path is not an output of ours.
+        InputError: The path is not an output of a run.
     """
 
     def __init__(self, number: int, path: str, index: Index) -> None:
@@ -283,6 +286,9 @@ class Output:
 
 class Keeper:
     """A background thread that refreshes outputs and fills the index while a page is open.
+
+    Args:
+        outputs: The outputs of the viewer.
 
     Attributes:
         shown: Set once a first page was served; the index starts then.

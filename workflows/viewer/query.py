@@ -180,7 +180,12 @@ def search_clause(text: str, columns: tuple[str, str] = ("prompt", "text")) -> C
 
 
 class Rows:
-    """Queries the indexed rows of one output."""
+    """Queries the indexed rows of one output.
+
+    Args:
+        index: Of all outputs.
+        number: Of the output.
+    """
 
     def __init__(self, index: Index, number: int) -> None:
         self.index, self.number = index, number
