@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-    from wallaroo.workflows.settings import Progress
+    from wallaroo.workflows.progress import Progress
 
 LINE_SECONDS = 10.0
 RATE_SECONDS = 60.0

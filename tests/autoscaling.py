@@ -171,8 +171,9 @@ def kill(head: Head, port: int) -> None:
 def main(manifest: str, output: str, address: str) -> None:
     """The run itself: what `wallaroo generate --replicas 1:4 --address ...` does, with OnCpu."""
     from wallaroo.jobs.progress import line
+    from wallaroo.workflows.progress import Progress
     from wallaroo.workflows.runs.driver import run
-    from wallaroo.workflows.settings import Progress, RunConfig
+    from wallaroo.workflows.settings import RunConfig
 
     said: list[str] = []
 

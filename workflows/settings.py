@@ -1,4 +1,4 @@
-"""The options of a run, each declared once; its progress; its summary.
+"""The options of a run, each declared once.
 
 Knows nothing of flags, files or environment variables: `jobs` fills these classes, or a user's own program
 does. What an option is and what follows from a declaration is in `options`.
@@ -466,41 +466,3 @@ OPTIONS |= {name: OPTIONS.pop(name) for name in options_of(RunControl)}
 
 REMOVED = {"run.weights": "asks for 8-bit weights, which only version 0.1.0 had: leave it out."}
 """Key of an option that existed once -> the rest of the sentence that refuses it."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The progress of a run."""
-
-    rows: int = 0
-    """Output rows of the whole run; 0 while unknown."""
-    done: int = 0
-    """Rows finished so far, error rows and rows of earlier runs included."""
-    before: int = 0
-    """Rows among `done` that earlier runs finished."""
-    errors: int = 0
-    """Error rows among `done`."""
-    waiting: str = ""
-    """What the run waits for (`waiting for 1 GPU: 0 of 4 up, 3 min`), or empty."""
-    phase: str = ""
-    """The present pass of a command that passes over the rows several times (`comparing`), or empty."""
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """The result of a run."""
-
-    output: str
-    """The folder of the results."""
-    rows: int
-    """Planned output rows."""
-    ok: int
-    """Rows in the output that have a result."""
-    errors: int
-    """Error rows in the output."""
-    before: int
-    """Rows that earlier runs finished."""
-    made: int
-    """Pictures or texts that this run made."""
-    seconds: float
-    """Wall time of this run, as its record has it."""

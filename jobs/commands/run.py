@@ -12,7 +12,8 @@ from wallaroo.workflows.text import counted, duration
 
 if TYPE_CHECKING:
     from wallaroo.workflows.plans.plan import Plan
-    from wallaroo.workflows.settings import RunConfig, RunSummary
+    from wallaroo.workflows.progress import RunSummary
+    from wallaroo.workflows.settings import RunConfig
 
 _PATHS = """Every path may be s3://bucket/key, with endpoint and credentials from the usual AWS variables
 and profiles."""

@@ -26,7 +26,8 @@ from wallaroo.workflows.outputs.lock import OutputLock, Owner, at_work
 from wallaroo.workflows.plans.columns import check_columns
 from wallaroo.workflows.plans.rows import plan_rows
 from wallaroo.workflows.plans.settings import PlanSettings
-from wallaroo.workflows.settings import RunConfig, RunSummary
+from wallaroo.workflows.progress import RunSummary
+from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint
 
 

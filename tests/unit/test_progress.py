@@ -3,7 +3,7 @@
 import io
 
 from wallaroo.jobs.progress import Display, Rate, line
-from wallaroo.workflows.settings import Progress
+from wallaroo.workflows.progress import Progress
 
 
 def test_rate_is_that_of_the_last_minute():

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from wallaroo.workflows.settings import Progress
+from wallaroo.workflows.progress import Progress
 
 TOLD_SECONDS = 0.5
 

@@ -34,11 +34,11 @@ from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.outputs.summary_files import read_lines
 from wallaroo.workflows.plans.finished import covers
 from wallaroo.workflows.plans.plan import Plan, PlanPart, read_plan
+from wallaroo.workflows.progress import Progress
 from wallaroo.workflows.reports.planned import planned_shards
 from wallaroo.workflows.reports.summaries import ALL, Summaries, stamps_digest
 from wallaroo.workflows.reports.tally import Tally
 from wallaroo.workflows.reports.verify_rows import Check, Contents, short
-from wallaroo.workflows.settings import Progress
 from wallaroo.workflows.text import counted
 
 MAX_FAULTS = 20

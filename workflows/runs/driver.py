@@ -14,6 +14,7 @@ from wallaroo.workflows.cluster import check_gpus, choose_device
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.run_file import find_run
 from wallaroo.workflows.outputs.run_log import RunLog
+from wallaroo.workflows.progress import Progress, RunSummary
 from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.page import write_report
 from wallaroo.workflows.runs.feed import shard_stream
@@ -30,7 +31,7 @@ from wallaroo.workflows.runs.setup import (
 )
 from wallaroo.workflows.runs.stages import encode_and_write, load, refuse_and_write, write
 from wallaroo.workflows.runs.streaming import arriving
-from wallaroo.workflows.settings import Progress, RunConfig, RunSummary
+from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.stopping import Stop
 from wallaroo.workflows.storage import retries
 from wallaroo.workflows.storage.paths import absolute_path

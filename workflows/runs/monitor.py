@@ -12,12 +12,13 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.run_log import RunLog
+from wallaroo.workflows.progress import Progress
 from wallaroo.workflows.runs.pool import Pool
 from wallaroo.workflows.runs.resume import Remaining
 from wallaroo.workflows.runs.setup import Resolved
 from wallaroo.workflows.runs.stages import ShardCounts
 from wallaroo.workflows.runs.streaming import TICK_SECONDS
-from wallaroo.workflows.settings import Progress, RunConfig
+from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.stopping import Stop
 from wallaroo.workflows.text import duration
 

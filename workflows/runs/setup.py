@@ -29,8 +29,9 @@ from wallaroo.workflows.plans.finished import finished
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.plans.planner import extend_plan, is_complete, make_plan, open_plan
 from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.progress import Progress, RunSummary
 from wallaroo.workflows.runs.stages import StageContext
-from wallaroo.workflows.settings import Progress, RunConfig, RunSummary
+from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.sources.references import SourceOptions
 from wallaroo.workflows.stopping import Stop
 from wallaroo.workflows.storage.checkpoints import Checkpoint, model_path, read_checkpoint
