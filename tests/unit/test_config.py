@@ -243,6 +243,13 @@ def test_a_new_output_has_fast_png_and_an_earlier_one_keeps_its_own(given, earli
     assert found.config.png_compression == used == found.meaning.get("png_compression")
 
 
+@pytest.mark.parametrize(("earlier", "stripped"), [(None, True), ({}, None), ({"strip_quotes": True}, True)])
+def test_an_output_of_the_first_version_keeps_the_quotes_of_its_preset(earlier, stripped):
+    config = RunConfig("m.jsonl", "out", preset="dpg")
+    found = setup.resolve(config, None if earlier is None else {"config": earlier})
+    assert found.meaning.get("strip_quotes") == stripped == (found.settings.strip_quotes or None)
+
+
 def test_filters_can_be_switched_off():
     assert made({}, ["sampling.top_k=0", "sampling.top_p=1", "sampling.temperature=0"]).sampling == Sampling(
         top_k=0, top_p=1.0, temperature=0.0
@@ -405,7 +412,7 @@ def test_headings_cover_all_sections():
 @pytest.mark.parametrize("case", json.loads((Path(__file__).parent / "run_files.json").read_text("utf-8")))
 def test_outputs_of_the_first_version_go_on(case, tmp_path):
     """`run.json` and the settings in a plan's parts, as version 0.1.0 wrote them of the same command."""
-    # The preset `dpg` did not remove quotes then; an output without that goes on where it is left out.
+    # The preset `dpg` did not remove quotes then.
     kept = ["prompt.strip_quotes=false"] if "run.preset=dpg" in case["set"] else []
     config = resolve(case["task"], "/data/m.jsonl", "/data/out", {}, [*case["set"], *kept], None, {})
     fields = config.config_digest_fields("ab" * 32)

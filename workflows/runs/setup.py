@@ -107,7 +107,7 @@ def resolve(config: RunConfig, run: dict[str, Any] | None = None) -> Resolved:
         InputError: The model is no checkpoint, or does not serve the task.
         OptionError: The checkpoint lacks the size that the options ask for.
     """
-    config = _with_png_compression(with_absolute_paths(config), run)
+    config = _as_begun(with_absolute_paths(config), run)
     found = read_checkpoint(config.model)
     found.config.require_task(config.task)
     if not storage.is_s3(config.model):
@@ -233,8 +233,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     )
 
 
-def _with_png_compression(config: RunConfig, run: dict[str, Any] | None) -> RunConfig:
-    """With the compression of PNG that a new output gets, or that an earlier one was begun with."""
+def _as_begun(config: RunConfig, run: dict[str, Any] | None) -> RunConfig:
+    """Fills options that a version after 0.1.0 added with what an output of an earlier one was begun with."""
+    if run is not None and "strip_quotes" not in run["config"] and config.preset == "dpg":
+        # The preset did not remove quotes then.
+        config = dataclasses.replace(config, strip_quotes=False)
     if config.task not in DRAWING_TASKS or config.image_format != "png":
         return config
     chosen = config.png_compression
