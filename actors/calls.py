@@ -1,6 +1,6 @@
-"""The rows of a replica's calls on their way through its engine: waiting, announced to the watch, encoded.
+"""The rows of a replica's calls on their way through its engine: queued, announced to the watch, encoded.
 
-Knows nothing of Ray, and of picture formats only that a call brings a function for its own.
+Knows nothing of Ray. Of picture formats it knows only that a call brings a function to encode its pictures.
 """
 
 import asyncio
@@ -76,16 +76,16 @@ class Waiting(NamedTuple):
 
 @dataclass
 class RowQueue:
-    """Rows that nobody has been told of yet."""
+    """Rows that are not announced to the watch yet."""
 
     ordinary: deque[Waiting] = field(default_factory=deque)
-    """First come, first served."""
+    """Rows that are no suspects, first come, first served."""
     suspects: list[tuple[int, Waiting]] = field(default_factory=list)
-    """With how often each has ended a replica alone, the least suspicious last."""
+    """How often each has killed a replica alone, and the row; the least suspicious last."""
     given_back: bool = False
     """Whether the engine has given a row back."""
     alone: bool = False
-    """Whether the engine has a suspect, which shall get no company."""
+    """Whether the engine has a suspect, and must get no other row."""
 
     def put(self, one: Waiting, deaths: int | None) -> None:
         """Adds a row.
@@ -127,7 +127,7 @@ class RowQueue:
 
 @dataclass
 class Announced:
-    """Rows that the watch is being told of; the engine gets them when the watch has replied."""
+    """Rows that are being announced to the watch; the engine gets them after its reply."""
 
     notes: deque[tuple[list[Waiting], "Future[None] | None"]] = field(default_factory=deque)
     """Rows of each note with its reply, None if there is no watch."""

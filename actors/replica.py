@@ -1,11 +1,10 @@
-"""One model replica: an engine on one device, in a thread of its own, behind Ray Data's calls.
+"""One model replica: an engine on one device, in its own thread, behind Ray Data's calls.
 
-Ray's calls only put rows into a queue and wait for their outcomes, so that rows of several shards
-share the engine's slots. Every row is given back exactly once, as ok or as error. A broken device is
-no row's fault: then the process ends itself and Ray starts it anew, because an exception that left
-the call would fail the whole run and restart nothing. Rows that `actors.watch` suspects of killing
-replicas run alone, and those it has found guilty not at all. Knows nothing of manifests, plans, output
-folders or image formats.
+Ray's calls only put rows into a queue and wait for their outcomes, so rows of several shards share the
+engine's slots. Every row is given back exactly once, as ok or as error. A broken device is no row's fault:
+the process then ends itself and Ray restarts it, because an exception from the call would fail the whole run
+and restart nothing. Rows that `actors.watch` suspects of killing replicas run alone; lethal rows do not run.
+Knows nothing of manifests, plans, output folders or image formats.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
-"""The watch of a run: a small Ray actor that knows which rows are in replicas, and counts.
+"""The watch of a run: a small Ray actor that knows which rows each replica has, and counts rows.
 
-It outlives every replica, so it can say what a dead one was at, and a driver can ask it how far all
-of them are, row by row. Knows nothing of what a row holds or where results go: shards and rows are
-numbers to it.
+It outlives every replica. So it knows which rows a dead replica had, and gives a driver the progress of all
+replicas, row by row. Knows nothing of what a row holds or where results go: it sees shards and rows as
+numbers.
 """
 
 import math
@@ -144,7 +144,7 @@ class Watch:
         return self._admitted
 
     def note_up(self, replica: str) -> None:
-        """A replica holds its model and waits for rows."""
+        """Records that a replica holds its model and waits for rows."""
         self._replicas.add(replica)
 
     def note_start(self, replica: str, shard: int, rows: list[int]) -> Start:
@@ -241,7 +241,7 @@ class Watch:
                 del self._shards[shard]
 
     def note_written(self, shard: int) -> None:
-        """The file of a shard is there."""
+        """Records that the file of a shard is written."""
         if shard in self._done or shard in self._shards:
             self._written.add(shard)
         self._full_since = None

@@ -1,4 +1,4 @@
-"""The `wallaroo` command: puts its commands together and turns what becomes of one into an exit code.
+"""The `wallaroo` command: assembles its commands and turns the result of one into an exit code.
 
 Knows nothing of how anything is done.
 """

@@ -1,8 +1,8 @@
 """Makes the small checkpoint in `model/tiny` from nothing: `python -m wallaroo.jobs.make_tiny [FOLDER]`.
 
-Its configuration stands here. Its merges are trained on captions written below and on the words of the
-drawn scenes; its weights are trained on the scenes, by the stages of `jobs/train/tiny.toml`, which takes
-hours. Re-run to resume.
+This file holds its configuration. Its merges are trained on the captions below and on the words of the drawn
+scenes. Its weights are trained on the scenes, by the stages of `jobs/train/tiny.toml`, which takes hours.
+Re-run to resume.
 """
 
 import functools

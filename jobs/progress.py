@@ -1,4 +1,4 @@
-"""How a run's progress is shown: a bar on a terminal, a line every ten seconds elsewhere.
+"""Shows a run's progress: a bar on a terminal, else a line every ten seconds.
 
 Knows nothing of where the numbers come from.
 """

@@ -1,7 +1,7 @@
 """Runs as jobs of a Ray cluster, over its Jobs API: submit, find, follow, stop.
 
-A job runs the command itself, with the code that is sent along. Its progress is in its output. Knows nothing
-of how a run is done.
+A job runs the same command, with the code that was sent with it. Its progress is in its output. Knows
+nothing of how a run works.
 """
 
 import hashlib

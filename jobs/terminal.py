@@ -23,7 +23,7 @@ def complain(sentence: str) -> None:
 
 
 def tell_run(output: str) -> None:
-    """Prints one line to stderr if a run is at work on an output that is to be read."""
+    """Prints a line to stderr if an active run holds an output that a command reads."""
     from wallaroo.workflows.outputs.lock import at_work
 
     if words := at_work(output):

@@ -253,7 +253,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Args:
         q: `(batch, tokens, heads, head_dim)`.
         k: `(batch, tokens, kv_heads, head_dim)`.
-        v: Likewise.
+        v: As `k`.
 
     Returns:
         `(batch, tokens, heads * head_dim)`.

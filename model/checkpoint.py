@@ -109,7 +109,11 @@ def file_list(folder: str | Path) -> dict[str, FileEntry]:
 
 
 def verify_files(folder: str | Path) -> None:
-    """Read every file of a checkpoint and compare its sha256; InputError names the first that differs."""
+    """Reads every file of a checkpoint and compares its sha256.
+
+    Raises:
+        InputError: A file differs; the first one is named.
+    """
     for name, entry in file_list(folder).items():
         with open(Path(folder) / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
@@ -125,18 +129,30 @@ def digest(entries: Mapping[str, FileEntry]) -> str:
 
 
 def model_digest(folder: str | Path) -> str:
-    """The model digest of a checkpoint folder; reads no weights. InputError as `file_list`."""
+    """The model digest of a checkpoint folder. Reads no weights.
+
+    Raises:
+        InputError: As `file_list`.
+    """
     return digest(file_list(folder))
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The configuration of a checkpoint folder; InputError if it is none or its `config.json` is wrong."""
+    """Reads the configuration of a checkpoint folder.
+
+    Raises:
+        InputError: The folder is no checkpoint, or its `config.json` is wrong.
+    """
     file_list(folder)
     return ModelConfig.from_file(Path(folder) / CONFIG)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder; InputError if it is absent, broken or not the model's."""
+    """Reads the tokenizer of a checkpoint folder.
+
+    Raises:
+        InputError: It is absent, broken or not the model's.
+    """
     config = load_config(folder)
     tokenizer = Tokenizer.from_folder(folder)
     where = Path(folder) / TOKENIZER

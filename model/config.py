@@ -289,7 +289,7 @@ class ModelConfig:
 
         Args:
             least: Pixels that the vision tower sees at least; None leaves the limit as it is.
-            most: Pixels that it sees at most; None likewise.
+            most: Pixels that it sees at most; None leaves the limit as it is.
 
         Returns:
             The new configuration.
@@ -365,7 +365,7 @@ _LARGEST = 2**24
 _MOST_PIXELS = 2**26
 
 _DEEPEST = 1024
-"""Layers or blocks, likewise."""
+"""Layers or blocks; no configuration comes near."""
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:

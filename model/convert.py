@@ -91,7 +91,7 @@ def convert(
         output: Folder to write, which must not exist yet or be empty, unless it may overwrite.
         understanding_only: Write a stock Qwen2.5-VL folder with the keys, shapes and types of `backbone`.
         layout: How the checkpoint wants its prompts, see `ModelConfig`.
-        indicators: Likewise.
+        indicators: How prompts give sizes, see `ModelConfig`.
         square: Side in pixels of the one size of checkpoints of stages 1 to 3.1, which separate no rows.
         dtype: Of the new files, by default as stored.
         shard_bytes: Size of a weight file.

@@ -1,4 +1,4 @@
-"""Work of the engine in numbers that no clock is needed for, beside the least that its rows need."""
+"""Counts the work of the engine without a clock, beside the least work that its rows need."""
 
 import math
 from collections import Counter

@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         Args:
             x: Input embeddings `(tokens, H)`.
             cos: `(tokens, 1, head_dim / 2)`, see `rope`.
-            sin: Likewise.
+            sin: As `cos`.
             attend: Attention of a layer.
 
         Returns:

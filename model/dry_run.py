@@ -1,7 +1,7 @@
-"""What the engine would do on a GPU, counted without one, and the least time that a named GPU needs for it.
+"""Counts what the engine would do on a GPU, without a GPU, and the least time that a named GPU needs for it.
 
-The engine itself runs, on a device whose tensors have shapes and no numbers (model/cuda/fake.py). Counts are
-those of its operators; times follow from them by model/roofline.py, and are computed, not measured.
+The engine itself runs, on a device whose tensors have shapes and no numbers (model/cuda/fake.py). The counts
+are those of its operators. The times are computed from them by model/roofline.py, not measured.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""Source pictures made ready for the two pathways in.
+"""Prepares source pictures for the vision tower and the VQ encoder.
 
-The vision tower takes them as patches (semantic), the VQ encoder as pixels. Everything here works on RGB
-pictures that are already upright and opaque, in numpy and Pillow. Knows nothing of torch, nor of where a
-picture came from.
+The vision tower takes patches (semantic), the VQ encoder pixels. All functions work on RGB pictures that are
+upright and opaque already, with numpy and Pillow. Knows nothing of torch, nor of where a picture came from.
 """
 
 import math
@@ -34,7 +33,7 @@ def smart_resize(
 
     Args:
         height: Of the picture, in pixels.
-        width: Likewise.
+        width: Of the picture, in pixels.
         min_pixels: Least product.
         max_pixels: Most product.
         factor: Side of a token, in pixels.

@@ -14,7 +14,7 @@ from wallaroo.model.config import DecoderConfig
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prompt that has been through the decoder, ready to be copied into any slot."""
+    """A prompt after prefill, ready to be copied into any slot."""
 
     keys: Tensor
     """Of whole blocks, `(layers, kv_heads, blocks, KEY_BLOCK, head_dim)`."""

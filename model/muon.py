@@ -1,6 +1,6 @@
 """Muon: gradient descent whose steps for a matrix have singular values of about one (Jordan et al. 2024).
 
-What torch has of it multiplies in bfloat16, which CPUs without such units do hundreds of times slower.
+torch's own version multiplies in bfloat16, which is hundreds of times slower on CPUs without such units.
 """
 
 from collections.abc import Iterable

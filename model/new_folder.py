@@ -1,6 +1,6 @@
-"""Folders that appear whole: a checkpoint, updates of LoRA, a stock folder. No file of somebody else goes.
+"""Folders that appear whole: a checkpoint, LoRA updates, a stock folder. Foreign files are never removed.
 
-Knows nothing of what the files hold, but for the list of a checkpoint that is replaced.
+Knows nothing of what the files hold, except the file list of a checkpoint that is replaced.
 """
 
 import json

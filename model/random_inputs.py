@@ -1,4 +1,4 @@
-"""Models with random weights and rows for them, where no checkpoint is at hand."""
+"""Models with random weights, and rows for them, for use without a checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import replace

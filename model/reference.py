@@ -120,7 +120,7 @@ class _Sequences:
 
 
 class Reference:
-    """Serves requests in the published order of operations, as many at once as a call is given.
+    """Serves requests in the published order of operations, all requests of a call at once.
 
     Args:
         model: Its weights are used, not copied.

@@ -40,7 +40,14 @@ class Sampling:
         return self.cfg > 1
 
     def validate(self) -> "Sampling":
-        """Itself; raises RowError (kind `sampling`) with the first rule that a value breaks."""
+        """Checks the values.
+
+        Returns:
+            Itself.
+
+        Raises:
+            RowError: A value breaks its rule (kind `sampling`); the first one is named.
+        """
         for name, value, holds, rule in (
             ("cfg", self.cfg, math.isfinite(self.cfg) and self.cfg >= 0, "a finite number of at least 0"),
             (

@@ -168,7 +168,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """The tokenizer of the folder's `tokenizer.json`; InputError if it is absent or broken."""
+        """Reads the `tokenizer.json` of a folder.
+
+        Raises:
+            InputError: It is absent or broken.
+        """
         file = Path(path) / "tokenizer.json"
         try:
             text = file.read_text(encoding="utf-8")
@@ -202,7 +206,11 @@ class Tokenizer:
         return ids + self._encode_text("".join(text))
 
     def control_id(self, token: str) -> int:
-        """Id of a control token; InputError if the vocabulary has none such."""
+        """The id of a control token.
+
+        Raises:
+            InputError: The vocabulary has no such token.
+        """
         if token not in self.token_ids:
             near = did_you_mean(token, self.token_ids)
             raise InputError(f"The tokenizer has no control token '{token}'{near or '.'}")

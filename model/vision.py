@@ -77,8 +77,8 @@ def attend_by_length(
     Args:
         module: Not used; transformers gives it.
         q: `(1, heads, n, head_dim)`.
-        k: Likewise.
-        v: Likewise.
+        k: As `q`.
+        v: As `q`.
         cu_seq_lens_q: Ends of the windows, `(windows + 1,)`, from 0.
         scaling: Of the scores.
 

@@ -49,17 +49,17 @@ class Stop:
         self.why, self._asked = why, time.monotonic()
 
     def asked(self) -> bool:
-        """Whether the run shall stop; looks at the clock."""
+        """Whether the run must stop; checks the deadline."""
         if not self.why and self._deadline is not None and time.monotonic() >= self._deadline:
             self.ask("the deadline")
         return bool(self.why)
 
     def over(self) -> bool:
-        """Whether the time of grace is over."""
+        """Whether the drain timeout is over."""
         return bool(self.why) and time.monotonic() - self._asked >= self._grace
 
     def left(self) -> float:
-        """Seconds of grace that are left, once it was asked."""
+        """Seconds of the drain timeout that are left after a request."""
         return max(0.0, self._grace - (time.monotonic() - self._asked))
 
     def stopped(self) -> RunStopped:
@@ -68,7 +68,7 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a wish is only noted, and whoever makes shards asks for it."""
+        """Within the block a request is only noted, and the code that makes shards polls it."""
         self._deferred = True
         try:
             yield

@@ -1,6 +1,6 @@
-"""What a made-up CUDA device needs of torch beside its dispatcher: a guard, and stand-ins in `torch.cuda`.
+"""The parts of torch that a simulated CUDA device needs beside its dispatcher.
 
-Knows nothing of operators.
+They are a device guard, and stubs in `torch.cuda`. Knows nothing of operators.
 """
 
 import contextlib

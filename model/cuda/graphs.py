@@ -1,4 +1,4 @@
-"""CUDA graphs: work whose tensors stay where they are, recorded once and replayed without the host's part.
+"""CUDA graphs: work on tensors with fixed addresses, recorded once and replayed without the host's part.
 
 Knows nothing of what the work is.
 """

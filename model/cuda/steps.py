@@ -1,4 +1,4 @@
-"""Operators from one step to the next: a token a row is drawn, and becomes what the layers take."""
+"""Operators between two steps: a token per row is drawn, and becomes the layers' input."""
 
 from typing import NamedTuple
 
@@ -99,7 +99,7 @@ class Fed(NamedTuple):
     cos: Tensor
     """`(n, head_dim / 2)`."""
     sin: Tensor
-    """Likewise."""
+    """As `cos`."""
     seen: Tensor
     """int64 `(n,)`: the keys of each sequence, the new token's included (see `attend`)."""
 

@@ -1,4 +1,4 @@
-"""The engine itself: which rows decode, and what happens to them before and after."""
+"""The engine itself: which rows decode, and what happens before and after."""
 
 import dataclasses
 import functools

@@ -1,6 +1,6 @@
-"""Rows that decode together: a constant number of sequences, and the step that all of them take.
+"""Groups of rows that decode together: a constant number of sequences that take each step together.
 
-Knows nothing of prompts on their way, of pixels and of the rows that wait.
+Knows nothing of prefill, pixels and waiting rows.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What shapes an engine's work, and the choice of it for a device."""
+"""Options that shape an engine's work, and their choice for a device."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,6 +1,7 @@
 """From the tokens of finished pictures to their pixels, in slices of a constant number of pictures.
 
-On CUDA this goes on beside the decode steps that follow: nothing waits for it until nothing else is left.
+On CUDA pictures are decoded beside the decode steps that follow: nothing waits for them until no other work
+is left.
 """
 
 from collections import Counter, deque

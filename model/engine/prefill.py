@@ -1,4 +1,4 @@
-"""Prompts on their way through the decoder, in pieces of a constant length, and those that are through.
+"""Prefill: prompts go through the decoder in pieces of a constant length, and wait there for a slot.
 
 Knows nothing of slots and steps.
 """
@@ -28,7 +28,7 @@ from wallaroo.model.wallaroo import Wallaroo
 
 @dataclass(eq=False)
 class PendingPrefix:
-    """A prompt on its way through the decoder, or through it (`prefix` is set)."""
+    """A prompt that waits for prefill, or is done (`prefix` is set)."""
 
     key: Hashable
     """Equal prompts with equal sources have equal keys."""

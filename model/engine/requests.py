@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it, and how a row is kept on its way."""
+"""Requests, results, and the rows of an engine."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass

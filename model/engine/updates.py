@@ -1,4 +1,4 @@
-"""What the host changes in tensors of the device, gathered and sent in one copy."""
+"""Changes that the host makes in tensors of the device, gathered and sent in one copy."""
 
 from collections.abc import Sequence
 

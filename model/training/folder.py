@@ -1,6 +1,6 @@
-"""Whose a stage's folder is: no stage writes beside files of somebody else, unless it is told to.
+"""Owners of a stage's folder: no stage writes beside foreign files, unless it is told to.
 
-From its first start on a stage's folder holds STAGE_FILE. Knows nothing of what a stage writes.
+From the first start of a stage, its folder holds STAGE_FILE. Knows nothing of what a stage writes.
 """
 
 import json

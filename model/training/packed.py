@@ -1,4 +1,4 @@
-"""Causal attention within rows that stand packed behind each other, without pads.
+"""Causal attention within rows that are packed one behind the other, without padding.
 
 Knows nothing of layers and losses.
 """

@@ -78,6 +78,6 @@ def whole(tensor: Tensor) -> Tensor:
         tensor: `(n, ...)`, sharded or not.
 
     Returns:
-        All of it, `(n, ...)`.
+        The whole tensor, `(n, ...)`.
     """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

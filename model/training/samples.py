@@ -1,7 +1,7 @@
-"""Pictures that a stage draws on its way, as files, in TensorBoard and on a page.
+"""Pictures that a stage draws while it trains, as files, in TensorBoard and on a page.
 
     FOLDER/sample-000200.png   a strip of pictures after a step
-    FOLDER/samples.jsonl       a line a strip: step, file and prompts
+    FOLDER/samples.jsonl       a line per strip: step, file and prompts
     FOLDER/samples.html        all strips, the last one first
 
 Knows nothing of losses.

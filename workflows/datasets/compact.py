@@ -1,9 +1,12 @@
-"""Many small shards become few: what a year of increments leaves behind, put together.
+"""Compaction: merges the many small shards that incremental runs leave behind.
 
-The merged shards are written first, under numbers that no plan has given out. Then the JSON of the last
-part is replaced, if nobody else did, by one that stands for all parts so far; from that moment on they are
-the plan. Only then do the old files go. Cut off at any point, the output is the old one or the new one, and
-files of the other are removed by the next `compact`. Knows nothing of Ray.
+1. The merged shards are written, under numbers that no plan has used.
+2. The JSON of the last part is replaced, if nobody else did, by one that stands for all parts. From then on
+   the merged shards are the plan.
+3. The old files are removed.
+
+An interruption leaves either the old output or the new one; the next `compact` removes files of the other.
+Knows nothing of Ray.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Which rows stay: the best of each id, no near-duplicates."""
+"""Decides which rows are kept: the best of each group, and no near-duplicates."""
 
 from array import array
 from typing import NamedTuple

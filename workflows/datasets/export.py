@@ -1,9 +1,8 @@
 """Results in the formats of other tools: folders of pictures, WebDataset, benchmarks' trees, JSON lines.
 
-An export reads the shards of a run one after the other and writes files that follow from them
-alone, each whole or absent; so it may be cut off, and given again it leaves what is there already as it
-is. Error rows have nothing to export and are only counted. Knows nothing of Ray, and of pictures only
-what a format asks for.
+An export reads the shards of a run in order, and its files depend on them alone. Files are written
+atomically. So an export may be interrupted; when re-run it leaves finished files alone. Error rows are only
+counted. Knows nothing of Ray, and of pictures only what a format needs.
 """
 
 import functools
@@ -82,7 +81,7 @@ def export(
         image_urls: For `openai-batch`, write pictures as files to `dest`/images, and into the lines their
             URLs below this one, instead of base64.
         c2pa: For `files`, paths of certificate and key as PEM: sign Content Credentials into every picture.
-        partial: Export what is finished of a run that is at work or was stopped. `_partial.json` in `dest`
+        partial: Export the finished shards of an active or stopped run. `_partial.json` in `dest`
             then says so, until a complete export.
         overwrite: Replace files that have other content, and write beside files that no export of this
             format makes.

@@ -1,4 +1,4 @@
-"""Results as the evaluators of benchmarks look for them. Knows nothing of how they score."""
+"""Results in the layouts that the evaluators of benchmarks read. Knows nothing of how they score."""
 
 import csv
 import functools

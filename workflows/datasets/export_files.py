@@ -1,7 +1,7 @@
 """What every export format needs: the rows of an output, safe names, a place to write files.
 
-Rows are read row group by row group, in order; files are written whole, several at a time, and only
-where they are not there already. Knows nothing of any format.
+Rows are read in order, a row group at a time. Files are written atomically, several at a time, and only if
+they are missing. Knows nothing of any format.
 """
 
 import base64
@@ -130,7 +130,7 @@ class Results:
             yield waiting
 
     def forget(self) -> None:
-        """Starts to count anew, for a format that goes over the rows twice."""
+        """Resets the counts, for a format that reads the rows twice."""
         self.ok = self.errors = self.missing = 0
 
     def _stored(self, pictures: bool) -> Iterator[tuple[dict[str, Any], bytes | None, int]]:
@@ -336,7 +336,7 @@ class Sink:
 
     @contextlib.contextmanager
     def stream(self, relative: str) -> Iterator[Any]:
-        """A file that is written bit by bit, and is there when all others are."""
+        """A file that is written in pieces, and appears after all others."""
         self._start()
         path = storage.join(self.dest, relative)
         if not self.overwrite and storage.exists(path):

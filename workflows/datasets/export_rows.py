@@ -1,4 +1,4 @@
-"""What a row of a finished output gives to an export: facts as JSON values, file names, picture files.
+"""What an export takes from a row of a finished output: facts as JSON values, file names, picture files.
 
 Knows nothing of any format.
 """
@@ -53,7 +53,7 @@ class Count:
     """The first NAMED_FILES names of `misses`."""
 
     def miss(self, name: str) -> None:
-        """Notes a file that an evaluator will look for in vain."""
+        """Counts a file that an evaluator looks for and that has no picture."""
         self.misses += 1
         if len(self.missed) < NAMED_FILES:
             self.missed.append(name)

@@ -1,4 +1,4 @@
-"""What an export says of itself: its summary in words, and the mark of one that is partial."""
+"""The summary of an export, and the mark of a partial one."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.export_files import Results
 
 PARTIAL_FILE = "_partial.json"
-"""Lies in DEST while what is there is not the whole output."""
+"""Is in DEST while the export is partial."""
 
 _WRITER = "wallaroo export --partial"
 

@@ -1,4 +1,7 @@
-"""How far a command on a data set is, told a few times a second; one that takes no time says nothing."""
+"""The progress of a command on a data set, reported twice a second.
+
+A command that takes no time reports nothing.
+"""
 
 import time
 from collections.abc import Callable
@@ -11,7 +14,7 @@ Report = Callable[[Progress], None]
 
 
 def silent(_: Progress) -> None:
-    """Tells nobody."""
+    """Reports nothing."""
 
 
 class Phase:

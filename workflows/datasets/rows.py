@@ -1,4 +1,4 @@
-"""Rows to choose from: of an output, or of a manifest."""
+"""The rows that a selection chooses from: those of an output, or of a manifest."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Selection: rows of a data set or manifest are chosen and written as a new one."""
+"""Selection: chooses rows of a data set or manifest and writes them as a new one."""
 
 import json
 import os

@@ -1,8 +1,8 @@
-"""The card of a data set: a `README.md` that says what is in it, how it was made, and how to read it.
+"""The card of a data set: a `README.md` that says what it holds, how it was made, and how to read it.
 
-Its front matter is what Hugging Face's hub and `datasets` look for, so `load_dataset(OUTPUT)` reads
-`data/` and nothing else. Words of users stand in it as quoted strings and code, never as markup. Knows
-nothing of how anything is counted.
+Its front matter is what the Hugging Face Hub and `datasets` look for, so `load_dataset(OUTPUT)` reads
+`data/` and nothing else. Users' texts are quoted strings and code in it, never markup. Knows nothing of how
+anything is counted.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Error rows as lines of a manifest, for a second try."""
+"""Error rows as lines of a manifest, to retry them."""
 
 import json
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
 """What a planned run will take: replica-hours, wall time, memory of a replica, bytes and cost.
 
-All of it follows from the plan, the checkpoint's shapes, and one number that must be measured or given: the
-rows/s of one replica; or it is computed for a GPU, by the counts of a dry run. Knows nothing of how a
-row is made.
+All numbers follow from the plan, the checkpoint's shapes, and the rows/s of one replica, which is measured,
+given, or computed for a GPU from the counts of a dry run. Knows nothing of how a row is made.
 """
 
 import dataclasses

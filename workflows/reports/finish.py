@@ -1,4 +1,4 @@
-"""The end of a run: every row is counted, then `errors.jsonl`, `README.md` and `_SUCCESS` are written."""
+"""The end of a run: counts every row, then writes `errors.jsonl`, `README.md` and `_SUCCESS`."""
 
 import itertools
 import json

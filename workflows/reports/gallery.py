@@ -1,4 +1,4 @@
-"""Cards of the gallery: thumbnails of pictures and of what they were made from."""
+"""Cards of the gallery: thumbnails of pictures and of their sources."""
 
 import base64
 import hashlib

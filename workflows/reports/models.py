@@ -1,4 +1,4 @@
-"""What a checkpoint is and takes, told from its configuration and list of files: no weight is read."""
+"""Describes a checkpoint from its configuration and file list. Reads no weights."""
 
 import math
 

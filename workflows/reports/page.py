@@ -1,4 +1,4 @@
-"""`report.html`: one file without network that shows what a run made, how fast, and what went wrong."""
+"""`report.html`: one file that needs no network and shows what a run made, how fast, and what went wrong."""
 
 import base64
 import hashlib

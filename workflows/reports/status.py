@@ -1,4 +1,4 @@
-"""What `wallaroo status` says of an output: how far it is, how fast, and whether a run is alive."""
+"""What `wallaroo status` shows of an output: its progress, its speed, and whether a run is active."""
 
 import os
 import socket
@@ -63,7 +63,7 @@ class Status:
         return f"{', '.join(parts)}: {self.state}"
 
     def _left(self) -> float | None:
-        """Seconds that a run at work still takes, if it can be told."""
+        """Seconds until an active run ends; None if unknown."""
         if self.record is None or self.state != "running" or not self.record.rate:
             return None
         rows = (self.planned or 0) - self.record.done

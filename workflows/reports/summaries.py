@@ -1,8 +1,8 @@
-"""What `data/` holds, told by its listing and by summaries, so that finished shards need not be opened.
+"""Counts of `data/` from its listing and from summaries, so that finished shards need not be opened.
 
-Each plan part has a summary: the tally and the stamp of each of its shards. `all` has one tally for each
-part, with a digest of the part's stamps. A summary is a cache: the listing decides. A shard whose stamp no
-summary has is opened, and what is missing, damaged or out of date is made anew.
+Each plan part has a summary: the tally and the stamp of each of its shards. `all` has one tally per part,
+with a digest of the part's stamps. A summary is a cache: the listing decides. A shard whose stamp is in no
+summary is opened; missing, damaged and outdated summaries are written again.
 """
 
 import bisect

@@ -1,4 +1,4 @@
-"""What there is in an output to show: counts by stratum, and examples chosen at random."""
+"""What an output has to show: counts by stratum, and examples chosen at random."""
 
 import heapq
 from collections import Counter
@@ -50,7 +50,7 @@ class Survey:
     errors: Counter[str] = field(default_factory=Counter)
     """Kind -> error rows."""
     examples: dict[str, list[Example]] = field(default_factory=dict)
-    """Kind -> the first rows of it."""
+    """Kind -> its first rows."""
     environments: Counter[str] = field(default_factory=Counter)
     """Digest of the environment -> ok rows."""
     pictures: Counter[Stratum] = field(default_factory=Counter)

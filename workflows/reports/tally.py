@@ -1,7 +1,7 @@
-"""What is counted of the rows of `data/`: of a shard, a plan part or an output, always in the same way.
+"""Counts of the rows of `data/`: of a shard, a plan part or an output, always in the same way.
 
-The tally of a shard stands in its file's footer, so that nobody has to read its columns again; those of a
-plan part stand together in a summary (`workflows.reports.summaries`). Knows nothing of how either is found.
+The tally of a shard is in its file's footer, so its columns need not be read again. The tallies of a plan
+part are in a summary (`workflows.reports.summaries`). Knows nothing of how either is found.
 """
 
 import json

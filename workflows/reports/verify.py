@@ -1,8 +1,7 @@
-"""Reads an output back and says whether it is what was planned: complete, incomplete or broken.
+"""Reads an output back and decides whether it matches its plan: complete, incomplete or broken.
 
-It trusts the plan and `run.json`, and believes nothing else that is written anywhere: every file is
-read once, every picture decoded. A fast look believes summaries and footers, and says so. Knows nothing of
-Ray.
+It trusts the plan and `run.json` only: every file is read once, and every picture decoded. A fast check
+trusts summaries and footers too, and says so. Knows nothing of Ray.
 """
 
 import os

@@ -17,8 +17,9 @@ class Viewer:
     Attributes:
         index: Of all outputs.
         outputs: In the order of the command line.
-        comparison: None for a single output; `votes` likewise.
-        keeper: Keeps all of it up to date.
+        comparison: None for a single output.
+        votes: None for a single output.
+        keeper: Refreshes outputs and index.
         sources: Held while a source picture is decoded, since one can take hundreds of megabytes.
     """
 
