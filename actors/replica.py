@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from wallaroo.model.engine.engine import Engine
 
 GAUGE_SECONDS = 1.0
-"""How often a replica says how full it is; metrics are read every few seconds at most."""
+"""Interval at which a replica reports its load; metrics are read every few seconds at most."""
 
 EXIT_DEVICE = 70
 """Exit status of a process that ended itself because its engine failed."""
 
 LETHAL = "crash"
-"""Kind of the error rows that end their replica."""
+"""Kind of error of rows that kill their replica."""
 
 ENCODERS = 2
 """Pictures that a replica encodes at once; 13 a second of 512x512 pixels keep a quarter of a CPU busy."""
 
 AHEAD = 16
-"""Rows beyond its slots that an engine has, to prepare them; the fewer, the fewer come under suspicion."""
+"""Rows beyond its slots that an engine prepares. Fewer rows mean fewer suspects after a death."""
 
 
 def joined(before: str, after: str) -> str:
@@ -72,7 +72,7 @@ def joined(before: str, after: str) -> str:
 
 
 class _Meter:
-    """Counts what an engine does, in sums that go out every GAUGE_SECONDS."""
+    """Counts what an engine does, and sends the sums every GAUGE_SECONDS."""
 
     def __init__(self, engine: "Engine", replica: str):
         self._engine, self._replica, self._task = engine, replica, engine.task
@@ -81,7 +81,7 @@ class _Meter:
         self._said = time.perf_counter()
 
     def round(self, seconds: float, queued: int) -> None:
-        """A round of the engine took so long, with so many rows left in the replica's inbox."""
+        """Counts a round of the engine: its seconds, and the rows left in the replica's inbox."""
         prefilled = self._engine.counts["prefill_forwards"]
         phase = "prefill" if prefilled > self._prefilled else "decode"
         self._prefilled = prefilled
@@ -90,7 +90,7 @@ class _Meter:
             self.say(queued)
 
     def finished(self, outcome: Outcome) -> None:
-        """The engine gave a row back."""
+        """Counts a row that the engine gave back."""
         self._sums["wallaroo_images_total", ""] += outcome.pixels is not None
         self._sums["wallaroo_prompt_tokens_total", ""] += outcome.prompt_tokens
         self._sums["wallaroo_output_tokens_total", ""] += len(
@@ -98,7 +98,7 @@ class _Meter:
         )
 
     def say(self, queued: int) -> None:
-        """Sends what has gathered."""
+        """Sends the sums."""
         self._said = time.perf_counter()
         for (name, phase), amount in self._sums.items():
             metrics.count(name, amount, task=self._task, **({"phase": phase} if phase else {}))
@@ -190,7 +190,7 @@ class Replica:
         }
 
     async def _may_begin(self, call: Call) -> Start:
-        """What the watch says of a call, once it may begin."""
+        """The watch's reply to a call, when it may start."""
         while True:
             start: Start = await self._watch.note_start.remote(self.name, call.shard, call.rows)
             if not start.wait:
@@ -198,7 +198,7 @@ class Replica:
             await asyncio.sleep(start.wait)
 
     def _begin(self, call: Call, table: pa.Table, start: Start) -> None:
-        """Puts the rows of a call into the inbox, but for those that may not run again."""
+        """Puts the rows of a call into the inbox, except lethal ones."""
         lethal = set(start.lethal)
         if lethal and self._watch is not None:
             self._watch.note_done.remote(self.name, [(call.shard, number, False) for number in lethal])
@@ -218,7 +218,7 @@ class Replica:
         device: str,
         threads: int,
     ) -> None:
-        """The engine's thread. All of torch stays in it, since torch counts threads by thread."""
+        """The engine's thread. Only it uses torch, since torch sets its number of threads per thread."""
         try:
             engine = self._load(checkpoint, task, options, device, threads)
             self._loaded.set()
@@ -277,7 +277,7 @@ class Replica:
         self.environment = json.dumps(values, sort_keys=True)
 
     def _turn(self, engine: "Engine") -> None:
-        """Feeds the engine and gives its results back, for ever.
+        """Feeds the engine and gives its results back, until the process ends.
 
         The engine gets a row only when the watch has replied to its note, since the row may be the last
         thing this process does. Notes go out while the engine works on the rows it has, so that only an
@@ -324,7 +324,7 @@ class Replica:
     def _note(
         self, done: list[tuple[Call, Outcome]], taken: list[Waiting], alone: bool
     ) -> "Future[None] | None":
-        """Tells the watch of rows given back and of rows that the engine is to get, without waiting.
+        """Tells the watch which rows were given back and which the engine gets next, without waiting.
 
         Args:
             done: Outcomes of the last round, with their calls.
@@ -342,7 +342,7 @@ class Replica:
         return note.future() if taken else None
 
     def _end(self, reason: str) -> None:
-        """Ends this process, after the watch has been told why."""
+        """Tells the watch the reason, and ends this process."""
         if self._watch is not None:
             import ray
 

@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 SUSPECT_DEATHS = 2
-"""Deaths of its replica that a row sees among others before it must run alone."""
+"""Deaths of replicas with this row among others, after which the row runs alone."""
 
 PROVEN_DEATHS = 2
-"""Deaths with the row alone, of replicas that had given back another, which prove it guilty."""
+"""Deaths with the row alone after which it is lethal, if those replicas had given back another row."""
 
 UNPROVEN_DEATHS = 3
-"""The same of replicas that had given back nothing, where there is no other row to try first."""
+"""The same for replicas that had given back nothing, if no other row can be tried first."""
 
 
 ASK_SECONDS = 0.1
-"""How long a replica waits, at least, before it asks again for a shard that may not begin yet."""
+"""Least wait of a replica before it asks again for a shard that may not start yet."""
 
 ASKS_PER_SECOND = 200
-"""Shards a second that are asked for again, at most, for each shard that a replica holds back: with many
-replicas each waits for longer, or their questions would hold up the notes."""
+"""Most repeated questions per second of all replicas, if each waits with one shard. With many replicas each
+waits longer, or the questions would delay the notes."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,11 @@ class Watch:
         self._admitted = 0
 
     def admit(self, shards: int) -> None:
-        """So many shards of the run's queue may have been let into its pipeline."""
+        """Sets how many shards of the run's queue may enter its pipeline."""
         self._admitted = shards
 
     def admitted(self) -> int:
-        """What `admit` was last told."""
+        """The last number given to `admit`."""
         return self._admitted
 
     def note_up(self, replica: str) -> None:
@@ -148,7 +148,7 @@ class Watch:
         self._replicas.add(replica)
 
     def note_start(self, replica: str, shard: int, rows: list[int]) -> Start:
-        """A replica takes these rows of a shard.
+        """Records that a replica takes rows of a shard.
 
         A shard that another replica still has tells of that one's death: Ray gives it to a second
         one only then.
@@ -187,7 +187,7 @@ class Watch:
     def note_rows(
         self, replica: str, done: list[tuple[int, int, bool]], in_flight: list[Row], alone: bool = False
     ) -> None:
-        """What a round of an engine has to tell, as `note_done` and then `note_in_flight` take it.
+        """Records a round of an engine: `note_done`, then `note_in_flight`.
 
         Args:
             replica: Its name.
@@ -201,7 +201,7 @@ class Watch:
             self.note_in_flight(replica, in_flight, alone)
 
     def note_in_flight(self, replica: str, rows: list[Row], alone: bool = False) -> None:
-        """The engine of a replica is to get rows when it has the reply.
+        """Records rows that the engine of a replica gets after this reply.
 
         Args:
             replica: Its name.
@@ -214,7 +214,7 @@ class Watch:
             (self._alone[replica],) = rows
 
     def note_done(self, replica: str, rows: list[tuple[int, int, bool]]) -> None:
-        """A replica has given back rows.
+        """Records rows that a replica has given back.
 
         Args:
             replica: Its name.
@@ -258,11 +258,11 @@ class Watch:
         self._record_death(replica)
 
     def stop(self) -> None:
-        """From now on no replica begins a shard."""
+        """Lets no replica start a shard from now on."""
         self._stopping = True
 
     def counts(self) -> WatchCounts:
-        """How far the run is."""
+        """The counts that a driver shows."""
         rows, errors = self._totals()
         hardest, deaths = max(self._fruitless.items(), key=lambda one: one[1], default=(-1, 0))
         return WatchCounts(
@@ -278,7 +278,7 @@ class Watch:
         )
 
     def _totals(self) -> tuple[int, int]:
-        """Rows that were given back, and how many of them as errors."""
+        """Numbers of rows given back, and of error rows among them."""
         held = self._shards.values()
         return (
             self._done_rows + sum(shard.rows for shard in held),
@@ -286,7 +286,7 @@ class Watch:
         )
 
     def _must_wait(self, shard: int) -> bool:
-        """Whether a shard may not begin yet. One that was begun before may: it is counted as it is."""
+        """Whether a shard may not start yet. A shard that was started before may, since it counts already."""
         if shard in self._shards or shard in self._done:
             return False
         (rows, errors), limits = self._totals(), self._limits

@@ -1,4 +1,4 @@
-"""A Ray to run on: a local one that is started and ended here, or a cluster that is there already.
+"""A Ray to run on: a local one that this module starts and ends, or an existing cluster.
 
 A terminal belongs to whoever shows the progress of a run, so Ray writes to its log files only. Knows
 nothing of what is run. The environment variables it sets are for Ray's own processes and go again.
@@ -22,13 +22,13 @@ from wallaroo.workflows.text import counted
 log = logging.getLogger(__name__)
 
 _TOKEN = secrets.token_hex(32)
-"""Of every local Ray of this process; Ray reads it once a process, so it cannot change."""
+"""For every local Ray of this process; Ray reads it once per process, so it cannot change."""
 
 MAX_INIT_DEATHS = 10
 """Replicas in a row that may end before one is up; with more the cause is no lost node."""
 
 CONNECT_SECONDS = 60.0
-"""Timeout for the first answer of a cluster."""
+"""Timeout for the first reply of a cluster."""
 
 _LOCAL_ENVIRONMENT: dict[str, str | None] = {
     # Given like this, the token is on no disk; Ray's default would leave it in a file that all may read.
@@ -48,7 +48,7 @@ def connected(
     cpus: int = 0,
     start_timeout: float = OPTIONS["ray_start_timeout"].default,
 ) -> Iterator[None]:
-    """Connects to Ray for the block; without effect where this process is connected.
+    """Connects to Ray for the block, unless this process is connected already.
 
     Args:
         address: Of a running cluster; None for a local Ray, which nobody but this process can talk to.
@@ -89,7 +89,7 @@ def connected(
 
 
 def origin_of(address: str) -> str:
-    """Where the address of a cluster was given: the variable `$RAY_ADDRESS`, a flag or a run file."""
+    """Where the address of a cluster is from: the variable `$RAY_ADDRESS`, a flag or a run file."""
     return "$RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") == address else "--address or cluster.address"
 
 
