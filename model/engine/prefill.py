@@ -88,8 +88,8 @@ class Prefill:
 
         Args:
             prompt: The prompt.
-            semantic: Source for the vision tower, as in `Request`.
-            pixels: Source for the image tokenizer, as in `Request`.
+            semantic: Source for the vision tower, uint8 `(h, w, 3)`, or None.
+            pixels: Source for the image tokenizer, uint8 `(H, W, 3)`, or None.
 
         Returns:
             The prompt in the queue.
