@@ -135,7 +135,7 @@ def decode_products(
 
 
 def repeated(products: Callable[[], None]) -> Callable[[], None]:
-    """The same REPEATS times: a step's products alone are too short to time."""
+    """Repeats work REPEATS times: a step's products alone are too short to time."""
 
     def run() -> None:
         for _ in range(REPEATS):

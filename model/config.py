@@ -19,7 +19,7 @@ VQ_FACTOR = 16
 TASKS = ("generate", "edit", "understand")
 
 TOKEN_PIXELS = 28 * 28
-"""Pixels that the vision tower makes a token of."""
+"""Pixels of one token of the vision tower."""
 
 CONTEXT_TOKENS = 32768
 """Tokens of the longest row that the backbone was trained on (arXiv 2502.13923)."""

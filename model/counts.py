@@ -27,7 +27,7 @@ FACTORIES = (
     "aten.arange",
     "aten.scalar_tensor",
 )
-"""Operators that make a tensor from none."""
+"""Operators that allocate a tensor."""
 
 
 def minimal_flops(config: ModelConfig, requests: Iterable[Request]) -> dict[str, float]:
@@ -96,7 +96,7 @@ class Operators(TorchDispatchMode):
 
 
 def _copies_and_waits(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether it is a copy between host and device that the host waits for."""
+    """Whether an operator is a copy between host and device that the host waits for."""
     name = func._schema.name
     if name == "aten::_to_copy":
         other = torch.device(kwargs.get("device") or args[0].device)

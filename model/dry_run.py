@@ -32,7 +32,7 @@ MIN_PREFILLED = 1024
 """Prompt tokens from which a forward of prefill can be full."""
 
 WARM = 3
-"""Steps until all is recorded that will be replayed."""
+"""Steps until all recordings are made."""
 
 
 def needed_weights(model: Wallaroo, task: str) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GRACE = 5
-"""Seconds after its time is over until a part is ended."""
+"""Seconds between the end of a part's time and its kill."""
 
 
 class Part(NamedTuple):

@@ -26,7 +26,7 @@ LAUNCHES = {
     "aten::cumsum": 2,
     "aten::scaled_dot_product_attention": 2,
 }
-"""Kernels that torch starts for an operator where they are more than one."""
+"""Operator -> kernels that torch starts for it, if more than one."""
 
 GATHERS = ("aten::index", "aten::index_select", "aten::embedding", "aten::gather")
 """Operators that read of their first argument what they give back."""
@@ -65,7 +65,7 @@ class Counted:
             self.seen.setdefault(phase, Seen()).include(seen)
 
     def waits(self) -> list[str]:
-        """Why the host waited, a reason each time."""
+        """The reason of each wait of the host."""
         return [reason for seen in self.seen.values() for reason in seen.waits.elements()]
 
     def to_device(self, *phases: str) -> int:

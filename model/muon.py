@@ -11,7 +11,7 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 OUTSIDE = ("embed_tokens.weight", "lm_head.weight", "image_head.2.weight")
-"""Ends of the names of matrices that are tables with a row a token: their rows do not act together."""
+"""Name endings of matrices that are tables with a row per token: their rows do not act together."""
 
 
 def takes(name: str, parameter: nn.Parameter) -> bool:

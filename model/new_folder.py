@@ -17,7 +17,7 @@ FILE_LIST = "checkpoint.json"
 """The file that lists the others of a checkpoint, and is written last."""
 
 _MARK = ".wallaroo-partial"
-"""Lies in a folder that is being written, and tells it from one of somebody else."""
+"""Marks a folder that is being written, so that it is not taken for a foreign one."""
 
 
 @contextmanager

@@ -33,7 +33,7 @@ TEMPLATES = {
 """(task, language) -> the text around a prompt; sizes are in pixels, width first."""
 
 DEFAULT_QUESTION = {"en": "Describe this image in detail.", "zh": "请详细描述这张图片。"}
-"""Language -> what is asked of a picture that comes without a question."""
+"""Language -> question about a picture that comes without one."""
 
 TEMPLATE_TOKENS = 128
 """Tokens that a template and control tokens add to a prompt, at most for the built-in ones."""
@@ -46,7 +46,7 @@ _LATIN = re.compile("[A-Za-z]")
 
 @dataclass(frozen=True)
 class Prompt:
-    """Everything the decoder is fed before the first generated token."""
+    """The decoder's input before the first generated token."""
 
     ids: np.ndarray
     """int32 `(L,)`."""

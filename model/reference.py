@@ -83,7 +83,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 class _Sequences:
-    """Sequences on their way through the decoder; those with prompts of one length go together, unpadded."""
+    """Sequences in the decoder; those with prompts of equal length go together, without padding."""
 
     def __init__(self, decoder: Any, prompts: Sequence[Prompt], embeddings: Sequence[Tensor]):
         from transformers import DynamicCache

@@ -141,7 +141,7 @@ def find_gpu(name: str, bandwidth: float | None = None, flops: float | None = No
 
 
 def assumptions(gpu: Gpu) -> str:
-    """One line on what the computed times take for granted."""
+    """A line with the assumptions of the computed times."""
     return (
         f"{gpu.name}: {gpu.bandwidth / 1e12:.3g} TB/s and {gpu.flops / 1e12:.3g} TFLOP/s reached "
         f"(half of it in TF32), {LAUNCH_SECONDS * 1e6:.2g} us a launch in a graph, "

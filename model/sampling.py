@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MIN_TEMPERATURE = 1e-5
 ALWAYS = (0.0, 1.0)
-"""First and last share of a picture's steps between which it is guided, where nothing is left out."""
+"""Shares of a picture's steps between which it is guided: here all steps."""
 
 
 @dataclass(frozen=True)

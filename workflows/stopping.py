@@ -1,7 +1,7 @@
-"""A run that is stopped on purpose: by Ctrl-C, SIGTERM (the notice of machines on loan) or a deadline.
+"""Stops a run on purpose: at Ctrl-C, SIGTERM (the notice that a spot machine gets) or a deadline.
 
-It begins no shard any more, finishes those that replicas have within a time of grace, and ends with
-RunStopped. A second Ctrl-C or SIGTERM does not wait. Knows nothing of what a run does.
+The run then starts no shard, drains the shards in replicas within a timeout, and ends with RunStopped. A
+second Ctrl-C or SIGTERM does not wait. Knows nothing of what a run does.
 """
 
 import signal

@@ -38,13 +38,14 @@ from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.page import write_report
 
 MAX_BYTES = 256 << 20
-"""Of a merged shard, which is held in memory."""
+"""Most bytes of a merged shard, which is held in memory."""
 
 _PLAN_FILE = re.compile(r"part-\d{5,}(\.json|-[0-9a-f]{16}\.parquet)|(known|pictures)-[0-9a-f]{16,}\.\w+")
 """Names of a plan's files; others are not ours."""
 
 NUMBERS = 1_000_000
-"""Merged shards begin at a multiple of it, so that those of an increment never meet what was cut off."""
+"""Merged shards are numbered from a multiple of this, so that no increment reuses numbers of an interrupted
+compaction."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def compact(output: str, on_progress: Report = silent) -> Compacted:
 
 
 def _groups(output: str, plan: Plan, phase: Phase, most_rows: int) -> Iterator[list[int]]:
-    """Consecutive shards that go into one, by their rows and the bytes of their files."""
+    """Groups consecutive shards that become one, by rows and bytes."""
     group: list[int] = []
     rows = size = 0
     for shard in plan.shards:
@@ -129,7 +130,7 @@ def _data(output: str, shard: int) -> pa.Table:
 
 
 def _numbered(table: pa.Table, shard: int) -> pa.Table:
-    """The rows under the number of another shard."""
+    """The rows with another shard number."""
     index = table.schema.get_field_index("shard")
     return table.set_column(index, table.schema.field(index), pa.array(np.full(len(table), shard)))
 
@@ -183,7 +184,7 @@ def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) 
 
 
 def _remove_others(output: str, plan: Plan) -> None:
-    """Removes files of plan and data that the plan does not name: from before, or of a try cut off."""
+    """Removes files of plan and data that the plan does not name: old ones, or of an interrupted call."""
     kept = {part.file for part in plan.parts} | {one.known for one in plan.rounds}
     kept |= {f"{part.name}.json" for part in plan.parts}
     for file in storage.list_files(storage.join(output, PLAN_FOLDER)):

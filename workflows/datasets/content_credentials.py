@@ -183,7 +183,7 @@ def _read_file(path: str, what: str) -> bytes:
 
 
 def _read_certificates(path: str) -> list["x509.Certificate"]:
-    """The certificates of a PEM file, of which the first is not out of date."""
+    """The certificates of a PEM file. The first must be valid today."""
     from cryptography import x509
 
     data = _read_file(path, "certificate")
@@ -277,5 +277,5 @@ def _version() -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What the library says, without the kind of error before it."""
+    """The library's message, without the kind of error before it."""
     return str(error).partition(": ")[2].strip() or type(error).__name__

@@ -173,7 +173,7 @@ def _refuse_foreign(dest: str, form: str) -> None:
 
 
 def _files(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """Pictures by id, and `metadata.jsonl` as Hugging Face's imagefolder wants it."""
+    """Pictures by id, and `metadata.jsonl` for Hugging Face's imagefolder."""
     ok = filter(lambda row: row.ok, results.rows())
     named = ((row, f"{stem_of(row, count)}.{SUFFIXES[row.values['mime_type']]}") for row in ok)
     files: Iterator[tuple[Row, str, bytes]]
@@ -192,12 +192,12 @@ def _files(results: Results, sink: Sink, count: Count, options: Options) -> None
 
 
 def _no_file_name(name: str) -> str:
-    """imagefolder opens what a column of such a name says."""
+    """Renames a column that imagefolder would treat as the path of a file to open."""
     return f"{name}_text" if re.search(r"(^|_)file_names?$", name) else name
 
 
 def _webdataset(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """`shard-*.tar`, with keys that tell the rows' ids."""
+    """`shard-*.tar`, with keys made of the rows' ids."""
     # Readers take what follows the first dot for the suffix.
     _tars(results, sink, options, "shard-{:08d}.tar", lambda row, *_: stem_of(row, count, dots=False))
     count.exported = results.ok

@@ -111,7 +111,7 @@ def _images(results: Results, sink: Sink, count: Count, options: Options) -> Non
 
 
 def _request(row: Row) -> dict[str, str]:
-    """How a line begins."""
+    """The beginning of a line."""
     row_id, version, _ = place(row.values)
     number = hashlib.sha256(f"{version} {row_id}".encode("utf-8", "surrogatepass")).hexdigest()[:24]
     return {"id": f"batch_req_{number}", "custom_id": row_id}
@@ -130,7 +130,7 @@ def _format_of(results: Results, row: Row) -> str:
 
 
 def _line_to_data(row: Row, form: str) -> bytes:
-    """A line with a response, up to where its first picture stands."""
+    """A line with a response, up to its first picture."""
     values, request = row.values, _request(row)
     body = {
         "created": _created(values),
@@ -143,7 +143,7 @@ def _line_to_data(row: Row, form: str) -> bytes:
 
 
 def _datum(row: Row, form: str, sink: Sink, count: Count, options: Options) -> dict[str, str]:
-    """A picture in the words of the images API."""
+    """A picture as the images API returns it."""
     data = picture_of(row, options, form)
     if options.image_urls is None:
         return {"b64_json": base64.b64encode(data).decode()}

@@ -115,7 +115,7 @@ def dpg(results: Results, sink: Sink, count: Count, options: Options) -> None:
 
 
 def _item_id(row: Row) -> str:
-    """What DPG-Bench's evaluator looks a row's questions up by: its id, or the name of its prompt's file."""
+    """The key of a row's questions in DPG-Bench's evaluator: its id, or the name of its prompt's file."""
     item = row.values["id"].rpartition("/")[2].removesuffix(".txt")
     if "." in item or ":" in item:
         raise InputError(
@@ -264,7 +264,7 @@ def gedit(results: Results, sink: Sink, count: Count, options: Options) -> None:
 def _source_files(
     uri: str, wanted: dict[int | None, list[tuple[str, str]]]
 ) -> Iterator[tuple[bytes, list[tuple[str, str]]]]:
-    """The bytes of sources, with what is wanted of each. Those of one Parquet file are read in one go."""
+    """The bytes of sources, and the files to make of each. Rows of one Parquet file are read together."""
     allowed = SourceOptions("/", https=True)
     if None in wanted:
         yield fetch(uri, allowed).data, wanted[None]
@@ -323,7 +323,7 @@ def _singles(
     then: Callable[[Row, str], None] = lambda row, name: None,
     samples: bool = False,
 ) -> None:
-    """A PNG per row, of sample 0 or of all samples, by the name under which an evaluator looks for it."""
+    """Writes a PNG per row, of sample 0 or of all samples, under the name that an evaluator looks for."""
     unique_names(results, lambda row: name_of(row) if samples or not row.values["sample"] else None)
     for row in results.rows():
         if row.values["sample"] and not samples:

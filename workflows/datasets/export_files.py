@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 MISSING = "missing"
-"""Status of a planned row whose shard is not there."""
+"""Status of a planned row whose shard is not written yet."""
 
 WRITERS = 8
 WAITING_BYTES = 32 << 20
-"""What files that wait for a writer may take of memory; a larger one is waited for."""
+"""Most memory of files that wait for a writer; a larger file is written before the next is made."""
 
 
 # Reading
@@ -75,7 +75,7 @@ class Results:
     """
 
     def __init__(self, output: str, partial: bool = False, on_progress: Report = silent):
-        """Reads the plan, and lists what is there.
+        """Reads the plan, and lists the finished shards.
 
         Args:
             output: Its folder, local or on S3.
@@ -162,7 +162,7 @@ class Results:
             ) from error
 
     def _planned(self, shard: int) -> Iterator[tuple[dict[str, Any], bytes | None]]:
-        """The rows of a shard that is not there, as far as they are planned.
+        """The planned rows of a shard that is not written yet.
 
         Names and numbers of the others follow from them, and are those of a complete export.
         """
@@ -266,7 +266,7 @@ def place(values: Mapping[str, Any]) -> tuple[str, int, int]:
 
 
 def _nested(kind: pa.DataType) -> bool:
-    """Whether values are more than a plain one or a list of plain ones."""
+    """Whether values are nested deeper than a list of plain values."""
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         kind = kind.value_type
     return pa.types.is_nested(kind)
@@ -356,7 +356,7 @@ class Sink:
 
 
 class _Same:
-    """A file that is written once more: each piece is compared with what is there."""
+    """A file that exists already: each piece is compared with its bytes."""
 
     def __init__(self, path: str, existing: IO[bytes]):
         self._path, self._there = path, existing
@@ -367,7 +367,7 @@ class _Same:
 
 
 def _write(path: str, make: Callable[[], bytes], overwrite: bool) -> bool:
-    """Writes a file unless it is there already with these bytes; says whether it did."""
+    """Writes a file unless it has these bytes already. Returns whether it wrote."""
     data = make()
     found = storage.info(path)
     if found is not None:
@@ -393,12 +393,12 @@ def _other_bytes(path: str) -> InputError:
 
 
 MARK = "@"
-"""Stands in no name that an id gives as it is, so that what follows it makes no two names alike."""
+"""Separates suffixes from ids in file names. No plain id contains it, so no two names are alike."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _PLAIN_WITH_DOTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-"""Names that Windows keeps for itself, whatever follows their first dot."""
+"""Names that Windows reserves, with any suffix."""
 
 
 def file_stem(row_id: str, dots: bool = True) -> str:

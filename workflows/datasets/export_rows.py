@@ -84,7 +84,7 @@ _SOURCE_FACTS = ("source_uri", "source_sha256", "source_row_id")
 
 
 def source_facts(row: Row) -> dict[str, Any]:
-    """Where the picture came from that a row started with; nothing for a task without one."""
+    """The origin of a row's source picture; empty for a task without one."""
     if row.values["task"] == "generate":
         return {}
     source = row.values["source"] or {}
@@ -160,7 +160,7 @@ def picture_of(row: Row, options: Options, form: str | None = None) -> bytes:
 
 
 def pixels_of(row: Row) -> np.ndarray:
-    """uint8 [height, width, 3]."""
+    """The pixels of a row's picture, uint8 [height, width, 3]."""
     from PIL import Image
 
     with Image.open(io.BytesIO(bytes_of(row))) as image:
@@ -168,5 +168,5 @@ def pixels_of(row: Row) -> np.ndarray:
 
 
 def memory_of(row: Row) -> int:
-    """Bytes that it takes to make another file of a row's picture: two files, and the pixels."""
+    """Memory to re-encode a row's picture, in bytes: two files, and the pixels."""
     return 2 * len(bytes_of(row)) + 3 * row.values["width"] * row.values["height"]

@@ -65,14 +65,14 @@ def _signed(
 
 
 def _facts(row: Row, data: bytes) -> dict[str, Any]:
-    """What the credentials say of a row. The seed is text, since JSON readers round such numbers."""
+    """The facts that a row's credentials state. The seed is text, since JSON readers round such numbers."""
     facts = {name: str(row.values[name]) for name in _FACTS} | {"sha256": hashlib.sha256(data).hexdigest()}
     source = row.values["source"] if row.values["task"] != "generate" else None
     return facts | ({"source_sha256": source["sha256"]} if source else {})
 
 
 def _sources(rows: list[Row | None]) -> dict[int, tuple[str, bytes | None]]:
-    """Place in the list -> name and bytes of the source; without bytes where it is not what it was."""
+    """Place in the list -> name and bytes of the source; no bytes if it has changed."""
     found: dict[int, tuple[str, bytes | None]] = {}
     references: list[str] = []
     places: list[int] = []

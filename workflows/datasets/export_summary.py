@@ -125,13 +125,13 @@ def put_mark(dest: str, results: Results, **counts: int) -> None:
 
 
 def remove_mark(dest: str) -> None:
-    """Removes the mark of an earlier export from what is whole now; a file of somebody else stays."""
+    """Removes the mark of an earlier export from a complete one; a foreign file stays."""
     if _read_mark(dest):
         storage.delete(storage.join(dest, PARTIAL_FILE))
 
 
 def _read_mark(dest: str) -> dict[str, Any] | None:
-    """What the mark says; empty if the file is somebody else's, None if there is none."""
+    """Contents of the mark; empty if the file is foreign, None if there is none."""
     try:
         found = json.loads(storage.read_bytes(storage.join(dest, PARTIAL_FILE)))
     except FileNotFoundError:

@@ -161,7 +161,7 @@ class Look:
         return [why, groups, scores, hashes]
 
     def _given(self, table: pa.Table) -> list[Any] | None:
-        """Scores that are there already; None where a function gives them."""
+        """Scores that a column has; None if a function computes them."""
         if self.scores is not None:
             return self.scores.of(table)
         return table.column(self.column).to_pylist() if self.column else None
@@ -237,7 +237,7 @@ def fetch_all(
 
 
 class _Scores:
-    """A column of a data set that was made from another, by the rows of that other."""
+    """A column of a data set made from another one, ordered by the rows of that one."""
 
     def __init__(self, path: str, column: str, judged: str):
         self.path, self.judged = path, judged

@@ -29,7 +29,7 @@ REASONS = (
     "score failed",
     "picture failed",
 )
-"""Why a row is not kept; the first is for one that is. A row's reason is its place in here."""
+"""Reasons why a row is dropped; the first is for kept rows. A row's code is a place in this list."""
 KEPT, ERROR, FILTER, WORSE, NEAR, UNREADABLE, FILTER_FAILED, SCORE_FAILED, PICTURE_FAILED = range(
     len(REASONS)
 )

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 MAX_FILES = 20
 MAX_LINES = 40
-"""Of counts of one sort."""
+"""Most counts of one kind in a card."""
 _CATEGORIES = {"generate": "text-to-image", "edit": "image-to-image", "understand": "image-to-text"}
 _WHAT = {
     "generate": "Pictures made from text prompts",
@@ -74,7 +74,7 @@ def put_card(folder: str, text: str) -> None:
 
 
 def is_card(data: bytes) -> bool:
-    """Whether a README.md is a card that nobody has changed, or one of version 0.1.0, which signed none."""
+    """Whether a README.md is an unchanged card, or one of version 0.1.0, which signed none."""
     text, mark, digest = data.decode("utf-8", "replace").rpartition(_SIGNATURE.partition("{")[0])
     if mark:
         signed = _SIGNATURE.format(hashlib.sha256(text.encode()).hexdigest())
@@ -189,7 +189,7 @@ def front_matter(name: str, task: str, languages: Sequence[str], rows: int, spli
 
 
 def _size_category(rows: int) -> str:
-    """The Hub's word for so many rows."""
+    """The Hub's category for a number of rows."""
     return _SIZES[min(max(len(str(rows)) - 3, 0), len(_SIZES) - 1)]
 
 

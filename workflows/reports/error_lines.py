@@ -98,7 +98,7 @@ class ErrorLines:
         self._group.append(row)
 
     def flush(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining line."""
         if not self._group:
             return
         group, self._group = self._group, []

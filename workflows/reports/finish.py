@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def finish(output: str, plan: "Plan") -> RowTotals:
-    """Checks that every planned shard is there with all its rows; writes errors, card and `_SUCCESS`.
+    """Checks that every planned shard exists with all its rows; writes errors, card and `_SUCCESS`.
 
     Shards that a summary covers are not opened. Of the others the footer is read, and columns where the
     footer does not say what is in them.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 THUMBNAIL = 240
 """Longest side of a thumbnail, in pixels; smaller pictures stay as they are."""
 SOURCE_SECONDS = 60.0
-"""So long sources are fetched and made small; those that are left after it are shown by name."""
+"""Seconds for fetching sources and making thumbnails; the remaining ones are shown by name."""
 ReadSource = Callable[[str], bytes | None]
 """Reference to a source, as in a manifest -> the bytes of its file, None if they cannot be had."""
 

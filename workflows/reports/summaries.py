@@ -125,7 +125,7 @@ class Summaries:
         self._last = ("", {})
 
     def of_part(self, part: Part, details: bool = True) -> Tally:
-        """The tally of the shards of a part that are there.
+        """The tally of the finished shards of a part.
 
         Args:
             part: Of the plan.
@@ -167,7 +167,7 @@ class Summaries:
         self._changed = True
 
     def of_shards(self, part: Part, whole: bool = True) -> Iterator[tuple[int, ShardTally]]:
-        """Each shard of a part that is there and can be read, in order, with its tally.
+        """Each finished, readable shard of a part, in order, with its tally.
 
         Args:
             part: Of the plan.
@@ -256,7 +256,7 @@ class Summaries:
                 self.save()
 
     def save(self) -> None:
-        """Writes what is not written yet."""
+        """Writes new and changed summaries."""
         for part in self.parts if self._open else ():
             now = self._open.get(part.name)
             if now is not None and now.new:

@@ -23,7 +23,7 @@ from wallaroo.workflows.reports.error_lines import error_row
 MAX_PICTURES = 400
 """Rows of a stratum that a part keeps for the gallery, which shows no more of all."""
 MAX_FOLDERS = 20
-"""Folders of source pictures that are told apart; the rows of all others are counted together."""
+"""Folders of source pictures with a count of their own; rows of others are counted together."""
 ELSEWHERE = ""
 """In place of a folder, where sources are in too many."""
 MAX_ROWS = 1 << 23
@@ -394,5 +394,5 @@ def drawn(runs: Sequence[Run], most: int) -> list[tuple[int, Run]]:
 
 
 def _few(runs: list[Run]) -> list[Run]:
-    """The runs if they are few, else the rows of them that a gallery could show."""
+    """The runs if they are few, else those of their rows that a gallery could show."""
     return runs if len(runs) <= MAX_PICTURES else sorted(run for _, run in drawn(runs, MAX_PICTURES))

@@ -41,7 +41,7 @@ from wallaroo.workflows.reports.verify_rows import Check, Contents, short
 from wallaroo.workflows.text import counted
 
 MAX_FAULTS = 20
-"""So many faults are told one by one, the others only counted."""
+"""Faults that are printed; further ones are only counted."""
 MAX_READERS = 8
 
 
@@ -222,7 +222,7 @@ def _check_entry(
     stamps: Mapping[int, str],
     found: _Found,
 ) -> None:
-    """Whether a summary that is of this very file says what is in it."""
+    """Whether the summary of this very file matches its contents."""
     entry = entries.get(contents.shard)
     if contents.faults or contents.tally is None or entry is None or entry[0] != stamps[contents.shard]:
         return

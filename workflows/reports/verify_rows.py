@@ -18,7 +18,7 @@ from wallaroo.workflows.outputs.shards import TALLY_KEY, without_tally
 from wallaroo.workflows.reports.tally import ShardTally, footer_tally, tally_of_file
 
 PLANNED = ("row_id", "shard", "id", "version", "sample", "prompt", "seed")
-"""Columns in which a row must be as it was planned, whatever became of it."""
+"""Columns in which an ok or error row must equal its plan."""
 
 CHECKED = (
     *PLANNED,

@@ -59,9 +59,9 @@ class Index:
     (of the row in the file of the shard) and those that `is_indexed`; `oN.shards` lists the indexed shards.
 
     Attributes:
-        names: An output each: name of a column in the shards -> its name in `rows`.
-        kinds: An output each: name of a column in `rows` -> its DuckDB type. Empty before the first shard.
-        versions: An output each: number of changes to its rows.
+        names: For each output: name of a column in the shards -> its name in `rows`.
+        kinds: For each output: name of a column in `rows` -> its DuckDB type. Empty before the first shard.
+        versions: For each output: number of changes to its rows.
     """
 
     def __init__(self, outputs: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from wallaroo.workflows.outputs.schema import RESULT_NAMES, lacking
 
 NOT_SMALL = frozenset({"image", "tokens"})
 HOLE_BYTES = 512 << 10
-"""Up to so many unneeded bytes are read to save one request."""
+"""Most unneeded bytes that are read to save one request."""
 
 RANGE_BYTES = 64 << 20
 FOOTERS = 32
