@@ -73,7 +73,7 @@ def _picture_to_edit(body: dict[str, Any]) -> str:
 
 
 def _address(picture: Any) -> str:
-    """The path or address in one of the forms in which a request names a picture."""
+    """Finds the path or address in one of the forms in which a request names a picture."""
     if isinstance(picture, dict):
         picture = picture.get("image_url", picture.get("url"))
         if isinstance(picture, dict):

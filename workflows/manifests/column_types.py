@@ -112,7 +112,7 @@ _DIGITS = {8: 3, 16: 5, 32: 10, 64: 20}
 
 
 def _joined_decimals(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """Integers are decimals too; floats are not, since few of them are what they seem to say."""
+    """Joins decimals and integers. Floats are refused, since few of them are exactly what they display."""
     whole, scale = 0, 0
     for kind in (one, other):
         if types.is_integer(kind):
@@ -142,7 +142,7 @@ _UNITS = ("s", "ms", "us", "ns")
 
 
 def _joined_times(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """Instants of several zones join as instants; a day is the midnight that begins it."""
+    """Joins times. Instants of several zones join as instants, and a day as the midnight that begins it."""
     if types.is_timestamp(one) and types.is_timestamp(other):
         if (one.tz is None) != (other.tz is None):
             return None

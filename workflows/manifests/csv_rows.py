@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 class _Lines:
-    """The lines of a stream as text, and how far it was read. Bad UTF-8 survives as lone surrogates."""
+    """The lines of a stream as text, with the position read so far. Bad UTF-8 survives as lone surrogates."""
 
     def __init__(self, file: IO[bytes], path: str, position: int):
         self.file, self.path, self.position = file, path, position
@@ -43,11 +43,11 @@ class _Lines:
         return self
 
     def mark(self) -> None:
-        """A row begins here; `held` will be the lines that are read of it."""
+        """Begins a row; `held` then collects its lines."""
         self.held = []
 
     def back(self, kept: int) -> None:
-        """Lets the lines of the row be read once more, but for the first ones that are kept."""
+        """Lets all lines of the row but the first `kept` be read again."""
         self.pending.extendleft(reversed(self.held[kept:]))
         self.position -= sum(map(len, self.held[kept:]))
         del self.held[kept:]
@@ -89,7 +89,7 @@ class _Dialect(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _dialect(file: ManifestFile) -> _Dialect:
-    """Commas or tabs, as the suffix says; in a CSV file also semicolons or tabs if the header has no comma.
+    """Finds the delimiter: by the suffix, and in a CSV file whose header has no comma by its header.
 
     Excel writes semicolons in many countries, and a line `sep=;` before the header.
     """
@@ -141,10 +141,10 @@ def csv_rows(stream: IO[bytes], file: ManifestFile, start: int, width: int = 0) 
 
 
 def _other_quotes(lines: _Lines, delimiter: str, width: int) -> list[str] | None:
-    """The fields of a row that is no valid CSV, if other writers would have written it so.
+    """Reads a row that is not valid CSV by the rules of other writers.
 
-    Spark puts a backslash before a quote. Most writers of TSV know no quotes: one that begins a field is a
-    part of its text.
+    Spark puts a backslash before a quote. Most writers of TSV know no quotes; there a quote that begins a
+    field is a part of its text.
     """
     if width and any(b'\\"' in line for line in lines.held):
         lines.back(0)

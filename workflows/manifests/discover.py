@@ -97,7 +97,7 @@ def _has_pattern(path: str) -> bool:
 
 
 def _folder(path: str, listing: Listing, task: str, image_column: str | None) -> Manifest:
-    """The manifest of a folder or pattern that is none of a kind of its own."""
+    """Builds the manifest of a folder or pattern that is neither an output nor a lake table."""
     pictures = task in PICTURE_TASKS
     files, passed = visible(listing)
     _refuse_saved(path, files)
@@ -175,7 +175,7 @@ def _refuse_saved(path: str, files: Sequence[storage.FileInfo]) -> None:
 
 
 def _refuse_tars(path: str, files: Sequence[storage.FileInfo], tables: Sequence[ManifestFile]) -> None:
-    """Raises InputError for WebDataset: pictures in tar files, and beside them tables that name none."""
+    """Raises InputError for WebDataset: pictures in tar files, beside tables that name none."""
     tar = next((file.relative for file in files if file.relative.lower().endswith(".tar")), "")
     if tar and not any(has_pictures(_columns(table), table.column) for table in tables[:PEEKED_FILES]):
         raise InputError(
@@ -185,7 +185,7 @@ def _refuse_tars(path: str, files: Sequence[storage.FileInfo], tables: Sequence[
 
 
 def _count(files: Sequence[storage.FileInfo], taken: set[storage.FileInfo], passed: Counter) -> None:
-    """Counts what is not taken and is not counted yet, by its suffix."""
+    """Counts the files that are neither taken nor counted yet, by their suffix."""
     for file in files:
         if file not in taken and not format_of(file.relative, FORMATS):
             passed.add(suffix_kind(file.relative), file.relative)
@@ -194,7 +194,7 @@ def _count(files: Sequence[storage.FileInfo], taken: set[storage.FileInfo], pass
 def _that_name_pictures(
     tables: Sequence[storage.FileInfo], task: str, image_column: str | None
 ) -> list[storage.FileInfo]:
-    """Those of the tables in a folder of pictures that name these; those of Hugging Face alone, if any."""
+    """Selects the tables in a folder of pictures that name them. Hugging Face's metadata files precede."""
     if len(tables) > PEEKED_FILES:
         return list(tables)
     named = [
@@ -207,7 +207,7 @@ def _that_name_pictures(
 
 
 def _columns(file: ManifestFile) -> list[str] | None:
-    """Columns of a table; None if it cannot be read, which is then told where all of it is."""
+    """Columns of a table; None if it cannot be read, which is reported when it is scanned."""
     try:
         if file.format == "parquet":
             with open_parquet(file) as parquet:
@@ -309,13 +309,13 @@ def _picture_manifest(
     passed: Counter | None = None,
     notes: Sequence[str] = (),
 ) -> Manifest:
-    """One file stands for all pictures and their captions, which are many and have one row each."""
+    """Makes one manifest file for all pictures and captions, which are many and have one row each."""
     one = _standing_for(path, "pictures", [*files, *captions_of])
     return Manifest(path, (one,), passed.kinds if passed else {}, tuple(notes))
 
 
 def _prompts_manifest(path: str, files: Sequence[storage.FileInfo], passed: Counter) -> Manifest:
-    """One file stands for all texts of a folder, each of which is a prompt."""
+    """Makes one manifest file for all texts of a folder, each of which is a prompt."""
     if len(files) == 1:
         text = storage.read_bytes(files[0].path)
         if len(text.strip().splitlines()) > 1:

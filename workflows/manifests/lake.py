@@ -155,7 +155,7 @@ def _rows(found: Any) -> list[dict[str, Any]]:
 
 
 def _value(name: str, value: Any, columns: pa.Schema) -> tuple[str, str | None, str]:
-    """A value of a partition. Types that have no short name stay text."""
+    """One value of a partition. It stays text if its type has no short name."""
     kind = str(columns.field(name).type)
     if value is None:
         return name, None, kind if kind in _PLAIN else "string"

@@ -39,7 +39,7 @@ def picture_column(names: Collection[str], given: str | None = None) -> str:
 
 
 def _other_case(names: Collection[str], name: str) -> str:
-    """The one column that differs from a name in upper and lower case alone; else the name."""
+    """The only column that equals a name but for upper and lower case; otherwise the name itself."""
     same = [one for one in names if one.lower() == name]
     return same[0] if len(same) == 1 else name
 

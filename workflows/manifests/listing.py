@@ -115,7 +115,7 @@ def _matched(pattern: str) -> Listing:
 
 @functools.lru_cache(maxsize=1024)
 def _fits(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
-    """Whether a path matches a pattern, part by part, as a shell with `**` has it."""
+    """Tells whether a path matches a pattern part by part, as in a shell with `**`."""
     if not patterns:
         return not parts
     first, hidden = patterns[0], bool(parts) and parts[0].startswith(".")
@@ -165,7 +165,7 @@ def _sort(
     links: list[str],
     passed: Counter,
 ) -> None:
-    """Puts an entry of a folder where it belongs."""
+    """Puts an entry of a folder into the list it belongs to."""
     if entry.name.startswith(TEMPORARY):
         return
     relative = f"{folder}/{entry.name}" if folder else entry.name

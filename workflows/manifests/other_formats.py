@@ -34,7 +34,7 @@ TEXT_BYTES = 1 << 20
 
 
 def _imgedit_rows(file: ManifestFile) -> list[dict[str, Any]]:
-    """Rows of ImgEdit's JSON, an object of keys: its `id` is the path of the source picture."""
+    """Reads ImgEdit's JSON, an object of entries by key, whose `id` is the path of the source picture."""
     try:
         found = json.loads(storage.read_bytes(file.path))
         if is_deep(found):
@@ -88,7 +88,7 @@ def _pieces(file: ManifestFile, count: int) -> list[Piece]:
 
 
 def _pictures(file: ManifestFile) -> tuple[list[storage.FileInfo], dict[str, storage.FileInfo]]:
-    """The pictures that a file stands for, and the texts beside them by what stands before their suffix."""
+    """Lists the pictures of a manifest file, and the texts beside them by path without suffix."""
     if storage.exists(file.path):
         return list_pictures(file.path), {}
     files = visible(list_manifest(file.path))[0]
@@ -131,7 +131,7 @@ def read_pictures(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
 
 
 def _text_of(file: storage.FileInfo) -> tuple[str, str]:
-    """What a small text file says, and what is wrong with it."""
+    """Reads a small text file. Returns its text and what is wrong with it."""
     if file.size > TEXT_BYTES:
         return "", f"has {file.size:,} bytes, more than {TEXT_BYTES:,}"
     data = storage.read_bytes(file.path)
@@ -242,7 +242,7 @@ def read_results(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
 
 
 def _picture_of(path: str, row: dict[str, Any]) -> str | None:
-    """Where the picture of a result is: in its own row, or where the one is that a text is about."""
+    """Finds the picture of a result: in its own row, or the source if the result is a text."""
     if row["task"] not in TEXT_TASKS:
         return str(Cell(path, row["row_id"]))
     source = row["source"] or {}
@@ -252,7 +252,7 @@ def _picture_of(path: str, row: dict[str, Any]) -> str | None:
 
 
 def _with_samples(path: str, parquet: pq.ParquetFile) -> set[str]:
-    """Ids of a shard that have several samples. They stand together, but may go on in the next shard."""
+    """Finds the ids of a shard with several samples. The last one may continue in the next shard."""
     table = parquet.read(columns=["id", "sample"])
     ids, samples = table.column("id").to_pylist(), table.column("sample").to_pylist()
     several = {one for one, sample in zip(ids, samples, strict=True) if sample}

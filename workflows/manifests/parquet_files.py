@@ -141,7 +141,7 @@ def scan_parquet(file: ManifestFile) -> Scan:
 
 
 def _with_references(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
-    """The schema of a file whose pictures are read as references to their rows, if it holds any."""
+    """Replaces a column that holds pictures by one of references to their rows."""
     name = picture_column(schema.names, file.column)
     index = schema.get_field_index(name)
     if index < 0 or _is_named(schema.field(index).type):
@@ -158,7 +158,7 @@ def _with_references(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
 
 
 def _is_named(kind: pa.DataType) -> bool:
-    """Whether a column of this type says where pictures are and does not hold them."""
+    """Whether a column of this type names pictures instead of holding them."""
     kind = _inner(kind)
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -166,7 +166,7 @@ def _is_named(kind: pa.DataType) -> bool:
 
 
 def _inner(kind: pa.DataType) -> pa.DataType:
-    """The type of the values of lists; any other type as it is."""
+    """The type of the values of a list; any other type unchanged."""
     listed = (
         pa.types.is_list(kind)
         or pa.types.is_large_list(kind)
@@ -177,7 +177,7 @@ def _inner(kind: pa.DataType) -> pa.DataType:
 
 
 def _plain(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
-    """The schema with the types in which values are handed on; JSON is marked as such."""
+    """The schema with the types in which values are passed on. Columns of JSON are marked."""
     fields, marked = [], json_columns(schema)
     for field in schema:
         try:
@@ -237,7 +237,7 @@ def read_parquet(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
 
 
 def _mended_columns(table: pa.Table, first_row: int) -> tuple[pa.Table, dict[int, str]]:
-    """The table with valid text in all columns, and the rows that had other."""
+    """Repairs text that is not UTF-8. Returns the table and the rows that had such text."""
     faults: dict[int, str] = {}
     for index, field in enumerate(table.schema):
         try:

@@ -61,7 +61,7 @@ def question_row(
 
 
 def _prompt(values: Mapping[str, str]) -> str | None:
-    """Hint, question and options, as VLMEvalKit puts them to a model; the question alone without options."""
+    """Builds the prompt as VLMEvalKit does: hint, question and options, or the question alone."""
     question, hint = values["question"], values.get("hint", "")
     options = [f"{name}. {values[name]}" for name in string.ascii_uppercase if values.get(name)]
     lines = [f"Hint: {hint}"] if hint else []
@@ -74,7 +74,7 @@ def _prompt(values: Mapping[str, str]) -> str | None:
 
 
 def _listed(text: str) -> list[str]:
-    """The pictures of a cell, which may be a list of them in Python's words."""
+    """The pictures of a cell, which may be a list in Python's syntax."""
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         return [one or other for one, other in re.findall(r"'([^']*)'|\"([^\"]*)\"", text)]

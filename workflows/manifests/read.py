@@ -59,7 +59,7 @@ def scan(file: ManifestFile) -> Scan:
 
 
 def _with_partition(found: Scan, file: ManifestFile) -> Scan:
-    """With the columns that the file's folders tell, where it has none of that name itself."""
+    """Adds the columns that the names of folders give, unless the file has them itself."""
     for name, _, kind in file.partition:
         if found.schema is None:
             found.kinds.setdefault(name, {"str"})
@@ -82,7 +82,7 @@ def _partitioned(batch: Batch, file: ManifestFile) -> Batch:
 
 
 def _format_within(file: ManifestFile) -> str:
-    """The format of a file; a shard of results is one wherever a copy of it lies, if pictures are wanted."""
+    """The format of a file. If pictures are wanted, a copied shard of results is recognised by its schema."""
     if file.cells and file.format == "parquet":
         with open_parquet(file) as parquet:
             return "results" if is_result(parquet.schema_arrow) else "parquet"
@@ -90,7 +90,7 @@ def _format_within(file: ManifestFile) -> str:
 
 
 class _readable:
-    """Says of errors inside the block that the file cannot be read, and of a vanished one that it is gone."""
+    """Turns errors inside the block into InputErrors that the file cannot be read, or has vanished."""
 
     def __init__(self, file: ManifestFile):
         self.file = file

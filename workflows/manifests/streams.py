@@ -75,7 +75,7 @@ def is_compressed(file: ManifestFile) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[bytes]]]]:
-    """What has to be done to a file, told by its name and its first bytes (also returned)."""
+    """Finds the conversions that a file needs, by its name and first bytes, and returns these too."""
     steps: list[Callable[[IO[bytes]], IO[bytes]]] = []
     name = file.path.lower()
     if name.endswith(".gz"):
@@ -122,7 +122,7 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
 
 
 def _is_bare_array(head: bytes) -> bool:
-    """Whether JSON is an array of texts or numbers, on one line or over several, but no line among others."""
+    """Whether JSON is an array of texts or numbers, and not a line among others."""
     text = head.lstrip()
     first = text[1:].lstrip()
     if not text.startswith(b"[") or first[:1] not in {bytes([one]) for one in b'"-0123456789'}:
@@ -182,7 +182,7 @@ def _with_newlines(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _flat(raw: IO[bytes], path: str) -> Iterator[bytes]:
-    """The outermost objects of JSON, or those in its outermost array, a line each; what else is there too."""
+    """Writes the outermost objects of JSON, or of its outermost array, one a line. Other content is kept."""
     data = raw.read(3).removeprefix(codecs.BOM_UTF8)
     place = depth = start = 0
     array = seen = False
@@ -232,7 +232,7 @@ def _stream(pieces: Iterator[bytes]) -> IO[bytes]:
 
 
 class _Pieces(io.RawIOBase):
-    """A stream of the bytes that are made one piece after the other."""
+    """A stream of pieces of bytes that are made one after the other."""
 
     def __init__(self, pieces: Iterator[bytes]):
         self.pieces, self.rest = pieces, memoryview(b"")
@@ -252,7 +252,7 @@ class _Pieces(io.RawIOBase):
 
 
 class _Reopened(io.RawIOBase):
-    """A stream that goes back by being read again from its beginning."""
+    """A stream that seeks backwards by reading again from the beginning."""
 
     def __init__(self, opened: Callable[[], IO[bytes]]):
         self.opened, self.stream, self.place = opened, opened(), 0

@@ -63,7 +63,7 @@ def scan_csv(file: ManifestFile) -> Scan:
 
 
 def _line_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[Row]:
-    """Rows of a stream that stands at byte `start`, one a line; values is a dict. Blank lines are none."""
+    """Reads rows from a stream at byte `start`, one a line; `values` is a dict. Blank lines are left out."""
     while True:
         line = read_line(stream, file.path)
         if not line:
@@ -77,7 +77,7 @@ def _line_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[Ro
 
 
 def _text(line: bytes, task: str) -> tuple[dict[str, Any], str]:
-    """A line that is a prompt, or for tasks that start from a picture its path; and what is wrong with it."""
+    """Reads a line as a prompt, or as the path of a picture if the task reads one. Also returns its fault."""
     column = COLUMN if task else "prompt"
     try:
         return {column: line.decode().strip()}, ""
@@ -86,7 +86,7 @@ def _text(line: bytes, task: str) -> tuple[dict[str, Any], str]:
 
 
 def _json_object(line: bytes, task: str) -> tuple[dict[str, Any], str]:
-    """The object on a line, as far as it can be read, and what is wrong with it."""
+    """Reads the object on a line as far as possible. Also returns what is wrong with it."""
     fault = ""
     try:
         text = line.decode()
@@ -173,7 +173,7 @@ def _refuse_other_json(file: ManifestFile, pieces: list[Piece], kinds: dict[str,
 
 
 def _is_table(value: dict[str, Any]) -> bool:
-    """Whether an object is a table as pandas writes one by default, or the one list of rows in a document."""
+    """Whether an object is a table as pandas writes it by default, or holds the only list of rows."""
     if {*value} in ({"columns", "index", "data"}, {"schema", "data"}):
         return True
     if len(value) == 1 and isinstance(rows := value.get("data"), list):
@@ -254,7 +254,7 @@ def _shared_pictures(file: ManifestFile) -> dict[str, str]:
 
 
 def _every_row(file: ManifestFile) -> Iterator[dict[str, str]]:
-    """The sound rows of a CSV or TSV file, from its beginning."""
+    """The rows without a fault of a CSV or TSV file, from its beginning."""
     with open_text(file) as stream:
         header = csv_header(file, stream)
         if header is None:

@@ -84,9 +84,9 @@ class Filter:
         return OptionError(f"where is '{self.expression}', which DuckDB refuses ({words}): correct it.")
 
     def _exact(self, expression: str) -> str:
-        """The expression with the names of columns that have twins replaced by ours.
+        """Replaces names of columns that differ only in case by unique ones.
 
-        DuckDB's own parser says where they stand, so that texts and comments are none.
+        DuckDB's own parser locates the names, so texts and comments stay.
         """
         query = self._query(expression).encode()
         try:
@@ -115,7 +115,7 @@ class Filter:
 
 
 def _columns(tree: Any) -> Iterator[dict[str, Any]]:
-    """All references to columns in a statement as DuckDB serialises it, but for the chosen number."""
+    """Finds all references to columns in a statement that DuckDB has serialised."""
     if isinstance(tree, dict):
         if tree.get("class") == "COLUMN_REF":
             yield tree

@@ -86,7 +86,7 @@ class Owner:
 
 
 def _machine() -> str:
-    """One running system and one set of process numbers; empty where that cannot be told."""
+    """Identifies the running system and its set of process numbers; empty if that is impossible."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
@@ -95,7 +95,7 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """Start of a living process in clock ticks since boot, None if there is none such."""
+    """Start of a living process in clock ticks since boot; None if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             # The name before the last bracket may hold anything.
@@ -203,7 +203,7 @@ class OutputLock:
         )
 
     def _replace(self, data: bytes, etag: str) -> str | None:
-        """The new tag if the lock was as `etag` says and is now `data`."""
+        """Writes `data` if the lock still has this tag. Returns the new tag, or None."""
         taken = storage.replace_if_match(self.path, data, etag)
         if taken is None:
             # A PUT may have been done and its answer lost; repeated, it is refused.
@@ -215,7 +215,7 @@ class OutputLock:
         return taken
 
     def _beat(self) -> None:
-        """Counts up until stopped. A storage that does not answer is no loss: it asks again."""
+        """Counts up until stopped. If the storage does not answer, the next beat tries again."""
         while not self._stop.wait(self._lease / BEATS_PER_LEASE):
             owner = dataclasses.replace(self._owner, heartbeat=self._owner.heartbeat + 1)
             try:

@@ -303,7 +303,7 @@ def picture_file(
 def _picture_values(
     row: Mapping[str, Any], file: tuple[int, int, bytes], run: RunConstants
 ) -> dict[str, Any]:
-    """The columns of a result that is a picture, from what `picture_file` made."""
+    """Columns of a result that is a picture, from what `picture_file` made."""
     height, width, encoded = file
     if run.embed_metadata:
         encoded = embed(encoded, xmp_packet(row["prompt"] or "", str(row["seed"]), run.model_digest))
@@ -317,14 +317,14 @@ def _picture_values(
 
 
 def _text_values(text: str) -> dict[str, Any]:
-    """The columns of a result that is a text: it has no size, and its `sha256` is of its UTF-8 bytes."""
+    """Columns of a result that is a text. It has no size; `sha256` is that of its UTF-8 bytes."""
     return {"text": text, "height": None, "width": None, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _content_digest(row: Mapping[str, Any], run: RunConstants) -> str:
-    """Digest of all that makes a result what it is, and of nothing that only names or places it.
+    """Digest of all that determines a result, and of nothing that only names or places it.
 
-    Rows of two runs with the same one hold the same result, up to the rounding of their environments.
+    Rows of two runs with one digest hold the same result, up to the rounding of their environments.
     """
     named = ("task", "mode", "model_digest", "prompt", "language", "width", "height", "seed")
     fields = {name: row[name] for name in (*named, "cfg", "temperature", "top_k", "top_p")}

@@ -138,7 +138,7 @@ def _like(value: Any) -> type | tuple[type, ...]:
 
 
 class _Lines(logging.Handler):
-    """Keeps what is logged, and what it is told, as lines with their time."""
+    """Collects logged records and other messages as lines with their time."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -130,7 +130,7 @@ def json_columns(schema: pa.Schema) -> frozenset[str]:
 
 
 def _features(value: bytes) -> dict[str, Any]:
-    """Features that a Hugging Face file declares; none where the metadata is not what it should be."""
+    """Features that a Hugging Face file declares; none if its metadata is malformed."""
     try:
         features = json.loads(value)["info"]["features"]
     except (ValueError, KeyError, TypeError, RecursionError):

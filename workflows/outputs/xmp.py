@@ -97,7 +97,7 @@ def embed(data: bytes, packet: bytes) -> bytes:
 
 
 def _embed_png(data: bytes, packet: bytes) -> bytes:
-    """As an international text chunk after the header, where a reader finds it before the pixels."""
+    """Inserts an international text chunk after the header, so that readers find it before the pixels."""
     header_end = 8 + 12 + 13
     # Not compressed, no language, no translated keyword.
     body = b"iTXt" + _PNG_KEYWORD + b"\0\0\0\0\0" + packet
@@ -106,7 +106,7 @@ def _embed_png(data: bytes, packet: bytes) -> bytes:
 
 
 def _embed_jpeg(data: bytes, packet: bytes) -> bytes:
-    """As a segment APP1 after those that must come first, JFIF and Exif."""
+    """Inserts a segment APP1 after JFIF and Exif, which must come first."""
     place = 2
     while data[place + 1] in (0xE0, 0xE1):
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
@@ -115,7 +115,7 @@ def _embed_jpeg(data: bytes, packet: bytes) -> bytes:
 
 
 def _embed_webp(data: bytes, packet: bytes) -> bytes:
-    """As the last chunk, of which the header tells; a file without one gets a header."""
+    """Appends a chunk and sets its flag in the header; a file without a header gets one."""
     chunks = data[12:]
     kind, body = chunks[:4], chunks[8:]
     if kind == b"VP8X":
@@ -132,7 +132,7 @@ def _embed_webp(data: bytes, packet: bytes) -> bytes:
 
 
 def _webp_frame(kind: bytes, body: bytes) -> tuple[int, int, bool]:
-    """Width, height and whether there is transparency, of the one frame of a WebP file."""
+    """Width and height of the frame of a WebP file, and whether it has transparency."""
     if kind == b"VP8L":
         bits = int.from_bytes(body[1:5], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, bool(bits >> 28 & 1)

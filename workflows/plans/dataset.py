@@ -134,7 +134,7 @@ def _numbered(batch: pa.Table, schema: pa.Schema) -> tuple[pa.Table, list[int]]:
 
 
 def _count(batch: pa.Table, schema: pa.Schema, settings: PlanSettings) -> pa.Table:
-    """Of every row its number, how many planned rows it gives, and 16 bytes in place of its id."""
+    """For each row: its number, the planned rows that it gives, and 16 bytes in place of its id."""
     table, numbers = _numbered(batch, schema)
     ids, _ = row_ids(table, ORIGIN, numbers, column_names(schema, settings)["id"])
     return pa.table(
@@ -147,7 +147,7 @@ def _count(batch: pa.Table, schema: pa.Schema, settings: PlanSettings) -> pa.Tab
 
 
 def _repeated(ids: pa.ChunkedArray) -> np.ndarray:
-    """int64: the positions of ids (16 bytes each) that occurred before."""
+    """int64: positions of ids (16 bytes each) that an earlier row has."""
     halves = np.frombuffer(b"".join(ids.to_pylist()), [("high", np.uint64), ("low", np.uint64)])
     return np.setdiff1d(np.arange(len(halves)), np.unique(halves, return_index=True)[1])
 
@@ -155,7 +155,7 @@ def _repeated(ids: pa.ChunkedArray) -> np.ndarray:
 def _plan(
     batch: pa.Table, schema: pa.Schema, settings: PlanSettings, model: str, layout: Any, folder: str
 ) -> dict[str, Any]:
-    """The planned rows of some rows, in shards."""
+    """Plans some rows, and cuts the planned rows at the borders of shards."""
     import ray
 
     starts, duplicates, size = ray.get(layout)

@@ -60,7 +60,7 @@ class PlannedPairs(NamedTuple):
 
 
 def _bytes(pairs: np.ndarray) -> np.ndarray:
-    """Each row as one value, which sorts and compares as a whole."""
+    """Packs each row into one value, which sorts and compares as a whole."""
     names = pairs.dtype.names or ()
     columns = np.stack([pairs[name] for name in names], axis=1).astype(">u8")
     # As text of fixed length; a zero at the end would be cut off, so a one is put behind.
@@ -153,7 +153,7 @@ def _digest(text: str) -> tuple[int, int]:
 
 
 def _source(reference: Any, allowed: SourceOptions, when: str) -> tuple[str, int, str] | None:
-    """Address, size and etag of a picture that is a file; None if it is none or cannot be told."""
+    """Address, size and etag of a picture that is a file; None for any other picture."""
     try:
         data, path = parts_of(reference)
         if data is not None or path is None:

@@ -78,7 +78,7 @@ def write_part(
 def _planned(
     work: list[dict[str, Any]], schema: str, settings: PlanSettings, checkpoint: Checkpoint
 ) -> Iterator[pa.Table]:
-    """The planned rows of some pieces, in order, numbered anew in every table."""
+    """Plans the rows of some pieces, in order. Each table numbers its rows from 0."""
     names = set(decode_schema(schema).names)
     for one in work:
         skip, take = one["skip"], one["take"]
@@ -117,7 +117,7 @@ def folder_of(path: str) -> str:
 
 
 def _few(counts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Cuts rows, by the planned rows that each gives, into runs that give few: [start, stop)."""
+    """Cuts rows into ranges [start, stop) of few planned rows; `counts` has those of each row."""
     start = total = 0
     for index, count in enumerate(counts.tolist()):
         if total + count > PLANNED_ROWS and index > start:

@@ -322,7 +322,7 @@ def joins_rows(schema: pa.Schema, settings: PlanSettings) -> bool:
 
 
 def _repeated(hashes: np.ndarray) -> np.ndarray:
-    """int64: where in hashes (uint64) a value stands that occurs more than once, ascending."""
+    """int64: positions in `hashes` (uint64) of values that occur more than once, ascending."""
     found = [np.empty(0, np.int64)]
     # One sixteenth at a time, since sorting all of it would take its memory again.
     nibbles = hashes.view(np.uint8)[::8] & 15 if len(hashes) else ()
@@ -355,12 +355,16 @@ def considered_rows(row: dict[str, Any], schema: str, names: set[str]) -> Iterat
 
 
 class _Rows(NamedTuple):
-    """Some rows of a piece. rows: int64, their numbers in it. faults: number in the file -> fault."""
+    """Some rows of a piece."""
 
     piece: Piece
+    """The piece."""
     rows: np.ndarray
+    """int64 [rows]: their numbers in the piece."""
     table: pa.Table
+    """Their values."""
     faults: dict[int, str]
+    """Number in the file -> what is wrong with the row."""
 
     @property
     def numbers(self) -> list[int]:
@@ -385,7 +389,7 @@ def ids_of(rows: _Rows, column: str) -> list[str]:
 
 
 def _count(row: dict[str, Any], schema: str, settings: PlanSettings) -> dict[str, Any]:
-    """Planned rows that the selected rows of a piece give, and 8 bytes of a hash of every id considered."""
+    """Counts the planned rows of the selected rows, and hashes the ids of all considered rows to 8 bytes."""
     selected = unpack_bits(row["selected"], Piece.from_json(row["piece"]).rows)
     outputs, hashes = 0, []
     column = column_names(decode_schema(schema), settings)["id"]
@@ -397,7 +401,7 @@ def _count(row: dict[str, Any], schema: str, settings: PlanSettings) -> dict[str
 
 
 def _identify(row: dict[str, Any], schema: str, settings: PlanSettings) -> dict[str, Any]:
-    """The rows whose ranks (among those considered) are asked for, as _IDENTITY."""
+    """Describes the rows with the given ranks among the considered ones, as _IDENTITY."""
     ranks = np.frombuffer(row["ranks"], np.int64)
     found, seen = [], 0
     columns = decode_schema(schema)
@@ -417,5 +421,5 @@ def _identify(row: dict[str, Any], schema: str, settings: PlanSettings) -> dict[
 
 
 def _hash(text: str, size: int) -> np.ndarray:
-    """uint64 [size / 8]."""
+    """Hashes text to uint64 [size / 8]."""
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=size).digest(), np.uint64)

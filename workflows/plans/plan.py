@@ -201,8 +201,11 @@ class Plan:
 
 
 def _check(part: PlanPart) -> None:
-    """Raises ValueError for a part that no run has written: it may lead to no other folder, and not say more
-    shards than rows, which would be counted one by one."""
+    """Raises ValueError for a part that no run has written.
+
+    It must not lead to another folder. It must not have more shards than rows, since these are counted one by
+    one.
+    """
     whole = (part.part, part.first_row_id, part.rows, part.first_shard, part.shards, part.shard_rows)
     if not all(type(number) is int and 0 <= number < 2**62 for number in whole):
         raise ValueError("a number of it is none")

@@ -155,9 +155,9 @@ class _LostRace(Exception):
 def _make_increment(
     plan: Plan, found: Manifest, settings: PlanSettings, model: str, output: str | None
 ) -> Plan:
-    """`extend_plan` for a manifest that grows: rounds of one part each, until nothing is new.
+    """Does `extend_plan` for a growing manifest: rounds of one part each, until nothing is new.
 
-    One JSON then decides for a whole round, and who loses the race for it looks for what is new once more.
+    With one part, one JSON decides for a whole round. Whoever loses the race for it looks for new rows again.
     """
     if output is None:
         raise OptionError("incremental is set, but there is no output to go on from: give OUTPUT.")
@@ -184,7 +184,7 @@ def _make_increment(
 
 
 def _new_pictures(found: Manifest, earlier: PlannedPairs, output: str) -> tuple[Manifest, np.ndarray]:
-    """In place of a folder of pictures a manifest of those that are new, and PAIR of each."""
+    """Replaces a folder of pictures by a manifest of the new ones. Returns their PAIRs too."""
     files = list_pictures(found.path)
     pairs = picture_pairs(files)
     new = np.flatnonzero(earlier.new(pairs)[0])
@@ -202,7 +202,18 @@ class _Planner:
         self.warnings = source.warnings + (check_columns(source.schema, settings) if source.rows else [])
 
     def extended(self, plan: Plan) -> Plan:
-        """The plan with all that is asked for. Raises _LostRace if somebody else planned meanwhile."""
+        """Plans all rows that are asked for.
+
+        Args:
+            plan: The plan so far.
+
+        Returns:
+            The whole plan.
+
+        Raises:
+            InputError: The manifest has changed, or gives no rows.
+            _LostRace: Another process planned meanwhile.
+        """
         source = self.source
         if plan.rounds and len(plan.rounds[0].selected) != source.rows:
             raise _changed(source.manifest.path)
@@ -222,9 +233,15 @@ class _Planner:
         return plan
 
     def _with_round(self, plan: Plan, selected: np.ndarray, old: Round | None = None) -> Plan:
-        """The plan with a round of the selected rows (bool [rows of the manifest]).
+        """Adds a round of the selected rows, or finishes one.
 
-        old: the last round of the plan, if it is that one which lacks parts and is to be finished.
+        Args:
+            plan: The plan so far.
+            selected: bool [rows of the manifest].
+            old: The last round of the plan, if that one lacks parts and is to be finished.
+
+        Returns:
+            The plan with the round.
         """
         earlier = plan.rounds[:-1] if old else plan.rounds
         # Rounds of a manifest that grows have rows of their own each.
@@ -297,7 +314,7 @@ class _Planner:
     def _work(
         self, selected: np.ndarray, counts: RowCounts, ends: np.ndarray, start: int, stop: int
     ) -> list[dict[str, Any]]:
-        """Which pieces give the planned rows [start, stop) of a round, and how many of each to skip."""
+        """Finds the pieces of the planned rows [start, stop) of a round, and the rows to skip in each."""
         first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop)
         work = []
         for index in range(first, last + 1):
@@ -318,7 +335,7 @@ class _Planner:
         return work
 
     def _versions(self, index: int) -> dict[int, int]:
-        """Row in the piece -> version, of those that are not the first of their id."""
+        """Row in the piece -> version, for rows that are not the first of their id."""
         if self.versions is None:
             return {}
         mine = self.versions[self.source.slice(index)]
@@ -335,12 +352,12 @@ class _Planner:
             raise _LostRace
 
     def _decided(self) -> dict[str, Any]:
-        """Fields of a Round that say what it was planned from."""
+        """Fields of a Round that say what it is planned from."""
         return {"manifest": self.source.manifest.identity()}
 
 
 class _Increment(_Planner):
-    """Adds a round of what is new in a manifest that grows."""
+    """Adds a round of new rows of a growing manifest."""
 
     def __init__(
         self,
@@ -356,9 +373,17 @@ class _Increment(_Planner):
         self.folder, self.earlier, self.identity, self.file = output, earlier, identity, ""
 
     def added(self, plan: Plan, pairs: np.ndarray | None) -> Plan | None:
-        """The plan with a round of what is new; None if nothing is.
+        """Adds a round of the new rows.
 
-        pairs: PAIR of the source's rows, None if that is to be found out. Raises _LostRace.
+        Args:
+            plan: The plan so far.
+            pairs: PAIR [rows of the source]; None to compute them.
+
+        Returns:
+            The plan with the round; None if nothing is new.
+
+        Raises:
+            _LostRace: Another process planned meanwhile.
         """
         source = self.source
         if not source.rows:

@@ -48,7 +48,7 @@ MAX_CHARACTERS = 10_000_000
 
 
 def _column(table: pa.Table, name: str) -> list[Any] | None:
-    """Values of a column, None if there is none; JSON text as what it says."""
+    """Values of a column, with JSON text parsed; None if there is no such column."""
     if name not in table.column_names:
         return None
     values = table.column(name).to_pylist()
@@ -260,7 +260,7 @@ def _resolved(
     allowed: SourceOptions,
     error: RowError | None,
 ) -> dict[str, Any]:
-    """Parameters of a row; of several faults the first is told, and what could be read is kept."""
+    """Resolves the parameters of a row. The first of several faults is reported; readable values are kept."""
     faults = [error] if error else []
 
     def attempt(function: Any, *arguments: Any) -> Any:
@@ -326,7 +326,10 @@ def _resolved(
 
 
 def _given(values: dict[str, Any], resolved: dict[str, Any], task: str) -> str:
-    """The values of a refused row as JSON text: null for absent ones, without what the plan has unchanged."""
+    """Encodes the values of a refused row as JSON text.
+
+    Absent values are null. Values that the plan has unchanged are left out.
+    """
     # What could be read of a damaged row is not what was given.
     readable = values if resolved["error_type"] != "manifest" else {}
     given = {name: _spelt(readable.get(name)) for name in KNOWN_COLUMNS[task] if name != "id"}
@@ -338,7 +341,7 @@ def _given(values: dict[str, Any], resolved: dict[str, Any], task: str) -> str:
 
 
 def _spelt(value: Any) -> Any:
-    """A value for JSON. An infinite number, which JSON lacks, becomes text, and is refused again as that."""
+    """Converts a value for JSON. Infinity, which JSON lacks, becomes text and is refused again later."""
     if isinstance(value, float) and math.isinf(value):
         return str(value)
     try:
@@ -348,7 +351,7 @@ def _spelt(value: Any) -> Any:
 
 
 def _question(language: Any, settings: PlanSettings) -> str | None:
-    """What is asked of a picture without a question; nothing if the task is another."""
+    """The default question about a picture; None for tasks that ask none."""
     if settings.task != "understand":
         return None
     own = language if isinstance(language, str) and language in LANGUAGES else settings.language
@@ -356,13 +359,13 @@ def _question(language: Any, settings: PlanSettings) -> str | None:
 
 
 def _source(reference: Reference) -> dict[str, Any]:
-    """What can be told of a row's picture before it is looked for."""
+    """What is known of a row's picture before it is located."""
     path = reference.get("path") if isinstance(reference, Mapping) else reference
     return {"uri": kept_uri(path) if isinstance(path, str) else "", "row_id": None}
 
 
 def _locate(source: dict[str, Any], reference: Reference, allowed: SourceOptions) -> None:
-    """Puts into `source` where the picture is. Raises RowError if there is none, or it may not be read."""
+    """Writes the place of the picture into `source`. Raises RowError if it is missing or not allowed."""
     data, path = parts_of(reference)
     if data is not None:
         return

@@ -75,7 +75,7 @@ def size_of(width: int | None, height: int | None, ratio: Any, config: ModelConf
 
 
 def _ratio(value: Any) -> tuple[float, float]:
-    """Height and width, up to a common factor, of an aspect ratio: 16:9, 1.78 or a number."""
+    """Parses an aspect ratio (16:9, 1.78 or a number) to height and width, up to a common factor."""
     try:
         text = value if isinstance(value, str) else repr(float(value))
         width, _, height = text.partition(":")

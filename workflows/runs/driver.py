@@ -104,9 +104,10 @@ def run(
 
 
 def _pool_of(resolved: Resolved, remaining: Remaining, device: str, replica: type) -> Pool:
-    """The replicas for what remains.
+    """Sizes the pool for the remaining shards.
 
-    All are asked for at once: a node that is asked for after another comes up after it. None gets no rows.
+    All replicas are requested at once, since nodes that are requested one after the other start one after the
+    other.
     """
     plan = resolved.plan
     pool = make_pool(resolved.config, device, plan.rows, len(plan.shards), replica)
@@ -115,7 +116,7 @@ def _pool_of(resolved: Resolved, remaining: Remaining, device: str, replica: typ
 
 
 def _make_shards(resolved: Resolved, remaining: Remaining, pool: Pool, monitor: Monitor) -> int:
-    """Makes the remaining shards, and returns how many of their rows are ok."""
+    """Makes the remaining shards. Returns how many of their rows are ok."""
     with _watch(resolved.config, pool) as watch:
         pipeline = functools.partial(_pipeline, resolved, remaining, pool, watch)
         with closing(arriving(pipeline)) as arrivals:
@@ -124,7 +125,7 @@ def _make_shards(resolved: Resolved, remaining: Remaining, pool: Pool, monitor: 
 
 @contextmanager
 def _watch(config: RunConfig, pool: Pool) -> "Iterator[Any]":
-    """The watch of a run. It ends with the block, and with it whatever still asks it for shards."""
+    """Starts the watch of a run. It ends with the block, and ends tasks that still ask it for shards."""
     import ray
 
     from wallaroo.actors import watch
@@ -139,7 +140,7 @@ def _watch(config: RunConfig, pool: Pool) -> "Iterator[Any]":
 
 
 def _pipeline(resolved: Resolved, remaining: Remaining, pool: Pool, watch: Any) -> "ray.data.Dataset":
-    """Numbers of shards become written shards, a row of `write` each."""
+    """Builds the pipeline from numbers of shards to written shards, a row of `write` each."""
     plan, output = resolved.plan, resolved.config.output
     context = resolved.context(
         plan.carried, remaining.finished.environments if resolved.config.strict else ()

@@ -120,7 +120,7 @@ class Monitor:
             self._summaries.add(row["shard"], row["stamp"], row["summary"])
 
     def _look(self, watch: Any) -> None:
-        """Looks at lock, stop and replicas, reports, and raises if the run should not go on."""
+        """Checks lock, stop and replicas, reports, and raises if the run should end."""
         import ray
 
         self._lock.check()
@@ -140,7 +140,7 @@ class Monitor:
             raise self._stop.stopped()
 
     def _show(self, counts: WatchCounts, in_flight: int) -> None:
-        """Tells the caller of the run how far it is, and the metrics."""
+        """Reports the progress to the caller and to the metrics."""
         waiting = ""
         if self._stopping:
             shards = "1 shard is" if in_flight == 1 else f"{in_flight} shards are"
@@ -168,7 +168,7 @@ class Monitor:
             metrics.gauge(f"wallaroo_run_{name}", number, task=self._config.task, output=self._config.output)
 
     def _record(self, counts: WatchCounts) -> None:
-        """Notes in the run's log how far it is."""
+        """Writes the progress to the record of the run."""
         retried = {"replicas that died": counts.deaths, "requests to S3": self._made.retries}
         waited = self._first_replica
         self._run_log.update(

@@ -90,7 +90,7 @@ def _generate(position: int, values: dict[str, Any], model: str, run: RunConstan
 def _from_picture(
     position: int, values: dict[str, Any], source: Source, model: str, run: RunConstants
 ) -> dict[str, Any]:
-    """The request of a row with a picture; `values` come to know what the picture is."""
+    """Builds the request of a row with a picture. Adds what is now known of the picture to `values`."""
     config, tokenizer, _ = read_checkpoint(model)
     picture, language = source.prepared, values["language"]
     template = run.templates.get(language)
@@ -123,7 +123,7 @@ def _from_picture(
 def _null(
     model: str, size: Size, grid: tuple[int, int] | None, language: str, template: str | None
 ) -> Prompt:
-    """The prompt of the null branch; grid: of the source picture, where there is one."""
+    """Builds the prompt of the null branch. `grid` is that of the source picture, if there is one."""
     config, tokenizer, _ = read_checkpoint(model)
     if grid is None:
         return generate_prompt(tokenizer, config, "", size, language, template)
@@ -131,7 +131,7 @@ def _null(
 
 
 def _loaded(plan: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """The plan with what was learnt of its rows, and without the pictures of a Dataset."""
+    """Adds to the plan what was learnt of its rows, and drops the pictures of a Dataset."""
     for name in ("status", "error_type", "error_message", "width", "height", "source"):
         index = plan.schema.get_field_index(name)
         field = plan.schema.field(index)
@@ -144,7 +144,7 @@ def _loaded(plan: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
 def _sources(
     plan: pa.Table, rows: Sequence[dict[str, Any]], run: RunConstants, model: str, options: SourceOptions
 ) -> Iterator[tuple[list[int], Source | RowError]]:
-    """Every distinct source of the planned rows, with their positions, made ready or refused."""
+    """Loads each distinct source of the planned rows. Yields its positions, and the source or its refusal."""
     config = read_checkpoint(model).config.with_pixels(run.min_pixels, run.max_pixels)
     planned = [position for position, row in enumerate(rows) if row["status"] != "error"]
     named: dict[int, Reference] = {}

@@ -70,7 +70,7 @@ def find_remaining(output: str, plan: Plan, retry_errors: bool = False) -> Remai
 
 
 def _set_aside(output: str, shard: int, words: str) -> None:
-    """Moves the damaged file of a shard out of `data/`, which readers of the folder take as a whole."""
+    """Moves the damaged file of a shard out of `data/`, since other tools read all files of that folder."""
     path, target = shard_path(output, shard), unreadable_path(output, shard)
     # It may have vanished since it was listed.
     with suppress(FileNotFoundError):

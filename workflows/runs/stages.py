@@ -231,7 +231,7 @@ def write(
 
 
 def _merged(output: str, shard: int, rows: pa.Table) -> pa.Table:
-    """A finished shard, with these rows in place of those of the same numbers."""
+    """A finished shard with some of its rows replaced by those of the same numbers."""
     with open_shard(output, shard) as parquet:
         finished = parquet.read()
     same = pc.is_in(finished.column("row_id"), rows.column("row_id").combine_chunks())

@@ -19,10 +19,10 @@ _OF_THREAD = threading.local()
 
 
 class _CancelCallback:
-    """Ray Data calls it at each step of a pipeline; it raises when the driver has cancelled the pipeline.
+    """Cancels a pipeline: Ray Data calls it at each step, and it raises if the driver has cancelled.
 
     A pipeline that waits for a machine, or for a replica to load its model, would not end otherwise. Ray Data
-    makes one where it starts the pipeline, and pickles the class, so that it can hold no event itself.
+    pickles the class and makes an object of it where the pipeline starts, so the class can hold no event.
     """
 
     def __init__(self) -> None:

@@ -54,11 +54,11 @@ class _TooSlow(Exception):
 
 
 class _Timed(io.BytesIO):
-    """Bytes that end the decoding of themselves once it has taken too much CPU time.
+    """Bytes that stop their own decoding after too much CPU time.
 
-    A decoder fetches PNG, JPEG, GIF and BMP in pieces, so that a small file with endless work in it is
-    stopped between two of them. TIFF, WebP and AVIF are decoded in one go; there the number of pixels
-    bounds the work, and libtiff itself the scans of a JPEG within.
+    A decoder reads PNG, JPEG, GIF and BMP in pieces, so a small file with endless work is stopped between two
+    of them. TIFF, WebP and AVIF are decoded in one go. For them the number of pixels bounds the work, and
+    libtiff itself bounds the scans of a JPEG within.
     """
 
     def __init__(self, data: bytes, seconds: float):
@@ -156,7 +156,7 @@ def _unknown(data: bytes) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1, which is upright, where the EXIF data are broken."""
+    """The EXIF orientation; 1 (upright) if the EXIF data are broken."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except Exception:
@@ -166,7 +166,7 @@ def _orientation(image: Image.Image) -> int:
 
 @functools.cache
 def _has_heif() -> bool:
-    """Whether Pillow reads HEIF, which it does once pillow-heif is installed and registered."""
+    """Whether Pillow reads HEIF, which needs pillow-heif installed and registered."""
     try:
         import pillow_heif
     except ImportError:
@@ -176,7 +176,7 @@ def _has_heif() -> bool:
 
 
 def _opaque(image: Image.Image, name: str) -> tuple[Image.Image, str]:
-    """A loaded picture of any mode as sRGB, composed on white where it is transparent; and a note."""
+    """Converts a loaded picture of any mode to sRGB, composed on white. Also returns a note."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):
         image = _eight_bits(image)
@@ -195,7 +195,7 @@ def _opaque(image: Image.Image, name: str) -> tuple[Image.Image, str]:
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
-    """An opaque picture as RGB, its colours those of its ICC profile; and why that was ignored."""
+    """Converts an opaque picture to RGB by its ICC profile. Also returns why the profile was ignored."""
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     note = ""
@@ -220,7 +220,7 @@ _BROKEN = "its colour profile is broken and was ignored"
 
 @functools.lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | str | None:
-    """From a profile to sRGB; None if it is sRGB itself, and words if it is not used."""
+    """Builds the transform from a profile to sRGB; None if it is sRGB itself, words if it is ignored."""
     if len(profile) > MAX_PROFILE_BYTES:
         return f"its colour profile has more than {MAX_PROFILE_BYTES >> 20} MiB and was ignored"
     try:
@@ -256,7 +256,7 @@ def _colours() -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of 16 bits with the upper 8, as Pillow itself does for colours."""
+    """Keeps the upper 8 bits of a grey picture with 16, as Pillow does for colours."""
     values = np.asarray(image)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     transparent = image.info.get("transparency")

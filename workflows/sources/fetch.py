@@ -143,7 +143,7 @@ def fetch(
 
 
 class _Outage(Exception):
-    """Something did not serve, but may do so later; `final` is what to raise if it never does."""
+    """A source did not serve, but may do so later. `final` is the error to raise if it never does."""
 
     def __init__(self, final: InputError):
         super().__init__(str(final))
@@ -220,7 +220,7 @@ def _too_many_bytes(name: str, most: int) -> RowError:
 
 
 class _Endpoint:
-    """How one endpoint has served of late, for all threads that ask it."""
+    """The recent state of one endpoint, shared by all threads that use it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -229,7 +229,7 @@ class _Endpoint:
         self.until = 0.0
 
     def wait(self) -> None:
-        """Until the present pause is over."""
+        """Waits until the present pause is over."""
         while (rest := self.until - time.monotonic()) > 0:
             time.sleep(rest)
 

@@ -168,10 +168,9 @@ def _tls() -> ssl.SSLContext:
 
 
 class _Connection(http.client.HTTPSConnection):
-    """A connection to one of some addresses, which ends at a deadline whatever it is doing then.
+    """A connection to one of several addresses, which ends at a deadline whatever its state.
 
-    Timeouts of a socket are those of one read, so a host that sends a byte now and then would hold it
-    for ever.
+    Timeouts of a socket apply to one read, so a host that sends a byte now and then would hold it forever.
     """
 
     def __init__(self, host: str, port: int, addresses: Sequence[str], deadline: float):

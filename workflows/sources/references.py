@@ -206,7 +206,7 @@ def _leaves(path: str) -> RowError:
 
 
 def _data_uri(text: str) -> str | None:
-    """A data URI as it is, the base64 of a picture as one; None for any other text."""
+    """Returns a data URI, or the base64 of a picture as one; None for any other text."""
     if text[:5].lower() == "data:":
         return f"data:{text[5:]}"
     if len(text) < SHORTEST_BASE64 or not re.fullmatch(r"[A-Za-z0-9+/_\s-]+={0,2}\s*", text):
@@ -226,7 +226,7 @@ _PICTURE = re.compile(
 
 
 def _from_base64(text: str) -> bytes:
-    """Of either alphabet, with or without padding and white space."""
+    """Decodes base64 of either alphabet, with or without padding and white space."""
     text = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 

@@ -71,7 +71,7 @@ def fetch_folder(path: str, names: Sequence[str] | None = None, cache: Path | No
 
 
 def _fetch_file(path: str, target: Path, size: int, sha256: str) -> None:
-    """Brings a file to this machine, unless it is there. What a killed process had of it is gone on with."""
+    """Copies a file to this machine, unless it is there. Resumes the copy of a killed process."""
     with open(target.with_name(f".{target.name}.lock"), "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if target.exists():
@@ -99,9 +99,16 @@ def _fetch_file(path: str, target: Path, size: int, sha256: str) -> None:
 
 
 def _fetch_ranges(path: str, part: Path, ranges: Path, size: int) -> bool:
-    """Fetches what is not there of a file, several ranges at once; False if it has not the size it should.
+    """Fetches the missing ranges of a file, several at once.
 
-    ranges: a file of the numbers of the ranges that are there, a line each.
+    Args:
+        path: `s3://` path of the file.
+        part: The local copy.
+        ranges: File with the first byte of each range that is done, one a line.
+        size: Size that the file should have, in bytes.
+
+    Returns:
+        False if it has another size.
     """
     done = set(ranges.read_text().split()) if ranges.exists() else set()
     starts = [start for start in range(0, size, RANGE_BYTES) if str(start) not in done]

@@ -70,7 +70,7 @@ def s3_client() -> Any:
 
 
 def _note_attempts(parsed: dict[str, Any], **_: Any) -> None:
-    """Counts what botocore tried again by itself."""
+    """Counts the retries that botocore makes by itself."""
     count_retries(parsed.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
@@ -97,7 +97,7 @@ def forget_clients() -> None:
 
 
 def _custom_endpoint() -> urllib.parse.SplitResult | None:
-    """The endpoint, unless it is Amazon's own."""
+    """The endpoint; None if it is Amazon's own."""
     url = urllib.parse.urlsplit(s3_client().meta.endpoint_url)
     return None if re.search(r"\.amazonaws\.com(\.cn)?$", url.hostname or "") else url
 
