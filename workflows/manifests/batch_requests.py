@@ -38,7 +38,7 @@ def row_of(line: dict[str, Any], task: str) -> tuple[dict[str, Any], str]:
     if body.get("n") is not None:
         row["samples"] = body["n"]
     if task == "generate" and size not in (None, "auto"):
-        # The sizes of their models are not those of ours, so the nearest ratio is taken.
+        # The sizes of OpenAI's models differ from ours, so the nearest ratio is taken.
         row["aspect_ratio"] = re.sub(r"^(\d+)x(\d+)$", r"\1:\2", size) if isinstance(size, str) else size
     url = line.get("url")
     if url != ENDPOINTS[task]:

@@ -194,7 +194,7 @@ def _count(files: Sequence[storage.FileInfo], taken: set[storage.FileInfo], pass
 def _that_name_pictures(
     tables: Sequence[storage.FileInfo], task: str, image_column: str | None
 ) -> list[storage.FileInfo]:
-    """Selects the tables in a folder of pictures that name them. Hugging Face's metadata files precede."""
+    """Selects the tables in a folder of pictures that name them: those of Hugging Face alone, if any."""
     if len(tables) > PEEKED_FILES:
         return list(tables)
     named = [

@@ -82,7 +82,7 @@ def refuse_parts(pattern: str, found: Sequence[storage.FileInfo]) -> None:
     """
     folders = {file.path.rpartition("/")[0] for file in found}
     if storage.is_s3(pattern):
-        # Each costs a request, so only the one that the pattern begins with is looked at.
+        # Each folder costs a request, so only the first folder of the pattern is checked.
         folders = {found[0].path[: -len(found[0].relative)].rstrip("/")}
     else:
         folders |= {above for folder in folders for above in _above(folder)}
@@ -122,7 +122,7 @@ def _delta(path: str, files: Mapping[str, storage.FileInfo]) -> list[LiveFile]:
     except ImportError:
         raise _needs("Delta Lake", path, "deltalake") from None
     try:
-        # The AWS variables lead it to S3, as all else; an endpoint of one's own may be http://.
+        # deltalake reads the AWS variables itself; a private endpoint may be http://.
         table = DeltaTable(path, storage_options={"allow_http": "true"} if storage.is_s3(path) else None)
         mode = table.metadata().configuration.get("delta.columnMapping.mode", "none")
         deleted = _rows(table.deletion_vectors())

@@ -92,7 +92,7 @@ def _matched_s3(pattern: str) -> list[storage.FileInfo]:
     found = storage.match_files(pattern)
     parts = pattern.split("/")
     for count in range(len(parts) - 1, 2, -1):
-        # A folder of that name may be meant literally, and the pattern be what follows.
+        # A folder may have such a name literally, with the pattern behind it.
         prefix = "/".join(parts[:count])
         if not found and is_pattern(prefix):
             literal = "s3://" + glob.escape(prefix.removeprefix("s3://"))
@@ -107,7 +107,7 @@ def _matched(pattern: str) -> Listing:
         folder = os.path.dirname(folder)
     if "**" not in rest:
         return Listing(storage.match_files(os.path.join(glob.escape(folder), *rest)), {})
-    # Python's own search follows links in circles, at worst for ever.
+    # Python's glob follows links in circles, at worst forever.
     listing = _walk(folder or ".")
     files = [file for file in listing.files if _fits(tuple(file.relative.split("/")), tuple(rest))]
     return Listing(files, {})

@@ -33,7 +33,7 @@ def merged_kind(kinds: set[str]) -> str:
     """Kind that holds the values of all these kinds without loss; `json` if there is none."""
     kinds = kinds - {"null"}
     if "nan" in kinds:
-        # It is how pandas says "nothing", and a number only beside numbers.
+        # pandas writes NaN for "nothing"; it is a number only beside numbers.
         kinds = kinds - {"nan"} if kinds - {"nan", "int", "float"} else kinds - {"nan"} | {"float"}
     if len(kinds) <= 1:
         return next(iter(kinds), "null")
@@ -108,7 +108,7 @@ class Columns:
         marked = [name for name, seen in kinds.items() if merged_kind(seen) in ("json", "list:null")]
         marked += sorted(_json_everywhere([found.schema for _, _, found in ordered]) - {*marked})
         if several := {name: told for name, told in joined.items() if len(told) > 1}:
-            # Where files lie is nobody's business who reads a copy of these rows.
+            # A reader of a copy of these rows need not know where the files were.
             paths = [path for told in several.values() for _, path in told]
             above = os.path.commonprefix(paths)  # noqa: RUF071 - of addresses too
             start = above.rfind("/") + 1
@@ -117,7 +117,7 @@ class Columns:
         if marked:
             metadata[JSON_MARK] = json.dumps(marked).encode()
         fields = [
-            # No type at all is text, so that a file with values can follow.
+            # A column without values is text, so that a file with values can follow.
             pa.field(name, pa.string() if pa.types.is_null(arrow) else arrow)
             for name, (arrow, _) in types.items()
         ]

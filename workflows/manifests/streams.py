@@ -164,7 +164,7 @@ def _is_document(head: bytes, form: str) -> bool:
     try:
         json.loads(line)
     except ValueError:
-        return True  # over several lines, or broken
+        return True  # an object over several lines, or broken
     return False
 
 
@@ -212,7 +212,7 @@ def _flat(raw: IO[bytes], path: str) -> Iterator[bytes]:
                     yield from _lines(data[start:place])
                     depth, start = 0, place
         if not more:
-            # What follows is cut off, or was never JSON.
+            # The rest is truncated, or was never JSON.
             yield from _lines(data[start:])
             return
         if len(data) - start > LINE_BYTES:

@@ -192,7 +192,7 @@ def _pieces(
 ) -> Iterator[Piece]:
     first = count = 0
     stop = start
-    # To read from the middle of a compressed file all before it is decompressed too.
+    # Reading from the middle of a compressed file decompresses all that precedes.
     times = COMPRESSED_TIMES if is_compressed(file) else 1
     for row in rows:
         count, stop = count + 1, row.stop

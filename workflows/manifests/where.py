@@ -31,7 +31,7 @@ class Filter:
         import duckdb
 
         self.expression, self.error = expression, duckdb.Error
-        # Names of our own; a manifest cannot be relied on not to use any one name.
+        # The names must be free, since a manifest may use any fixed one.
         taken = {name.lower() for name in schema.names}
         free = (name for name in map("row_{}".format, itertools.count()) if name not in taken)
         self.number = next(free)

@@ -98,11 +98,11 @@ def _process_start(pid: int) -> int | None:
     """Start of a living process in clock ticks since boot; None if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            # The name before the last bracket may hold anything.
+            # The name of the process before the last bracket may hold anything.
             fields = file.read().rpartition(")")[2].split()
     except OSError:
         return None
-    # A zombie has ended; only its parent has not looked yet.
+    # A zombie has ended; its parent has only not collected it yet.
     return None if fields[0] in "ZX" else int(fields[19])
 
 
@@ -150,11 +150,11 @@ class OutputLock:
         if self._thread is not None:
             self._thread.join()
         if error is None:
-            # What is done well must not end in an error, because the storage is out of order now.
+            # A finished run must not fail because the storage is out of order at its end.
             with storage.retries_enabled():
                 self._give_back()
             return
-        # The block's own error says more; the next run finds an owner that is gone.
+        # The block's own error matters more; the next run takes over from a dead owner.
         with suppress(InputError):
             self._give_back()
 
@@ -191,7 +191,7 @@ class OutputLock:
                 if taken is not None:
                     self._etag = taken
                     return
-                watched = None  # another watcher was first; it is watched like any owner
+                watched = None  # another watcher was first, and is now watched as the owner
                 continue
             time.sleep(self._lease / POLLS_PER_LEASE)
 
@@ -206,7 +206,7 @@ class OutputLock:
         """Writes `data` if the lock still has this tag. Returns the new tag, or None."""
         taken = storage.replace_if_match(self.path, data, etag)
         if taken is None:
-            # A PUT may have been done and its answer lost; repeated, it is refused.
+            # If the response to a PUT was lost, its repetition is refused.
             try:
                 found, now = storage.read_with_etag(self.path)
             except FileNotFoundError:

@@ -41,7 +41,7 @@ def restore_size(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     image = Image.fromarray(pixels)
     scale = max(height / image.height, width / image.width)
-    # Cut first: the whole of a picture that covers 20000x100 pixels would be hundreds of megabytes.
+    # Cut first: a whole picture that covers 20000x100 pixels would take hundreds of megabytes.
     top = max(0.0, (image.height - height / scale) / 2)
     left = max(0.0, (image.width - width / scale) / 2)
     box = (left, top, image.width - left, image.height - top)

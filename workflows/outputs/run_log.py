@@ -191,7 +191,7 @@ class RunLog:
         self.record.run = max(record_numbers(output), default=0)
         while True:
             self.record.run += 1
-            # Another driver may take the number between the listing and this.
+            # Another driver may take the number after the listing.
             if storage.put_if_absent(self._path, self.record.to_json()):
                 break
 
@@ -233,7 +233,7 @@ class RunLog:
         if record.first_row_seconds is None and done > before:
             record.first_row_seconds = record.seconds
         if not replicas and done == before:
-            # The time until a replica is up is not part of the rate, neither here nor in the display.
+            # The rate excludes the time until a replica is up, as in the display.
             self._recent.clear()
         self._rates(now)
         if not record.samples or record.seconds - record.samples[-1][0] >= self._every:
@@ -295,7 +295,7 @@ class RunLog:
         message = (
             words[0] if isinstance(error, InputError | RunStopped) else f"{type(error).__name__}: {words[0]}"
         )
-        # The error that ended the run is the one to be seen, not that the store took no note of it.
+        # The error that ended the run must be shown, not that the storage failed to note it.
         with suppress(OSError, InputError):
             self.end(state, message[:500])
 
@@ -317,7 +317,7 @@ class RunLog:
         else:
             samples.append(point)
         if len(samples) > MAX_SAMPLES:
-            # The first stays, the last stays, and the rest get twice as far apart.
+            # The first and the last stay; the distance of the rest doubles.
             self.record.samples = samples[:-1:2] + samples[-1:]
             self._every *= 2
 

@@ -107,7 +107,7 @@ def result_schema(carried: pa.Schema, save_tokens: bool = False) -> pa.Schema:
         field.with_type(source_type(carried)) if field.name == "source" else field for field in RESULT_FIELDS
     ]
     ours += [TOKENS_FIELD] if save_tokens else []
-    # Fields read from Parquet may bring field ids along, which would be given out twice.
+    # Fields read from Parquet may have field ids, which would then occur twice.
     others = [field.remove_metadata() for field in carried]
     return _as_stored(pa.schema([*ours, *others], metadata=metadata))
 

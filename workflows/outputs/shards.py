@@ -36,7 +36,7 @@ def shard_bytes(table: pa.Table, tally: bytes = b"") -> pa.Buffer:
     metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != TALLY_KEY}
     table = table.replace_schema_metadata(metadata | ({TALLY_KEY: tally} if tally else {}))
     leaves = _leaf_columns(table.schema)
-    # Pictures are compressed already; dictionaries and statistics of them would only cost.
+    # Pictures are compressed already; dictionaries and statistics would only cost time.
     others = [leaf for leaf in leaves if leaf != "image.bytes"]
     pictures = table.column("image").null_count < len(table)
     sink = pa.BufferOutputStream()

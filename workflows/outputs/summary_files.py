@@ -33,7 +33,7 @@ def write_lines(output: str, part: str, lines: Iterable[bytes]) -> None:
     if len(body) > MAX_BYTES:
         return
     head = {"format": FORMAT, "part": part, "sha256": hashlib.sha256(body).hexdigest()}
-    # Without a time in it, equal summaries are equal files.
+    # Without a time, equal summaries are equal files.
     data = gzip.compress(json.dumps(head).encode() + b"\n" + body, compresslevel=1, mtime=0)
     storage.write_atomic(summary_path(output, part), data)
 

@@ -109,7 +109,7 @@ def json_line(values: Mapping[str, Any]) -> bytes:
     try:
         return text.encode() + b"\n"
     except UnicodeEncodeError:
-        # Half a surrogate pair is no UTF-8, but JSON can spell it.
+        # UTF-8 has no lone surrogates, but JSON can escape them.
         return json.dumps(values, allow_nan=False).encode() + b"\n"
 
 

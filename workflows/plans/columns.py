@@ -133,7 +133,7 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
             for name in questions[:1]
         ]
     for name in schema.names:
-        # A short name is near to too many.
+        # Too many words are similar to a short name.
         near = [column for column in meant if name.lower() == column or len(column) > MAX_SHORT]
         carried = name.startswith("in_") and name.removeprefix("in_") in RESULT_NAMES
         hint = "" if name in meant or carried else did_you_mean(name.lower(), near, MIN_COMMON)

@@ -78,7 +78,7 @@ def plan_dataset(
     plans = (
         rows.map_batches(
             functools.partial(_plan, **constants, model=model, layout=layout, folder=os.getcwd()),
-            # About a shard each, so that a task holds no more.
+            # About a shard each, which bounds the memory of a task.
             batch_size=max(1, shard // settings.samples),
             batch_format="pyarrow",
         )
@@ -173,7 +173,7 @@ def _plan(
         folder=folder,
     )
     if settings.task in PICTURE_TASKS:
-        # There is no file that a plan could refer to.
+        # There is no file to refer to, so the plan has the pictures themselves.
         names = column_names(schema, settings)
         takes = np.repeat(np.arange(len(numbers)), [starts[one + 1] - starts[one] for one in numbers])
         planned = planned.append_column(COLUMN, table.column(names[COLUMN]).take(pa.array(takes)))

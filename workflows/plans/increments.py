@@ -63,7 +63,7 @@ def _bytes(pairs: np.ndarray) -> np.ndarray:
     """Packs each row into one value, which sorts and compares as a whole."""
     names = pairs.dtype.names or ()
     columns = np.stack([pairs[name] for name in names], axis=1).astype(">u8")
-    # As text of fixed length; a zero at the end would be cut off, so a one is put behind.
+    # numpy drops zeros at the end of fixed-length bytes, so each ends with a one.
     raw = np.concatenate([columns.view(np.uint8), np.ones((len(pairs), 1), np.uint8)], axis=1)
     return np.ascontiguousarray(raw).view(f"S{raw.shape[1]}").ravel()
 
@@ -140,7 +140,7 @@ def row_pairs(
     pairs = np.empty(len(ids), PAIR)
     picture = column_names(table.schema, settings).get(COLUMN, COLUMN)
     for index, (name, values, fault) in enumerate(zip(ids, table.to_pylist(), faults, strict=True)):
-        # A column that comes later, and is empty in this row, does not make another row of it.
+        # Nulls are left out, so that a new column that is empty here does not change the row.
         said = sorted((key, value) for key, value in values.items() if value is not None)
         source = _source(values.get(picture), allowed, when) if picture in values else None
         pairs[index] = (*_digest(name), *_digest(repr((said, fault, source))))

@@ -54,7 +54,7 @@ def write_part(
     def counted(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         for table in tables:
             errors.update(kind for kind in table.column("error_type").to_pylist() if kind)
-            # Of pictures to be loaded the sizes are not known yet.
+            # Sizes of pictures to load are not known yet.
             known = pc.and_(pc.equal(table.column("status"), "planned"), table.column("width").is_valid())
             planned = table.filter(known)
             widths, heights = (planned.column(name).to_pylist() for name in ("width", "height"))
@@ -85,7 +85,7 @@ def _planned(
         bits = {"piece": one["piece"], "bits": base64.b64decode(one["bits"])}
         for rows in considered_rows(bits, schema, names):
             duplicates = {rows.piece.first_row + row for row in one["duplicates"]}
-            # The keys of JSON are text.
+            # JSON made text of the numbers.
             versions = {rows.piece.first_row + int(row): n for row, n in one["versions"].items()}
             counts = sample_counts(rows.table, settings, rows.numbers, rows.faults, duplicates)
             for start, stop in _few(counts):

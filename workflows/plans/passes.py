@@ -194,7 +194,7 @@ def selected_rows(source: ScannedManifest, settings: PlanSettings) -> np.ndarray
     """
     selected = np.ones(source.rows, bool)
     if settings.where is not None:
-        Filter(settings.where, source.schema)  # says what is wrong with it before any task does
+        Filter(settings.where, source.schema)  # refuses a wrong expression before any task starts
         schema = encode_schema(source.schema)
         for index, _, data in each(source.items(selected), _match, schema=schema, where=settings.where):
             selected[source.slice(index)] = unpack_bits(data, source.pieces[index].rows)
@@ -241,12 +241,12 @@ def counted(
     names = set(source.schema.names)
     id_name = column_names(source.schema, settings)["id"]
     if not names & {id_name, "samples"} and all(file.format == "parquet" for file in source.manifest.files):
-        # The footers have told all there is to know.
+        # The footers give all counts.
         return RowCounts(source.sums(selected) * settings.samples, {}, {})
     outputs = np.zeros(len(source.pieces), np.int64)
     considered = selected | taken if id_name in names else selected
     ends = np.cumsum([0, *source.sums(considered)])
-    # Without a column of ids they are places in files, which no two rows share.
+    # Without a column of ids they are places in files, which are unique.
     hashes = np.empty(ends[-1] if id_name in names else 0, np.uint64)
     constants = {"schema": encode_schema(source.schema), "settings": settings}
     for index, answer, data in each(source.items(considered, selected), _count, **constants):
@@ -324,7 +324,7 @@ def joins_rows(schema: pa.Schema, settings: PlanSettings) -> bool:
 def _repeated(hashes: np.ndarray) -> np.ndarray:
     """int64: positions in `hashes` (uint64) of values that occur more than once, ascending."""
     found = [np.empty(0, np.int64)]
-    # One sixteenth at a time, since sorting all of it would take its memory again.
+    # One sixteenth at a time, since sorting all at once would double the memory.
     nibbles = hashes.view(np.uint8)[::8] & 15 if len(hashes) else ()
     for nibble in range(16):
         mine = np.flatnonzero(nibbles == nibble) if len(hashes) else found[0]

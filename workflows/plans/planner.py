@@ -143,7 +143,7 @@ def extend_plan(
         try:
             return _Planner(source, settings, model, output).extended(plan)
         except _LostRace:
-            # Somebody else made a part meanwhile; what they chose is taken.
+            # Another process made a part meanwhile, and its choice holds.
             plan = open_plan(found, settings, read_checkpoint(model).digest, output)
     return plan
 
@@ -198,7 +198,7 @@ class _Planner:
     def __init__(self, source: ScannedManifest, settings: PlanSettings, model: str, output: str | None):
         self.source, self.settings, self.model, self.output = source, settings, model, output
         self.versions: np.ndarray | None = None
-        # A file without rows may show no columns either, and that is not what is wrong with it.
+        # A file without rows may have no columns either; that the rows are missing is the better message.
         self.warnings = source.warnings + (check_columns(source.schema, settings) if source.rows else [])
 
     def extended(self, plan: Plan) -> Plan:
@@ -244,14 +244,14 @@ class _Planner:
             The plan with the round.
         """
         earlier = plan.rounds[:-1] if old else plan.rounds
-        # Rounds of a manifest that grows have rows of their own each.
+        # Rounds of a growing manifest have a manifest each, so their bits do not compare.
         same = [one.selected for one in earlier if not one.known]
         taken = np.logical_or.reduce(same or [np.zeros_like(selected)])
         counts = counted(self.source, selected, taken, self.settings)
         ends = np.cumsum(counts.outputs)
         rows = int(ends[-1])
         if not rows and plan.parts:
-            return plan  # all of them are joined with rows of earlier rounds
+            return plan  # all are joined with rows of earlier rounds
         if old and old.rows != rows:
             raise _changed(self.source.manifest.path)
         checkpoint = read_checkpoint(self.model)
@@ -305,7 +305,7 @@ class _Planner:
                 shard_rows=now.shard_rows,
                 **answer,
             )
-            # Parts become valid in order, so that what is valid is always a plan as far as it goes.
+            # Parts become valid in order, so that the valid ones always are the beginning of a plan.
             while (ready := waiting.pop(first_part + len(parts) - len(before), None)) is not None:
                 self._commit(ready, now if len(parts) == len(before) else None)
                 parts.append(ready)
@@ -400,7 +400,7 @@ class _Increment(_Planner):
             most = PART_SHARDS * self.settings.shard_rows(rows, config)
             if rows <= most:
                 break
-            # What is left over is new to the next round.
+            # The next round plans the rest.
             chosen = np.flatnonzero(selected)
             selected = selected.copy()
             selected[chosen[max(1, len(chosen) * most // (rows + 1)) :]] = False

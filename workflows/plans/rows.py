@@ -232,7 +232,7 @@ def plan_rows(
 def _seed(row: dict[str, Any], run_seed: int, row_id: str, version: int, sample: int) -> int:
     if row["seed"] is not None:
         return (row["seed"] + sample) % SEEDS
-    # Error rows too: one null among integers, and pandas makes floats of all of them.
+    # Error rows too: with one null among integers, pandas makes floats of all.
     return derived_seed(run_seed, row_id, version, sample)
 
 
@@ -306,7 +306,7 @@ def _resolved(
     if settings.task == "understand" and (sampling["cfg"] or 0) > 1:
         words = f"cfg is {sampling['cfg']:g}, but answers have no guidance; give at most 1."
         faults.append(RowError("sampling", words))
-    # A float is looked for in a range one number after the other.
+    # `in` would compare a float with each of the 2^32 numbers of the range.
     if not (isinstance(sampling["top_k"], int) and sampling["top_k"] in INT32):
         sampling["top_k"] = None
     resolved = {
@@ -319,7 +319,7 @@ def _resolved(
         "language": language,
         "seed": seed,
         "source": source,
-        # JSON has no NaN, and no row of a plan has one.
+        # JSON has no NaN, so a plan has none either.
         **{name: is_finite(value) for name, value in sampling.items()},
     }
     return resolved | {GIVEN: _given(values, resolved, settings.task) if faults else None}
@@ -330,7 +330,7 @@ def _given(values: dict[str, Any], resolved: dict[str, Any], task: str) -> str:
 
     Absent values are null. Values that the plan has unchanged are left out.
     """
-    # What could be read of a damaged row is not what was given.
+    # The readable part of a damaged row is not what was given.
     readable = values if resolved["error_type"] != "manifest" else {}
     given = {name: _spelt(readable.get(name)) for name in KNOWN_COLUMNS[task] if name != "id"}
     if given["prompt"] == resolved["prompt"]:
@@ -392,7 +392,7 @@ def check_prompt(prompt: Any, settings: PlanSettings, tokenizer: Tokenizer) -> N
     if not prompt.strip():
         raise RowError("prompt", f"prompt is {in_words(prompt)}, which says nothing; give every row a text.")
     most = settings.max_prompt_tokens
-    # No token is shorter than a byte, so most prompts need not be encoded to be known as short.
+    # A token has at least one byte, so most prompts are known to be short without encoding.
     if 4 * len(prompt) <= most or len(prompt.encode()) <= most:
         return
     tokens = len(tokenizer.encode([prompt])) if len(prompt) <= MAX_CHARACTERS else None

@@ -106,7 +106,7 @@ class PlanSettings:
     def meaning(self) -> dict[str, Any]:
         """The values that decide what a planned row is. All parts of a plan share them."""
         values = dataclasses.asdict(self)
-        # What was added later counts only where it is given, so that older plans keep their meaning.
+        # A newer option counts only if it is given, so that older plans keep their meaning.
         later = [name for name in values if name in OPTIONS and OPTIONS[name].later and not values[name]]
         left_out = ("limit", "where", "incremental", *later)
         return {name: value for name, value in values.items() if name not in left_out}

@@ -49,7 +49,7 @@ def size_of(width: int | None, height: int | None, ratio: Any, config: ModelConf
             raise RowError(
                 "size", f"aspect_ratio {in_words(ratio)} stands beside a width or height; give one."
             )
-        # Only their quotient matters, so a ratio will do for pixels.
+        # Only the quotient matters, so a ratio can stand for pixels.
         tall, wide = _ratio(ratio)
         size = config.bucket(tall, wide)  # type: ignore[arg-type]
         off = (wide / tall) / (size.width / size.height)
@@ -198,6 +198,6 @@ def without_quotes(text: str) -> str:
 def in_words(value: Any) -> str:
     """Formats a value for a message: one line of at most 60 characters."""
     text = f"'{value[:60]}'" if isinstance(value, str) else repr(value)
-    # A message is one line, whatever is in a prompt.
+    # A message stays one line, whatever the prompt holds.
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     return text if len(text) <= 60 else f"{text[:59]}…"

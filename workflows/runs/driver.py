@@ -75,7 +75,7 @@ def run(
         config, plan = resolved.config, resolved.plan
         if is_finished(output, plan) and not config.retry_errors:
             return summary_of(config, started, before=plan.rows, made=0)
-        # The storage has answered, so that it is not its address that is wrong.
+        # The storage has answered, so its address is right.
         stack.enter_context(storage.retries_enabled())
         connect(config, stack, report, stop)
         device = choose_device(config.device)
@@ -97,7 +97,7 @@ def run(
         lock.check()
         finish(output, plan)
         run_log.end("finished")
-        # The summary and the record tell of the same time, which the start of Ray is no part of.
+        # Summary and record report the same time, without the start of Ray.
         started = time.monotonic() - run_log.record.seconds
         write_report(output)
     return summary_of(config, started, remaining.finished.rows, made)

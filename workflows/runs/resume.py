@@ -72,7 +72,7 @@ def find_remaining(output: str, plan: Plan, retry_errors: bool = False) -> Remai
 def _set_aside(output: str, shard: int, words: str) -> None:
     """Moves the damaged file of a shard out of `data/`, since other tools read all files of that folder."""
     path, target = shard_path(output, shard), unreadable_path(output, shard)
-    # It may have vanished since it was listed.
+    # It may be deleted by now.
     with suppress(FileNotFoundError):
         storage.move(path, target)
         log.warning(f"{path} cannot be read ({words}): it is now {target}, and its shard is made again.")

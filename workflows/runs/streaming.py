@@ -69,7 +69,7 @@ def arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Generator[list[dict[
         if _CancelCallback not in callbacks:
             callbacks.append(_CancelCallback)
         try:
-            # Fetching ahead holds a row back until the next one is there.
+            # Prefetching would hold a row back until the next one arrives.
             blocks: Any = pipeline().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
             for block in blocks:
                 for row in block.to_pylist():
@@ -78,7 +78,7 @@ def arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Generator[list[dict[
                     break
             end = None
         except BaseException as error:
-            # A traceback would keep the pipeline, and with it the replicas and what they hold.
+            # A traceback would keep the pipeline alive, and with it the replicas and their memory.
             end = reason(error).with_traceback(None)
         gc.collect()
         arrived.put(end)
@@ -103,5 +103,5 @@ def arriving(pipeline: Callable[[], "ray.data.Dataset"]) -> Generator[list[dict[
                 raise found
     finally:
         cancelled.set()
-        # Ray must not end while it is still talked to: it would end this process too.
+        # Ray must not end while this thread uses it: that would end the process too.
         thread.join(CANCEL_SECONDS)

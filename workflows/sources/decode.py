@@ -38,7 +38,7 @@ TILE_WIDTH, TILE_LENGTH = 322, 323
 JPEG_PIECE_BYTES = 1024
 
 
-# What is wrong with a picture is told in its row, and `decode` has a limit of its own.
+# Faults of a picture are reported in its row, and `decode` has a limit of its own.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
@@ -63,7 +63,7 @@ class _Timed(io.BytesIO):
 
     def __init__(self, data: bytes, seconds: float):
         super().__init__(data)
-        # A machine that is busy otherwise must not make a picture bad.
+        # CPU time, since a busy machine must not make a picture fail.
         self.end = time.thread_time() + seconds
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -102,7 +102,7 @@ def decode(
         with Image.open(_Timed(data, seconds), formats=formats) as image:
             _check_pixels(image, name, most_pixels)
             if image.format in ("JPEG", "MPO"):
-                # A progressive one may go over all of its pixels again every 23 bytes.
+                # A progressive JPEG may rewrite all of its pixels every 23 bytes.
                 image.decodermaxblock = JPEG_PIECE_BYTES
             image.load()
             turn = UPRIGHT.get(_orientation(image))
@@ -121,7 +121,7 @@ def decode(
     except UnidentifiedImageError:
         raise RowError("image", f"{name} {_unknown(data)}.") from None
     except Exception as error:
-        # Broken files make decoders raise nearly anything, MemoryError for an absurd size among it.
+        # Broken files make decoders raise nearly anything, even MemoryError for an absurd size.
         words = "".join(letter for letter in str(error) if letter.isprintable())[:100]
         if "truncated" in words or "broken data stream" in words or isinstance(error, EOFError):
             raise RowError("image", f"{name} is cut short ({words}): copy it anew.") from None
@@ -238,7 +238,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | str | 
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
         if mode == "RGB":
-            # Most profiles are sRGB under one of many names; rounding is all that they would change.
+            # Most profiles are sRGB under one of many names, and would change pixels by rounding only.
             before = _colours()
             after = np.asarray(ImageCms.applyTransform(before, transform), np.int16)
             if np.abs(after - np.asarray(before, np.int16)).max() <= 1:

@@ -166,7 +166,7 @@ _OF_A_FILE = {
 
 def _read_file(path: str, most: int) -> bytes:
     try:
-        # A pipe without a writer would hold an ordinary open for ever.
+        # A plain open of a pipe without a writer would block forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             regular, data = stat.S_ISREG(os.fstat(descriptor).st_mode), b""
@@ -210,7 +210,7 @@ def _download(url: str, most: int, download: Callable[[str, int], bytes]) -> byt
     try:
         return download(url, most)
     except https.Unavailable as error:
-        # Of many hosts in a manifest some are always gone, so this is no reason to stop a run.
+        # Some of many hosts are always gone, so this must not stop a run.
         name = shown(without_query(url))
         raise _Outage(RowError("image", f"{name} cannot be had, {error}: try again or copy it.")) from error
 
@@ -245,7 +245,7 @@ class _Endpoint:
         """
         with self.lock:
             now = time.monotonic()
-            # Who was under way when the pause began brings no news.
+            # A request that began before the pause says nothing new.
             if now >= self.until:
                 if not self.failures or now - self.until > retry_seconds:
                     self.failures, self.since = 0, now

@@ -178,7 +178,7 @@ class _Connection(http.client.HTTPSConnection):
         self.addresses, self.deadline = addresses, deadline
         self.timer = threading.Timer(max(0.0, deadline - time.monotonic()), self._cut)
         self.timer.daemon = True
-        # http.client forgets the socket once it has an answer that the socket's end will end.
+        # http.client drops the socket if the response ends with the connection.
         self.wire: ssl.SSLSocket | None = None
         self.answer: http.client.HTTPResponse | None = None
 
@@ -195,7 +195,7 @@ class _Connection(http.client.HTTPSConnection):
     def _cut(self) -> None:
         if self.wire is not None:
             with suppress(OSError):
-                # Not SSLSocket's own shutdown, which would change it under the hands of its reader.
+                # Not SSLSocket's shutdown, which would change the object while its reader uses it.
                 socket.socket.shutdown(self.wire, socket.SHUT_RDWR)
 
     @property
@@ -251,7 +251,7 @@ def _body(answer: http.client.HTTPResponse, name: str, most: int, connection: _C
         raise Unavailable(connection.failure(error)) from error
     if len(data) > most or (length or 0) > most:
         raise RowError("image", f"{name} has more than the allowed {most:,} bytes: make it smaller.")
-    # A connection that was cut ends like one that the host has closed.
+    # A connection cut by the timer looks like one closed by the host.
     if connection.late or (length is not None and len(data) < length):
         raise Unavailable(connection.failure())
     return bytes(data)

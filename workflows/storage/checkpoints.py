@@ -75,7 +75,7 @@ def _fetch_file(path: str, target: Path, size: int, sha256: str) -> None:
     with open(target.with_name(f".{target.name}.lock"), "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if target.exists():
-            return  # somebody else fetched it while we waited
+            return  # another process fetched it while this one waited
         part = target.with_name(f".{target.name}.part")
         ranges = target.with_name(f".{target.name}.ranges")
         while True:
@@ -90,7 +90,7 @@ def _fetch_file(path: str, target: Path, size: int, sha256: str) -> None:
                 return
             part.unlink()
             ranges.unlink()
-            # What lay on the disk may be at fault, where a machine lost its power; the next try is all new.
+            # The ranges on the disk may be damaged by a power cut; the next try starts anew.
             if not resumed:
                 raise InputError(
                     f"{path} is not the file that its checkpoint lists, since size or sha256 differ: "

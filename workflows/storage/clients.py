@@ -106,7 +106,7 @@ def _custom_endpoint() -> urllib.parse.SplitResult | None:
 def _region(bucket: str) -> str:
     client = s3_client()
     if _custom_endpoint() is None:
-        # Amazon answers at the bucket's own region only, which boto3 follows and pyarrow must be told.
+        # Amazon serves a bucket in its region only. boto3 finds it; pyarrow must be told.
         return client.head_bucket(Bucket=bucket).get("BucketRegion") or client.meta.region_name
     region = client.meta.region_name
     return "us-east-1" if region in (None, "aws-global") else region
@@ -153,7 +153,7 @@ def parquet_filesystem(path: str) -> "tuple[pyarrow.fs.FileSystem, str]":
         credentials = session().get_credentials()
         if credentials is None:
             raise InputError(f"{path} cannot be used, {NO_CREDENTIALS}.")
-        # pyarrow's own search knows fewer kinds of profile, so it is told what botocore found.
+        # pyarrow knows fewer kinds of profile than botocore, so it gets what botocore found.
         found = credentials.get_frozen_credentials()
         url = _custom_endpoint()
         filesystem = _arrow_s3(

@@ -118,14 +118,14 @@ def explain(path: str, error: Exception) -> str | None:
         ):
             return f"{path} cannot be used, {_UNREACHABLE}."
         if isinstance(cause, botocore.exceptions.BotoCoreError):
-            words = type(cause).__name__  # its message may quote what is secret
+            words = type(cause).__name__  # its message may quote a secret
             return f"{path} cannot be used, botocore says '{words}': check the AWS configuration."
     if isinstance(error, ValueError) and "endpoint" in str(error).lower():
         return f"{path} cannot be used, AWS_ENDPOINT_URL is not a URL such as https://host:port: correct it."
     if isinstance(error, PermissionError):
         return explain_code(path, "AccessDenied")
     if isinstance(error, OSError):
-        # pyarrow has no classes for these, only its words.
+        # pyarrow has no classes for these errors, only messages.
         text = str(error)
         code = re.search(r"AWS Error (\w+)", text)
         status = re.search(r"HTTP status (\d+)", text)
@@ -190,7 +190,7 @@ def refuses_path(error: InputError) -> bool:
     if isinstance(cause, botocore.exceptions.ClientError):
         code = str(cause.response.get("Error", {}).get("Code", ""))
         return CODE_ALIASES.get(code, code) in _OF_ONE_PATH
-    # A ValueError is about the name alone: botocore could not even put it into a request.
+    # A ValueError is about the name alone: botocore could not make a request of it.
     return cause is None or isinstance(cause, (botocore.exceptions.ParamValidationError, ValueError))
 
 

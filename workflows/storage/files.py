@@ -179,7 +179,7 @@ def _local_files(folder: str) -> Iterator[FileInfo]:
             if name.startswith(TEMPORARY):
                 continue
             path = os.path.join(root, name)
-            if os.path.isfile(path):  # not removed since it was listed, no pipe, no link to nowhere
+            if os.path.isfile(path):  # it may be removed by now, or be a pipe or a broken link
                 with suppress(FileNotFoundError):
                     yield local_info(path, os.path.relpath(path, folder).replace(os.sep, "/"))
 
@@ -308,7 +308,7 @@ def write_atomic(path: str, data: bytes | memoryview) -> str:
         with replacing(path) as file:
             file.write(data)
             file.flush()
-            # Of this very file: another writer may take the name before it could be asked for.
+            # By the open file: another writer may already have taken the name.
             return info_of(os.fstat(file.fileno()), path, "").stamp
 
 
@@ -361,7 +361,7 @@ def put_if_absent(path: str, data: bytes) -> bool:
                 with open(temporary, "xb") as file:
                     file.write(data)
                     sync(file)
-                os.link(temporary, path)  # unlike a rename it never replaces, and nobody sees half a file
+                os.link(temporary, path)  # unlike a rename it never replaces a file, and it is atomic
                 sync_folder(path)
                 return True
             except FileExistsError:

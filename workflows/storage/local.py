@@ -61,7 +61,7 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
     try:
         with open(temporary, "xb") as file:
             with suppress(FileNotFoundError):
-                # What was for some eyes only stays so.
+                # A private file stays private.
                 os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
             yield file
             if not file.closed:

@@ -17,7 +17,7 @@ def s3_files(folder: str) -> Iterator[FileInfo]:
     prefix = key.rstrip("/") + "/" if key else ""
     for page in s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
         for item in page.get("Contents", []):
-            if not item["Key"].endswith("/"):  # a folder that some tool has drawn
+            if not item["Key"].endswith("/"):  # marker of a folder, which some tools write
                 path, relative = f"s3://{bucket}/{item['Key']}", item["Key"].removeprefix(prefix)
                 yield FileInfo(path, relative, item["Size"], item["ETag"].strip('"'))
 
@@ -153,13 +153,13 @@ class _Upload(io.RawIOBase):
                 **self.where, **self.upload, MultipartUpload={"Parts": self.parts}
             )
         except client.exceptions.NoSuchUpload:
-            # It may have been done and its answer lost.
+            # The request may have succeeded and its response been lost.
             if client.head_object(**self.where)["ContentLength"] != self.sent:
                 raise
 
     def abort(self) -> None:
         if self.upload:
-            # What went wrong is what is to be told; `remove_leftovers` removes the rest.
+            # The first error must be shown; `remove_leftovers` removes the rest.
             with suppress(Exception):
                 s3_client().abort_multipart_upload(**self.where, **self.upload)
 
