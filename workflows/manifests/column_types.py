@@ -1,7 +1,7 @@
-"""Types of columns: those that Parquet files store in several ways, and the one in which two of them join.
+"""Types of columns: how Parquet files store them, and the one type in which two of them join.
 
-Two types join where no value changes by it. Whether a value that could change is there, such as an integer
-beyond 2^53 beside floats, is only known when it is read; it is refused then.
+Two types join if no value changes. Some values are only known when they are read, such as integers beyond
+2^53 beside floats. They are refused then.
 """
 
 import json

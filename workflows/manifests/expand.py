@@ -1,7 +1,7 @@
 """Prompt sets: templates and lists of values become a manifest, one row for every combination.
 
-A row's id is made of what is in the row and nothing else, so a list that grows keeps the ids that were
-there. Knows nothing of models, and of manifests only how one is written.
+A row's id depends on nothing but the row itself, so rows keep their ids when a list grows. Knows nothing of
+models, and of manifests only how one is written.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Tables of Delta Lake, Iceberg and Hudi: which of the files in their folders are live.
 
-The table's own library reads its log, where it is installed; the rows are read as those of any Parquet file.
+The table's own library reads its log, if it is installed. The rows are read as from any Parquet file.
 """
 
 import os

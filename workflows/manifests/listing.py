@@ -1,4 +1,4 @@
-"""The files of a folder or pattern, links followed, and what of them no manifest is made of.
+"""The files of a folder or pattern, links followed, and which of them are skipped.
 
 Knows names and links, not what is in a file.
 """

@@ -1,8 +1,8 @@
-"""Text files as UTF-8 with a row a line, whatever they are stored as.
+"""Text files as UTF-8 with a row a line, however they are stored.
 
-Compressed files are decompressed, UTF-16 and CR line ends are translated, and a JSON array, or objects that
-are printed over several lines, become one line each. What such a stream gives depends on the file's bytes
-alone, so that a place in it is a place in the file.
+Compressed files are decompressed. UTF-16 and CR line ends are translated. A JSON array, or objects over
+several lines, become one line each. The stream depends on the bytes of the file alone, so a place in it is a
+place in the file.
 """
 
 import bz2

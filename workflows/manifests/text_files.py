@@ -1,4 +1,4 @@
-"""Files of CSV, TSV, JSON and plain lines, cut into pieces at rows, and read piece by piece."""
+"""Files of CSV, TSV, JSON and plain lines: cut into pieces between rows, and read piece by piece."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""What is known of a manifest: its files, their pieces, and batches of their rows."""
+"""The parts of a manifest: its files, their pieces, and batches of their rows."""
 
 import base64
 import dataclasses

@@ -1,10 +1,10 @@
-"""The lock on an output: one run at a time, and a run that was killed never in the way of the next.
+"""The lock on an output: one run at a time, and a killed run never blocks the next one.
 
-`lock.json` in the output names its owner and counts the owner's heartbeats. Who finds it there watches
-it: a heartbeat that moves is a run at work; an owner whose process on this machine is gone is replaced at
-once, any other silent one after a lease by the watcher's own clock. No two clocks are ever compared. All
-changes are conditional on what was read, so of several watchers one wins, and an owner notices the loss
-of its lock. Knows nothing of what the run does.
+`lock.json` in the output names its owner and counts the owner's heartbeats. Another run that finds it there
+watches it. If the heartbeat moves, a run is active. An owner whose process on this machine is gone is
+replaced at once. Any other silent owner is replaced after a lease by the watcher's own clock, so no two
+clocks are ever compared. All changes are conditional on what was read: of several watchers one wins, and an
+owner notices the loss of its lock. Knows nothing of what the run does.
 """
 
 import dataclasses

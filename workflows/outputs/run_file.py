@@ -1,4 +1,4 @@
-"""`run.json`: the configuration of a run, put once and never changed."""
+"""`run.json`: the configuration of a run, written once and never changed."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Shards of `data/`: one Parquet file each, written whole or not at all."""
+"""Shards of `data/`: one Parquet file each, written atomically."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""`_SUCCESS`: what says that an output is complete, and how many rows of each kind it has."""
+"""`_SUCCESS`: marks an output as complete, with its number of rows of each kind."""
 
 import dataclasses
 from collections import Counter

@@ -1,7 +1,7 @@
-"""The files of `summaries/`: JSON values, a line each, that a checksum covers.
+"""The files of `summaries/`: JSON values, a line each, covered by a checksum.
 
-A summary is a cache. One that is absent, damaged or of another version is as good as none, and whoever
-needs it makes it anew; so nothing here raises because of what a file says. Knows nothing of what is counted.
+A summary is a cache. If one is absent, damaged or of another version, it is made anew. So nothing here raises
+because of the contents of a file. Knows nothing of what is counted.
 """
 
 import gzip

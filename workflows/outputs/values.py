@@ -1,4 +1,4 @@
-"""Values as JSON holds them, the same bytes for the same values, and digests of them."""
+"""JSON values: equal bytes for equal values, and digests of them."""
 
 import base64
 import datetime

@@ -1,7 +1,7 @@
-"""Metadata inside picture files: an XMP packet, put into PNG, JPEG or WebP without touching the pixels.
+"""Metadata inside picture files: an XMP packet in PNG, JPEG or WebP, without touching the pixels.
 
-The packet goes between the parts of a file, which stay as they are, byte for byte. Knows nothing of
-data sets, and of pictures only the containers they come in.
+The packet is inserted between the parts of a file, which stay unchanged byte for byte. Knows nothing of data
+sets, and of pictures only their containers.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What must hold before a manifest is planned into an output: another place, and the same run as before."""
+"""Checks before a manifest is planned into an output: another place, and the same run as before."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The columns of a plan: of a manifest, checked against the settings of a run, and the resolved ones."""
+"""The columns of a plan: those of the manifest, checked against the settings, and the resolved ones."""
 
 import json
 import re

@@ -1,7 +1,7 @@
 """The plan of a Dataset instead of a manifest: the same rows, kept in Ray instead of an output.
 
-Every row is planned before any is made, so that `row_id` is dense and an id that occurs twice is seen.
-Knows nothing of replicas and results.
+All rows are planned before any is made. So `row_id` is dense, and repeated ids are found. Knows nothing of
+replicas and results.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What it means that an output is finished; whoever asks, asks here."""
+"""The one definition of a finished output."""
 
 from collections.abc import Mapping
 from typing import Any

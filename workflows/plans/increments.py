@@ -1,8 +1,8 @@
-"""What is new in a manifest that grows: rows by what they say, and by what is listed of their sources.
+"""New rows of a growing manifest, found by their values and by the listing of their sources.
 
-A row is an id and a digest of its own columns and of the address, size and etag of its source; a pair that
-no round has seen is a new row, the next version of its id. Nothing of a source is downloaded for it. Each
-round leaves its pairs beside the plan, as `plan/known-<digest>.parquet`. Knows nothing of Ray and of parts.
+A row is a pair: its id, and a digest of its own columns and of the address, size and etag of its source. A
+pair that no round has seen is a new row, the next version of its id. No source is downloaded for this. Each
+round keeps its pairs beside the plan, as `plan/known-<digest>.parquet`. Knows nothing of Ray and of parts.
 """
 
 import dataclasses

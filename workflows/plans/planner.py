@@ -1,4 +1,4 @@
-"""Planning: manifest -> plan, in three passes, before anything is spent on a row."""
+"""Planning: manifest -> plan, in three passes, before any GPU time is spent."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""The driver of a run: makes what an output lacks, shard by shard, and finishes it."""
+"""The driver of a run: makes the missing shards of an output, and finishes it."""
 
 import dataclasses
 import functools

@@ -1,7 +1,7 @@
-"""The shards of a run on their way into its pipeline: numbers that come as there is room for them.
+"""The shards of a run on their way into its pipeline: their numbers enter as there is room.
 
-A shard that waits is eight bytes. As a block of Ray Data it would cost the driver 1.6 ms and 6 KB before
-the first shard is begun, so a task yields the numbers one by one, and lets only a window of shards into the
+A waiting shard is eight bytes. As a block of Ray Data it would cost the driver 1.6 ms and 6 KB before the
+first shard starts. So a task yields the numbers one by one, and lets only a window of shards into the
 pipeline. There is one pipeline, and one pool of replicas, from the first shard to the last.
 """
 

@@ -1,4 +1,4 @@
-"""What a driver does while its pipeline runs: counts shards, reports, and ends a run that went wrong."""
+"""The driver's work while its pipeline runs: it counts shards, reports, and ends a run that fails."""
 
 import json
 import logging

@@ -1,8 +1,7 @@
 """The load stage: planned rows of one shard become the requests of a replica.
 
-Prompts are tokenised here, and for tasks that start from pictures these are fetched, decoded and brought
-to the sizes that the model takes, each source of a shard once. Knows nothing of replicas, and of Ray only
-that it runs in tasks of its own.
+Prompts are tokenised here. Source pictures are fetched, decoded and resized for the model, each one of a
+shard once. Knows nothing of replicas, and of Ray only that it runs in tasks of its own.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a run resolves at its start, once: paths, model, meaning, plan; and its connection to Ray."""
+"""What a run resolves once at its start: paths, model, meaning and plan; and its connection to Ray."""
 
 import dataclasses
 import logging

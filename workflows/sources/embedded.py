@@ -1,10 +1,10 @@
-"""Pictures within Parquet files, named by file and row, so that a plan need not copy them.
+"""Pictures within Parquet files, referenced by file and row, so that a plan need not copy them.
 
-    /data/cats.parquet#17                        row 17 of the file, counted from 0
-    s3://bucket/out/data/shard-00000003.parquet#817    of the output of a run: the row whose row_id is 817
+    /data/cats.parquet#17                              row 17 of the file, counted from 0
+    s3://bucket/out/data/shard-00000003.parquet#817    in the output of a run: the row with row_id 817
 
-The picture stands in the column `image`: bytes, or a struct of bytes and path. Another column is named
-behind the file, as in `/data/cats.parquet#jpg#17`. Knows nothing of what is done with it.
+The picture is in the column `image`: bytes, or a struct of bytes and path. Another column is named behind the
+file, as in `/data/cats.parquet#jpg#17`. Knows nothing of what is done with the picture.
 """
 
 import re

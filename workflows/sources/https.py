@@ -1,8 +1,8 @@
-"""Downloads over https from hosts that a manifest names: public addresses only, within bounds.
+"""Downloads over https from hosts that a manifest names: public addresses only, within limits.
 
-A host is resolved once, all its addresses are looked at, and the connection goes to one of these very
-addresses; so does every redirect. Proxies are not used, since behind one nobody could look. Knows
-nothing of pictures and manifests, or of how often something is tried.
+A host is resolved once, all its addresses are checked, and the connection goes to one of these addresses. The
+same holds for every redirect. Proxies are not used, since behind one the address cannot be checked. Knows
+nothing of pictures, manifests and retries.
 """
 
 import functools

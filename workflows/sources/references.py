@@ -1,4 +1,4 @@
-"""References to source pictures: what a manifest may name, and where it lies. Fetches nothing."""
+"""References to source pictures: which a manifest may name, and where they lead. Fetches nothing."""
 
 import base64
 import binascii

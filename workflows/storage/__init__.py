@@ -1,4 +1,4 @@
-"""Files by path, local or on S3, read and written alike, and nothing that a caller could find half done.
+"""Files by path, local or on S3, with the same functions and atomic writes.
 
 Only these modules import boto3, botocore, s3fs or fsspec. They know no manifest, no plan and no output.
 `storage.NAME` is what the rest of the code calls; the modules behind it are for this package alone.

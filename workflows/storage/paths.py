@@ -1,4 +1,4 @@
-"""Paths of both kinds: local ones and `s3://bucket/key`."""
+"""Paths of both kinds: local ones, and `s3://bucket/key`."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Retries of requests to S3: which errors pass, how long to go on, and how many there were."""
+"""Retries of requests to S3: which errors may pass, how long to retry, and how often that was."""
 
 import functools
 import random

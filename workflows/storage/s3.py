@@ -1,4 +1,4 @@
-"""What one request to S3 does not do: listings, conditional puts, uploads in parts."""
+"""What takes more than one request to S3, or a condition: listings, conditional puts, uploads in parts."""
 
 import io
 from collections.abc import Callable, Iterator
