@@ -58,7 +58,7 @@ def _column(table: pa.Table, name: str) -> list[Any] | None:
 
 
 def said(text: str) -> Any:
-    """Parses JSON text; returns the text itself if a foreign file marks text as JSON that is none."""
+    """Parses JSON text; returns the text itself if it is not JSON, as a foreign file may mark any text so."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -108,7 +108,7 @@ def check_sampling(cfg: float, temperature: float, top_k: float, top_p: float) -
 
 
 def is_absent(value: Any) -> bool:
-    """Whether an optional value says nothing: null, NaN, or a text that is empty or a word for these."""
+    """Whether an optional value is absent: null, NaN, empty text, or a word such as `none`."""
     if isinstance(value, str):
         return not value.strip() or value.strip().lower() in _NOTHING
     return value is None or (isinstance(value, (float, decimal.Decimal)) and value != value)

@@ -48,7 +48,7 @@ def run(
     replica: type = Replica,
     stop: Stop | None = None,
 ) -> RunSummary:
-    """Does a run, or what is left of it, and returns when all of its rows are in the output.
+    """Does a run, or resumes it, and returns when all of its rows are in the output.
 
     Args:
         config: Options of the run.

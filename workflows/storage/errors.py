@@ -199,7 +199,14 @@ class TooLarge(Exception):
 
 
 def raise_unless_missing(error: OSError) -> None:
-    """Raises an error of a local file again, except a FileNotFoundError."""
+    """Passes over a FileNotFoundError, and raises any other error again.
+
+    Args:
+        error: Error of a local file.
+
+    Raises:
+        OSError: `error`, unless it is a FileNotFoundError.
+    """
     if not isinstance(error, FileNotFoundError):
         raise error
 
