@@ -101,7 +101,7 @@ def test_rows_that_kill_their_replica_become_error_rows_and_their_neighbours_sur
         (ABORTS, "crash"),
         (GREEDY, "crash"),
     ]
-    assert "ended each time" in errors["error_message"][0].as_py()
+    assert "crashed its replica repeatedly" in errors["error_message"][0].as_py()
     bad = pc.is_in(table["row_id"], errors["row_id"].combine_chunks())
     good, same = (one.filter(pc.invert(bad)).drop_columns(VOLATILE) for one in (table, wanted))
     assert good.equals(same)

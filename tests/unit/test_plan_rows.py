@@ -106,8 +106,8 @@ def test_an_empty_cell_is_no_value():
     ("values", "kind", "words"),
     [
         ({"prompt": None}, "prompt", "prompt is missing"),
-        ({"prompt": ""}, "prompt", "prompt is '', which says nothing"),
-        ({"prompt": " \n\u3000\t"}, "prompt", "which says nothing"),
+        ({"prompt": ""}, "prompt", "prompt is '', which is empty"),
+        ({"prompt": " \n\u3000\t"}, "prompt", "which is empty"),
         ({"prompt": 5}, "prompt", "prompt is 5, which is not text"),
         (
             {"prompt": "x" * 100_000},

@@ -390,7 +390,7 @@ def check_prompt(prompt: Any, settings: PlanSettings, tokenizer: Tokenizer) -> N
     if not isinstance(prompt, str):
         raise RowError("prompt", f"prompt is {in_words(prompt)}, which is not text; give every row a text.")
     if not prompt.strip():
-        raise RowError("prompt", f"prompt is {in_words(prompt)}, which says nothing; give every row a text.")
+        raise RowError("prompt", f"prompt is {in_words(prompt)}, which is empty; give every row a text.")
     most = settings.max_prompt_tokens
     # A token has at least one byte, so most prompts are known to be short without encoding.
     if 4 * len(prompt) <= most or len(prompt.encode()) <= most:
