@@ -134,7 +134,7 @@ def test_pictures_are_edited_and_their_neighbours_do_not_suffer(pictures, edited
             assert (row["height"], row["width"]) == CONFIG.bucket(height, width)
             assert decode(row["image"]["bytes"]).size == (row["width"], row["height"])
     reasons = {
-        "no prompt": ("prompt", "says nothing"),
+        "no prompt": ("prompt", "is empty"),
         "no image": ("image", "image is missing"),
         "web": ("image", "does not allow https"),
         "outside": ("image", "leads out of"),
