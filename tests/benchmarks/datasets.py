@@ -19,8 +19,6 @@ from tests.benchmarks.export_memory import write_output
 from wallaroo.workflows.datasets.decide import decide
 from wallaroo.workflows.datasets.look import Found
 from wallaroo.workflows.datasets.rules import Rules
-from wallaroo.workflows.plans.plan import read_plan
-from wallaroo.workflows.reports.finish import finish
 
 ROWS = (10_000, 100_000)
 SHARD_ROWS, SIDE = 256, 64
@@ -51,7 +49,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="datasets-") as folder:
             output = str(Path(folder, "out"))
             write_output(output, rows, SHARD_ROWS, SIDE)
-            finish(output, read_plan(output))
             for words in (
                 ("select", output, "--drop-near-duplicates", "4"),
                 ("export", "webdataset", output),

@@ -26,7 +26,8 @@ from wallaroo.workflows.outputs.layout import PLAN_FOLDER
 from wallaroo.workflows.outputs.rows import Producer, RunConstants, build_result_table
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.plans.columns import plan_schema
-from wallaroo.workflows.plans.plan import PlanPart, Round
+from wallaroo.workflows.plans.plan import PlanPart, Round, read_plan
+from wallaroo.workflows.reports.finish import finish
 
 ROWS, SAMPLES, SIDE = 10_000, 4, 512
 SHARD_ROWS = 80
@@ -88,6 +89,7 @@ def write_output(output: str, rows: int = ROWS, shard_rows: int = SHARD_ROWS, si
     opening = Round(rows, shard_rows, selected, {}, "m" * 64, [], carried, [])
     values = vars(part) | {"format": 1, "opening": opening.to_values()}
     storage.write_atomic(storage.join(output, PLAN_FOLDER, "part-00000.json"), json.dumps(values).encode())
+    finish(output, read_plan(output))
 
 
 def _planned(shard: int, numbers: range, side: int, schema: pa.Schema) -> pa.Table:

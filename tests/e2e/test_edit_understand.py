@@ -79,6 +79,7 @@ def test_a_folder_of_pictures_is_described_and_bad_ones_are_error_rows(pictures,
             "width": width,
             "height": height,
             "row_id": None,
+            "note": "",
         }
     # Equal pixels, equal question: equal answers, whatever the format.
     same = {row["text"] for row in rows if row["id"] in ("plain.png", "plain.bmp", "lzw.tif", "exif-6.png")}
