@@ -110,13 +110,13 @@ def verify(
     plan = read_plan(output)
     report = on_progress or (lambda progress: None)
     found = _Found(say)
+    success = read_success(output)  # a damaged one is told before all files are read
     stamps = _listed(output, plan, found)
     if fast:
         _look(output, plan, found, report)
     else:
         _read(output, plan, run, stamps, found, report)
     missing = [shard for shard in plan.shards if shard not in stamps]
-    success = read_success(output)
     for sentence in _success_faults(output, plan, success, None if found.faults else found, missing):
         found.fault(sentence)
     if not missing and found.rows != plan.rows:
