@@ -283,7 +283,7 @@ def test_a_plan_goes_on_with_its_own_manifest_and_settings_only(tmp_path):
         make(folder, out, seed=1, cfg=2.0)
     (folder / "a.csv").write_text("prompt\ny\n")
     (folder / "b.csv").write_text("prompt\nz\n")
-    with pytest.raises(InputError, match=r"it has the new b\.csv, has the changed a\.csv"):
+    with pytest.raises(InputError, match=r"\(new: b\.csv; changed: a\.csv\): restore it or"):
         make(folder, out)
     with pytest.raises(InputError, match="lies in the manifest"):
         make(folder, folder / "out")

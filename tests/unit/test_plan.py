@@ -10,9 +10,13 @@ import pytest
 from wallaroo.model.checkpoint import TINY, load_config
 from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.manifests.discover import discover
+from wallaroo.workflows.plans.checks import check_same
 from wallaroo.workflows.plans.layout import shard_rows
 from wallaroo.workflows.plans.passes import _repeated
 from wallaroo.workflows.plans.plan import Plan, PlanPart, Round, read_plan, read_shard
+from wallaroo.workflows.plans.settings import PlanSettings
+from wallaroo.workflows.settings import RunConfig
 
 PART = PlanPart(
     part=0,
@@ -129,3 +133,28 @@ def test_repeated_hashes_are_all_found():
     hashes[[17, 4000, 4999]] = hashes[3]
     hashes[0] = hashes[1]
     assert _repeated(hashes).tolist() == [0, 1, 3, 17, 4000, 4999]
+
+
+def test_a_changed_manifest_is_refused_with_the_command_that_retries_failed_rows(tmp_path):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    output.mkdir()
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    settings = PlanSettings.of(RunConfig(str(photos), str(output), task="understand", prompt="What is it?"))
+    found = discover(str(photos), "understand", None)
+    opening = dataclasses.replace(OPENING, settings=settings.meaning(), manifest=found.identity())
+    plan = Plan((PART, NEXT), (opening,))
+    check_same(plan, found, settings, "m", str(output))
+    (photos / "broken.jpg").write_bytes(b"the repaired picture")
+    changed = discover(str(photos), "understand", None)
+    begin = f"The manifest {photos} is not the one that was planned (changed: pictures): restore it"
+    with pytest.raises(InputError) as caught:
+        check_same(plan, changed, settings, "m", str(output))
+    assert str(caught.value) == f"{begin} or give another output."
+    (output / "errors.jsonl").write_text("{}\n")
+    with pytest.raises(InputError) as caught:
+        check_same(plan, changed, settings, "m", str(output))
+    assert str(caught.value) == (
+        f"{begin}, give another output, or retry the failed rows with "
+        f"`wallaroo understand {output}/errors.jsonl NEW_OUTPUT`."
+    )

@@ -5,6 +5,7 @@ import os
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import Manifest
+from wallaroo.workflows.outputs.layout import ERRORS_FILE
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.plans.settings import PlanSettings
 
@@ -27,7 +28,9 @@ def refuse_inside(manifest: str, output: str | None) -> None:
         raise InputError(f"The output {output} lies in the manifest {manifest}: choose another place.")
 
 
-def check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_digest: str) -> None:
+def check_same(
+    plan: Plan, manifest: Manifest, settings: PlanSettings, model_digest: str, output: str | None
+) -> None:
     """Checks that a plan belongs to this manifest, model and these settings.
 
     Args:
@@ -35,6 +38,7 @@ def check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_dig
         manifest: The manifest of this run.
         settings: The settings of this run.
         model_digest: Digest of the checkpoint, hexadecimal.
+        output: Folder of the run, local or on S3; None if nothing is written.
 
     Raises:
         InputError: One of them differs from what was planned. The message names it.
@@ -63,16 +67,22 @@ def check_same(plan: Plan, manifest: Manifest, settings: PlanSettings, model_dig
     old = {name: tuple(rest) for name, *rest in first.manifest}
     new = {name: tuple(rest) for name, *rest in manifest.identity()}
     changes = [
-        f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        f"{what}: {names[0]}" + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
         for what, names in (
-            ("lacks", sorted(old.keys() - new.keys())),
-            ("has the new", sorted(new.keys() - old.keys())),
-            ("has the changed", sorted(name for name in old.keys() & new.keys() if old[name] != new[name])),
+            ("missing", sorted(old.keys() - new.keys())),
+            ("new", sorted(new.keys() - old.keys())),
+            ("changed", sorted(name for name in old.keys() & new.keys() if old[name] != new[name])),
         )
         if names
     ]
     if changes:
+        remedy = "restore it or give another output"
+        errors = storage.join(output, ERRORS_FILE) if output else ""
+        if errors and storage.exists(errors):
+            remedy = (
+                f"restore it, give another output, or retry the failed rows with "
+                f"`wallaroo {settings.task} {errors} NEW_OUTPUT`"
+            )
         raise InputError(
-            f"The manifest {manifest.path} is not the one that was planned, since it {', '.join(changes)}: "
-            f"give another output, or the manifest as it was."
+            f"The manifest {manifest.path} is not the one that was planned ({'; '.join(changes)}): {remedy}."
         )

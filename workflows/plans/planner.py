@@ -94,7 +94,7 @@ def open_plan(found: Manifest, settings: PlanSettings, model_digest: str, output
         InputError: The plan is of another manifest, another model or other settings.
     """
     plan = read_plan(output) if output else Plan()
-    check_same(plan, found, settings, model_digest)
+    check_same(plan, found, settings, model_digest, output)
     return plan
 
 
