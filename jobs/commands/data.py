@@ -265,7 +265,7 @@ def export(
     is refused without --overwrite; none is deleted.
 
     \b
-      wallaroo export files out/first pictures --embed-metadata
+      wallaroo export files out/first marked --embed-metadata
       wallaroo export webdataset out/first s3://bucket/shards
 
     Exit codes: 0 every row was exported, with --partial every finished row; 1 nothing can be exported; 3
