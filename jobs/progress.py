@@ -107,7 +107,9 @@ class Display:
             # The time until a replica is up is not part of the rate, nor is that of another phase.
             self._rate = Rate()
         self._phase = progress.phase
-        text = line(progress, self._rate(now, progress.done))
+        # A command that is done within seconds shows one line, before this clock has measured anything.
+        rate = progress.done / progress.seconds if progress.seconds else self._rate(now, progress.done)
+        text = line(progress, rate)
         if self._bar is not None:
             if self._task is None:
                 self._task = self._bar.add_task("", total=None)

@@ -1,8 +1,10 @@
 """What is shown while a run goes on."""
 
 import io
+from types import SimpleNamespace
 
 from wallaroo.jobs.progress import Display, Rate, line
+from wallaroo.workflows.datasets import progress as phases
 from wallaroo.workflows.progress import Progress
 
 
@@ -39,6 +41,17 @@ def test_the_rate_of_a_phase_is_its_own():
         "reading: 1,000 of 2,000 rows (50 %), 100.0 rows/s, 10 s left",
         "writing: 50 of 2,000 rows (2 %), 0.0 rows/s",
     ]
+
+
+def test_a_phase_tells_its_rate_from_its_first_line_on(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(phases, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    stream = io.StringIO()
+    with Display(stream, clock=lambda: now[0]) as display:
+        phase = phases.Phase(display, "reading", 2000)
+        now[0] = 104.0
+        phase.count(1000, errors=1)
+    assert stream.getvalue() == "reading: 1,000 of 2,000 rows (50 %), 250.0 rows/s, 1 error, 4 s left\n"
 
 
 def test_line_says_what_is_waited_for():

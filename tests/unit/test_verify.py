@@ -234,6 +234,11 @@ def test_each_file_is_opened_once_and_progress_is_told(whole, monkeypatch):
     wanted = [f"data/shard-{n:08d}.parquet" for n in range(3)] + ["plan/part-00000-test.parquet"]
     assert {path: opens[path] for path in wanted} == dict.fromkeys(wanted, 1)
     assert [(one.rows, one.done, one.errors) for one in told] == [(85, 40, 1), (85, 80, 3), (85, 85, 3)]
+    spans = [one.seconds for one in told]
+    assert spans[0] > 0 and spans == sorted(spans)
+    told.clear()
+    judged(whole, on_progress=told.append, fast=True)
+    assert [(one.rows, one.done, one.errors) for one in told] == [(85, 85, 3)] and told[0].seconds > 0
 
 
 def test_a_footer_that_counts_otherwise_is_a_fault(whole):

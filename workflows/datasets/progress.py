@@ -29,7 +29,8 @@ class Phase:
     def __init__(self, report: Report, name: str, rows: int):
         self._report, self._name, self._rows = report, name, rows
         self._done = self._errors = 0
-        self._told, self._spoke = time.monotonic(), False
+        self._began = self._told = time.monotonic()
+        self._spoke = False
 
     def count(self, rows: int, errors: int = 0) -> None:
         """Adds to the counts, and reports them if the last report is TOLD_SECONDS old.
@@ -43,4 +44,7 @@ class Phase:
         now = time.monotonic()
         if now - self._told >= TOLD_SECONDS or (self._spoke and self._done == self._rows):
             self._told, self._spoke = now, True
-            self._report(Progress(self._rows, self._done, errors=self._errors, phase=self._name))
+            seconds = now - self._began
+            self._report(
+                Progress(self._rows, self._done, errors=self._errors, phase=self._name, seconds=seconds)
+            )

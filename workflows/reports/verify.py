@@ -5,6 +5,7 @@ trusts summaries and footers too, and says so. Knows nothing of Ray.
 """
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -108,7 +109,12 @@ def verify(
     """
     run = read_run(output)
     plan = read_plan(output)
-    report = on_progress or (lambda progress: None)
+    began = time.monotonic()
+
+    def report(done: int, errors: int) -> None:
+        if on_progress is not None:
+            on_progress(Progress(plan.rows, done, errors=errors, seconds=time.monotonic() - began))
+
     found = _Found(say)
     success = read_success(output)  # a damaged one is told before all files are read
     stamps = _listed(output, plan, found)
@@ -164,7 +170,7 @@ def _read(
     run: Mapping[str, Any],
     stamps: Mapping[int, str],
     found: _Found,
-    report: Callable[[Progress], None],
+    report: Callable[[int, int], None],
 ) -> None:
     """Reads every file of a plan's shards, and compares the summaries with it."""
     check = Check(output, run, result_schema(plan.carried, bool(run["config"].get("save_tokens"))))
@@ -198,7 +204,7 @@ def _read(
         last = max([last, *one.row_ids])
         for sentence in one.faults:
             found.fault(sentence)
-        report(Progress(rows=plan.rows, done=found.rows, errors=found.errors.total()))
+        report(found.rows, found.errors.total())
     _check_total(output, part, totals, stamps, total, found)
 
 
@@ -255,7 +261,7 @@ def _check_total(
 _REMEDY = f"delete the folder {SUMMARIES_FOLDER} and re-run the command, which makes it anew"
 
 
-def _look(output: str, plan: Plan, found: _Found, report: Callable[[Progress], None]) -> None:
+def _look(output: str, plan: Plan, found: _Found, report: Callable[[int, int], None]) -> None:
     """Counts the rows of every shard by summaries, and by footers where none covers a file."""
     summaries = Summaries(output, plan.parts, renew=False)
     for part in plan.parts:
@@ -269,7 +275,7 @@ def _look(output: str, plan: Plan, found: _Found, report: Callable[[Progress], N
             if not part.compacted and one.tally.rows != wanted:
                 path = shard_path(output, shard)
                 found.fault(f"{path} has {one.tally.rows:,} rows, but {wanted:,} were planned.")
-        report(Progress(rows=plan.rows, done=found.rows, errors=found.errors.total()))
+        report(found.rows, found.errors.total())
     for shard, words in summaries.unreadable.items():
         found.fault(f"{shard_path(output, shard)} cannot be read: {words}.")
     if summaries.opened:
