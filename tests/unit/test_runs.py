@@ -226,6 +226,30 @@ def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
     assert "12 of 12, 1 error (1 engine)" in found.text()
 
 
+def test_status_counts_the_rows_of_files_that_are_newer_than_the_heartbeat(outputs, tmp_path):
+    output, clock = str(tmp_path), Clock()
+    sizes = (6, 6, 4)
+    tables = [outputs.plan_table(rows=rows, first_row=6 * n, shard=n) for n, rows in enumerate(sizes)]
+    outputs.make_output(tmp_path, tables, skip={1})
+    log = RunLog(output, {}, clock)
+    clock.now += 10
+    log.update(**counted(3, rows=16))
+    clock.now += 7
+    found = status(output, clock)
+    # The first file has six rows, the last one four.
+    assert (found.done_shards, found.done, found.planned) == (2, 10, 16)
+    assert "rows    10 of 16" in found.text() and "10 of 16 rows" in found.line()
+    # Rows are counted before the file of their shard is whole.
+    clock.now += 4
+    log.update(**counted(12, rows=16))
+    assert status(output, clock).done == 12
+    # Rows that are retried lie in files already.
+    log = RunLog(output, {"retry_errors": True}, clock)
+    clock.now += 10
+    log.update(**counted(3, rows=16))
+    assert status(output, clock).done == 3
+
+
 @pytest.mark.parametrize(
     ("rows", "errors", "limit", "stops"),
     [

@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from wallaroo.workflows.outputs.run_log import RunRecord, read_records
 from wallaroo.workflows.text import counted, duration
+
+if TYPE_CHECKING:
+    from wallaroo.workflows.plans.plan import PlanPart
 
 SILENT_SECONDS = 60.0
 """A record that says `running` and was not rewritten for so long is reported as silent."""
@@ -33,7 +37,7 @@ class Status:
     done_shards: int
     """Files that are written."""
     done: int | None
-    """Rows in these files; None if nobody has counted them."""
+    """Rows in these files, or those that the last run counted if they are more; None if there was no run."""
     errors: dict[str, int]
     """Kind -> error rows."""
     record: RunRecord | None
@@ -66,7 +70,7 @@ class Status:
         """Seconds until an active run ends; None if unknown."""
         if self.record is None or self.state != "running" or not self.record.rate:
             return None
-        rows = (self.planned or 0) - self.record.done
+        rows = (self.planned or 0) - (self.done or 0)
         return rows / self.record.rate if rows > 0 else None
 
     def text(self) -> str:
@@ -161,13 +165,17 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
         state = "unfinished"
     else:
         state = last.state
+    rows = last.done if last else None
+    if last is not None and not last.options.get("retry_errors"):
+        # The listing is newer than the heartbeat. A run that retries rows writes over files that are there.
+        rows = max(last.done, sum(_rows_in(part, done) for part in plan.parts))
     return Status(
         output=output,
         state=state,
         planned=plan.rows if plan.complete else None,
         shards=len(plan.shards),
         done_shards=done_shards,
-        done=success["rows"] if success else last.done if last else None,
+        done=success["rows"] if success else rows,
         errors=success["errors"] if success else last.errors if last else {},
         record=last,
         runs=len(records),
@@ -175,6 +183,15 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
         heard=heard,
         cost=sum(costs) if (costs := [one.cost for one in records if one.cost is not None]) else None,
     )
+
+
+def _rows_in(part: "PlanPart", done: set[int]) -> int:
+    """Rows of a part in the files of `done`; 0 if its shards were compacted, since their rows vary."""
+    if part.compacted:
+        return 0
+    files = sum(shard in done for shard in range(part.first_shard, part.end))
+    missing_of_last = part.shard_rows * part.shards - part.rows
+    return files * part.shard_rows - (missing_of_last if part.end - 1 in done else 0)
 
 
 def _alive(pid: int) -> bool:
