@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from wallaroo.jobs.terminal import ERROR_ROWS, OK, Group, tell_run
+from wallaroo.jobs.terminal import ERROR_ROWS, OK, Group, printable, tell_run
 
 
 @click.group(cls=Group, short_help="Make manifests of prompts.")
@@ -196,7 +196,10 @@ def select(
     words += [f"{count:,} dropped ({reason})" for reason, count in found.dropped.items()]
     click.echo(", ".join(words))
     for name, count in found.splits.items():
-        click.echo(f"  {dest.rstrip('/')}/{name}  {count:,}")
+        empty = "" if count else " (empty, not written)"
+        click.echo(f"  {dest.rstrip('/')}/{name}  {count:,}{empty}")
+    for reason, example in found.examples.items():
+        click.echo(printable(f"  {reason}, the first row: {example}"), err=True)
     return ERROR_ROWS if found.failures else OK
 
 

@@ -44,7 +44,7 @@ def test_prompts_are_expanded_and_split(wallaroo, tmp_path):
 def test_functions_of_the_present_folder_are_found(wallaroo, tmp_path, outputs):
     finish(str(tmp_path / "out"), outputs.make_output(tmp_path / "out", [outputs.plan_table(errors=(1,))]))
     (tmp_path / "my_own_checks.py").write_text("def even(row):\n    return 4 / row['row_id'] != 1\n")
-    code, out, _ = wallaroo(
+    code, out, err = wallaroo(
         "select", "out", "kept", "--filter", "my_own_checks:even", "--drop-near-duplicates", "4"
     )
     assert code == 3
@@ -52,6 +52,24 @@ def test_functions_of_the_present_folder_are_found(wallaroo, tmp_path, outputs):
         "6 rows: 3 kept, 1 dropped (filter failed), 1 dropped (error row), 1 dropped (filter)",
         "  kept/data  3",
     ]
+    assert err == "  filter failed, the first row: ZeroDivisionError: division by zero\n"
+
+
+def test_an_empty_split_and_the_reason_of_failures_are_told(wallaroo, tmp_path):
+    texts = ["8/10", "very good", "", "no idea"]
+    lines = [json.dumps({"id": f"r{n}", "prompt": "x", "text": text}) for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    code, out, err = wallaroo(
+        *("select", "rows.jsonl", "kept", "--best-of", "text", "--split", "train=0.99,test=0.01")
+    )
+    assert code == 3
+    assert out.splitlines() == [
+        "4 rows: 1 kept, 3 dropped (score failed)",
+        "  kept/test  0 (empty, not written)",
+        "  kept/train  1",
+    ]
+    assert err == "  score failed, the first row: it has no score: the text holds no number\n"
+    assert (tmp_path / "kept" / "train").is_dir() and not (tmp_path / "kept" / "test").exists()
 
 
 @pytest.mark.parametrize(

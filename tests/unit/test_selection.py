@@ -155,6 +155,8 @@ def test_rows_that_nobody_judged_are_told(one_shard, outputs, tmp_path):
     found = select(str(one_shard), str(tmp_path / "dest"), rules)
     assert found.failures == 2 and found.kept == 9
     assert [line["row"] for line in dropped(tmp_path / "dest") if line["why"] == "score failed"] == [0, 1]
+    words = f"it has no score: no number about it is in {tmp_path}/judged"
+    assert found.examples == {"score failed": words}
 
 
 def scene(seed, size=(200, 150)):

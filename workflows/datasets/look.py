@@ -21,6 +21,7 @@ from wallaroo.workflows.datasets.rules import (
     REASONS,
     SCORE_FAILED,
     UNREADABLE,
+    NoScore,
     Rules,
     dhash,
     group_hash,
@@ -146,7 +147,11 @@ class Look:
             for place in np.flatnonzero(why == KEPT).tolist():
                 try:
                     value = given[place] if given is not None else self.score(dict(rows[place]))  # type: ignore[misc]
+                    if value is None and self.scores is not None:
+                        raise NoScore(f"it has no score: no number about it is in {self.scores.path}")
                     scores[place] = number(value)
+                except NoScore as error:
+                    self._failed(why, place, first, SCORE_FAILED, str(error))
                 except Exception as error:
                     self._failed(why, place, first, SCORE_FAILED, error_words(error))
         if self.rules.near_duplicates is not None:

@@ -105,6 +105,8 @@ class Selection:
     """Name of the split -> rows kept."""
     failures: int
     """Dropped rows whose picture or function failed; no rule decided on them."""
+    examples: dict[str, str]
+    """Reason of such a failure -> what was said of the first row that has it."""
 
 
 def load_function(name: str) -> Function:
@@ -143,20 +145,26 @@ def dhash(image: "Image.Image") -> int:
     return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes())
 
 
+class NoScore(ValueError):
+    """A value that is no score; the message says why."""
+
+
 def number(value: Any) -> float:
     """A score as a finite number: the value itself, or the first number in a text.
 
     Raises:
-        ValueError: There is no finite number.
+        NoScore: There is no finite number.
     """
     if isinstance(value, str):
         match = re.search(r"[-+]?\d+(\.\d+)?", value)
-        value = float(match[0]) if match else None
+        if match is None:
+            raise NoScore("it has no score: the text holds no number")
+        value = match[0]
     if value is None:
-        raise ValueError("it has no score")
+        raise NoScore("it has no score")
     value = float(value)
     if not math.isfinite(value):
-        raise ValueError(f"its score is {value}, which is no number to compare")
+        raise NoScore(f"its score is {value}, which is no number to compare")
     return value
 
 

@@ -158,6 +158,11 @@ def _write(
         dropped={REASONS[reason]: count for reason, count in reasons.most_common()},
         splits=dict(zip(names, counts, strict=True)),
         failures=sum(count for reason, count in reasons.items() if reason in FAILURES),
+        examples={
+            REASONS[reason]: messages[int(np.argmax(decided.why == reason))]
+            for reason in reasons
+            if reason in FAILURES
+        },
     )
     put_card(dest, _card(rows, rules, selection))
     document = {**claim, "files": sorted(written), "result": asdict(selection)}
