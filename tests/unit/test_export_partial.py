@@ -11,6 +11,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.export import FORMATS, export
 from wallaroo.workflows.outputs import shards
+from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.plans.plan import read_plan
 from wallaroo.workflows.reports.finish import finish
 
@@ -133,7 +134,13 @@ def test_a_finished_output_gives_no_mark(outputs, tmp_path, capsys):
 def test_without_a_finished_shard_there_is_nothing_to_export(outputs, tmp_path, capsys):
     stopped(outputs, tmp_path / "out", [])
     code, said = run(capsys, "files", tmp_path / "out", tmp_path / "dest", "--partial")
-    assert code == 1 and "has no finished shard yet: try again when the first is there." in said
+    words = (
+        f"{tmp_path}/out has no finished shard yet: no run is at work on it; re-run its command to resume."
+    )
+    assert code == 1 and words in said
+    with OutputLock(str(tmp_path / "out"), "one"):
+        code, said = run(capsys, "files", tmp_path / "out", tmp_path / "dest", "--partial")
+    assert code == 1 and "has no finished shard yet: try again when its run has finished the first." in said
     assert not (tmp_path / "dest").exists()
 
 

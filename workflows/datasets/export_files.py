@@ -21,6 +21,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.progress import Phase, Report, silent
 from wallaroo.workflows.outputs.layout import list_done, shard_path
+from wallaroo.workflows.outputs.lock import at_work
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import RESULT_NAMES, json_columns, result_schema
 from wallaroo.workflows.outputs.shards import open_shard
@@ -104,7 +105,10 @@ class Results:
                 f"what is finished with --partial."
             )
         if self.partial and not self._done:
-            raise InputError(f"{output} has no finished shard yet: try again when the first is there.")
+            remedy = "try again when its run has finished the first"
+            if not at_work(output):
+                remedy = "no run is at work on it; re-run its command to resume"
+            raise InputError(f"{output} has no finished shard yet: {remedy}.")
         self.schema = result_schema(self.plan.carried, bool(run["config"].get("save_tokens")))
         self.carried = [field for field in self.schema if field.name not in RESULT_NAMES]
         self.marked = json_columns(self.schema)
