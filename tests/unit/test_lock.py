@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.lock import LockLost, OutputLock, Owner, RunInProgress
 
@@ -56,7 +57,7 @@ def test_a_free_lock_is_taken_beats_and_is_given_back(output):
             time.sleep(0.01)
             beat = json.loads(storage.read_bytes(lock.path))
         lock.check()
-    assert os.listdir(output) == []
+    assert not os.path.exists(output)
 
 
 def test_a_living_owner_is_named_and_left_alone(output):
@@ -165,4 +166,21 @@ def test_a_halted_owner_loses_its_lock_and_notices_when_it_goes_on(output):
 def test_the_block_s_own_error_comes_through(output):
     with pytest.raises(ZeroDivisionError), OutputLock(output, "mine", lease=LEASE):
         _ = 1 / 0
-    assert os.listdir(output) == []
+    assert not os.path.exists(output)
+
+
+def test_folders_that_only_the_lock_made_go_with_it(tmp_path):
+    with pytest.raises(InputError, match="no manifest"), OutputLock(f"{tmp_path}/a/b/new", "one"):
+        raise InputError("There is no manifest.")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    with OutputLock(f"{tmp_path}/mine", "one"):
+        pass
+    with OutputLock(f"{tmp_path}/a/new", "one"):
+        (tmp_path / "a" / "new" / "run.json").write_text("{}")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "a",
+        "a/new",
+        "a/new/run.json",
+        "mine",
+    ]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 from wallaroo.model.errors import InputError
@@ -136,8 +137,12 @@ class OutputLock:
         self._etag = ""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._made: list[Path] = []
 
     def __enter__(self) -> "OutputLock":
+        if not storage.is_s3(self.path):
+            folder = Path(self.path).parent
+            self._made = [one for one in (folder, *folder.parents) if not one.exists()]
         self._take()
         self._thread = threading.Thread(target=self._beat, name="output-lock", daemon=True)
         self._thread.start()
@@ -234,6 +239,10 @@ class OutputLock:
     def _give_back(self) -> None:
         if not self.lost.is_set() and self._is_mine():
             storage.delete(self.path)
+            # A refused run leaves no folder behind that it made; one with files in it stays.
+            with suppress(OSError):
+                for folder in self._made:
+                    folder.rmdir()
 
     def _is_mine(self) -> bool:
         try:
