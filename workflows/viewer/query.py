@@ -23,6 +23,10 @@ OWN_FACETS = ("task", "status", "error_type", SIZE, "language", "mode", "environ
 MAX_VALUES = 24
 """Carried columns with more values are not facets. Our own facets show this many values."""
 
+EARLIER_FACETS = ("task", "status", "error_type", "prompt", "finish_reason", "language", "mode")
+"""Columns of an earlier result, carried as `in_<name>`, that may be facets. The others are its numbers and
+digests."""
+
 MAX_CARRIED = 12
 MAX_CHARACTERS = 4000
 """Longest search or filter."""
@@ -358,7 +362,7 @@ class Rows:
                 name
                 for name, kind in kinds.items()
                 if name not in ("shard", "position")
-                and source.get(name, name) not in RESULT_NAMES
+                and _may_be_facet(source.get(name, name))
                 and kind in FACET_TYPES
             ]
             few: list[str] = []
@@ -368,6 +372,12 @@ class Rows:
                 few = [name for name, count in zip(names, answer, strict=True) if 1 < count <= MAX_VALUES]
             self._carried = (version, few[:MAX_CARRIED])
         return self._carried[1]
+
+
+def _may_be_facet(name: str) -> bool:
+    """Tells whether a column is carried, and not a number or digest of an earlier result."""
+    earlier = re.sub("^(in_)+", "", name)
+    return name not in RESULT_NAMES and (earlier not in RESULT_NAMES or earlier in EARLIER_FACETS)
 
 
 def keyset(table: str, order: str, descending: bool, place: Place) -> tuple[Clause, Clause]:

@@ -183,6 +183,31 @@ def test_carried_columns_of_few_values_are_facets(tmp_path, outputs, opened):
     assert "weight" not in facets
 
 
+def test_numbers_and_digests_of_an_earlier_result_are_no_facets(tmp_path, outputs, opened):
+    plan = outputs.plan_table(6)
+    carried = {
+        "in_status": ["ok", "ok", "ok", "ok", "error", "error"],
+        "in_prompt": ["a", "a", "b", "b", "c", "c"],
+        "in_in_language": ["en", "en", "zh", "zh", "zh", "zh"],
+        "in_seed": [1, 2, 3, 1, 2, 3],
+        "in_in_cfg": [1.0, 1.0, 1.0, 2.0, 2.0, 2.0],
+        "in_seconds": [0.5, 0.25, 0.5, 0.25, 0.5, 0.25],
+        "in_content_digest": ["aa", "bb", "aa", "bb", "aa", "bb"],
+        "in_town": ["x", "y", "x", "y", "x", "y"],
+    }
+    for name, values in carried.items():
+        plan = plan.append_column(name, pa.array(values))
+    outputs.make_output(tmp_path / "out", [plan])
+    facets = opened(tmp_path / "out").rows.facets(Query())
+    assert [name for name in facets if name in carried] == [
+        "in_status",
+        "in_prompt",
+        "in_in_language",
+        "in_town",
+    ]
+    assert facets["in_status"] == [("ok", 4), ("error", 2)]
+
+
 def test_columns_of_any_name_and_type(tmp_path, outputs, opened):
     plan = outputs.plan_table(4)
     names = ["Prompt", "position", 'a"b', "list", "bytes", "when_"]
