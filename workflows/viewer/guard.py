@@ -70,7 +70,7 @@ def _refusal(request: Request, hosts: Sequence[str] | None, token: str | None) -
     host = request.headers.get("host", "")
     name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
     if hosts is not None and name.lower() not in hosts:
-        return _plain(421, f"The viewer answers as {' or '.join(hosts)} only.")
+        return _plain(421, f"The viewer answers as {' or '.join(dict.fromkeys(hosts))} only.")
     site = request.headers.get("sec-fetch-site", "none")
     navigation = request.headers.get("sec-fetch-mode") == "navigate" and request.method == "GET"
     if site not in ("none", "same-origin") and not navigation:

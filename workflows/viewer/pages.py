@@ -136,6 +136,7 @@ def grid(viewer: Viewer, output: Output, request: Request) -> Response:
     path = f"/{output.number}/"
     message, query, place = "", Query(), None
     page, total, before, facets = Page([], True, True), None, None, {}
+    progress = output.progress()  # before the facets, so that a page without them never calls them final
     try:
         query = Query.from_parameters(request.query_params.multi_items())
         place = _place(request)
@@ -146,7 +147,7 @@ def grid(viewer: Viewer, output: Output, request: Request) -> Response:
         if viewer.index.kinds[output.number]:
             key = (output.number, version, repr(query.to_parameters()))
             facets = viewer.remembered((*key, "facets"), lambda: output.rows.facets(query))
-            if output.progress().complete or not query.plain:
+            if progress.complete or not query.plain:
                 total = viewer.remembered((*key, "count"), lambda: output.rows.count(query))
             if page.rows and total is not None:
                 first = Place(page.rows[0]["shard"], page.rows[0]["position"])
@@ -166,6 +167,7 @@ def grid(viewer: Viewer, output: Output, request: Request) -> Response:
             links |= {"next": at(after=_mark(page.rows[-1]))}
     groups = Counter(map(_group, page.rows))
     values = common(viewer, request, output) | {
+        "progress": progress,
         "query": query,
         "rows": [_tile(output, query, row, kept, groups[_group(row)] < FEW) for row in page.rows],
         "links": links,

@@ -20,6 +20,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs import shards
 from wallaroo.workflows.viewer import server, votes
+from wallaroo.workflows.viewer.guard import LOOPBACK
 from wallaroo.workflows.viewer.votes import Key, Votes
 
 
@@ -44,14 +45,34 @@ def test_pages_escape_and_say_what_a_browser_may_do(tmp_path, outputs):
         assert html.escape(bad, quote=False)[:20] in served.get("/0/").text
 
 
+def test_facets_that_are_not_there_are_explained(tmp_path, outputs):
+    same = {"width": 64, "tag": "t", "weight": 1.0}
+    outputs.make_output(tmp_path / "out", [outputs.plan_table(4)], edit=lambda row: row | same)
+    with serving(tmp_path / "out") as served:
+        early = served.get("/0/").text
+        if "Counts appear here" in early:
+            assert 'data-complete="no"' in early  # and so the page asks again
+        served.indexed()
+        page = served.get("/0/").text
+        assert "Nothing to count: each column of these rows has one value, or too many." in page
+        assert "Counts appear here" not in page and 'data-complete="yes"' in page
+        nothing = served.get("/0/?q=dog").text
+        assert "No rows match." in nothing
+        assert "Nothing to count" not in nothing and "Counts appear here" not in nothing
+
+
 def test_other_names_other_sites_and_other_paths_are_refused(three, tmp_path):
     shutil.copytree(three, tmp_path / "other")
-    with serving(three, tmp_path / "other", votes=tmp_path / "v.parquet") as served:
+    # As `wallaroo view` has them, with the address that it listens at.
+    hosts = (*LOOPBACK, "127.0.0.1")
+    with serving(three, tmp_path / "other", votes=tmp_path / "v.parquet", hosts=hosts) as served:
         host = served.base.removeprefix("http://")
         for name in (host, "localhost:1", "LOCALHOST", "[::1]:80"):
             assert served.get("/0/", {"Host": name}).status == 200
         for name in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "10.0.0.1", ""):
-            assert served.get("/0/", {"Host": name}).status == 421
+            answer = served.get("/0/", {"Host": name})
+            assert answer.status == 421
+            assert answer.text == "The viewer answers as 127.0.0.1 or localhost or [::1] only.\n"
         assert served.get("/0/", {"Sec-Fetch-Site": "cross-site"}).status == 403
         assert served.get("/0/live", {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"}).status == 403
         link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
