@@ -76,6 +76,7 @@ def test_grid_search_filter_facets_and_order(many, tmp_path):
         page.fill("#q", "cat 11")
         page.press("#q", "Enter")
         assert count(page) == "11 rows" and marks(page) == ["0.11", *[f"2.{i}" for i in range(30, 40)]]
+        assert page.url.startswith(f"{served.base}/0/?") and "q=cat+11" in page.url
         page.fill("#where", "row_id >= 115")
         page.click("button.main")
         assert marks(page) == [f"2.{i}" for i in range(35, 40)]
@@ -314,7 +315,7 @@ def test_without_scripts_pages_filters_and_votes_work(many, two, tmp_path):
         assert page.locator("#tiles li").first.get_attribute("data-mark") == "1.8"
         page.fill("#q", '"number 7"')
         page.click("button.main")
-        assert page.locator("#tiles li").count() == 11
+        assert page.locator("#tiles li").count() == 11 and "q=%22number+7%22" in page.url
         page.goto(f"{served.base}/compare")
         wait_for(lambda: page.locator("form.pair").count() > 0)
         page.locator("form.pair >> nth=1").locator("button[value=b]").click()
