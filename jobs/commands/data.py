@@ -212,7 +212,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 @click.command(short_help="Export results for another tool.")
-@click.argument("format", help="One of the formats above.")
+@click.argument("format", help="Name in the list above, such as files or webdataset.")
 @click.argument("output", help="Folder of a finished run; with --partial, of any.")
 @click.argument("dest", help="Folder to write to.")
 @click.option(
@@ -272,7 +272,7 @@ def export(
       wallaroo export webdataset out/first s3://bucket/shards
 
     Exit codes: 0 every row was exported, with --partial every finished row; 1 nothing can be exported; 3
-    error rows, or rows that the format cannot hold, were left out.
+    there are error rows, or rows that the format cannot hold.
     """
     from wallaroo.jobs.progress import Display
     from wallaroo.workflows.datasets.export import export as write

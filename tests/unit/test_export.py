@@ -777,5 +777,10 @@ def test_the_command_tells_what_it_did(outputs, tmp_path, capsys):
     assert code == 0 and DIGITAL_SOURCE_TYPE.encode() in (tmp_path / "dest" / "a.png").read_bytes()
     assert run("file", tmp_path / "all", tmp_path / "dest")[0] == 2
     assert run("files", tmp_path / "absent", tmp_path / "dest")[0] == 1
+    code, said = run("openai-batch", tmp_path / "out", tmp_path / "oai")
+    assert code == 3
+    assert said == (
+        f"1 picture exported to {tmp_path}/oai, 1 file; 1 error row written to results.jsonl as `error`.\n"
+    )
     lines = run("openai-batch", tmp_path / "all", tmp_path / "b", "--image-urls", "https://x")
     assert lines[0] == 0 and (tmp_path / "b" / "images" / "a.png").exists()

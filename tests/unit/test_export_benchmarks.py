@@ -275,6 +275,10 @@ def lines_of(tmp_path, **options):
 def test_answers_are_chat_completions(outputs, tmp_path):
     tables = planned(outputs, ["good", "half", "bad"], 2, errors=(3, 4, 5), source=True)
     rows = make(outputs, tmp_path / "out", tables, task="understand")
+    summary = exported(tmp_path, "openai-batch")
+    assert summary.text() == (
+        f"3 answers exported to {tmp_path}/dest, 1 file; 3 error rows written to results.jsonl as `error`."
+    )
     lines = lines_of(tmp_path)
     assert [line["custom_id"] for line in lines] == ["good", "half", "bad"]
     assert all(set(line) == {"id", "custom_id", "response", "error"} for line in lines)

@@ -131,9 +131,10 @@ def export(
         remove_mark(dest)
     return ExportSummary(
         dest,
-        chosen.what,
+        "answer" if results.task in TEXT_TASKS else "picture",
         count.exported,
         results.errors,
+        chosen.failed,
         count.left_out,
         chosen.why,
         sink.files,
@@ -293,13 +294,14 @@ def _jsonl(results: Results, sink: Sink, count: Count, options: Options) -> None
 
 class _Format(NamedTuple):
     """write: makes the files. names: pattern of theirs. tasks: whose outputs it is for. what: it holds.
-    why: rows are left out."""
+    why: rows are left out. failed: what it writes of error rows."""
 
     write: Callable[[Results, Sink, Count, Options], None]
     names: str
     tasks: tuple[str, ...]
     what: str = "picture"
     why: str = ""
+    failed: str = "with nothing to export"
 
 
 _PICTURE = r"[\w@.-]+\.(png|webp|jpg)"
@@ -340,7 +342,10 @@ FORMATS = {
     "jsonl": _Format(_jsonl, r"answers\.jsonl", ("understand",), "answer"),
     "vlmevalkit": _Format(export_benchmarks.vlmevalkit, r"predictions\.tsv", ("understand",), "answer"),
     "openai-batch": _Format(
-        openai_batch, rf"results\.jsonl|images/{_PICTURE}", ("generate", "edit", "understand")
+        openai_batch,
+        rf"results\.jsonl|images/{_PICTURE}",
+        ("generate", "edit", "understand"),
+        failed="written to results.jsonl as `error`",
     ),
 }
 """Every format by its name on the command line."""

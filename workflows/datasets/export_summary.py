@@ -25,7 +25,9 @@ class ExportSummary:
     exported: int
     """Ok rows that are in `dest` now."""
     errors: int
-    """Error rows, which are not exported."""
+    """Error rows, which give nothing but what `failed` says."""
+    failed: str
+    """What the format writes of error rows, as the end of a phrase."""
     left_out: int
     """Ok rows that the format has no place for."""
     why: str
@@ -61,7 +63,7 @@ class ExportSummary:
         if self.unchanged:
             parts[0] += f" of which {self.unchanged:,} there already"
         if self.errors:
-            parts.append(f"{_number(self.errors, 'error row')} with nothing to export")
+            parts.append(f"{_number(self.errors, 'error row')} {self.failed}")
         if self.left_out:
             parts.append(f"{_number(self.left_out, 'ok row')} left out, since {self.why}")
         if self.renamed:
