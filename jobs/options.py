@@ -11,6 +11,7 @@ from wallaroo.jobs.config import SECTIONS, resolve
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.options import Kind, Option
 from wallaroo.workflows.settings import OPTIONS, REMOVED, RunConfig
+from wallaroo.workflows.tasks import PRESETS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -51,19 +52,23 @@ class RunOption(click.Option):
 
     Args:
         option: The option.
+        task: The task of the command; None for a command of all tasks.
     """
 
-    def __init__(self, option: Option):
-        self.option = option
+    def __init__(self, option: Option, task: str | None = None):
+        self.option, self.choices = option, option.kind.choices
+        if option.name == "preset" and task is not None:
+            self.choices = tuple(name for name in self.choices if PRESETS[name].task == task)
         names = [option.flag, option.name]
         if option.kind.metavar:
-            super().__init__(names, metavar=option.kind.metavar, help=option.help_text)
+            metavar = "|".join(self.choices) or option.kind.metavar
+            super().__init__(names, metavar=metavar, help=option.help_text)
         else:
             super().__init__(names, is_flag=True, default=None, help=option.help_text)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """The choices that begin with what is typed."""
-        return [CompletionItem(one) for one in self.option.kind.choices if one.startswith(incomplete)]
+        return [CompletionItem(one) for one in self.choices if one.startswith(incomplete)]
 
 
 class RemovedOption(click.Option):
@@ -125,7 +130,7 @@ def run_options(task: str | None = None) -> Callable[[Function], Function]:
         params: list[click.Parameter] = function.__click_params__  # type: ignore[attr-defined]
         # click reads them backwards, as decorators are applied.
         params.extend(
-            RunOption(one) for one in reversed(OPTIONS.values()) if task is None or one.serves(task)
+            RunOption(one, task) for one in reversed(OPTIONS.values()) if task is None or one.serves(task)
         )
         params.extend(map(RemovedOption, REMOVED))
         return function

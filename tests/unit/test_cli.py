@@ -53,15 +53,24 @@ def test_help_of_every_command(wallaroo, command):
     assert max(map(len, out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("command", ["generate", "edit", "understand", "plan"])
+PRESETS_OF = {
+    "generate": "geneval|dpg",
+    "edit": "imgedit",
+    "understand": "vlmevalkit",
+    "plan": "geneval|dpg|imgedit|vlmevalkit",
+}
+
+
+@pytest.mark.parametrize("command", list(PRESETS_OF))
 def test_help_names_every_setting(wallaroo, command):
     _, out, _ = wallaroo(command, "--help")
     for option in OPTIONS.values():
         if command != "plan" and not option.serves(command):
             assert not re.search(rf"^  {option.flag}( |$)", out, flags=re.MULTILINE)
             continue
+        metavar = PRESETS_OF[command] if option.name == "preset" else option.kind.metavar
         assert re.search(
-            rf"^  {option.flag}( {re.escape(option.kind.metavar)})?( |$)", out, flags=re.MULTILINE
+            rf"^  {option.flag}{re.escape(f' {metavar}' if metavar else '')}( |$)", out, flags=re.MULTILINE
         )
 
 
@@ -110,12 +119,18 @@ def test_bash_completes_commands_options_and_values():
         ask wallaroo und
         ask wallaroo generate m o --image-f
         ask wallaroo generate m o --image-format ""
+        ask wallaroo generate m o --preset ""
     """
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PATH": path}
     )
-    assert done.stdout.splitlines() == ["understand", "--image-format", "png webp jpeg"], done.stderr
+    assert done.stdout.splitlines() == [
+        "understand",
+        "--image-format",
+        "png webp jpeg",
+        "geneval dpg",
+    ], done.stderr
 
 
 @pytest.mark.parametrize(
