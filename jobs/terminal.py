@@ -22,12 +22,17 @@ def complain(sentence: str) -> None:
     click.echo(f"wallaroo: {printable(sentence)}", err=True)
 
 
-def tell_run(output: str) -> None:
-    """Prints a line to stderr if an active run holds an output that a command reads."""
+def tell_run(output: str) -> bool:
+    """Prints a line to stderr if an active run holds an output that a command reads.
+
+    Returns:
+        Whether one holds it.
+    """
     from wallaroo.workflows.outputs.lock import at_work
 
     if words := at_work(output):
         click.echo(printable(words), err=True)
+    return bool(words)
 
 
 def printable(text: str) -> str:

@@ -277,7 +277,7 @@ def export(
     from wallaroo.jobs.progress import Display
     from wallaroo.workflows.datasets.export import export as write
 
-    tell_run(output)
+    running = tell_run(output)
     with Display() as display:
         summary = write(
             output,
@@ -290,5 +290,7 @@ def export(
             overwrite=overwrite,
             on_progress=display,
         )
+    if running and not summary.partial:
+        click.echo("The output is finished by now: the export is complete.", err=True)
     click.echo(summary.text())
     return ERROR_ROWS if summary.errors or summary.left_out else OK

@@ -22,11 +22,14 @@ from wallaroo.model.errors import InputError
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import check_gpus
+from wallaroo.workflows.outputs import shards
 from wallaroo.workflows.outputs.lock import OutputLock, Owner, at_work
 from wallaroo.workflows.plans.columns import check_columns
+from wallaroo.workflows.plans.plan import read_plan
 from wallaroo.workflows.plans.rows import plan_rows
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.progress import RunSummary
+from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint
 
@@ -167,6 +170,14 @@ def test_commands_say_that_a_run_is_at_work(outputs, tmp_path, capsys):
         for command in (("export", "files"), ("select",)):
             err = said(*command, output, tmp_path / "new").err.splitlines()
             assert err[0] == words and f"{output} is not finished" in err[1]
+        complete = "The output is finished by now: the export is complete."
+        some = said("export", "files", output, tmp_path / "some", "--partial")
+        assert some.out.startswith("Partial export: 1 of 2 shards ") and complete not in some.err
+        shards.write_shard(str(output), 1, outputs.result_table(outputs.plan_table(6, 6, 1)))
+        finish(str(output), read_plan(str(output)))
+        whole = said("export", "files", output, tmp_path / "some", "--partial", "--overwrite")
+        assert whole.out.startswith("12 pictures exported to ")
+        assert whole.err.splitlines()[0] == words and whole.err.splitlines()[-1] == complete
 
 
 @contextmanager
