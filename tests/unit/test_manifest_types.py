@@ -70,6 +70,21 @@ def test_views_as_polars_and_deltalake_write_them(tmp_path):
     assert schema.types == [pa.string(), pa.binary(), pa.list_(pa.string()), pa.struct([("v", pa.string())])]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_views_of_lists(tmp_path, rows):
+    lists = [["x", "y"], None, []][:rows]
+    kinds = [pa.list_view(pa.string()), pa.large_list_view(pa.string_view())]
+    table = pa.table([pa.array(lists, kind) for kind in kinds], ["small", "large"])
+    table = table.append_column(
+        "inner", pa.array([{"v": one} for one in lists], pa.struct([("v", kinds[0])]))
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    schema, found = load(tmp_path)
+    assert found == table.to_pylist()
+    plain = pa.list_(pa.string())
+    assert schema.types == [plain, plain, pa.struct([("v", plain)])]
+
+
 def test_files_of_polars(tmp_path):
     frame = pl.DataFrame(
         {

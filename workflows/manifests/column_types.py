@@ -66,7 +66,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     if types.is_map(kind):
         return pa.map_(plain_type(kind.key_type), plain_type(kind.item_type), kind.keys_sorted)
     if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
-        return pa.list_(plain_type(kind.value_type)) if types.is_list_view(kind) else kind
+        return pa.list_(plain_type(kind.value_type)) if _is_list_view(kind) else kind
     inner = plain_type(kind.value_type)
     if inner == kind.value_type:
         return kind
@@ -174,6 +174,15 @@ def _joined_nested(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     return pa.large_list(inner) if large else pa.list_(inner)
 
 
+def _is_list_view(kind: pa.DataType) -> bool:
+    return bool(types.is_list_view(kind) or types.is_large_list_view(kind))
+
+
+def _has_list_view(kind: pa.DataType) -> bool:
+    inner = [kind.field(index).type for index in range(kind.num_fields)]
+    return _is_list_view(kind) or any(_has_list_view(one) for one in inner)
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
@@ -202,6 +211,9 @@ def converted(column: Any, name: str, kind: pa.DataType) -> Any:
     if plain_type(column.type) == pa.bool_() and pa.types.is_int8(column.type):
         return column.cast(pa.bool_())
     try:
+        if _has_list_view(column.type):
+            # Arrow's cast of a view gives a list whose offsets are too few.
+            return pa.array(column.to_pylist(), kind)
         return column.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise Unfit(name, str(error).strip().split("\n", 1)[0]) from error
