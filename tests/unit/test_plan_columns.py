@@ -283,3 +283,13 @@ def test_columns_of_an_earlier_output_are_no_misspelt_ones():
     schema = pa.schema([(name, pa.string()) for name in names])
     (warning,) = check_columns(schema, PlanSettings.of(RunConfig("", "", "understand")))
     assert "'sede'" in warning
+
+
+def test_a_misspelt_column_is_warned_of_beside_the_right_one():
+    names = ["id", "prompt", "seed", "sede", "promt"]
+    schema = pa.schema([(name, pa.string()) for name in names])
+    warnings = check_columns(schema, PlanSettings.of(RunConfig("", "", "generate")))
+    assert warnings == [
+        "Column 'sede' has no meaning and is carried through; did you mean 'seed'?",
+        "Column 'promt' has no meaning and is carried through; did you mean 'prompt'?",
+    ]
