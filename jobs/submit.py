@@ -37,8 +37,8 @@ CODE_SUFFIXES = (".py", ".pyc", ".pyd", ".so", ".pth")
 DASHBOARD_PORT = 8265
 """Where a dashboard listens that nobody told otherwise."""
 
-DASHBOARD_TIMEOUT = 10.0
-"""Seconds."""
+DASHBOARD_TIMEOUT = 30.0
+"""Seconds that the dashboard of a busy head may take to answer."""
 
 STOP_TIMEOUT = 60
 """Seconds that a driver may take to stop, which include its drain."""

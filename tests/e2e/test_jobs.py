@@ -107,6 +107,7 @@ def test_a_run_from_its_submission_to_its_report(head, shell, tmp_path):
 
     first = shell(*command)
     started = first.stdout.readline()
+    assert started, first.communicate()
     job = started.partition(":")[0]
     assert started == f"{job}: submitted\n" and job.startswith("generate-") and job.endswith("-1")
 

@@ -339,7 +339,7 @@ def test_the_commands_of_the_page_make_a_signer(outputs, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as left:
         main(told[0].split()[1:])
     assert left.value.code == 3, capsys.readouterr().err  # of the error row
-    assert read((tmp_path / "pictures" / "p0@0.png").read_bytes(), ".png")[:2] == ("Valid", UNTRUSTED)
+    assert read((tmp_path / "signed" / "p0@0.png").read_bytes(), ".png")[:2] == ("Valid", UNTRUSTED)
 
 
 # Refusals
