@@ -363,10 +363,10 @@ class _Same:
     """A file that exists already: each piece is compared with its bytes."""
 
     def __init__(self, path: str, existing: IO[bytes]):
-        self._path, self._there = path, existing
+        self._path, self._existing = path, existing
 
     def write(self, data: bytes) -> None:
-        if self._there.read(len(data)) != data:
+        if self._existing.read(len(data)) != data:
             raise _other_bytes(self._path)
 
 

@@ -259,7 +259,8 @@ def read_plan(output: str) -> Plan:
         if part.first_row_id != rows or not (part.compacted or (part.part, part.first_shard) == follows):
             raise InputError(f"{path} does not follow the parts before it: restore those that are missing.")
         parts.append(part)
-    return Plan(tuple(parts), tuple(rounds))
+    _PARTS[output] = tuple(parts)
+    return Plan(_PARTS[output], tuple(rounds))
 
 
 class Place(NamedTuple):
@@ -279,7 +280,8 @@ def read_shard(
     Args:
         output: Folder of the run, local or on S3.
         shard: Number of the shard.
-        place: Where its part has it. Without it the process reads the JSON of all parts, once.
+        place: Where its part has it. Without it the JSON of all parts is read,
+            unless this process has read the plan.
         columns: Columns to read; all if None. Those that the plan lacks are left out.
 
     Returns:
@@ -328,13 +330,13 @@ def _footer(path: str) -> pq.FileMetaData:
 
 
 _PARTS: dict[str, tuple[PlanPart, ...]] = {}
-"""Parts seen by this process, by output. A valid part never changes, so only new ones are looked for."""
+"""Parts that this process read last, by output. A valid part never changes."""
 
 
 def _place_of(output: str, shard: int) -> Place:
     for fresh in (False, True):
         if fresh:
-            _PARTS[output] = read_plan(output).parts
+            read_plan(output)
         for part in _PARTS.get(output, ()):
             if part.first_shard <= shard < part.end:
                 return Place(part.file, shard - part.first_shard)

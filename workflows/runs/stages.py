@@ -87,11 +87,16 @@ def rows_to_retry(output: str, shard: int, plan: pa.Table) -> pa.Array:
     Returns:
         bool [planned rows].
     """
+    return pc.is_in(plan.column("row_id"), _retriable(output, shard, plan).column("row_id").combine_chunks())
+
+
+def _retriable(output: str, shard: int, plan: pa.Table) -> pa.Table:
+    """The error rows of a finished shard that the plan did not refuse, without most columns."""
     with open_shard(output, shard) as parquet:
-        data = parquet.read(columns=["row_id", "status"])
-    failed = data.filter(pc.equal(data.column("status"), "error")).column("row_id")
-    planned = pc.not_equal(plan.column("status"), "error")
-    return pc.and_(planned, pc.is_in(plan.column("row_id"), failed.combine_chunks()))
+        data = parquet.read(columns=["row_id", "status", "error_type"])
+    planned = plan.filter(pc.not_equal(plan.column("status"), "error")).column("row_id")
+    failed = pc.equal(data.column("status"), "error")
+    return data.filter(pc.and_(failed, pc.is_in(data.column("row_id"), planned.combine_chunks())))
 
 
 def prepare(row: dict[str, Any], context: StageContext) -> dict[str, Any]:
@@ -298,8 +303,5 @@ def retriable_rows(output: str, shard: int) -> dict[str, int]:
     Returns:
         Kind of error -> rows.
     """
-    plan = read_shard(output, shard)
-    wanted = plan.filter(rows_to_retry(output, shard, plan)).column("row_id").combine_chunks()
-    with open_shard(output, shard) as parquet:
-        data = parquet.read(columns=["row_id", "error_type"])
-    return Counter(data.filter(pc.is_in(data.column("row_id"), wanted)).column("error_type").to_pylist())
+    plan = read_shard(output, shard, columns=["row_id", "status"])
+    return Counter(_retriable(output, shard, plan).column("error_type").to_pylist())
