@@ -39,14 +39,18 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/wallaroo generate jobs/examples/prompts.jsonl out/demo
 
-# Each folder in a process of its own: a Ray of one never meets that of another. Where none is started, files
-# of tests may share the CPUs (second argument).
+# Each folder in a process of its own: a Ray of one never meets that of another. Where none is started, two
+# processes of a thread each take the files. The second argument is more options for pytest.
 define run_tests
 	@took=; failed=0; \
 	for folder in $(1); do \
 	    ls tests/$$folder/test_*.py >/dev/null 2>&1 || continue; \
 	    start=$$(date +%s); \
-	    $(BIN)/python -m pytest -q --durations=5 $(2) tests/$$folder || failed=1; \
+	    case $$folder in \
+	        unit|conformance) share="env OMP_NUM_THREADS=1" split="-n 2 --dist loadfile";; \
+	        *) share= split=;; \
+	    esac; \
+	    $$share $(BIN)/python -m pytest -q --durations=5 $$split $(2) tests/$$folder || failed=1; \
 	    took="$$took\n  tests/$$folder $$(( $$(date +%s) - start )) s"; \
 	done; \
 	printf "Took:$$took\n"; exit $$failed
@@ -55,19 +59,16 @@ endef
 test: $(STAMP)
 	$(call run_tests,$(TESTED))
 
-# A thread for each of the two.
-test-fast: export OMP_NUM_THREADS = 1
 test-fast: $(STAMP)
-	$(call run_tests,unit conformance,-n 2 --dist loadfile)
+	$(call run_tests,unit conformance)
 
 # What float32 sums come to depends on the kernels that torch, oneDNN and MKL choose by the CPU. Here they
 # choose older ones: torch without vectors, the others with those of AVX2.
 numerics: export ATEN_CPU_CAPABILITY ?= default
 numerics: export ONEDNN_MAX_CPU_ISA ?= AVX2
 numerics: export MKL_ENABLE_INSTRUCTIONS ?= AVX2
-numerics: export OMP_NUM_THREADS = 1
 numerics: $(STAMP)
-	$(call run_tests,unit conformance,-n 2 --dist loadfile -m numerics)
+	$(call run_tests,unit conformance,-m numerics)
 
 conformance: $(STAMP)
 	@GOLDENS="$(GOLDENS)" $(BIN)/python -m pytest -q tests/conformance
