@@ -42,9 +42,11 @@ class Proxy(ThreadingHTTPServer):
         """What befalls the next request; empty for nothing."""
         with self._guard:
             self.requests += 1
-            if self._random.random() >= self.share:
+            first = self.requests == 1 and self.share > 0
+            if self._random.random() >= self.share and not first:
                 return ""
-            kind = self._random.choice(FAULTS)
+            # The first one is of the driver, which counts it whatever the order of the others.
+            kind = "throttle" if first else self._random.choice(FAULTS)
             self.faults[kind] += 1
             return kind
 

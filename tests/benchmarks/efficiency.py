@@ -84,7 +84,9 @@ def _label(command: str) -> str:
     if command.startswith("ray::"):
         return "replica" if "Replica" in command else "watch" if "Watch" in command else "worker"
     # The command line of a worker that has no task yet names the raylet too.
-    return "worker" if "default_worker" in command else next((one for one in LABELS if one in command), "worker")
+    return (
+        "worker" if "default_worker" in command else next((one for one in LABELS if one in command), "worker")
+    )
 
 
 def generate(folder: Path, manifest: Path, given: argparse.Namespace) -> dict[str, Any]:

@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.s3_proxy import proxy
 from wallaroo.model.checkpoint import TINY, load_config, model_digest
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.storage import checkpoints
+from wallaroo.workflows.plans import passes
+from wallaroo.workflows.storage import checkpoints, retries
 
 
 def test_a_file_is_written_read_listed_and_deleted(s3):
@@ -37,6 +39,33 @@ def test_a_file_is_written_read_listed_and_deleted(s3):
         storage.read_bytes(path)
     with pytest.raises(FileNotFoundError), storage.open_source(path):
         pass
+
+
+def read_by_task(path):
+    """Reads the file as a task of planning does, which hands its retries over."""
+    answer = passes._answer({"index": 0}, lambda row: {"data": storage.read_bytes(path)}, {})
+    assert storage.take_retries() == 0
+    storage.count_retries(answer["retries"])
+    return answer["data"]
+
+
+def read_by_stream(path):
+    with storage.open_source(path) as stream:
+        return stream.read()
+
+
+@pytest.mark.parametrize("read", [storage.read_bytes, read_by_stream, read_by_task])
+def test_each_client_counts_what_it_retries(read, s3, s3_server, monkeypatch):
+    monkeypatch.setattr(retries, "_enabled", 0)  # a task enables them for its whole process
+    storage.write_atomic(f"{s3}/file", b"one")
+    storage.take_retries()
+    # So small a share faults the first request alone.
+    with proxy(s3_server.endpoint, share=1e-9) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
+        storage.forget_clients()
+        assert read(f"{s3}/file") == b"one"
+        assert between.faults == {"throttle": 1} and storage.take_retries() == 1
+    storage.forget_clients()
 
 
 def test_one_of_many_writers_puts_what_is_absent(s3):

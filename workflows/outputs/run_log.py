@@ -31,6 +31,8 @@ LOG_LINES = 10_000
 """Lines that the log of a start keeps, the last ones. With one in ten seconds that is more than a day."""
 MAX_SAMPLES = 500
 """Most points of the throughput graph of a record. Above it every second point is dropped."""
+S3_RETRIES = "requests to S3"
+"""Name of retried requests in `RunRecord.retries`."""
 STATES = ("running", "finished", "stopped", "failed")
 
 
@@ -263,12 +265,18 @@ class RunLog:
             raise ValueError(f"state {state!r}, expected one of {STATES}")
         now = self._clock()
         self.record.state, self.record.message = state, message
+        self._count_retries()
         self.record.seconds = now - self._start
         self._rates(now)
         self._sample()
         self._said.add(now, f"{state}: {message}" if message else state)
         storage.write_atomic(self._path, self._stamped(now))
         self._write_log()
+
+    def _count_retries(self) -> None:
+        """Adds the requests that this process has retried since `update` was told."""
+        if more := storage.take_retries():
+            self.record.retries[S3_RETRIES] = self.record.retries.get(S3_RETRIES, 0) + more
 
     def _write_log(self) -> None:
         path = self._path.removesuffix(".json") + ".log"

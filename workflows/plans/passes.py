@@ -56,6 +56,7 @@ def each(
     answer = functools.partial(_answer, task=task, constants=constants)
     rows = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
     for row in rows.map(answer, num_cpus=1).iter_rows():
+        storage.count_retries(row["retries"])
         if row["fault"]:
             raise InputError(row["fault"])
         yield row["index"], json.loads(row["values"]), row["data"]
@@ -63,12 +64,19 @@ def each(
 
 def _answer(row: dict[str, Any], task: Task, constants: dict[str, Any]) -> dict[str, Any]:
     storage.enable_retries()
+    values, fault = {}, ""
     try:
         values = task(row, **constants)
     except InputError as error:
-        return {"index": row["index"], "values": "", "data": b"", "fault": str(error)}
+        fault = str(error)
     data = values.pop("data", b"")
-    return {"index": row["index"], "values": json.dumps(values), "data": data, "fault": ""}
+    return {
+        "index": row["index"],
+        "values": json.dumps(values),
+        "data": data,
+        "fault": fault,
+        "retries": storage.take_retries(),
+    }
 
 
 def pack_bits(bits: np.ndarray) -> bytes:

@@ -65,6 +65,7 @@ def run(
         RunInProgress: Another run holds the output.
     """
     started = time.monotonic()
+    storage.take_retries()  # those of an earlier run in this process
     output = absolute_path(config.output)
     stop = stop or Stop(config.grace, config.deadline)
     report = on_progress or (lambda progress: None)

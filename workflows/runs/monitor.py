@@ -11,7 +11,7 @@ from wallaroo.actors.watch import WatchCounts
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.lock import OutputLock
-from wallaroo.workflows.outputs.run_log import RunLog
+from wallaroo.workflows.outputs.run_log import S3_RETRIES, RunLog
 from wallaroo.workflows.progress import Progress
 from wallaroo.workflows.runs.pool import Pool
 from wallaroo.workflows.runs.resume import Remaining
@@ -169,7 +169,7 @@ class Monitor:
 
     def _record(self, counts: WatchCounts) -> None:
         """Writes the progress to the record of the run."""
-        retried = {"replicas that died": counts.deaths, "requests to S3": self._made.retries}
+        retried = {"replicas that died": counts.deaths, S3_RETRIES: self._made.retries}
         waited = self._first_replica
         self._run_log.update(
             rows=self._plan.rows,

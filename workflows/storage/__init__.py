@@ -4,7 +4,12 @@ Only these modules import boto3, botocore, s3fs or fsspec. They know no manifest
 `storage.NAME` is what the rest of the code calls; the modules behind it are for this package alone.
 """
 
-from wallaroo.workflows.storage.clients import forget_clients, parquet_filesystem, take_retries
+from wallaroo.workflows.storage.clients import (
+    count_retries,
+    forget_clients,
+    parquet_filesystem,
+    take_retries,
+)
 from wallaroo.workflows.storage.errors import TooLarge, explained, refuses_path
 from wallaroo.workflows.storage.files import (
     delete,
@@ -36,6 +41,7 @@ __all__ = [
     "FileInfo",
     "TooLarge",
     "absolute_path",
+    "count_retries",
     "delete",
     "enable_retries",
     "exists",

@@ -29,7 +29,7 @@ _guard = threading.Lock()
 def take_retries() -> int:
     """Returns how many requests were retried since the last call.
 
-    Retries within pyarrow and s3fs are missing, since these do not report them.
+    Retries within pyarrow are missing, since it does not report them.
     """
     global _retries
     with _guard:
@@ -77,9 +77,13 @@ def _note_attempts(parsed: dict[str, Any], **_: Any) -> None:
 @functools.cache
 def s3_filesystem() -> Any:
     """s3fs's file system of this process, for streams and globs. It caches no listing."""
+    import aiobotocore.session
     import s3fs
 
+    own = aiobotocore.session.get_session()
+    own.register("after-call.s3", _note_attempts)
     return s3fs.S3FileSystem(
+        session=own,
         use_listings_cache=False,
         skip_instance_cache=True,
         config_kwargs={
