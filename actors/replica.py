@@ -203,7 +203,7 @@ class Replica:
         if lethal and self._watch is not None:
             self._watch.note_done.remote(self.name, [(call.shard, number, False) for number in lethal])
         for number in lethal:
-            sentence = "it crashed its replica repeatedly, in the end when it ran alone."
+            sentence = "it crashed its replica repeatedly, even when it ran alone."
             call.give_back(Outcome(number, datetime.now(UTC), 0.0, LETHAL, sentence))
         keys = [(call, number) for number in call.rows]
         for number, request in zip(call.rows, requests(table, keys), strict=True):

@@ -60,7 +60,7 @@ def parse_file_list(data: bytes, where: str) -> dict[str, FileEntry]:
         version = values["format"]
         entries = {name: FileEntry(**entry) for name, entry in values["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(f"{where} is not the list of files of a checkpoint; write it anew.") from None
+        raise InputError(f"{where} is not the list of files of a checkpoint; write it again.") from None
     if version != 1:
         raise InputError(f"{where} is of format {version!r:.20}, but this program reads format 1; update it.")
     for name, entry in entries.items():
@@ -68,10 +68,12 @@ def parse_file_list(data: bytes, where: str) -> dict[str, FileEntry]:
         if not plain or name in ("", ".", "..", FILE_LIST) or len(os.fsencode(name)) > 255:
             raise InputError(f"{where} lists '{name[:100]}', but a checkpoint has plain file names only.")
         if not (type(entry.size) is int and entry.size >= 0 and isinstance(entry.sha256, str)):
-            raise InputError(f"{where} has no valid size and sha256 for '{name}'; write the checkpoint anew.")
+            raise InputError(
+                f"{where} has no valid size and sha256 for '{name}'; write the checkpoint again."
+            )
     for name in (CONFIG, TOKENIZER):
         if name not in entries:
-            raise InputError(f"{where} does not list {name}, which every checkpoint needs; write it anew.")
+            raise InputError(f"{where} does not list {name}, which every checkpoint needs; write it again.")
     return entries
 
 
@@ -94,7 +96,7 @@ def file_list(folder: str | Path) -> dict[str, FileEntry]:
             raise FileNotFoundError
         data = (folder / FILE_LIST).read_bytes()
     except (OSError, ValueError):
-        what = "is not a checkpoint: it has no " + FILE_LIST if folder.is_dir() else "is no folder"
+        what = "is not a checkpoint: it has no " + FILE_LIST if folder.is_dir() else "is not a folder"
         raise InputError(
             f"The model {folder} {what}; give a folder that `wallaroo convert` wrote, or 'tiny'."
         ) from None

@@ -222,7 +222,7 @@ def _state_dict(path: str | Path, key: str, what: str) -> "dict[str, torch.Tenso
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise InputError(
-                f"The {what} {path} is not a plain state dict: '{str(name)[:100]}' is no tensor; "
+                f"The {what} {path} is not a plain state dict: '{str(name)[:100]}' is not a tensor; "
                 "save its tensors alone."
             )
         if tensor.is_meta or tensor.layout != torch.strided:

@@ -41,9 +41,9 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     held = _first_file(folder)
     if held is not None and not (overwrite and folder.is_dir()):
         if not folder.is_dir():
-            raise InputError(f"{folder} exists already and is no folder; name a new one.")
+            raise InputError(f"{folder} exists already and is not a folder; name a new one.")
         raise InputError(
-            f"{folder} exists already and is not empty, it holds {held:.100}; name a new folder, or "
+            f"{folder} exists already and is not empty; it holds {held:.100}: name a new folder, or "
             f"--overwrite to replace files of the same names."
         )
     partial = folder.with_name(folder.name + ".partial")

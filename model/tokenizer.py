@@ -236,7 +236,7 @@ class Tokenizer:
             return self._plain.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise RowError(
-                "prompt", "The prompt holds half of a surrogate pair, which is no Unicode text; remove it."
+                "prompt", "The prompt holds half of a surrogate pair, which is not Unicode text; remove it."
             ) from None
 
 
@@ -255,7 +255,7 @@ def _check_rules(values: dict[str, Any]) -> None:
             patterns.append(rule["pattern"].get("Regex"))
         elif rule["type"] not in ("NFC", "ByteLevel", "Sequence"):
             raise InputError(
-                f"has the rule {rule['type']:.50}, which Qwen2.5 has not; convert the model anew."
+                f"has the rule {rule['type']:.50}, which Qwen2.5 has not; convert the model again."
             )
     if any(pattern != SPLIT for pattern in patterns):
-        raise InputError("cuts text otherwise than Qwen2.5 does; convert the model anew.")
+        raise InputError("cuts text differently from Qwen2.5; convert the model again.")

@@ -187,29 +187,33 @@ def _bad(pixels: np.ndarray) -> Iterator[tuple[str, bytes, str]]:
     yield "20000x10.png", save(Image.new("RGB", (20000, 10)), "PNG"), "at most 200 times"
     for form in ("PNG", "JPEG", "GIF", "BMP", "TIFF"):
         data = save(image, form)
-        yield f"truncated.{form.lower()}", data[: len(data) * 2 // 3], "cut short"
+        yield f"truncated.{form.lower()}", data[: len(data) * 2 // 3], "truncated"
     data = save(image, "WEBP")
     yield "truncated.webp", data[: len(data) * 2 // 3], "damaged"
-    yield "truncated-header.png", save(image, "PNG")[:20], "cut short|damaged"
+    yield "truncated-header.png", save(image, "PNG")[:20], "is truncated|damaged"
     yield "empty.jpg", b"", "is empty"
     page = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body>gone</body></html>\n"
     yield "html.jpg", page, "HTML"
     yield "drawing.png", b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "XML"
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     yield "pointer.png", pointer, "git lfs pull"
-    yield "text.png", b"a cat\n" * 100, "no picture of a common kind"
-    yield "zeros.png", bytes(4096), "no picture of a common kind"
-    yield "drawing.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "no picture of a common"
+    yield "text.png", b"a cat\n" * 100, "not a picture in a supported format"
+    yield "zeros.png", bytes(4096), "not a picture in a supported format"
+    yield (
+        "drawing.eps",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n",
+        "not a picture in a supported",
+    )
     data = bytearray(save(image, "PNG"))
     data[len(data) // 2] ^= 0xFF
-    yield "damaged.png", bytes(data), "cut short|damaged"
+    yield "damaged.png", bytes(data), "is truncated|damaged"
     yield "bomb.png", bomb(30000), "more than the allowed .* pixels"
     yield "small-bomb.png", bomb(9000), "is 9000x9000 pixels, more than the allowed"
     # A canvas of one pixel, on which stands a frame of 65535x65535.
     frame = b"GIF89a" + struct.pack("<HH", 1, 1) + b"\0\0\0,\0\0\0\0" + struct.pack("<HH", 65535, 65535)
     yield "bomb.gif", frame + b"\0\x02\x02L\x01\0;", "more than the allowed .* pixels"
     yield "bomb.tif", tile_bomb(), "more than the allowed .* pixels"
-    yield "float.tif", save(Image.new("F", (40, 30), 0.5), "TIFF"), "32 bits"
+    yield "float.tif", save(Image.new("F", (40, 30), 0.5), "TIFF"), "32-bit channels"
 
 
 def png(values: np.ndarray, kind: int, **chunks: bytes) -> bytes:

@@ -195,13 +195,13 @@ def check_gpus(address: str | None, wanted: int, gpus: int, what: str = "replica
     if address is None and gpus < wanted:
         need = "needs a GPU" if wanted == 1 else "need a GPU each"
         raise InputError(
-            f"{counted(wanted, what)} {need}, but this machine has {gpus}: ask for fewer, choose the device "
-            f"cpu, or give the address of a cluster."
+            f"{counted(wanted, what)} {need}, but this machine has {gpus}: use fewer, choose the "
+            f"device cpu, or give the address of a cluster."
         )
     if gpus == 0:
         log.warning(
-            f"The cluster at {address} has no GPU now, so this waits for one. If no autoscaler adds a node "
-            f"with GPUs, start one, or stop this and give --device cpu."
+            f"The cluster at {address} has no GPU now, so this run waits for one. If no autoscaler adds a "
+            f"node with GPUs, start one, or stop the run and give --device cpu."
         )
 
 

@@ -350,7 +350,7 @@ class RunConfig(RunControl):
         if (self.width is None) != (self.height is None):
             given, absent = ("width", "height") if self.height is None else ("height", "width")
             value = getattr(self, given)
-            raise OptionError(f"{given} is {value}, but {absent} is absent: give both, or neither.")
+            raise OptionError(f"{given} is {value}, but {absent} is missing: give both, or neither.")
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and side % VQ_FACTOR:
                 raise OptionError(f"{name} is {side}, but must be a positive multiple of {VQ_FACTOR} pixels.")

@@ -198,7 +198,7 @@ class Engine:
             self._pack()
             change = f"rounding may differ, since a group has {rows} rows now"
         warnings.warn(
-            f"out of memory with {before} slots ({lacking}): going on with {self.slots}, {change}",
+            f"out of memory with {before} slots ({lacking}): continuing with {self.slots}, {change}",
             RuntimeWarning,
             stacklevel=3,
         )

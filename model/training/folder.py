@@ -59,8 +59,8 @@ def check_names(folder: str, names: Iterable[str]) -> None:
         more = " and more" if len(others) > MAX_NAMED else ""
         named = ", ".join(name[:100] for name in sorted(others)[:MAX_NAMED])
         raise InputError(
-            f"{folder} is not empty and no folder of a stage: it holds {named}{more}; name another folder in "
-            f"the recipe, or --overwrite to write beside."
+            f"{folder} is not empty and not the folder of a stage; it holds {named}{more}; name another "
+            f"folder in the recipe, or --overwrite to write beside."
         )
 
 

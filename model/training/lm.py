@@ -349,7 +349,7 @@ class LMJob:
                         bad.append(f"{task}: {error}")
                         [row] = self.source(task, place, 1, further)
                 else:
-                    raise InputError(f"{MAX_BAD} rows after each other cannot be used, the last: {bad[-1]}")
+                    raise InputError(f"{MAX_BAD} consecutive rows cannot be used, the last: {bad[-1]}")
             batches[task] = Batch.of(made, self.rows.config.vision, bad)
         return (batches,)
 

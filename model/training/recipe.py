@@ -146,9 +146,9 @@ class Recipe:
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InputError(f"There is no file of recipes {path}.") from None
+            raise InputError(f"There is no recipe file {path}.") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise InputError(f"{path} is no file of recipes ({error}).") from None
+            raise InputError(f"{path} is not a recipe file ({error}).") from None
         tables = {name: value for name, value in values.items() if isinstance(value, dict)}
         stages = {name: table for name, table in tables.items() if name not in cls.__dataclass_fields__}
         if stage not in stages:
@@ -196,7 +196,7 @@ class Recipe:
         for task in recipe.lengths:
             if task not in _PARTS:
                 near = did_you_mean(task, _PARTS) or f"; tasks are {', '.join(_PARTS)}."
-                raise InputError(f"The recipe's lengths has '{task}', which is no task{near}")
+                raise InputError(f"The recipe's lengths has '{task}', which is not a task{near}")
         for name in recipe.templates:
             if name not in _TEMPLATES:
                 near = did_you_mean(name, _TEMPLATES) or f"; they are {', '.join(_TEMPLATES)}."

@@ -154,7 +154,7 @@ def test_a_bucket_that_is_not_there_or_forbidden(wallaroo, manifest, tmp_path, s
 @pytest.mark.parametrize(
     "name, contents, code, words",
     [
-        ("empty.jsonl", b"", 1, "gives nothing to do, it has no rows"),
+        ("empty.jsonl", b"", 1, "empty.jsonl has no rows: correct it"),
         ("names.jsonl", b'{"promt": "a cat"}\n', 1, "no column 'prompt'; did you mean 'promt'?"),
         ("corrupt.parquet", b"PAR1 is not all that there is to a file PAR1", 1, "corrupt.parquet"),
         ("header.csv", b"prompt,\xff\xfe\na,b\n", 1, "header.csv is not valid UTF-8"),
@@ -272,8 +272,8 @@ def test_an_output_that_belongs_to_another_run(wallaroo, finished):
     arguments = ("generate", finished / "m.jsonl", finished / "out", "--cfg", 2, "--seed", 5)
     code, _, complaint = wallaroo(*arguments)
     assert code == 1
-    assert "sampling.cfg is 1.0 there and 2.0 here" in complaint
-    assert "seed is 0 there and 5 here" in complaint
+    assert "sampling.cfg is 1.0 in the output and 2.0 in this run" in complaint
+    assert "seed is 0 in the output and 5 in this run" in complaint
 
 
 def test_a_second_run_on_the_same_output(wallaroo, finished):
@@ -296,7 +296,7 @@ def test_a_plan_is_what_the_run_goes_on_with(wallaroo, local_ray, manifest, tmp_
     assert nothing_was_made(tmp_path / "out")
     code, _, complaint = wallaroo("generate", manifest, tmp_path / "out", "--samples", 3)
     assert code == 1
-    assert "samples is 2 there and 3 here" in complaint
+    assert "samples is 2 in the output and 3 in this run" in complaint
     assert wallaroo("generate", manifest, tmp_path / "out", "--samples", 2)[0] == 0
     assert {path: path.read_bytes() for path in (tmp_path / "out" / "plan").iterdir()} == planned
     assert wallaroo("verify", tmp_path / "out")[0] == 0

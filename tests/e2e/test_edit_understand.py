@@ -161,7 +161,7 @@ def test_a_run_that_lost_a_shard_makes_the_same_one_again(edited, tmp_path):
     summary = run(again)
     assert len(before) - summary.before == 8
     assert read_data(again.output).drop_columns(VOLATILE).equals(before.drop_columns(VOLATILE))
-    with pytest.raises(InputError, match="restore_size is false there and true here"):
+    with pytest.raises(InputError, match="restore_size is false in the output and true in this run"):
         run(dataclasses.replace(again, restore_size=True))
 
 

@@ -175,9 +175,11 @@ def test_a_finished_run_does_no_work_again_and_starts_no_ray(base):
 def test_an_output_of_another_run_is_refused_before_anything_is_written(base):
     config, _, _ = base
     before = storage.list_files(config.output)
-    with pytest.raises(InputError, match="seed is 0 there and 5 here"):
+    with pytest.raises(InputError, match="seed is 0 in the output and 5 in this run"):
         run(dataclasses.replace(config, seed=5))
-    with pytest.raises(InputError, match=r'mode is absent there and "cfg-interval 0\.0:0\.5" here'):
+    with pytest.raises(
+        InputError, match=r'mode is absent in the output and "cfg-interval 0\.0:0\.5" in this run'
+    ):
         run(dataclasses.replace(config, cfg_interval=(0, 0.5)))
     assert storage.list_files(config.output) == before
 

@@ -161,7 +161,7 @@ def test_five_scheduled_runs_of_a_growing_source(s3, local_ray, tmp_path):
     for replica in replicas:
         replica.suspend()
     third = start()
-    assert "is at work on" in finish(third)
+    assert "is locked by an active run" in finish(third)
     for replica in replicas:
         replica.resume()
     finish(second)
@@ -315,5 +315,5 @@ def test_what_cannot_be_compacted(local_ray, tmp_path):
     with pytest.raises(InputError, match="is not finished"):
         compact(output)
     run(RunConfig(str(manifest), str(tmp_path / "other")))
-    with pytest.raises(InputError, match="is not of a run with --incremental"):
+    with pytest.raises(InputError, match="was made without --incremental"):
         compact(str(tmp_path / "other"))

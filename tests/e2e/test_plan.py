@@ -253,10 +253,14 @@ def damaged(folder):
 @pytest.mark.parametrize(
     ("prepare", "settings", "words"),
     [
-        (lambda m: (m / "a.csv").write_text("prompt\n"), {}, "gives nothing to do, it has no rows"),
-        (lambda m: (m / "a.csv").write_text(""), {}, "gives nothing to do, it has no rows"),
+        (lambda m: (m / "a.csv").write_text("prompt\n"), {}, "has no rows: correct it"),
+        (lambda m: (m / "a.csv").write_text(""), {}, "has no rows: correct it"),
         (lambda m: (m / "a.csv").write_text("promt\nx\n"), {}, "no column 'prompt'; did you mean 'promt'"),
-        (lambda m: (m / "a.csv").write_text("prompt\nx\n"), {"where": "false"}, "chooses none of its rows"),
+        (
+            lambda m: (m / "a.csv").write_text("prompt\nx\n"),
+            {"where": "false"},
+            "has no row that matches --where",
+        ),
         (lambda m: (m / "a.csv").write_text("prompt\nx\n"), {"where": "promt = 'x'"}, "DuckDB refuses"),
         (lambda m: (m / "a.csv").write_text("prompt\nx\n"), {"where": "prompt::int = 1"}, "DuckDB refuses"),
         (lambda m: (m / "a.parquet").write_bytes(b"PAR1"), {}, r"a\.parquet is not a readable parquet file"),
@@ -279,13 +283,16 @@ def test_a_plan_goes_on_with_its_own_manifest_and_settings_only(tmp_path):
     (folder / "a.csv").write_text("prompt\nx\n")
     out = tmp_path / "out"
     make(folder, out)
-    with pytest.raises(InputError, match=r"seed is 0 there and 1 here; cfg is 3.0 there and 2.0 here"):
+    with pytest.raises(
+        InputError,
+        match=r"seed is 0 in the plan and 1 in this run; cfg is 3.0 in the plan and 2.0 in this run",
+    ):
         make(folder, out, seed=1, cfg=2.0)
     (folder / "a.csv").write_text("prompt\ny\n")
     (folder / "b.csv").write_text("prompt\nz\n")
     with pytest.raises(InputError, match=r"\(new: b\.csv; changed: a\.csv\): restore it or"):
         make(folder, out)
-    with pytest.raises(InputError, match="lies in the manifest"):
+    with pytest.raises(InputError, match="is inside the manifest"):
         make(folder, folder / "out")
 
 

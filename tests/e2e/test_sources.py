@@ -58,7 +58,7 @@ def test_what_is_wrong_with_one_object_is_its_rows_fault(s3, tmp_path):
         "s3://bad bucket/x": "cannot be used",
         "s3://user:hunter2@bucket/x": "without user",
         f"{s3}": "names no object",
-        f"{s3}/set/\ud800": "no Unicode text",
+        f"{s3}/set/\ud800": "not Unicode text",
         f"{s3}/{'x' * 2000}": "cannot be used|does not exist",
         "large": "more than the allowed 1,000 bytes",
         "../set/good": "leads out",

@@ -396,19 +396,19 @@ SOURCES = [
     place("dots", "../../outside/kept.png", "leads out"),
     place("dots in the middle", "a/../../../outside/kept.png", "leads out"),
     place("link", "link.png", "leads out"),
-    place("device", "/dev/zero", "no regular file"),
-    place("nul", "a\0.png", "no valid path"),
+    place("device", "/dev/zero", "not a regular file"),
+    place("nul", "a\0.png", "not a valid path"),
     place("300 letters", "a" * 300, "too long"),
-    place("device by a file URL", "file:///dev/zero", "no regular file"),
+    place("device by a file URL", "file:///dev/zero", "not a regular file"),
     place("file URL of another host", "file://example.com/etc/passwd", "another host"),
-    place("device by a file URL in percent signs", "file:///dev/../dev/%7aero", "no regular file"),
+    place("device by a file URL in percent signs", "file:///dev/../dev/%7aero", "not a regular file"),
     place("plain http", "http://example.com/a.png", "scheme http"),
     place("https that was not allowed", f"https://example.com/a.png?sig={SECRET}", "does not allow", False),
-    place("loopback", "https://127.0.0.1/a.png", "no public address"),
-    place("loopback by a number", "https://2130706433/a.png", "no public address"),
-    place("metadata of a cloud", "https://169.254.169.254/latest/meta-data/", "no public address"),
-    place("metadata by IPv6", "https://[fd00:ec2::254]/latest", "no public address"),
-    place("private behind IPv6", "https://[::ffff:10.0.0.1]/a.png", "no public address"),
+    place("loopback", "https://127.0.0.1/a.png", "not a public address"),
+    place("loopback by a number", "https://2130706433/a.png", "not a public address"),
+    place("metadata of a cloud", "https://169.254.169.254/latest/meta-data/", "not a public address"),
+    place("metadata by IPv6", "https://[fd00:ec2::254]/latest", "not a public address"),
+    place("private behind IPv6", "https://[::ffff:10.0.0.1]/a.png", "not a public address"),
     place("password in a URL", f"https://u:{SECRET}@example.com/a.png", "user or password|holds a user"),
     place("secret in an s3 source", f"s3://AKIA:{SECRET}@bucket/a.png", "without user, password"),
     Case(
@@ -417,7 +417,7 @@ SOURCES = [
             "https://rebind.example/a", 9, resolve=lambda *_: ["8.8.8.8", "10.0.0.1"]
         ),
         error="image",
-        words="no public address",
+        words="not a public address",
     ),
 ]
 
@@ -537,7 +537,7 @@ MODELS = [
     model("tokenizer that multiplies text", "rule Replace", "tokenizer.json", tokenizer(replace_bomb)),
     model(
         "tokenizer with an endless pattern",
-        "cuts text otherwise",
+        "cuts text differently",
         "tokenizer.json",
         tokenizer(endless_pattern),
     ),
@@ -771,7 +771,7 @@ OUTPUTS = [
         text("evaluation.json", '{"lines": [5]}'),
         "report",
         "OUTPUT",
-        words="no table of scores",
+        words="not a table of scores",
     ),
     *(
         output(

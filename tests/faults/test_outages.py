@@ -144,7 +144,7 @@ def test_what_stays_out_of_order_stops_the_run_with_a_sentence(s3, s3_server, mo
         storage.forget_clients()
         with storage.retries_enabled(), pytest.raises(InputError) as caught:
             storage.read_bytes(f"{s3}/file")
-    assert "asks for fewer requests" in str(caught.value) and "re-run the same command to resume" in str(
+    assert "throttles requests" in str(caught.value) and "re-run the same command to resume" in str(
         caught.value
     )
     assert "\n" not in str(caught.value) and between.requests > 4

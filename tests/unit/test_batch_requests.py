@@ -125,7 +125,7 @@ def test_chats_with_a_picture(tmp_path):
         ("understand", chat(picture("a"), picture("b")), "2 pictures, but understand takes one"),
         ("understand", chat({"type": "input_audio"}), 'content of the type "input_audio"'),
         ("understand", request("understand", {"messages": "x"}), "without a list of messages"),
-        ("understand", request("understand", {"messages": []}), "messages of nobody"),
+        ("understand", request("understand", {"messages": []}), "messages of no one"),
         (
             "understand",
             request("understand", {"messages": [{"role": "system", "content": "x"}, {"role": "user"}]}),

@@ -237,10 +237,7 @@ def test_the_table_of_partiprompts(tmp_path):
     ]
     assert [row["status"] for row in rows] == ["planned"] * 3
     assert rows[2]["Note"] == "quoted" and rows[0]["Challenge"] == "Basic"
-    assert warnings == [
-        "Column 'Prompt' is taken for the prompt of a row, as its layout is known; "
-        "--prompt-column names another."
-    ]
+    assert warnings == ["Column 'Prompt' is used as the prompt of a row; --prompt-column selects another."]
 
 
 def test_names_in_capitals_are_taken_where_only_one_is_meant(tmp_path):

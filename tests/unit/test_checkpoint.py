@@ -196,7 +196,7 @@ def test_checking_needs_no_torch():
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path):
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         check(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"has no checkpoint\.json"):
         check(tmp_path)
@@ -440,7 +440,7 @@ def test_a_checkpoint_is_replaced_if_so_told_and_files_of_others_stay(
     many = set(files_of(folder))
     (folder / "thesis.tex").write_text("mine")
     before = files_of(folder)
-    with pytest.raises(InputError, match=r"is not empty, it holds .*; name a new folder, or --overwrite"):
+    with pytest.raises(InputError, match=r"is not empty; it holds .*: name a new folder, or --overwrite"):
         save(tiny_tensors, config, text, folder)
     assert files_of(folder) == before
     # One that fails changes nothing.
@@ -460,7 +460,7 @@ def test_a_checkpoint_is_replaced_if_so_told_and_files_of_others_stay(
 def test_a_file_is_no_folder_to_overwrite(tmp_path: Path, tiny_tensors: dict[str, torch.Tensor]):
     (tmp_path / "there").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="exists already and is no folder; name a new one"):
+        with pytest.raises(InputError, match="exists already and is not a folder; name a new one"):
             save(tiny_tensors, load_config(TINY), tokenizer_json(), tmp_path / "there", overwrite=overwrite)
     assert files_of(tmp_path) == {"there": b"mine"}
 

@@ -179,8 +179,8 @@ def test_the_help_states_the_default_of_an_option_with_one():
             "sampling.top_p=1.5",
             "--set sampling.top_p is '1.5', but must be above 0 and at most 1 (1 keeps all tokens).",
         ),
-        ("image.width=64", "width is 64, but height is absent: give both, or neither."),
-        ("image.height=64", "height is 64, but width is absent: give both, or neither."),
+        ("image.width=64", "width is 64, but height is missing: give both, or neither."),
+        ("image.height=64", "height is 64, but width is missing: give both, or neither."),
         (
             "image.format=jpg",
             "--set image.format is 'jpg', but must be one of png, webp, jpeg; did you mean 'jpeg'?",
@@ -482,7 +482,7 @@ def test_python_functions_take_the_options_of_their_task_by_name():
         ({"weights": "fp8"}, "weights asks for 8-bit weights, which only version 0.1.0 had: leave it out."),
         ({"cfg": "high"}, "cfg is 'high', but must be a finite number of at least 0."),
         ({"samples": 1.5}, "samples is 1.5, but must be a whole number from 1 to 10000."),
-        ({"width": None, "height": 64}, "height is 64, but width is absent: give both, or neither."),
+        ({"width": None, "height": 64}, "height is 64, but width is missing: give both, or neither."),
         ({"device": None}, "device is None, but must be one of auto, cpu, cuda."),
         ({"replicas": (2, 1)}, "replicas is (2, 1), but must be a whole number from 1, or MIN:MAX with 1"),
         (

@@ -81,7 +81,7 @@ def test_an_empty_split_and_the_reason_of_failures_are_told(wallaroo, tmp_path):
         ("prompts expand cat a.txt", "must end in .parquet or .jsonl"),
         ("select a b --split train", "'train' must be NAME=VALUE"),
         ("select a b --split train=most", "the share of train is 'most'"),
-        ("select a b --split train=0.5", "must make 1"),
+        ("select a b --split train=0.5", "must sum to 1"),
         ("select a b --drop-near-duplicates 40", "from 0 to 16"),
         ("select a b --best-off x", "No such option '--best-off'"),
     ],

@@ -138,7 +138,7 @@ def test_the_table_counts_rows_by_kind_language_and_size():
 def test_other_rows_are_refused_with_a_remedy():
     with pytest.raises(InputError, match="no column 'scene'"):
         score({"task": "generate", "status": "ok"})
-    with pytest.raises(InputError, match="is no scene"):
+    with pytest.raises(InputError, match="is not a scene"):
         score({"task": "generate", "status": "ok", "scene": "{}", "kind": "single"})
 
 

@@ -748,7 +748,7 @@ def test_outputs_that_do_not_fit_are_refused(outputs, tmp_path):
     ):
         export(output, dest, "jsonl")
     for inner in (output, f"{output}/", f"{output}/data", f"{dest}/../out/x"):
-        with pytest.raises(InputError, match="lies in"):
+        with pytest.raises(InputError, match="is inside"):
             export(output, inner, "files")
     with pytest.raises(InputError, match="is not the output of a run"):
         export(dest, str(tmp_path / "other"), "files")

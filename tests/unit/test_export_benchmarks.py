@@ -59,9 +59,9 @@ def test_dpg_names_are_those_that_the_evaluator_looks_up(outputs, tmp_path, ids)
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
-        (["prompts.jsonl:0", "prompts.jsonl:1"], "no item_id of DPG-Bench"),
-        (["a.b"], "no item_id of DPG-Bench"),
-        (["good", "bad.png"], "no item_id of DPG-Bench"),
+        (["prompts.jsonl:0", "prompts.jsonl:1"], "not an item_id of DPG-Bench"),
+        (["a.b"], "not an item_id of DPG-Bench"),
+        (["good", "bad.png"], "not an item_id of DPG-Bench"),
         (["a/0.txt", "b/0.txt"], r"'a/0\.txt' and 'b/0\.txt' would both be"),
         (["back\\slash"], "cannot be the name of a file"),
         (["x" * 241], "cannot be the name of a file"),

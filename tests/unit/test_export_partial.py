@@ -134,9 +134,7 @@ def test_a_finished_output_gives_no_mark(outputs, tmp_path, capsys):
 def test_without_a_finished_shard_there_is_nothing_to_export(outputs, tmp_path, capsys):
     stopped(outputs, tmp_path / "out", [])
     code, said = run(capsys, "files", tmp_path / "out", tmp_path / "dest", "--partial")
-    words = (
-        f"{tmp_path}/out has no finished shard yet: no run is at work on it; re-run its command to resume."
-    )
+    words = f"{tmp_path}/out has no finished shard yet: no run is active; re-run its command to resume."
     assert code == 1 and words in said
     with OutputLock(str(tmp_path / "out"), "one"):
         code, said = run(capsys, "files", tmp_path / "out", tmp_path / "dest", "--partial")
@@ -167,7 +165,7 @@ def test_answers_that_are_not_made_yet_are_left_out_or_named(outputs, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "batch" / "results.jsonl").read_bytes().splitlines()]
     assert [line["custom_id"] for line in lines] == ["a", "b", "c", "d"]
     assert lines[0]["response"] is None
-    assert lines[0]["error"] == {"code": "missing", "message": "it is not made yet"}
+    assert lines[0]["error"] == {"code": "missing", "message": "it is not written yet"}
     assert lines[2]["response"]["status_code"] == 200 and lines[2]["error"] is None
 
 

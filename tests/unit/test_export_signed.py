@@ -260,7 +260,7 @@ def test_sources_that_are_gone_or_changed_are_named_and_counted(outputs, tmp_pat
     with pytest.raises(SystemExit) as left:
         main(["export", "files", str(tmp_path / "out"), str(tmp_path / "dest"), "--c2pa", *signer])
     assert left.value.code == 3  # a row is an error
-    assert "3 sources named by digest alone, since they are not what they were" in capsys.readouterr().out
+    assert "3 sources named by digest alone, since they have changed" in capsys.readouterr().out
     for line in lines_of(tmp_path / "dest"):
         state, faults, manifest, count = read((tmp_path / "dest" / line["file_name"]).read_bytes(), ".png")
         assert (state, faults, count) == ("Valid", UNTRUSTED, 1)
@@ -350,14 +350,14 @@ def of(folder, **options):
 
 
 BAD = {
-    "no certificate": (lambda f, c, k: (c + "x", k), r"the certificate .* cannot be read \(No such file"),
+    "no PEM certificate": (lambda f, c, k: (c + "x", k), r"the certificate .* cannot be read \(No such file"),
     "no key": (lambda f, c, k: (c, k + "x"), r"the key .* cannot be read \(No such file"),
-    "not a certificate": (lambda f, c, k: (k, k), "holds no certificate as PEM"),
-    "not a key": (lambda f, c, k: (c, c), "holds no private key as PEM"),
+    "not a certificate": (lambda f, c, k: (k, k), "holds no PEM certificate"),
+    "not a key": (lambda f, c, k: (c, c), "holds no PEM private key"),
     "another key": (lambda f, c, k: (c, of(f, name="b")[1]), "is not that of the first certificate"),
     "encrypted": (lambda f, c, k: of(f, encrypted=True), r"is encrypted: .* openssl pkey -in"),
-    "expired": (lambda f, c, k: of(f, days=(-9, -2)), "is valid from .* which today is not"),
-    "not yet": (lambda f, c, k: of(f, days=(2, 9)), "is valid from .* which today is not"),
+    "expired": (lambda f, c, k: of(f, days=(-9, -2)), "is valid from .* but not today"),
+    "not yet": (lambda f, c, k: of(f, days=(2, 9)), "is valid from .* but not today"),
     "an authority": (lambda f, c, k: of(f, authority=True), "refuses the certificate .* not of an authority"),
     "no identifier": (lambda f, c, k: of(f, identifier=False), "refuses .* an authority key identifier"),
     "no usage": (lambda f, c, k: of(f, usages=()), "refuses the certificate .* extended key usage"),

@@ -76,9 +76,9 @@ def test_a_model_that_is_not_there_says_how_to_get_one(tmp_path, monkeypatch, na
 
 
 def test_gpus_that_are_not_there_are_told_with_what_to_do(caplog):
-    with pytest.raises(InputError, match="2 replicas need a GPU each, but this machine has 1: ask for fewer"):
+    with pytest.raises(InputError, match="2 replicas need a GPU each, but this machine has 1: use fewer"):
         check_gpus(None, 2, 1)
-    with pytest.raises(InputError, match="1 worker needs a GPU, but this machine has 0: ask for fewer"):
+    with pytest.raises(InputError, match="1 worker needs a GPU, but this machine has 0: use fewer"):
         check_gpus(None, 1, 0, "worker")
     check_gpus(None, 2, 2)
     check_gpus("10.0.0.1:6379", 2, 1)
@@ -127,7 +127,7 @@ def test_a_run_at_work_is_known_by_its_process_or_its_heartbeat(tmp_path):
     assert at_work(output) == "" and at_work(f"{output}/absent.jsonl") == ""
     with OutputLock(output, "mine"):
         assert at_work(output, watch=0) == (
-            f"A run is at work on {output} (process {os.getpid()} on {socket.gethostname()})."
+            f"A run is active in {output} (process {os.getpid()} on {socket.gethostname()})."
         )
     assert at_work(output, watch=0) == ""
     lock_of(output, pid=7)
@@ -143,7 +143,7 @@ def test_a_run_at_work_is_known_by_its_process_or_its_heartbeat(tmp_path):
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        assert at_work(output, watch=60) == f"A run is at work on {output} (process 7 on far)."
+        assert at_work(output, watch=60) == f"A run is active in {output} (process 7 on far)."
     finally:
         ended.set()
         thread.join()
@@ -158,12 +158,12 @@ def test_commands_say_that_a_run_is_at_work(outputs, tmp_path, capsys):
             cli.main([str(one) for one in arguments])
         return capsys.readouterr()
 
-    words = f"A run is at work on {output} (process {os.getpid()} on {socket.gethostname()})."
+    words = f"A run is active in {output} (process {os.getpid()} on {socket.gethostname()})."
     assert "not finished; re-run the command to resume" in said("status", output).out
-    assert "incomplete: 1 of 2 files are missing; 6 of 12 rows, 6 ok. No run is at work on it. Re-run" in (
+    assert "incomplete: 1 of 2 files are missing; 6 of 12 rows, 6 ok. No run is active. Re-run" in (
         said("verify", output).out
     )
-    assert "A run is at work" not in said("export", "files", output, tmp_path / "files").err
+    assert "A run is active" not in said("export", "files", output, tmp_path / "files").err
     with OutputLock(str(output), "mine"):
         assert said("status", output).out.startswith(f"{output}: running\n")
         assert f"6 ok. {words} Verify again when it has ended." in said("verify", output).out
@@ -259,7 +259,7 @@ def test_recipes_begin_with_the_tiny_model(tmp_path, monkeypatch, capsys):
         "wallaroo: --grace is '10x', but must be a time of at least 0 s, such"
     )
     code, words = said("train", "style", "--config", "absent.toml", "--grace", "1h30m")
-    assert (code, words.splitlines()[0]) == (2, "wallaroo: There is no file of recipes absent.toml.")
+    assert (code, words.splitlines()[0]) == (2, "wallaroo: There is no recipe file absent.toml.")
 
 
 def test_help_names_recipes_that_are_there(capsys):
@@ -272,7 +272,9 @@ def test_help_names_recipes_that_are_there(capsys):
 
 
 def test_a_missing_column_of_pictures_names_its_option():
-    with pytest.raises(InputError, match=r"no column 'image': it has foto\. --image-column names the column"):
+    with pytest.raises(
+        InputError, match=r"no column 'image': it has foto\. --image-column selects the column"
+    ):
         check_columns(pa.schema([("foto", pa.string())]), PlanSettings.of(RunConfig("", "", "understand")))
 
 

@@ -162,7 +162,7 @@ def test_a_csv_row_with_a_fault_harms_no_other(tmp_path):
         ("提示\nx\n".encode("gbk"), "not valid UTF-8"),
         ("prompt\nx\n".encode("utf-16-le"), "UTF-16 without a mark"),
         ("prompt\nx\n".encode("utf-32"), "is UTF-32"),
-        (b"PK\x03\x04\x14\x00", "is no text, but Parquet, or a ZIP archive as Excel writes"),
+        (b"PK\x03\x04\x14\x00", "is not text, but Parquet, or a ZIP archive as Excel writes"),
         (b"prompt,a,a\n1,2,3\n", "two columns named 'a'"),
         (b'"prompt\nx\n', "header of .* is not valid CSV"),
         ((",".join(f"c{i}" for i in range(1001)) + "\n").encode(), "more than 1000 columns"),
@@ -247,7 +247,7 @@ def test_a_broken_line_harms_no_other(tmp_path):
         1: "is not valid JSON",
         2: "is a JSON array, not an object",
         3: "is not valid UTF-8",
-        4: "holds half of a surrogate pair, which is no Unicode text",
+        4: "holds half of a surrogate pair, which is not Unicode text",
         6: "is not valid JSON",
         7: "is not valid JSON",
     }

@@ -141,9 +141,9 @@ def test_the_words_account_for_every_file(tmp_path):
         entries = sum(len(names) for _, _, names in os.walk(tmp_path))
     assert [file.relative for file in manifest.files] == ["m.csv"]
     counts = [
-        int(number) for number in re.findall(r"(?:: |, )([0-9,]+) (?=[.a-z])", words.partition("there")[2])
+        int(number) for number in re.findall(r"(?:: |, )([0-9,]+) (?=[.a-z])", words.partition("manifest")[2])
     ]
-    assert sum(counts) == entries - 1 == int(re.search(r"(\d+) of the files", words)[1])
+    assert sum(counts) == entries - 1 == int(re.search(r"^(\d+) files? not read", words)[1])
     assert len(counts) == 29 and "\n" not in words
     for kind in (
         *(f".{suffix}" for suffix in suffixes),
@@ -160,7 +160,7 @@ def test_the_words_account_for_every_file(tmp_path):
 def test_many_kinds_are_counted_together(tmp_path):
     files_of(tmp_path, "m.csv", *(f"a.k{number}" for number in range(40)), "b.k0")
     words = in_words(discover(str(tmp_path)).passed_over)
-    assert "41 of the files" in words and words.endswith("10 of 10 other kinds.")
+    assert words.startswith("41 files not read") and words.endswith("10 of 10 other kinds.")
     assert "2 .k0 (such as a.k0)" in words
 
 
@@ -219,7 +219,7 @@ def test_the_imagefolder_of_hugging_face(tmp_path):
     assert manifest.passed_over == {".csv that names no pictures": (1, "stats.csv")}
     # A picture that no row names is no row, which is said.
     files_of(tmp_path, "train/unnamed.png")
-    words = "Of the pictures beside the table, 3, those are read that its rows name."
+    words = "Of the 3 pictures beside the table, only those that its rows name are read."
     assert discover(str(tmp_path), "edit").notes == (words,)
     assert not discover(str(tmp_path / "train" / "metadata.jsonl"), "edit").notes
     names = column_names(
@@ -258,7 +258,7 @@ def test_texts_beside_pictures_are_their_captions(tmp_path):
         {"id": "in/b.jpg", "image": str(tmp_path / "in/b.jpg"), "caption": "一只狗"},
     ]
     assert manifest.passed_over == {".txt": (1, "notes.txt")}
-    assert ScannedManifest(manifest).warnings[1].endswith("their captions: 2, 1 have none.")
+    assert ScannedManifest(manifest).warnings[1].endswith("used as its caption: 2, 1 have none.")
     (tmp_path / "a.txt").write_text("a dog\n")
     assert discover(str(tmp_path), "edit").identity() != manifest.identity()
     (tmp_path / "a.txt").write_bytes(b"\xff\xffa")

@@ -86,7 +86,7 @@ def test_cells_are_read_by_number_whatever_the_row_groups(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="is corrupt"):
         list(read_cells(path, [0]))
-    with pytest.raises(InputError, match="is gone"):
+    with pytest.raises(InputError, match="is missing: restore it"):
         list(read_cells(str(tmp_path / "b.parquet"), [0]))
 
 
@@ -295,7 +295,7 @@ def test_pictures_are_located_beside_the_manifest_or_below_the_root(tmp_path):
         ("", "image is missing"),
         ("../a.png", "leads out of the manifest's folder"),
         ("https://x.org/a.png?key=1", "does not allow https://"),
-        ("ftp://x.org/a.png", "is of the scheme ftp"),
+        ("ftp://x.org/a.png", "has the scheme ftp"),
         ("s3://bucket", "names no object"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_shard_without_a_plan_is_one_sentence(tmp_path):
     write(tmp_path, PART, OPENING)
     with pytest.raises(InputError, match="no plan for shard 3"):
         read_shard(str(tmp_path), 3)
-    with pytest.raises(InputError, match=r"part-00000-x\.parquet is absent"):
+    with pytest.raises(InputError, match=r"part-00000-x\.parquet is missing"):
         read_shard(str(tmp_path), 0)
 
 

@@ -290,6 +290,6 @@ def test_a_misspelt_column_is_warned_of_beside_the_right_one():
     schema = pa.schema([(name, pa.string()) for name in names])
     warnings = check_columns(schema, PlanSettings.of(RunConfig("", "", "generate")))
     assert warnings == [
-        "Column 'sede' has no meaning and is carried through; did you mean 'seed'?",
-        "Column 'promt' has no meaning and is carried through; did you mean 'prompt'?",
+        "Column 'sede' is not a parameter and is carried through; did you mean 'seed'?",
+        "Column 'promt' is not a parameter and is carried through; did you mean 'prompt'?",
     ]

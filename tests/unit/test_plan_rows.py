@@ -106,8 +106,8 @@ def test_an_empty_cell_is_no_value():
     ("values", "kind", "words"),
     [
         ({"prompt": None}, "prompt", "prompt is missing"),
-        ({"prompt": ""}, "prompt", "prompt is '', which is empty"),
-        ({"prompt": " \n\u3000\t"}, "prompt", "which is empty"),
+        ({"prompt": ""}, "prompt", "prompt '' is empty"),
+        ({"prompt": " \n\u3000\t"}, "prompt", "is empty; give every row a text"),
         ({"prompt": 5}, "prompt", "prompt is 5, which is not text"),
         (
             {"prompt": "x" * 100_000},
@@ -118,7 +118,7 @@ def test_an_empty_cell_is_no_value():
         ({"width": 64, "height": 64}, "size", r"64x64 .* is not one of the model's; the nearest is 96x96"),
         ({"width": 64}, "size", "width is 64, but height is missing"),
         ({"height": "64"}, "size", "height is 64, but width is missing"),
-        ({"width": 0, "height": -1}, "size", "width 0 and height -1 are no size"),
+        ({"width": 0, "height": -1}, "size", "width 0 and height -1 must be positive"),
         ({"width": "wide", "height": 64}, "size", "width is 'wide', but must be a whole number"),
         ({"width": 64.5, "height": 64}, "size", "width is 64.5, but must be a whole number"),
         ({"width": 2**40, "height": 64}, "size", "width is 1099511627776, but must be"),
@@ -128,7 +128,7 @@ def test_an_empty_cell_is_no_value():
         ({"aspect_ratio": -1.5}, "size", "aspect_ratio is -1.5"),
         ({"aspect_ratio": "7:1"}, "size", "'7:1', far from all sizes of the model; the nearest is 128x64"),
         ({"aspect_ratio": 0.1}, "size", "0.1, far from all sizes of the model; the nearest is 64x128"),
-        ({"aspect_ratio": "1:1", "width": 96, "height": 96}, "size", "stands beside a width or height"),
+        ({"aspect_ratio": "1:1", "width": 96, "height": 96}, "size", "is given with a width or height"),
         ({"cfg": float("inf")}, "sampling", "cfg is inf"),
         ({"cfg": -0.5}, "sampling", "cfg is -0.5"),
         ({"cfg": "much"}, "sampling", "cfg is 'much', but must be a number"),
@@ -277,7 +277,7 @@ def test_rows_that_cannot_be_read_or_repeat_an_id_give_one_row():
     )
     assert [row["error_type"] for row in rows] == [""] * 4 + ["manifest", "id"]
     assert rows[4]["error_message"] == "Row 8 of m.csv is not valid JSON (x); correct it."
-    assert "'a' is that of an earlier row" in rows[5]["error_message"]
+    assert "'a' repeats that of an earlier row" in rows[5]["error_message"]
 
 
 def test_ids_are_text():
@@ -329,8 +329,8 @@ def test_counts_agree_with_rows():
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["promt", "tag"], r"no column 'prompt'; did you mean 'promt'\? --prompt-column names the column"),
-        (["text"], "no column 'prompt': it has text. --prompt-column names the column of the prompts"),
+        (["promt", "tag"], r"no column 'prompt'; did you mean 'promt'\? --prompt-column selects the column"),
+        (["text"], "no column 'prompt': it has text. --prompt-column selects the column of the prompts"),
         (["Prompt", "PROMPT"], "did you mean 'Prompt'"),
         (["text", "tag"], "no column 'prompt': it has text, tag"),
         (["prompt\ttag"], "but 'prompt\ttag': separate the columns of a CSV file by commas"),
@@ -406,7 +406,7 @@ def test_no_rows_are_a_table_too():
     ("values", "words"),
     [
         ({"width": 64, "height": 64}, "nearest is 96x96"),
-        ({"width": 96}, "height is absent"),
+        ({"width": 96}, "height is missing"),
         ({"samples": 0}, "samples is 0"),
         ({"samples": MAX_SAMPLES + 1}, "samples is 10001"),
         ({"seed": -1}, "seed is -1"),

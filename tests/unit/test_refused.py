@@ -69,5 +69,5 @@ def test_few_are_shown_and_all_are_written(outputs, tmp_path):
 def test_a_plan_whose_file_is_gone_is_one_sentence(outputs, tmp_path):
     plan = planned(outputs, tmp_path, {"p0": "size"})
     (tmp_path / "plan" / plan.parts[0].file).unlink()
-    with pytest.raises(InputError, match=r"part-00000-test\.parquet is absent, but part-00000\.json"):
+    with pytest.raises(InputError, match=r"part-00000-test\.parquet is missing, but part-00000\.json"):
         list(refused_rows(str(tmp_path), plan, "generate"))

@@ -320,10 +320,7 @@ def test_what_was_passed_over_is_in_the_report(outputs, tmp_path):
     document["opening"]["warnings"] = [in_words(kinds)]
     part.write_text(json.dumps(document))
     page = write(tmp_path)
-    assert (
-        "Of the manifest: Not read as a manifest, 210 of the files there: 20 .k19 (such as <b>19.k)"
-        in page.text
-    )
+    assert "Of the manifest: 210 files not read as a manifest: 20 .k19 (such as <b>19.k)" in page.text
     assert all(f"{number + 1} .k{number} " in page.text for number in range(20)) and not page.all("b9")
 
 

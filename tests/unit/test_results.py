@@ -289,8 +289,11 @@ def test_run_json_is_made_once_and_guards_the_output(tmp_path):
     with pytest.raises(InputError) as caught:
         run_file.put_run(output, other)
     message = str(caught.value)
-    assert "seed is 1 there and 2 here" in message and "sampling.cfg is 3.0 there and 5.0 here" in message
-    assert "templates.en is absent there" in message and "another output folder" in message
+    assert (
+        "seed is 1 in the output and 2 in this run" in message
+        and "sampling.cfg is 3.0 in the output and 5.0 in this run" in message
+    )
+    assert "templates.en is absent in the output" in message and "another output folder" in message
     assert "top_k" not in message and len(message) < 500
 
 

@@ -273,7 +273,7 @@ def test_a_run_ends_at_its_error_rate(rows, errors, limit, stops):
 def test_a_run_ends_with_a_shard_whose_replicas_die_and_teach_nothing():
     deaths = MAX_DEATHS + 1
     counts = WatchCounts(fruitless=deaths, hardest_shard=12, last_death="CUDA error")
-    with pytest.raises(InputError, match=f"{deaths} replicas died with shard 12.* 'CUDA error': try fewer"):
+    with pytest.raises(InputError, match=f"{deaths} replicas died on shard 12.* 'CUDA error': try fewer"):
         check_health(RunConfig("", ""), counts, ShardCounts())
     check_health(RunConfig("", ""), WatchCounts(fruitless=MAX_DEATHS), ShardCounts())
 

@@ -140,7 +140,7 @@ def test_the_best_by_answers_about_the_pictures(one_shard, outputs, tmp_path):
 
 def test_scores_of_other_pictures_are_refused(one_shard, outputs, tmp_path):
     judge(outputs, one_shard, tmp_path / "judged", lambda row: row | {"sha256": "f" * 64})
-    with pytest.raises(InputError, match="about another picture than row_id 0"):
+    with pytest.raises(InputError, match="from another picture than that of row_id 0"):
         select(str(one_shard), str(tmp_path / "dest"), Rules(best_of="text", scores=str(tmp_path / "judged")))
 
 
@@ -155,7 +155,7 @@ def test_rows_that_nobody_judged_are_told(one_shard, outputs, tmp_path):
     found = select(str(one_shard), str(tmp_path / "dest"), rules)
     assert found.failures == 2 and found.kept == 9
     assert [line["row"] for line in dropped(tmp_path / "dest") if line["why"] == "score failed"] == [0, 1]
-    words = f"it has no score: no number about it is in {tmp_path}/judged"
+    words = f"it has no score: {tmp_path}/judged has no number for it"
     assert found.examples == {"score failed": words}
 
 
@@ -385,11 +385,11 @@ def test_the_card_of_a_selection_lets_datasets_read_its_splits(pictures, tmp_pat
 
 
 def test_places_that_cannot_be_are_refused(pictures, tmp_path):
-    with pytest.raises(InputError, match="lies in"):
+    with pytest.raises(InputError, match="is inside"):
         select(str(pictures), str(pictures / "best"), Rules())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match=r"is not empty and no selection of rows, it holds mine\.txt"):
+    with pytest.raises(InputError, match=r"is not empty and not a selection; it holds mine\.txt"):
         select(str(pictures), str(tmp_path / "full"), Rules())
     (pictures / "_SUCCESS").unlink()
     with pytest.raises(InputError, match="is not finished"):
@@ -408,15 +408,15 @@ def test_a_broken_shard_is_one_sentence(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
-        ({"split": {"a": 0.5, "b": 0.4}}, "make 0.9 together"),
+        ({"split": {"a": 0.5, "b": 0.4}}, "sum to 0.9"),
         ({"split": {"a": 0}}, "must be above 0"),
         ({"split": {"a/b": 1}}, "letters, digits"),
         ({"near_duplicates": 17}, "from 0 to 16"),
-        ({"scores": "x"}, "no column of them"),
-        ({"filter": "nothing"}, "names no function"),
+        ({"scores": "x"}, "--scores needs a column of them"),
+        ({"filter": "nothing"}, "is not the name of a function"),
         ({"filter": "no_such_module:f"}, "ModuleNotFoundError"),
         ({"filter": "json:dump5"}, "AttributeError"),
-        ({"filter": "json:__doc__"}, "is no function"),
+        ({"filter": "json:__doc__"}, "is not a function"),
         ({"best_of": "wieght"}, "did you mean 'weight'"),
         ({"group": "albun"}, "has no column 'albun'"),
     ],

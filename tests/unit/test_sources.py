@@ -245,7 +245,7 @@ def test_a_reference_leads_to_one_place(folder, path, place):
         ("/m", "..", "leads out of the manifest's folder"),
         ("s3://b/m", "../a.png", "leads out of the manifest's folder"),
         ("s3://b/m", "a/../../../other/b", "leads out of the manifest's folder"),
-        ("/m", "a\0b", "no valid path"),
+        ("/m", "a\0b", "not a valid path"),
         ("/m", "https://host/a", "does not allow https"),
         ("/m", "http://host/a", "scheme http"),
         ("/m", "ftp://user:hunter2@host/a", "scheme ftp"),
@@ -313,7 +313,7 @@ def test_broken_and_too_long_texts_of_pictures_are_refused():
         ("data:text/html,<html>", "HTML"),
         ("data:image/png;base64,", "empty"),
         ("data:image/svg+xml,%3Csvg/%3E", "HTML or XML"),
-        (text[:400], "cut short|damaged"),
+        (text[:400], "is truncated|damaged"),
     ):
         ((_, made),) = load_many([reference], "understand", load_config(TINY), options)
         check_refused(made, "The picture in the manifest", reason)
@@ -423,15 +423,15 @@ def test_only_regular_files_that_are_there_are_read(tmp_path):
     (tmp_path / "long.png").write_bytes(bytes(1001))
     options = SourceOptions(str(tmp_path), most_bytes=1000)
     for path, reason in (
-        ("pipe.png", "no regular file"),
-        (".", "no regular file"),
-        ("/dev/zero", "no regular file"),
+        ("pipe.png", "not a regular file"),
+        (".", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
         ("absent.png", "does not exist"),
         ("long.png/x", "does not exist"),
         ("loop.png", "loop of links"),
         ("x" * 300, "too long"),
         ("long.png", "more than the allowed 1,000 bytes"),
-        ("\ud800.png", "no valid path"),
+        ("\ud800.png", "not a valid path"),
     ):
         with pytest.raises(RowError) as caught:
             fetch(path, options)
@@ -507,14 +507,14 @@ def test_public_addresses_are(address):
     ],
 )
 def test_an_address_in_an_url_is_looked_at_as_the_system_reads_it(url):
-    with pytest.raises(RowError, match="no public address"):
+    with pytest.raises(RowError, match="not a public address"):
         fetch(url, SourceOptions("/", https=True))
 
 
 def test_a_name_with_one_private_address_is_refused():
     resolved = {"good.example": ["1.1.1.1"], "mixed.example": ["1.1.1.1", "10.0.0.1"], "none.example": []}
     for host in ("mixed.example", "none.example"):
-        with pytest.raises(RowError, match=f"leads to {host}, which is no public address"):
+        with pytest.raises(RowError, match=f"leads to {host}, which is not a public address"):
             https.download(f"https://{host}/a", 10, resolve=lambda host, port: resolved[host])
 
 
@@ -643,7 +643,7 @@ def test_a_download_follows_redirects_within_bounds(host):
 
 
 def test_every_redirect_is_looked_at(host):
-    with pytest.raises(RowError, match=r"leads to inner\.example, which is no public address"):
+    with pytest.raises(RowError, match=r"leads to inner\.example, which is not a public address"):
         ask(host, "/to/https/inner.example")
     with pytest.raises(RowError, match="leads to http://"):
         ask(host, "/to/http/good.example")
@@ -654,7 +654,7 @@ def test_every_redirect_is_looked_at(host):
 
 def test_a_connection_goes_to_an_address_that_was_looked_at(host):
     """Whatever the name leads to a moment later."""
-    with pytest.raises(RowError, match="no public address"):
+    with pytest.raises(RowError, match="not a public address"):
         ask(host, "/bytes/3", permitted=https.is_public)
     assert host.asked == []
 
@@ -682,7 +682,7 @@ def test_what_may_work_later_is_not_the_sources_fault(host):
     for path, reason in (
         ("/status/503", "status 503"),
         ("/status/429", "status 429"),
-        ("/cut", "does not serve it whole"),
+        ("/cut", "does not send all of it"),
         ("/slow", "took too long"),
         ("/unsized-slow", "took too long"),
     ):
@@ -701,12 +701,12 @@ def test_a_host_is_asked_again_until_patience_ends(host, monkeypatch):
     assert found == Fetched("https://good.example/flaky/3", b"at last")
     assert len(host.asked) == 4
     options = SourceOptions("/", https=True, retry_seconds=1)
-    with pytest.raises(RowError, match=r"/status/500 cannot be had, good.example answers with status 500"):
+    with pytest.raises(RowError, match=r"/status/500 cannot be read, good.example answers with status 500"):
         fetch("https://good.example/status/500?key=hunter2", options, download)
     asked = len(host.asked)
     assert asked > 5
     # Patience with a host is not spent anew on each of its pictures.
-    with pytest.raises(RowError, match="cannot be had"):
+    with pytest.raises(RowError, match="cannot be read"):
         fetch("https://good.example/status/502", options, download)
     assert len(host.asked) == asked + 1
 

@@ -193,8 +193,8 @@ def test_strays_and_faults_are_to_be_moved_elsewhere(outputs, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["verify", str(tmp_path / "out")])
     told = capsys.readouterr().out
-    assert left.value.code == 1 and "mine.parquet is no file of this plan" in told
-    assert "move it elsewhere" in told and "Move the files at fault elsewhere" in told
+    assert left.value.code == 1 and "mine.parquet is not in the plan" in told
+    assert "move it elsewhere" in told and "Move the faulty files elsewhere" in told
     assert not re.search("delete|remove", told, flags=re.IGNORECASE)
 
 
@@ -241,7 +241,7 @@ def test_prompts_replace_a_file_only_if_told(place, capsys):
 def test_drawn_scenes_need_an_empty_folder(place):
     theirs = {"train/generate.parquet": "mine", "held-out/notes.txt": "mine"}
     fill(place, theirs)
-    with pytest.raises(InputError, match=r"is not empty, it holds .*: give a new folder, or --overwrite"):
+    with pytest.raises(InputError, match=r"is not empty; it holds .*: give a new folder, or --overwrite"):
         write_shapes(place, 1, 1, 0, [Size(64, 64)])
     assert contents(place) == theirs
 
@@ -286,7 +286,7 @@ def test_a_selection_leaves_files_of_others_alone(outputs, tmp_path):
     card_of(outputs, tmp_path / "out")
     theirs = {"data/part-00007.parquet": "mine", "notes.txt": "mine"}
     fill(tmp_path / "few", theirs)
-    with pytest.raises(InputError, match="is not empty and no selection of rows"):
+    with pytest.raises(InputError, match="is not empty and not a selection"):
         select(str(tmp_path / "out"), str(tmp_path / "few"), Rules())
     assert contents(tmp_path / "few") == theirs
     select(str(tmp_path / "out"), str(tmp_path / "few"), Rules(), overwrite=True)

@@ -70,7 +70,7 @@ def test_missing_files_are_incomplete(whole):
 def test_all_rows_without_success_are_incomplete(whole):
     (whole / "_SUCCESS").unlink()
     verdict, said = judged(whole)
-    assert verdict.state == "incomplete" and "all rows are there, but _SUCCESS does not say so" in said[-1]
+    assert verdict.state == "incomplete" and "all rows exist, but _SUCCESS is missing or outdated" in said[-1]
 
 
 def test_a_plan_that_went_on_is_incomplete(whole, outputs):
@@ -196,11 +196,11 @@ def test_another_schema_is_broken(whole):
 def test_stray_files_are_named(whole):
     (whole / "data" / "notes.txt").write_text("mine")
     verdict, said = judged(whole)
-    assert verdict.state == "complete" and re.search("notes.txt.*no harm", said[0])
+    assert verdict.state == "complete" and re.search("notes.txt.*it is ignored", said[0])
     stray = whole / "data" / "shard-00000003.parquet"
     stray.write_bytes((whole / "data" / "shard-00000002.parquet").read_bytes())
     verdict, said = judged(whole)
-    assert verdict.state == "broken" and any(f"{stray} is no file of this plan" in words for words in said)
+    assert verdict.state == "broken" and any(f"{stray} is not in the plan" in words for words in said)
 
 
 def test_of_many_faults_the_first_are_told(whole):
@@ -211,7 +211,7 @@ def test_of_many_faults_the_first_are_told(whole):
     rewrite(whole, 0, change)
     verdict, said = judged(whole)
     assert verdict.faults == 40 and len(said) == MAX_FAULTS + 2
-    assert said[-2] == "20 more faults are not told." and "40 faults" in said[-1]
+    assert said[-2] == "20 more faults are not shown." and "40 faults" in said[-1]
 
 
 def test_a_folder_that_is_no_output_is_one_sentence(tmp_path):
@@ -251,7 +251,10 @@ def test_a_footer_that_counts_otherwise_is_a_fault(whole):
     for tally in (found.to_json(), b"{}", b"[", b"\xff"):
         shards.write_shard(str(whole), 1, table, tally)
         verdict, said = judged(whole)
-        assert verdict.state == "broken" and f"{path} counts other rows in its footer" in said[0]
+        assert (
+            verdict.state == "broken"
+            and f"the counts in the footer of {path} do not match its rows" in said[0]
+        )
 
 
 @pytest.mark.parametrize("name", ["part-00000", "all"])
@@ -280,7 +283,7 @@ def test_a_fast_look_opens_no_file_that_a_summary_covers(whole, monkeypatch):
     rewrite(whole, 1, lambda rows: rows[4].update(prompt="other"))
     verdict, said = judged(whole, fast=True)
     assert verdict.state == "complete" and opened == [1]
-    assert said[0] == "No summary covers 1 files as they are; their footers were read."
+    assert said[0] == "No current summary covers 1 file; footers were read instead."
     rewrite(whole, 1, lambda rows: rows.pop())
     verdict, said = judged(whole, fast=True)
     assert verdict.state == "broken" and any("has 39 rows, but 40 were planned" in words for words in said)
@@ -317,7 +320,7 @@ def test_a_plan_that_cannot_be_read_is_one_sentence(whole, change):
     else:
         pq.write_table(pq.read_table(path), path)
     with pytest.raises(
-        InputError, match=r"part-00000-test\.parquet is (absent|corrupt), but part-00000\.json"
+        InputError, match=r"part-00000-test\.parquet is (missing|corrupt), but part-00000\.json"
     ):
         judged(whole)
 

@@ -78,11 +78,11 @@ def compact(output: str, on_progress: Report = silent) -> Compacted:
     with OutputLock(output, f"of process {os.getpid()}, which compacts") as lock:
         plan = read_plan(output)
         if not plan.incremental:
-            raise InputError(f"{output} is not of a run with --incremental, so there is nothing to compact.")
+            raise InputError(f"{output} was made without --incremental, so there is nothing to compact.")
         success = read_success(output)
         names = [part.name for part in plan.parts]
         if success is None or success["parts"][-1] != names[-1]:
-            raise InputError(f"{output} is not finished: re-run its command to resume, and compact it then.")
+            raise InputError(f"{output} is not finished: re-run its command to resume, then compact it.")
         _remove_others(output, plan)
         if success["parts"] != names:
             finish(output, plan)  # an earlier try was cut off after its plan had become the plan
@@ -180,7 +180,7 @@ def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) 
     document = {"format": FORMAT, **dataclasses.asdict(part), "opening": opening.to_values()}
     data = json.dumps(document, ensure_ascii=False).encode() + b"\n"
     if storage.replace_if_match(path, data, etag) is None:
-        raise InputError(f"{path} was changed by somebody else meanwhile: compact {output} again.")
+        raise InputError(f"{path} changed during the compaction: compact {output} again.")
 
 
 def _remove_others(output: str, plan: Plan) -> None:

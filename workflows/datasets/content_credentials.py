@@ -191,12 +191,12 @@ def _read_certificates(path: str) -> list["x509.Certificate"]:
         chain = x509.load_pem_x509_certificates(data)
     except ValueError:
         raise InputError(
-            f"{path} holds no certificate as PEM: give the signer's certificate and those above it."
+            f"{path} holds no PEM certificate: give the signer's certificate and those of its authorities."
         ) from None
     now, first, last = datetime.now(UTC), chain[0].not_valid_before_utc, chain[0].not_valid_after_utc
     if not first <= now <= last:
         raise InputError(
-            f"the certificate {path} is valid from {first:%Y-%m-%d} to {last:%Y-%m-%d}, which today is not: "
+            f"the certificate {path} is valid from {first:%Y-%m-%d} to {last:%Y-%m-%d}, but not today: "
             f"give a current one."
         )
     return chain
@@ -221,7 +221,7 @@ def _read_key(path: str, certificate: str, signer: "x509.Certificate") -> tuple[
             f"the key {path} is encrypted: write it without a password, by openssl pkey -in {path} -out NEW."
         ) from None
     except (ValueError, UnsupportedAlgorithm):
-        raise InputError(f"{path} holds no private key as PEM: give that of the certificate.") from None
+        raise InputError(f"{path} holds no PEM private key: give the key of the certificate.") from None
     algorithm = _algorithm(key)
     if algorithm is None:
         raise InputError(

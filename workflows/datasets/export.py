@@ -157,7 +157,7 @@ def _refuse_inside(output: str, dest: str) -> None:
     ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (output, dest)]
     folder, inner = (path.rstrip("/") + "/" for path in ends)
     if inner.startswith(folder):
-        raise InputError(f"DEST {dest} lies in {output}, whose files are the run's: choose another place.")
+        raise InputError(f"DEST {dest} is inside {output}, where only its run writes: choose another folder.")
 
 
 def _refuse_foreign(dest: str, form: str) -> None:

@@ -119,7 +119,7 @@ def _item_id(row: Row) -> str:
     item = row.values["id"].rpartition("/")[2].removesuffix(".txt")
     if "." in item or ":" in item:
         raise InputError(
-            f"id {in_words(row.values['id'])} is no item_id of DPG-Bench, by which its evaluator looks "
+            f"id {in_words(row.values['id'])} is not an item_id of DPG-Bench, by which its evaluator looks "
             f"questions up: generate from a manifest whose id is the item_id."
         )
     return exact_name(row, "id", item)
@@ -257,7 +257,7 @@ def gedit(results: Results, sink: Sink, count: Count, options: Options) -> None:
         for data, beside in _source_files(uri, wanted):
             for name, sha256 in beside:
                 if hashlib.sha256(data).hexdigest() != sha256:
-                    raise InputError(f"{uri} has changed since it was edited: restore it, or edit it anew.")
+                    raise InputError(f"{uri} has changed since it was edited: restore it, or edit it again.")
                 sink.put(name, functools.partial(_png, data), 8 * len(data))
 
 

@@ -107,7 +107,7 @@ class Results:
         if self.partial and not self._done:
             remedy = "try again when its run has finished the first"
             if not at_work(output):
-                remedy = "no run is at work on it; re-run its command to resume"
+                remedy = "no run is active; re-run its command to resume"
             raise InputError(f"{output} has no finished shard yet: {remedy}.")
         self.schema = result_schema(self.plan.carried, bool(run["config"].get("save_tokens")))
         self.carried = [field for field in self.schema if field.name not in RESULT_NAMES]
@@ -174,7 +174,7 @@ class Results:
             "task": self.task,
             "status": MISSING,
             "error_type": MISSING,
-            "error_message": "it is not made yet",
+            "error_message": "it is not written yet",
         }
         plan = read_shard(self.output, shard)
         names = [name for name in plan.column_names if name in self.schema.names]

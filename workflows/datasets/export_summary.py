@@ -61,21 +61,19 @@ class ExportSummary:
             f"{_number(self.exported, self.what)} exported to {self.dest}, {_number(self.files, 'file')}"
         ]
         if self.unchanged:
-            parts[0] += f" of which {self.unchanged:,} there already"
+            parts[0] += f", {self.unchanged:,} of them unchanged"
         if self.errors:
             parts.append(f"{_number(self.errors, 'error row')} {self.failed}")
         if self.left_out:
             parts.append(f"{_number(self.left_out, 'ok row')} left out, since {self.why}")
         if self.renamed:
-            parts.append(f"{_number(self.renamed, 'name')} with a hash, since the id is no safe file name")
+            parts.append(f"{_number(self.renamed, 'name')} with a hash, since the id is not a safe file name")
         if self.misses:
             more = self.misses - len(self.missed)
             names = ", ".join(self.missed) + (f" and {_number(more, 'more file')}" if more else "")
             parts.append(f"the evaluator will miss {names}")
         if self.unread:
-            parts.append(
-                f"{_number(self.unread, 'source')} named by digest alone, since they are not what they were"
-            )
+            parts.append(f"{_number(self.unread, 'source')} named by digest alone, since they have changed")
         return f"{self._partial_text()}{'; '.join(parts)}."
 
     def _partial_text(self) -> str:

@@ -74,7 +74,7 @@ class Look:
             self.score = load_function(rules.best_of)
         elif rules.scores:
             if not isinstance(rows, OutputRows):
-                raise InputError(f"{rows.path} is not the output of a run, so no scores are about its rows.")
+                raise InputError(f"{rows.path} is not the output of a run, so --scores cannot name its rows.")
             self.scores = _Scores(rules.scores, rules.best_of or "", rows.path)
         else:
             self.column = rules.best_of
@@ -148,7 +148,7 @@ class Look:
                 try:
                     value = given[place] if given is not None else self.score(dict(rows[place]))  # type: ignore[misc]
                     if value is None and self.scores is not None:
-                        raise NoScore(f"it has no score: no number about it is in {self.scores.path}")
+                        raise NoScore(f"it has no score: {self.scores.path} has no number for it")
                     scores[place] = number(value)
                 except NoScore as error:
                     self._failed(why, place, first, SCORE_FAILED, str(error))
@@ -177,7 +177,7 @@ class Look:
         if len(self.messages) > MAX_FAILURES:
             raise InputError(
                 f"More than {MAX_FAILURES:,} rows of {self.rows.path} failed ({REASONS[reason]}), the last "
-                f"one with '{words[:200]}': correct what fails and start again."
+                f"one with '{words[:200]}': correct the cause and start again."
             )
 
 
@@ -280,8 +280,8 @@ class _Scores:
                 continue
             if sha256 and int(sha256[:15], 16) != self.marks[place]:
                 raise InputError(
-                    f"{self.path} is about another picture than row_id {row_id} of {self.judged}: "
-                    f"give the data set that was made from this one."
+                    f"{self.path} was made from another picture than that of row_id {row_id} in "
+                    f"{self.judged}: give a data set that was made from {self.judged}."
                 )
             found.append(float(self.means[place]))
         return found

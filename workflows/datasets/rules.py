@@ -78,17 +78,19 @@ class Rules:
             OptionError: A rule has a bad value, or needs another that is missing.
         """
         if self.scores is not None and (self.best_of is None or ":" in self.best_of):
-            raise OptionError("scores are given, but no column of them: name it with --best-of COLUMN.")
+            raise OptionError("--scores needs a column of them: name it with --best-of COLUMN.")
         distance = self.near_duplicates
         if distance is not None and not 0 <= distance <= MAX_DISTANCE:
             raise OptionError(f"near_duplicates is {distance}, but must be from 0 to {MAX_DISTANCE} bits.")
         for name, share in self.split.items():
             if not re.fullmatch(r"\w+", name):
-                raise OptionError(f"The split '{name}' must be named with letters, digits and _ alone.")
+                raise OptionError(f"The split '{name}' must be named with letters, digits and _ only.")
             if not 0 < share <= 1:
                 raise OptionError(f"The split {name} is {share:g}, but must be above 0 and at most 1.")
         if self.split and not math.isclose(sum(self.split.values()), 1, abs_tol=1e-9):
-            raise OptionError(f"The splits make {sum(self.split.values()):g} together, but must make 1.")
+            raise OptionError(
+                f"The shares of --split sum to {sum(self.split.values()):g}, but must sum to 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def load_function(name: str) -> Function:
     """
     module, mark, attribute = name.partition(":")
     if not (module and mark and attribute):
-        raise OptionError(f"'{name}' names no function: write package.module:function.")
+        raise OptionError(f"'{name}' is not the name of a function: write package.module:function.")
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
@@ -126,10 +128,10 @@ def load_function(name: str) -> Function:
         words = str(error).strip().split("\n", 1)[0][:200]
         raise OptionError(
             f"{name} cannot be imported ({type(error).__name__}: {words}): "
-            f"check the name, and that its module is in the present folder or installed."
+            f"check the name, and that its module is in the current folder or installed."
         ) from error
     if not callable(found):
-        raise OptionError(f"{name} is no function: name one that takes a row.")
+        raise OptionError(f"{name} is not a function: name one that takes a row.")
     return found
 
 
@@ -164,7 +166,7 @@ def number(value: Any) -> float:
         raise NoScore("it has no score")
     value = float(value)
     if not math.isfinite(value):
-        raise NoScore(f"its score is {value}, which is no number to compare")
+        raise NoScore(f"its score is {value}, which is not a number")
     return value
 
 

@@ -75,7 +75,7 @@ def _claim(source: str, dest: str, rules: Rules, overwrite: bool, names: list[st
         ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (source, dest)]
         outer, inner = (path.rstrip("/") + "/" for path in ends)
         if inner.startswith(outer):
-            raise InputError(f"{dest} lies in {source}, and would be taken for a part of it: choose another.")
+            raise InputError(f"{dest} is inside {source}: choose another folder.")
     path = storage.join(dest, SELECTION_FILE)
     claim: dict[str, Any] = {"settings": {"source": source, "rules": asdict(rules)}}
     found = storage.find_files(dest, lambda name: True, 1)
@@ -93,7 +93,7 @@ def _claim(source: str, dest: str, rules: Rules, overwrite: bool, names: list[st
             )
     elif found and not overwrite:
         raise InputError(
-            f"{dest} is not empty and no selection of rows, it holds {found[0]:.100}: "
+            f"{dest} is not empty and not a selection; it holds {found[0]:.100}: "
             f"give a new folder, or --overwrite to write beside it."
         )
     shared = bool(found) and (not existing or bool(existing.get("shared")))

@@ -90,7 +90,7 @@ def _question(messages: Any) -> dict[str, Any]:
     roles = [str(one.get("role")) for one in messages]
     if roles != ["user"]:
         raise ValueError(
-            f"is a request with messages of {', '.join(roles[:5]) or 'nobody'}, but understand answers one "
+            f"is a request with messages of {', '.join(roles[:5]) or 'no one'}, but understand answers one "
             f"of the user"
         )
     content = messages[0].get("content")

@@ -122,7 +122,7 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
             few = len(shown) - len(captions_of)
             more = f", {few:,} have none" if few else ""
             notes.append(
-                f"Texts beside pictures of the same name are their captions: {len(captions_of):,}{more}."
+                f"Text files with the name of a picture are used as its caption: {len(captions_of):,}{more}."
             )
         return _picture_manifest(
             path, shown, sorted(captions_of, key=lambda file: file.relative), passed, notes
@@ -155,7 +155,9 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
     if pictures:
         _refuse_tars(path, files, tables)
     if shown:
-        notes.append(f"Of the pictures beside the table, {len(shown):,}, those are read that its rows name.")
+        notes.append(
+            f"Of the {len(shown):,} pictures beside the table, only those that its rows name are read."
+        )
     return Manifest(path, tuple(tables), passed.kinds, tuple(notes))
 
 
@@ -278,7 +280,7 @@ def _results(path: str, files: Sequence[storage.FileInfo], task: str) -> Manifes
     except (ValueError, TypeError, KeyError, RecursionError):
         finished = None
     if finished != [os.path.basename(part).removesuffix(".json") for part in parts]:
-        raise InputError(f"{path} is the output of a run that is not finished: let it finish first.")
+        raise InputError(f"{path} is the output of a run that is not finished: finish that run first.")
     data = (file for file in files if os.path.dirname(file.relative) == DATA_FOLDER)
     shards = (file for file in data if shard_number(os.path.basename(file.relative)) is not None)
     return Manifest(path, tuple(_manifest_file(file, "results") for file in shards))

@@ -131,7 +131,7 @@ def _delta(path: str, files: Mapping[str, storage.FileInfo]) -> list[LiveFile]:
     except (DeltaError, OSError, ValueError) as error:
         raise _failed("Delta Lake", path, error) from error
     if deleted or mode != "none":
-        why = "marks rows of its files as deleted" if deleted else "names columns otherwise than its files do"
+        why = "marks rows of its files as deleted" if deleted else "names columns differently from its files"
         raise InputError(
             f"{path} is a table of Delta Lake that {why}: write its rows to a new table, or to a folder of "
             f"Parquet files."
@@ -180,7 +180,7 @@ def _iceberg(path: str, files: Mapping[str, storage.FileInfo]) -> list[LiveFile]
         raise _failed("Iceberg", path, error) from error
     names = {field.field_id: field.name for field in table.schema().fields}
     moved = any(names.get(field.field_id) != field.name for one in schemas for field in one.fields)
-    why = "names or has columns otherwise than some of its files do" if moved else ""
+    why = "has other columns or column names than some of its files" if moved else ""
     if any(task.delete_files for task in tasks):
         why = "marks rows of its files as deleted"
     elif any(task.file.file_format.name != "PARQUET" for task in tasks):

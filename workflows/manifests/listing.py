@@ -14,6 +14,7 @@ from typing import NamedTuple
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import DROPPED_FILE, SELECTION_FILE
 from wallaroo.workflows.storage.local import TEMPORARY, local_info
+from wallaroo.workflows.text import counted
 
 _BITMAPS = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PICTURE_SUFFIXES = (*_BITMAPS, ".avif", ".heic", ".heif")
@@ -248,7 +249,7 @@ def in_words(passed_over: PassedOver) -> str:
     rest = [count for _, (count, _) in ordered[MOST_KINDS:]]
     words += [f"{sum(rest):,} of {len(rest)} other kinds"] if rest else []
     total = sum(count for count, _ in passed_over.values())
-    return f"Not read as a manifest, {total:,} of the files there: {', '.join(words)}."
+    return f"{counted(total, 'file')} not read as a manifest: {', '.join(words)}."
 
 
 def _shown(name: str) -> str:

@@ -108,7 +108,7 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
         head = head.replace(b"\r", b"\n")
     if head.startswith(_BINARY):
         raise InputError(
-            f"{file.path} is no text, but Parquet, or a ZIP archive as Excel writes: save it as Parquet or "
+            f"{file.path} is not text, but Parquet, or a ZIP archive as Excel writes: save it as Parquet or "
             f"as CSV in UTF-8, with that suffix."
         )
     if file.format in ("jsonl", "json") and _is_bare_array(head.removeprefix(codecs.BOM_UTF8)):

@@ -106,7 +106,7 @@ def _json_object(line: bytes, task: str) -> tuple[dict[str, Any], str]:
         fault = fault or wrong
     if "\\u" in text and not is_text(encoded := json.dumps(value, ensure_ascii=False)):
         value = json.loads(mended(encoded))
-        fault = fault or "holds half of a surrogate pair, which is no Unicode text"
+        fault = fault or "holds half of a surrogate pair, which is not Unicode text"
     return value, fault
 
 

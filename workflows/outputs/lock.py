@@ -170,7 +170,7 @@ class OutputLock:
             LockLost: Another run took it over.
         """
         if self.lost.is_set():
-            raise LockLost(f"Another run took over {self.path}, so this one stops; what it finished is kept.")
+            raise LockLost(f"Another run took over {self.path}, so this one stops. Finished shards are kept.")
 
     def _take(self) -> None:
         """Takes the lock, or raises RunInProgress."""
@@ -201,10 +201,10 @@ class OutputLock:
             time.sleep(self._lease / POLLS_PER_LEASE)
 
     def _words(self, owner: Owner | None, seconds: float) -> str:
-        who = f"Run {owner.run} (process {owner.pid} on {owner.host})" if owner else "Another run"
+        who = f"an active run (process {owner.pid} on {owner.host})" if owner else "another run"
         return (
-            f"{who} is at work on {self.path.removesuffix('/' + LOCK_FILE)}, its last sign of life came "
-            f"while this one looked on for {seconds:.0f} s: wait until it ends, or stop it."
+            f"{self.path.removesuffix('/' + LOCK_FILE)} is locked by {who}, "
+            f"heartbeat less than {seconds + 1:.0f} s ago: wait for it, or stop it."
         )
 
     def _replace(self, data: bytes, etag: str) -> str | None:
@@ -276,7 +276,7 @@ def at_work(output: str, watch: float = 2 * LEASE_SECONDS / BEATS_PER_LEASE) -> 
             return ""
         near = bool(owner.machine) and owner.machine == _machine()
         if near or found != (first := first or found):
-            return f"A run is at work on {output} (process {owner.pid} on {owner.host})."
+            return f"A run is active in {output} (process {owner.pid} on {owner.host})."
         if time.monotonic() >= end:
             return ""
         time.sleep(min(watch, LEASE_SECONDS) / POLLS_PER_LEASE)

@@ -36,7 +36,7 @@ def find_run(output: str) -> dict[str, Any] | None:
         if found:
             more = " and more" if len(found) > MAX_NAMED else ""
             raise InputError(
-                f"{output} is not empty and not the output of a run: it holds "
+                f"{output} is not empty and not the output of a run; it holds "
                 f"{', '.join(name[:100] for name in found[:MAX_NAMED])}{more}; give a new or an empty folder."
             )
     return document
@@ -79,11 +79,12 @@ def check_run(output: str, run: Mapping[str, Any], fields: Mapping[str, Any]) ->
     differing = [key for key in sorted({*stored, *here}) if plain(stored.get(key)) != plain(here.get(key))]
     if differing:
         words = "; ".join(
-            f"{key} is {shown(stored, key)} there and {shown(here, key)} here" for key in differing
+            f"{key} is {shown(stored, key)} in the output and {shown(here, key)} in this run"
+            for key in differing
         )
         raise InputError(
             f"the output {output} belongs to another run: {words}; "
-            f"give another output folder, or the values it was made with."
+            f"give another output folder, or the values of the output."
         )
 
 
@@ -103,7 +104,7 @@ def read_run(output: str) -> dict[str, Any]:
     if document is None:
         stored = next(iter(storage.find_files(output, lambda name: True, 1)), None)
         why = f"it has no {RUN_FILE}" if stored else "there is no such folder, or it is empty"
-        raise InputError(f"{output} is not the output of a run, since {why}: give the folder of one.")
+        raise InputError(f"{output} is not the output of a run, since {why}: give the folder of an output.")
     return document
 
 

@@ -25,7 +25,7 @@ def refuse_inside(manifest: str, output: str | None) -> None:
     ends = [path if storage.is_s3(path) else os.path.realpath(path) for path in (manifest, output)]
     folder, inner = (path.rstrip("/") + "/" for path in ends)
     if inner.startswith(folder):
-        raise InputError(f"The output {output} lies in the manifest {manifest}: choose another place.")
+        raise InputError(f"The output {output} is inside the manifest {manifest}: choose another folder.")
 
 
 def check_same(
@@ -54,14 +54,17 @@ def check_same(
     if plan.incremental != settings.incremental:
         there_words, here_words = ("with", "without") if plan.incremental else ("without", "with")
         raise InputError(
-            f"The plan there was made {there_words} --incremental, but this run is {here_words}: "
-            f"give it as before, or give a new output."
+            f"The plan in the output was made {there_words} --incremental, but this run is {here_words}: "
+            f"use the same setting, or give a new output."
         )
     if differing:
         words = "; ".join(
-            f"{key} is {planned.get(key)!r} there and {here.get(key)!r} here" for key in differing
+            f"{key} is {planned.get(key)!r} in the plan and {here.get(key)!r} in this run"
+            for key in differing
         )
-        raise InputError(f"The plan belongs to another run: {words}; give another output, or these values.")
+        raise InputError(
+            f"The plan belongs to another run: {words}; give another output, or the values of the plan."
+        )
     if plan.incremental:
         return
     old = {name: tuple(rest) for name, *rest in first.manifest}

@@ -107,18 +107,17 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
             hint = f": it has {', '.join(schema.names[:10]) or 'none at all'}."
             if column == "prompt" and COLUMN in schema.names and set(schema.names) <= {"id", COLUMN}:
                 raise InputError(
-                    "The manifest has pictures, but no instructions: give one for all of them (--prompt)."
+                    "The manifest has pictures, but no instructions: give one for all rows (--prompt)."
                 )
             if column == "prompt" and settings.task in PICTURE_TASKS:
                 hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
         if column == "prompt" and "--prompt-column" not in hint:
-            hint += " --prompt-column names the column of the prompts."
+            hint += " --prompt-column selects the column of the prompts."
         elif column == COLUMN:
-            hint += " --image-column names the column of the pictures."
+            hint += " --image-column selects the column of the pictures."
         raise InputError(f"The manifest has no column '{column}'{hint}")
     warnings = [
-        f"Column '{actual}' is taken for the {name} of a row, as its layout is known; "
-        f"--{name}-column names another."
+        f"Column '{actual}' is used as the {name} of a row; --{name}-column selects another."
         for name, actual in names.items()
         if name in ("prompt", COLUMN, "id")
         and actual not in (name, f"in_{name}")
@@ -128,8 +127,8 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     if settings.task == "understand" and settings.prompt is None and names["prompt"] not in schema.names:
         questions = [name for name in schema.names if name.lower() in QUESTIONS]
         warnings += [
-            f"Column '{name}' may hold questions, but each picture is only described: --prompt-column names "
-            f"the column of the questions."
+            f"Column '{name}' may hold questions, but is not used, so each picture is described; "
+            f"--prompt-column selects it."
             for name in questions[:1]
         ]
     for name in schema.names:
@@ -138,7 +137,7 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
         carried = name.startswith("in_") and name.removeprefix("in_") in RESULT_NAMES
         hint = "" if name in meant or carried else did_you_mean(name.lower(), near, MIN_COMMON)
         if hint:
-            warnings.append(f"Column '{name}' has no meaning and is carried through{hint}")
+            warnings.append(f"Column '{name}' is not a parameter and is carried through{hint}")
     return warnings
 
 

@@ -88,7 +88,7 @@ def read_planned(output: str, rounds: Iterable[Round]) -> PlannedPairs:
             table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
         except (FileNotFoundError, pa.ArrowException):
             raise InputError(
-                f"{path}, which says what is planned already, is gone or corrupt: restore it."
+                f"{path}, which lists the rows planned so far, is missing or corrupt: restore it."
             ) from None
         found = np.empty(table.num_rows, PAIR)
         for name in PAIR.names or ():

@@ -299,7 +299,7 @@ def read_shard(
                 parquet = pq.ParquetFile(opened, metadata=_footer(path), pre_buffer=True)
                 return parquet.read_row_group(row_group, columns=columns)
         except (FileNotFoundError, pa.ArrowException) as error:
-            words = "is absent" if isinstance(error, FileNotFoundError) else "is corrupt"
+            words = "is missing" if isinstance(error, FileNotFoundError) else "is corrupt"
             raise InputError(f"{path} {words}, but a JSON file beside it names it: restore it.") from error
 
 

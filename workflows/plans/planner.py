@@ -160,7 +160,7 @@ def _make_increment(
     With one part, one JSON decides for a whole round. Whoever loses the race for it looks for new rows again.
     """
     if output is None:
-        raise OptionError("incremental is set, but there is no output to go on from: give OUTPUT.")
+        raise OptionError("--incremental needs the output of earlier runs: give OUTPUT.")
     while True:
         earlier, left = read_planned(output, plan.rounds), unseen(found, plan.rounds, settings)
         identity, pairs = left.identity(), None
@@ -176,9 +176,7 @@ def _make_increment(
                 continue
         if added is None:
             if not plan.parts:
-                raise InputError(
-                    f"The manifest {found.path} gives nothing to do, it has no rows: correct it."
-                )
+                raise InputError(f"The manifest {found.path} has no rows: correct it.")
             return plan
         plan = added
 
@@ -226,10 +224,10 @@ class _Planner:
         if selected.any():
             return self._with_round(plan, selected)
         if not plan.parts:
-            why = "it has no rows"
+            why = "has no rows"
             if source.rows:
-                why = f"where '{self.settings.where}' chooses none of its rows"
-            raise InputError(f"The manifest {source.manifest.path} gives nothing to do, {why}: correct it.")
+                why = f"has no row that matches --where '{self.settings.where}'"
+            raise InputError(f"The manifest {source.manifest.path} {why}: correct it.")
         return plan
 
     def _with_round(self, plan: Plan, selected: np.ndarray, old: Round | None = None) -> Plan:

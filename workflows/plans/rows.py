@@ -194,7 +194,8 @@ def plan_rows(
             error = RowError("manifest", f"Row {number} of {origin} {faults[number]}; {remedy}.")
         elif number in duplicates and not error:
             error = RowError(
-                "id", f"id {in_words(ids[index])} is that of an earlier row; give every row an id of its own."
+                "id",
+                f"id {in_words(ids[index])} repeats that of an earlier row; give every row an id of its own.",
             )
         values = {name: column[index] for name, column in present.items()}
         rows.append(_resolved(values, settings, config, tokenizer, allowed, error))
@@ -390,7 +391,7 @@ def check_prompt(prompt: Any, settings: PlanSettings, tokenizer: Tokenizer) -> N
     if not isinstance(prompt, str):
         raise RowError("prompt", f"prompt is {in_words(prompt)}, which is not text; give every row a text.")
     if not prompt.strip():
-        raise RowError("prompt", f"prompt is {in_words(prompt)}, which is empty; give every row a text.")
+        raise RowError("prompt", f"prompt {in_words(prompt)} is empty; give every row a text.")
     most = settings.max_prompt_tokens
     # A token has at least one byte, so most prompts are known to be short without encoding.
     if 4 * len(prompt) <= most or len(prompt.encode()) <= most:
@@ -399,7 +400,8 @@ def check_prompt(prompt: Any, settings: PlanSettings, tokenizer: Tokenizer) -> N
     if tokens is None or tokens > most:
         count = f"{len(prompt):,} characters" + (f" and {tokens:,} tokens" if tokens else "")
         raise RowError(
-            "prompt", f"prompt has {count}, more than max_prompt_tokens {most:,}; shorten it or raise that."
+            "prompt",
+            f"prompt has {count}, more than max_prompt_tokens {most:,}; shorten it or raise the limit.",
         )
 
 

@@ -47,7 +47,7 @@ def size_of(width: int | None, height: int | None, ratio: Any, config: ModelConf
     if not is_absent(ratio):
         if width is not None or height is not None:
             raise RowError(
-                "size", f"aspect_ratio {in_words(ratio)} stands beside a width or height; give one."
+                "size", f"aspect_ratio {in_words(ratio)} is given with a width or height; give one of them."
             )
         # Only the quotient matters, so a ratio can stand for pixels.
         tall, wide = _ratio(ratio)
@@ -69,7 +69,7 @@ def size_of(width: int | None, height: int | None, ratio: Any, config: ModelConf
     if size in config.size_list():
         return size
     if width < 1 or height < 1:
-        raise RowError("size", f"width {width} and height {height} are no size; give positive pixels.")
+        raise RowError("size", f"width {width} and height {height} must be positive numbers of pixels.")
     nearest = config.bucket(height, width)
     raise RowError("size", f"size {size} is not one of the model's; the nearest is {nearest}.")
 

@@ -38,12 +38,12 @@ def planned_shards(
     path = storage.join(output, PLAN_FOLDER, part.file)
     remedy = f"but {part.name}.json names it: restore it, or give a new output"
     if stamp is None:
-        raise InputError(f"{path} is absent, {remedy}.")
+        raise InputError(f"{path} is missing, {remedy}.")
     try:
         with storage.open_ranges(path, storage.stamp_size(stamp)) as file, pq.ParquetFile(file) as parquet:
             for shard in shards:
                 yield shard, parquet.read_row_group(shard - part.first_shard, columns, use_threads=False)
     except FileNotFoundError:
-        raise InputError(f"{path} is absent, {remedy}.") from None
+        raise InputError(f"{path} is missing, {remedy}.") from None
     except (pa.ArrowException, OSError, IndexError) as error:
         raise InputError(f"{path} is corrupt, {remedy}.") from error

@@ -128,7 +128,7 @@ def verify(
     if not missing and found.rows != plan.rows:
         found.fault(f"{output} has {found.rows:,} rows in all, but {plan.rows:,} were planned.")
     if found.faults > MAX_FAULTS:
-        say(f"{found.faults - MAX_FAULTS:,} more faults are not told.")
+        say(f"{found.faults - MAX_FAULTS:,} more faults are not shown.")
     if found.faults:
         state = "broken"
     elif missing or not covers(success, plan):
@@ -157,10 +157,10 @@ def _listed(output: str, plan: Plan, found: _Found) -> dict[int, str]:
     for path in (storage.join(folder, relative) for relative in sorted(others)):
         if path.endswith(".parquet"):
             found.fault(
-                f"{path} is no file of this plan, but readers of the folder take its rows: move it elsewhere."
+                f"{path} is not in the plan, but readers of the folder would read it: move it elsewhere."
             )
         else:
-            found.say(f"{path} is no file of a run; it does no harm.")
+            found.say(f"{path} is not a file of a run; it is ignored.")
     return stamps
 
 
@@ -200,7 +200,7 @@ def _read(
         found.ok += one.ok
         found.errors += one.errors
         if one.row_ids and one.row_ids[0] <= last:
-            found.fault(f"{one.path} has row_id {one.row_ids[0]}, which an earlier file has passed already.")
+            found.fault(f"{one.path} has row_id {one.row_ids[0]}, which is not above those of earlier files.")
         last = max([last, *one.row_ids])
         for sentence in one.faults:
             found.fault(sentence)
@@ -234,7 +234,7 @@ def _check_entry(
         return
     if not contents.tally.says(entry[1]):
         path = summary_path(output, part.name)
-        found.fault(f"{path} counts other rows of {contents.path} than it has: {_REMEDY}.")
+        found.fault(f"the counts of {contents.path} in {path} are wrong: {_REMEDY}.")
 
 
 def _check_total(
@@ -255,10 +255,10 @@ def _check_total(
         except (ValueError, TypeError, KeyError, AttributeError):
             same = True  # whoever reads it passes it over
         if not same:
-            found.fault(f"{summary_path(output, ALL)} counts other rows of {part.name}: {_REMEDY}.")
+            found.fault(f"the counts of {part.name} in {summary_path(output, ALL)} are wrong: {_REMEDY}.")
 
 
-_REMEDY = f"delete the folder {SUMMARIES_FOLDER} and re-run the command, which makes it anew"
+_REMEDY = f"delete the folder {SUMMARIES_FOLDER} and re-run the command, which writes it again"
 
 
 def _look(output: str, plan: Plan, found: _Found, report: Callable[[int, int], None]) -> None:
@@ -279,7 +279,9 @@ def _look(output: str, plan: Plan, found: _Found, report: Callable[[int, int], N
     for shard, words in summaries.unreadable.items():
         found.fault(f"{shard_path(output, shard)} cannot be read: {words}.")
     if summaries.opened:
-        found.say(f"No summary covers {summaries.opened:,} files as they are; their footers were read.")
+        found.say(
+            f"No current summary covers {counted(summaries.opened, 'file')}; footers were read instead."
+        )
 
 
 def _sentence(output: str, verdict: Verdict, plan: Plan, fast: bool) -> str:
@@ -298,7 +300,7 @@ def _sentence(output: str, verdict: Verdict, plan: Plan, fast: bool) -> str:
     if verdict.state == "broken":
         return (
             f"{output} is broken: {verdict.faults:,} {'fault' if verdict.faults == 1 else 'faults'}; {rows}. "
-            f"Move the files at fault elsewhere and re-run the command to make what is missing."
+            f"Move the faulty files elsewhere and re-run the command to make their rows again."
         )
     running = at_work(output)
     if not plan.complete:
@@ -306,9 +308,9 @@ def _sentence(output: str, verdict: Verdict, plan: Plan, fast: bool) -> str:
     elif verdict.missing_shards:
         why = f"{verdict.missing_shards:,} of {len(plan.shards):,} files are missing"
     else:
-        why = f"all rows are there, but {SUCCESS_FILE} does not say so"
+        why = f"all rows exist, but {SUCCESS_FILE} is missing or outdated"
     remedy = "Verify again when it has ended." if running else "Re-run its command to resume."
-    return f"{output} is incomplete: {why}; {rows}. {running or 'No run is at work on it.'} {remedy}"
+    return f"{output} is incomplete: {why}; {rows}. {running or 'No run is active.'} {remedy}"
 
 
 def _success_faults(
@@ -329,7 +331,7 @@ def _success_faults(
     lost = [shard for shard in missing if shard < stop]
     if lost:
         first = shard_name(lost[0])
-        yield f"{path} says that all is there, but {len(lost):,} files are not, the first is {first}."
+        yield f"{path} says that all files exist, but {len(lost):,} are missing, the first is {first}."
     elif found is not None and len(named) == len(plan.parts):
         for name, said, is_so in (
             ("ok", success["ok"], found.ok),

@@ -140,7 +140,7 @@ class Check:
         if has_tally and footer_tally(parquet) != ShardTally.from_values(
             json.loads(contents.tally.to_json())
         ):
-            fault(f"{path} counts other rows in its footer than it has.")
+            fault(f"the counts in the footer of {path} do not match its rows.")
 
     def _row_faults(self, row: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[str]:
         for name in PLANNED:

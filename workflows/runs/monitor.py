@@ -220,8 +220,8 @@ def check_health(config: RunConfig, counts: WatchCounts, made: ShardCounts) -> N
     if counts.fruitless > MAX_DEATHS:
         words = f"; the last one said '{counts.last_death}'" if counts.last_death else ""
         raise InputError(
-            f"{counts.fruitless} replicas died with shard {counts.hardest_shard}, and no row of it can be "
-            f"blamed{words}: try fewer --slots, and look into the logs of Ray; what is finished is kept."
+            f"{counts.fruitless} replicas died on shard {counts.hardest_shard}, and none of its rows is "
+            f"the cause{words}: try fewer --slots, and read the logs of Ray. Finished shards are kept."
         )
     errors = sum(made.errors.values())
     limit = config.max_error_rate
@@ -229,5 +229,6 @@ def check_health(config: RunConfig, counts: WatchCounts, made: ShardCounts) -> N
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(made.errors.items()))
         raise InputError(
             f"{errors} of {made.rows} rows are errors ({kinds}), more than the --max-error-rate of {limit:g} "
-            f"allows: correct the manifest and give a new output, or allow more; what is finished is kept."
+            f"allows: correct the manifest and give a new output, or raise the limit. Finished shards are "
+            f"kept."
         )

@@ -75,4 +75,6 @@ def _set_aside(output: str, shard: int, words: str) -> None:
     # It may be deleted by now.
     with suppress(FileNotFoundError):
         storage.move(path, target)
-        log.warning(f"{path} cannot be read ({words}): it is now {target}, and its shard is made again.")
+        log.warning(
+            f"{path} cannot be read ({words}): it was moved to {target}, and its shard is made again."
+        )

@@ -190,7 +190,7 @@ def plan(
             if output:
                 look(output, found)
             elif config.address is None and found.rows <= MAX_LOOKED_AT:
-                report(Progress(waiting="looking at the rows that are refused"))
+                report(Progress(waiting="listing the refused rows"))
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wallaroo-plan-"))
                 look(folder, make_plan(config.manifest, resolved.settings, config.model, folder))
         return found

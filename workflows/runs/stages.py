@@ -165,8 +165,8 @@ def encode(row: dict[str, Any], context: StageContext) -> dict[str, Any]:
     environment_digest = digest(environment(**json.loads(row["environment"])))
     if context.environments and environment_digest not in context.environments:
         raise InputError(
-            f"the run is strict, but {row['replica']} would round otherwise than what made the rows that are "
-            f"there ({row['environment']}): run it on the same kind of machine, or without --strict."
+            f"--strict is given, but {row['replica']} may round differently from the rows in the output "
+            f"({row['environment']}): use the same kind of machine, or leave --strict out."
         )
     made = Producer(row["replica"], environment_digest, row["attempts"])
     decode = read_checkpoint(context.model).tokenizer.decode if context.run.task in TEXT_TASKS else None

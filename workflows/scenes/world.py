@@ -91,7 +91,7 @@ class Scene:
             return cls(**{**values, "things": tuple(Thing(**thing) for thing in values["things"])})
         except (ValueError, TypeError, KeyError):
             raise InputError(
-                f"'{text[:100]}' is no scene; only rows of `wallaroo data shapes` have one."
+                f"'{text[:100]}' is not a scene; only rows of `wallaroo data shapes` have one."
             ) from None
 
 

@@ -88,13 +88,11 @@ def write(
         InputError: A number of rows is below 1, or, without `overwrite`, the folder has files.
     """
     if rows < 1 or held_out_rows < 1:
-        raise InputError(
-            f"There would be {rows} rows and {held_out_rows} held out; ask for at least one of each."
-        )
+        raise InputError(f"--rows is {rows} and --held-out is {held_out_rows}, but both must be at least 1.")
     found = [] if overwrite else storage.find_files(output, lambda name: True, 1)
     if found:
         raise InputError(
-            f"{output} is not empty, it holds {found[0]:.100}: give a new folder, or --overwrite to replace "
+            f"{output} is not empty; it holds {found[0]:.100}: give a new folder, or --overwrite to replace "
             f"files of the same names."
         )
     written = []

@@ -96,7 +96,7 @@ def decode(
         RowError: ("image") The bytes are no picture, are damaged, or break a limit.
     """
     if not data:
-        raise RowError("image", f"{name} is empty: copy it anew.")
+        raise RowError("image", f"{name} is empty: copy it again.")
     try:
         formats = (*FORMATS, "HEIF") if _has_heif() else FORMATS
         with Image.open(_Timed(data, seconds), formats=formats) as image:
@@ -114,7 +114,7 @@ def decode(
         raise
     except _TooSlow:
         raise RowError(
-            "image", f"{name} takes more than the allowed {seconds:g} seconds to decode: save it anew."
+            "image", f"{name} takes more than the allowed {seconds:g} seconds to decode: save it again."
         ) from None
     except Image.DecompressionBombError:
         raise _too_many_pixels(name, most_pixels) from None
@@ -124,9 +124,9 @@ def decode(
         # Broken files make decoders raise nearly anything, even MemoryError for an absurd size.
         words = "".join(letter for letter in str(error) if letter.isprintable())[:100]
         if "truncated" in words or "broken data stream" in words or isinstance(error, EOFError):
-            raise RowError("image", f"{name} is cut short ({words}): copy it anew.") from None
+            raise RowError("image", f"{name} is truncated ({words}): copy it again.") from None
         raise RowError(
-            "image", f"{name} is damaged ({words or type(error).__name__}): save it anew."
+            "image", f"{name} is damaged ({words or type(error).__name__}): save it again."
         ) from None
 
 
@@ -145,14 +145,17 @@ def _too_many_pixels(name: str, most: int, words: str = "has ") -> RowError:
 def _unknown(data: bytes) -> str:
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:1] == b"<":
-        return "holds HTML or XML, not a picture: check where it was copied from"
+        return "holds HTML or XML, not a picture: check its origin"
     if start.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS, not the picture itself: fetch it with `git lfs pull`"
     if data[4:8] == b"ftyp" and data[8:12].decode("latin-1") in HEIF_BRANDS:
         if _has_heif():
-            return "is a HEIC or HEIF file without a picture that can be read: copy it anew"
+            return "is a HEIC or HEIF file without a readable picture: copy it again"
         return "is a HEIC or HEIF picture: install wallaroo-batch[heif] on every node, or convert it"
-    return f"is no picture of a common kind ({', '.join(FORMATS)}), or cut short: convert or copy it anew"
+    return (
+        f"is not a picture in a supported format ({', '.join(FORMATS)}), or is truncated: "
+        f"convert it or copy it again"
+    )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -182,7 +185,7 @@ def _opaque(image: Image.Image, name: str) -> tuple[Image.Image, str]:
         image = _eight_bits(image)
     if image.mode in ("I", "F"):
         raise RowError(
-            "image", f"{name} has numbers of 32 bits, whose white is not known: save it with 8 or 16 bits."
+            "image", f"{name} has 32-bit channels, which are not supported: convert it to 8 or 16 bits."
         )
     if not image.has_transparency_data:
         return _srgb(image, profile)

@@ -94,7 +94,7 @@ def read_cells(path: str, rows: Collection[int]) -> Iterator[tuple[int, Any]]:
                         missing.discard(row)
                         yield row, value
         except FileNotFoundError:
-            raise InputError(f"{path}, which holds source pictures, is gone: restore it.") from None
+            raise InputError(f"{path}, which holds source pictures, is missing: restore it.") from None
         except pa.ArrowException as error:
             words = str(error).strip().split("\n", 1)[0][:200]
             raise InputError(

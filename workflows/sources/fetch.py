@@ -153,14 +153,14 @@ class _Outage(Exception):
 _OF_A_FILE = {
     errno.ENOENT: "does not exist",
     errno.ENOTDIR: "does not exist",
-    errno.EACCES: "may not be read",
-    errno.EPERM: "may not be read",
+    errno.EACCES: "cannot be read for lack of permission",
+    errno.EPERM: "cannot be read for lack of permission",
     errno.ELOOP: "is a loop of links",
-    errno.ENAMETOOLONG: "is no valid path, since it is too long",
-    errno.EILSEQ: "is no valid path",
-    errno.EINVAL: "is no valid path",
-    errno.ENXIO: "is no regular file",
-    errno.ENODEV: "is no regular file",
+    errno.ENAMETOOLONG: "is not a valid path, since it is too long",
+    errno.EILSEQ: "is not a valid path",
+    errno.EINVAL: "is not a valid path",
+    errno.ENXIO: "is not a regular file",
+    errno.ENODEV: "is not a regular file",
 }
 
 
@@ -180,12 +180,12 @@ def _read_file(path: str, most: int) -> bytes:
         if words:
             raise RowError("image", f"{shown(path)} {words}: correct the path or the file.") from None
         reason = os.strerror(error.errno) if error.errno else type(error).__name__
-        message = f"{shown(path)} cannot be read, the system says '{reason}': look after its file system."
+        message = f"{shown(path)} cannot be read, the system says '{reason}': check its file system."
         raise _Outage(InputError(message)) from error
     except ValueError:
-        raise RowError("image", f"{shown(path)} is no valid path: correct it.") from None
+        raise RowError("image", f"{shown(path)} is not a valid path: correct it.") from None
     if not regular:
-        raise RowError("image", f"{shown(path)} is no regular file: give one.")
+        raise RowError("image", f"{shown(path)} is not a regular file: give one.")
     if len(data) > most:
         raise _too_many_bytes(shown(path), most)
     return data
@@ -203,7 +203,7 @@ def _read_object(path: str, most: int) -> bytes:
             raise RowError("image", str(error)) from None
         raise
     except ValueError:
-        raise RowError("image", f"{shown(path)} is no valid path: correct it.") from None
+        raise RowError("image", f"{shown(path)} is not a valid path: correct it.") from None
 
 
 def _download(url: str, most: int, download: Callable[[str, int], bytes]) -> bytes:
@@ -212,7 +212,7 @@ def _download(url: str, most: int, download: Callable[[str, int], bytes]) -> byt
     except https.Unavailable as error:
         # Some of many hosts are always gone, so this must not stop a run.
         name = shown(without_query(url))
-        raise _Outage(RowError("image", f"{name} cannot be had, {error}: try again or copy it.")) from error
+        raise _Outage(RowError("image", f"{name} cannot be read, {error}: try again or copy it.")) from error
 
 
 def _too_many_bytes(name: str, most: int) -> RowError:

@@ -82,7 +82,7 @@ def download(
         if refused or not addresses:
             raise RowError(
                 "image",
-                f"{name} leads to {host}, which is no public address: only public ones are asked over https.",
+                f"{name} leads to {host}, which is not a public address: only public ones are contacted.",
             )
         with _Connection(host, port, addresses, deadline) as connection:
             answer = connection.get(target)
@@ -156,9 +156,9 @@ def _system_addresses(host: str, port: int) -> list[str]:
     except socket.gaierror as error:
         if error.errno == socket.EAI_NONAME:
             raise RowError("image", f"The host {host} does not exist: correct the address.") from None
-        raise Unavailable(f"the address of {host} cannot be found out") from error
+        raise Unavailable(f"the address of {host} cannot be resolved") from error
     except (OSError, UnicodeError) as error:
-        raise Unavailable(f"the address of {host} cannot be found out") from error
+        raise Unavailable(f"the address of {host} cannot be resolved") from error
     return [str(address[0]) for *_, address in found]
 
 
@@ -231,14 +231,14 @@ class _Connection(http.client.HTTPSConnection):
     def failure(self, error: Exception | None = None) -> str:
         if self.late:
             return f"{self.host} took too long"
-        return f"{self.host} does not serve it whole" + (f" ({type(error).__name__})" if error else "")
+        return f"{self.host} does not send all of it" + (f" ({type(error).__name__})" if error else "")
 
 
 def _body(answer: http.client.HTTPResponse, name: str, most: int, connection: _Connection) -> bytes:
     if answer.status in _TRY_AGAIN or answer.status >= 500:
         raise Unavailable(f"{connection.host} answers with status {answer.status}")
     if answer.status != 200:
-        raise RowError("image", f"{name} is not served, its host answers with status {answer.status}.")
+        raise RowError("image", f"{name} cannot be read, its host answers with status {answer.status}.")
     length = answer.length
     data = bytearray()
     try:

@@ -160,12 +160,12 @@ def locate(path: str, options: SourceOptions) -> str:
             return f"s3://{rest}"
         if scheme == "file":
             raise RowError(
-                "image", f"{shown(without_query(path))} is of another host: give file:///path, or the path."
+                "image", f"{shown(without_query(path))} names another host: give file:///path, or the path."
             )
         if scheme != "https":
             raise RowError(
                 "image",
-                f"{shown(without_query(path))} is of the scheme {scheme}, but only paths, file://, s3://, "
+                f"{shown(without_query(path))} has the scheme {scheme}, but only paths, file://, s3://, "
                 "https:// and data: are read: copy it there.",
             )
         if not options.https:
@@ -191,7 +191,7 @@ def locate(path: str, options: SourceOptions) -> str:
             root = os.path.realpath(options.folder)
             inside = os.path.commonpath([root, os.path.realpath(place)]) == root
         except (ValueError, OSError):
-            raise RowError("image", f"{shown(path)} is no valid path: correct it.") from None
+            raise RowError("image", f"{shown(path)} is not a valid path: correct it.") from None
         if not inside:
             raise _leaves(path)
     return os.path.normpath(place) if ".." not in path else os.path.realpath(place)
@@ -251,7 +251,7 @@ def inline_bytes(uri: str) -> bytes:
         return _from_base64(data.decode("ascii"))
     except ValueError as error:
         raise RowError(
-            "image", f"{shown(header)} has broken base64 ({error}): encode the picture anew."
+            "image", f"{shown(header)} has broken base64 ({error}): encode the picture again."
         ) from None
 
 

@@ -56,7 +56,7 @@ def fetch_folder(path: str, names: Sequence[str] | None = None, cache: Path | No
         data = read_bytes(where)
     except FileNotFoundError:
         raise InputError(
-            f"{path} is no checkpoint, since it has no {FILE_LIST}: give {_CHECKPOINTS}."
+            f"{path} is not a checkpoint, since it has no {FILE_LIST}: give {_CHECKPOINTS}."
         ) from None
     files = parse_file_list(data, where)
     folder = (cache or Path.home() / ".cache" / "wallaroo") / digest(files)
@@ -83,7 +83,7 @@ def _fetch_file(path: str, target: Path, size: int, sha256: str) -> None:
             try:
                 whole = _fetch_ranges(path, part, ranges, size) and _sha256(part) == sha256
             except FileNotFoundError:
-                raise InputError(f"{path} is absent, but its checkpoint lists it: copy it there.") from None
+                raise InputError(f"{path} is missing, but its checkpoint lists it: copy it there.") from None
             if whole:
                 os.replace(part, target)
                 ranges.unlink()
@@ -94,7 +94,7 @@ def _fetch_file(path: str, target: Path, size: int, sha256: str) -> None:
             if not resumed:
                 raise InputError(
                     f"{path} is not the file that its checkpoint lists, since size or sha256 differ: "
-                    f"copy the checkpoint anew."
+                    f"copy the checkpoint again."
                 )
 
 

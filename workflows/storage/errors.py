@@ -44,8 +44,8 @@ _CODES = {
     "InvalidAccessKeyId": "the access key is not known there: check the AWS variables or the profile",
     "SignatureDoesNotMatch": "the secret key is wrong: check the AWS variables or the profile",
     "ExpiredToken": "the credentials have expired: renew them",
-    "InvalidBucketName": "this is no valid name of a bucket: check it",
-    "SlowDown": "the storage asks for fewer requests: try again later",
+    "InvalidBucketName": "this is not a valid name of a bucket: check it",
+    "SlowDown": "the storage throttles requests: try again later",
 }
 CODE_ALIASES = {
     "403": "AccessDenied",
@@ -94,7 +94,7 @@ def explain(path: str, error: Exception) -> str | None:
     import botocore.exceptions
 
     if isinstance(error, ValueError) and ("null byte" in str(error) or isinstance(error, UnicodeEncodeError)):
-        return f"{path!a:.200} cannot be used, it holds a NUL character or is no Unicode text: correct it."
+        return f"{path!a:.200} cannot be used, it holds a NUL character or is not Unicode text: correct it."
     if not is_s3(path):
         if isinstance(error, OSError) and error.errno is not None:
             reason = _LOCAL.get(error.errno, f"the system says '{os.strerror(error.errno)}'")

@@ -99,7 +99,7 @@ def with_retries(path: str, action: Callable[[], T]) -> T:
                 words = str(error) if isinstance(error, InputError) else explain(path, error)
                 words = (words or f"{path} cannot be used.").rstrip(".")
                 raise InputError(
-                    f"{words}; retries for {seconds:.0f} s did not help. What is finished is kept; re-run "
+                    f"{words}; retries for {seconds:.0f} s did not help. Finished shards are kept; re-run "
                     f"the same command to resume."
                 ) from error
             if code == "ExpiredToken":

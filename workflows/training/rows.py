@@ -61,7 +61,9 @@ def find(named: Mapping[str, str], recipe: Recipe) -> dict[str, list[str]]:
         if not found:
             found = [file.path for file in storage.list_files(path) if file.path.endswith(".parquet")]
         if not found:
-            raise InputError(f"{path} is no Parquet file, folder or pattern of such, to train {task} on.")
+            raise InputError(
+                f"{path} is not a Parquet file, or a folder or pattern of them, to train {task} on."
+            )
         for file in found:
             _check_columns(task, file)
         files[task] = found
@@ -74,7 +76,7 @@ def _check_columns(task: str, path: str) -> None:
         with storage.explained(path):
             names = pq.read_schema(inner, filesystem=filesystem).names
     except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is no Parquet file ({error}).") from None
+        raise InputError(f"{path} is not a Parquet file ({error}).") from None
     missing = [] if _is_output(task, names) else [name for name in COLUMNS.get(task, ()) if name not in names]
     if missing or not any(name in names for name in PICTURES):
         raise InputError(

@@ -69,7 +69,7 @@ def _group_sizes(path: str) -> list[int]:
         with storage.explained(path):
             footer = pq.read_metadata(inner, filesystem=filesystem)
     except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is no Parquet file ({error}).") from None
+        raise InputError(f"{path} is not a Parquet file ({error}).") from None
     return [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
 
 
@@ -136,7 +136,7 @@ class Streamed:
             if self.fits(row, task):
                 return row
         raise InputError(
-            f"{MAX_UNFIT} rows of {task} after each other are too long or too small for this stage; see its "
+            f"{MAX_UNFIT} consecutive rows of {task} are too long or too small for this stage; see its "
             f"lengths."
         )
 

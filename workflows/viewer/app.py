@@ -104,7 +104,7 @@ def make_app(viewer: Viewer, hosts: Sequence[str] | None = LOOPBACK, token: str 
             data = fetch_source(reference) if reference else None
             # What lies there now may not be what the model was shown, or what this output may name.
             if data is None or hashlib.sha256(data).hexdigest() != digest:
-                raise HTTPException(404, "The source is gone, or is not the same any more.")
+                raise HTTPException(404, "The source is missing, or has changed.")
             return _picture(data, request, always=True)
 
     def comparison(request: Request) -> Response:
@@ -230,5 +230,5 @@ async def _body(request: Request, most: int = 64 << 10) -> bytes:
     async for chunk in request.stream():
         data += chunk
         if len(data) > most:
-            raise HTTPException(413, "A vote is never so long.")
+            raise HTTPException(413, "The vote is too long.")
     return data

@@ -61,9 +61,7 @@ class Place:
         """
         match = re.fullmatch(r"(\d{1,15})\.(\d{1,9})", text)
         if not match:
-            raise QueryError(
-                f"the place '{text[:40]}' is none, expected SHARD.POSITION: open the first page."
-            )
+            raise QueryError(f"the place '{text[:40]}' must be SHARD.POSITION: open the first page.")
         return cls(int(match[1]), int(match[2]), backwards)
 
 

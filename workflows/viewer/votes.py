@@ -139,7 +139,7 @@ class Votes:
             if not table.schema.equals(SCHEMA) or b"wallaroo.votes" not in (table.schema.metadata or {}):
                 raise pa.ArrowInvalid("its columns are others")
         except pa.ArrowException:
-            raise InputError(f"{self.path} is no file of votes: give another --votes PATH.") from None
+            raise InputError(f"{self.path} is not a file of votes: give another --votes PATH.") from None
         self._rows = table.to_pylist()
 
     def _mine(self, row: dict[str, Any]) -> bool:
@@ -181,7 +181,7 @@ class Votes:
                     return
                 # Somebody else voted meanwhile; theirs stay.
                 self._read()
-        raise InputError(f"{self.path} is changed by others all the time: give another --votes PATH.")
+        raise InputError(f"{self.path} is changed by others constantly: give another --votes PATH.")
 
     def _write(self, rows: list[dict[str, Any]]) -> bool:
         sink = io.BytesIO()

@@ -24,7 +24,7 @@ from wallaroo.model.training.recipe import Recipe
         ({"frozen": "vq."}, "a list, each of it a text"),
         ({"size": 72}, "size is 72, but must be a multiple of 16"),
         ({"part": "vq", "stream": True}, "streams rows, but the image tokenizer needs them all"),
-        ({"lengths": {"genrate": 9}}, "lengths has 'genrate', which is no task; did you mean 'generate'"),
+        ({"lengths": {"genrate": 9}}, "lengths has 'genrate', which is not a task; did you mean 'generate'"),
         ({"templates": {"edit_fr": ["x"]}}, "templates has 'edit_fr', which no prompt has"),
         ({"sample_prompts": ["a cat"]}, "draws from prompts only if it trains generate"),
         ({"precision": "fp8"}, "precision is 'fp8', but must be one of auto, float32, bfloat16"),

@@ -185,7 +185,7 @@ def test_a_file_of_bad_pictures_alone_ends_the_training(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "generate.jsonl").read_text().splitlines()]
     text = "".join(json.dumps({**line, "picture": "aGVsbG8="}) + "\n" for line in lines)
     (tmp_path / "generate.jsonl").write_text(text)
-    with pytest.raises(InputError, match=r"rows after each other cannot be used, the last: generate: A pict"):
+    with pytest.raises(InputError, match=r"consecutive rows cannot be used, the last: generate: A pict"):
         train(Recipe.from_file(file, "first"), lambda line: None)
 
 

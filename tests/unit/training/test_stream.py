@@ -92,7 +92,7 @@ def test_a_row_that_does_not_fit_gives_way_to_the_next(tmp_path):
             else:
                 more = next(one for one in range(1, 99) if plain("generate", place, 1, one)[0]["number"] % 3)
                 assert row == plain("generate", place, 1, more)[0]
-    with pytest.raises(InputError, match="rows of generate after each other are too long"):
+    with pytest.raises(InputError, match="consecutive rows of generate are too long"):
         streamed(paths, lambda row, task: False)("generate", 0, 1)
 
 
@@ -105,5 +105,5 @@ def test_fewer_rows_than_a_step_and_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(InputError, match="has 3 rows, but a step takes 8; take fewer rows a step"):
         streamed(write(tmp_path, [(3,)]))
     (tmp_path / "none.parquet").write_text("hello")
-    with pytest.raises(InputError, match=r"none.parquet is no Parquet file"):
+    with pytest.raises(InputError, match=r"none.parquet is not a Parquet file"):
         Groups.of([f"{tmp_path}/none.parquet"])

@@ -167,7 +167,7 @@ def test_command_says_what_is_wrong(tmp_path, three):
     words = r"127\.0\.0\.1:\d+ is taken: give another --host or --port\."
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=words):
         server.serve([str(three)], taken.getsockname()[1])
-    with pytest.raises(InputError, match=r"has no run\.json: give the folder of one"):
+    with pytest.raises(InputError, match=r"has no run\.json: give the folder of an output"):
         server.serve([str(tmp_path)], 0)
 
 

@@ -50,7 +50,7 @@ def test_another_file_is_never_taken_for_votes(tmp_path):
         else:
             path.write_bytes(data)
         before = path.read_bytes()
-        with pytest.raises(InputError, match=r"is no file of votes: give another --votes PATH\."):
+        with pytest.raises(InputError, match=r"is not a file of votes: give another --votes PATH\."):
             Votes(str(path), ["a", "b"])
         assert path.read_bytes() == before
 
