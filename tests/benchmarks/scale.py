@@ -313,6 +313,8 @@ def requests(folder: Path, shards: Sequence[int]) -> dict[str, float]:
     from tests.s3_proxy import proxy
     from wallaroo.workflows import storage
     from wallaroo.workflows.outputs import layout
+    from wallaroo.workflows.plans.plan import read_plan
+    from wallaroo.workflows.reports.finish import finish
 
     server = conftest._start(str(Path(sys.executable).with_name("weed")), folder / "weed")
     if server is None:
@@ -327,7 +329,9 @@ def requests(folder: Path, shards: Sequence[int]) -> dict[str, float]:
             storage.delete(path)
         with proxy(server.endpoint, share=0) as counting:
             os.environ |= dataclasses.replace(server, endpoint=counting.endpoint).variables()
-            for name, run in ENDS.items():
+            plan = read_plan(output)
+            # A run has read its plan when it finishes.
+            for name, run in (ENDS | {"finish": lambda output: finish(output, plan)}).items():
                 storage.forget_clients()
                 counting.take()
                 run(output)
@@ -370,7 +374,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scale", description=__doc__)
     parser.add_argument("--only", help="parts to run, by commas: " + ", ".join(PARTS))
     parser.add_argument("--shards", help="numbers of shards, by commas", default=",".join(map(str, SHARDS)))
-    parser.add_argument("--json", help="file for the numbers, - for the terminal")
+    parser.add_argument(
+        "--json", nargs="?", const="-", help="print the numbers as JSON, or write them to a file"
+    )
     parser.add_argument("--probe", nargs="+", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.probe:

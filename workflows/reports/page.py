@@ -14,7 +14,7 @@ from wallaroo.workflows.outputs.layout import EVALUATION_FILE, REPORT_FILE
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.run_log import read_records
 from wallaroo.workflows.outputs.values import flat
-from wallaroo.workflows.plans.plan import read_plan
+from wallaroo.workflows.plans.plan import Plan, read_plan
 from wallaroo.workflows.reports.chart import draw_chart
 from wallaroo.workflows.reports.estimate import compare
 from wallaroo.workflows.reports.gallery import (
@@ -41,7 +41,7 @@ NOUNS = {"generate": ("picture", "pictures"), "edit": ("edit", "edits"), "unders
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(output: str, read_source: ReadSource | None = None) -> str:
+def write_report(output: str, read_source: ReadSource | None = None, plan: Plan | None = None) -> str:
     """Writes OUTPUT/report.html, before, during or after a run.
 
     Memory: the columns of a few shards, the row groups of the rows shown, and a few sources.
@@ -50,6 +50,7 @@ def write_report(output: str, read_source: ReadSource | None = None) -> str:
         output: The folder of the run, local or `s3://`.
         read_source: Fetches the sources of edits and answers, `fetch_source` by default. Several threads may
             call it.
+        plan: The plan of the output, for a caller that has read it.
 
     Returns:
         The path of the file.
@@ -58,16 +59,17 @@ def write_report(output: str, read_source: ReadSource | None = None) -> str:
         InputError: `output` is no output of a run.
     """
     path = storage.join(output, REPORT_FILE)
-    storage.write_atomic(path, render_report(output, read_source))
+    storage.write_atomic(path, render_report(output, read_source, plan))
     return path
 
 
-def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
+def render_report(output: str, read_source: ReadSource | None = None, plan: Plan | None = None) -> bytes:
     """The page; see `write_report`.
 
     Args:
         output: The folder of the run, local or `s3://`.
         read_source: Fetches the sources of edits and answers.
+        plan: The plan of the output, for a caller that has read it.
 
     Returns:
         HTML in UTF-8, at most MAX_BYTES long.
@@ -78,7 +80,7 @@ def render_report(output: str, read_source: ReadSource | None = None) -> bytes:
     run = read_run(output)
     preset = run["options"].get("preset")
     config = ({"preset": preset} if preset else {}) | run["config"]
-    plan = read_plan(output)
+    plan = plan or read_plan(output)
     survey = survey_output(output, plan.parts)
     records, _ = read_records(output)
     shown = records[-MAX_RUNS:]

@@ -100,7 +100,7 @@ def run(
         run_log.end("finished")
         # Summary and record report the same time, without the start of Ray.
         started = time.monotonic() - run_log.record.seconds
-        write_report(output)
+        write_report(output, plan=plan)
     return summary_of(config, started, remaining.finished.rows, made)
 
 
