@@ -13,6 +13,7 @@ returns its numbers by name.
 import argparse
 import contextlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -369,6 +370,44 @@ def watch(folder: Path, shards: Sequence[int]) -> dict[str, float]:
     return found
 
 
+ROWS, RATE = 10**8, 832
+"""Rows of a large data set, and rows/s of 64 GPUs at 13 each."""
+SHARD_ROWS = 256
+PART_SHARDS = 1024
+
+
+def print_needs(numbers: dict[str, float], shards: int) -> None:
+    """Prints what ROWS rows at RATE rows/s would need, computed from the numbers of the parts that ran.
+
+    Args:
+        numbers: Of the parts.
+        shards: The largest number of shards that was measured, whose CPU time a shard is taken.
+    """
+    count, per_second = math.ceil(ROWS / SHARD_ROWS), RATE / SHARD_ROWS
+    parts = math.ceil(count / PART_SHARDS)
+    needs = []
+    if f"shard_cpu_ms_of_{shards}" in numbers:
+        cost = numbers[f"shard_cpu_ms_of_{shards}"]
+        needs.append(("driver while it runs", f"{cost * per_second / 1000:.2f} cores"))
+    for name in ("resume", "finish", "report"):
+        if f"{name}_cpu_ms_of_{shards}" in numbers:
+            needs.append((name, f"{numbers[f'{name}_cpu_ms_of_{shards}'] * count / 1000:,.0f} CPU s"))
+    if "resume_s3_requests" in numbers:
+        # The requests of the benchmark's parts but for the shards that were missing, a part at a time.
+        needs.append(("resume, S3 requests", f"{numbers['resume_s3_requests'] / 40 * parts:,.0f}"))
+        needs.append(
+            ("verify --fast, S3 requests", f"{numbers['verify_fast_s3_requests'] / 40 * parts:,.0f}")
+        )
+        needs.append(("verify, S3 requests", f"{numbers['verify_s3_requests'] / 1_000 * count:,.0f}"))
+    if "watch_notes_per_second" in numbers:
+        share = 2 * RATE / numbers["watch_notes_per_second"]
+        needs.append(("watch, two notes a row", f"{share:.2f} of what one took here"))
+    if needs:
+        print(f"\n{ROWS:,} rows in {count:,} shards at {RATE} rows/s, computed from the above, not measured:")
+    for name, need in needs:
+        print(f"{name:<27} {need}")
+
+
 def main() -> None:
     """Runs the parts that were asked for, and prints or writes their numbers."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scale", description=__doc__)
@@ -392,6 +431,7 @@ def main() -> None:
             numbers |= PARTS[name](Path(folder), [int(one) for one in asked.shards.split(",")])
     for name, number in numbers.items():
         print(f"{name} {number:.3f}")
+    print_needs(numbers, max(int(one) for one in asked.shards.split(",")))
     if asked.json == "-":
         print(json.dumps(numbers))
     elif asked.json:
