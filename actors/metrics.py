@@ -29,7 +29,7 @@ class Metric:
 METRICS = {
     "wallaroo_rows_total": Metric("counter", "Rows written to an output, error rows included.", ("task",)),
     "wallaroo_errors_total": Metric("counter", "Error rows written to an output.", ("task", "kind")),
-    "wallaroo_images_total": Metric("counter", "Pictures that replicas finished.", ("task",)),
+    "wallaroo_images_total": Metric("counter", "Images that replicas finished.", ("task",)),
     "wallaroo_prompt_tokens_total": Metric(
         "counter", "Prompt tokens of rows that replicas finished.", ("task",)
     ),

@@ -27,7 +27,7 @@ from wallaroo.workflows.stopping import RunStopped
 def cli() -> None:
     """Batch image generation, editing and understanding with the Wallaroo model on Ray.
 
-    The input is a manifest, the output a Parquet data set of pictures or texts. Re-run the same command
+    The input is a manifest, the output a Parquet data set of images or texts. Re-run the same command
     to resume an interrupted run.
 
     \b
@@ -82,7 +82,7 @@ for command in (
 
 
 RESUMABLE = ("generate", "edit", "understand", "plan", "submit", "compact", "export", "train")
-"""Commands that, given again, go on from what they had done."""
+"""Commands that resume when they are run again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

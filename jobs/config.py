@@ -13,12 +13,12 @@ from wallaroo.workflows.options import Option
 from wallaroo.workflows.settings import OPTIONS, REMOVED, RunConfig
 
 SECTIONS = {
-    "run": "What to make",
+    "run": "Run",
     "prompt": "Prompts",
     "sampling": "Sampling (for rows that set none)",
-    "source": "Source pictures",
-    "image": "Pictures",
-    "cluster": "Where it runs",
+    "source": "Source images",
+    "image": "Images",
+    "cluster": "Resources",
 }
 """Section of a run file -> heading of its options in the help, in the help's order."""
 

@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from wallaroo.workflows.settings import RunConfig
 
 MAX_CARRIED_BYTES = 64 << 20
-"""Of manifest and run file that are sent along with the code."""
+"""Limit of manifest and run file together, which are sent along with the code."""
 
 CODE_SUFFIXES = (".py", ".pyc", ".pyd", ".so", ".pth")
 
 DASHBOARD_PORT = 8265
-"""Where a dashboard listens that nobody told otherwise."""
+"""Default address of a dashboard."""
 
 DASHBOARD_TIMEOUT = 30.0
-"""Seconds that the dashboard of a busy head may take to answer."""
+"""Timeout of a request to the dashboard, in seconds; the head may be busy."""
 
 STOP_TIMEOUT = 60
 """Seconds that a driver may take to stop, which include its drain."""

@@ -346,7 +346,7 @@ def edit_prefix_speedup(
         tokens[sharing] = {result.key: result.tokens.tobytes() for result in results}
 
     timed = interleaved(device, rounds, "edits", shared=lambda: serve(True), alone=lambda: serve(False))
-    assert tokens[True] == tokens[False], "sharing a prefix changed a picture"
+    assert tokens[True] == tokens[False], "sharing a prefix changed an image"
     return timed["alone"].median / timed["shared"].median
 
 
@@ -406,10 +406,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m wallaroo.model.bench", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="mid", help="shapes to measure")
-    parser.add_argument("--slots", type=int, default=32, help="pictures decoded at once")
+    parser.add_argument("--slots", type=int, default=32, help="images decoded at once")
     parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of")
     parser.add_argument(
-        "--side", type=int, action="append", help="side of the pictures in pixels; may be repeated"
+        "--side", type=int, action="append", help="side of the images in pixels; may be repeated"
     )
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -423,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--images",
         type=int,
         action="append",
-        help="of --dry-run: pictures asked for at once; may be repeated",
+        help="of --dry-run: images asked for at once; may be repeated",
     )
     parser.add_argument("--gpu", default="H200", help=f"of --dry-run: {', '.join(GPUS)} (default H200)")
     parser.add_argument("--bandwidth", type=float, help="of --dry-run: TB/s that the GPU's memory reaches")

@@ -431,7 +431,7 @@ def _check_vision(vision: VisionConfig) -> None:
         value, only = getattr(vision, name), getattr(published, name)
         if value != only:
             raise InputError(
-                f"config.json: vision {name} is {value}, but pictures are prepared for {only} only."
+                f"config.json: vision {name} is {value}, but images are prepared for {only} only."
             )
     if vision.hidden_size % (4 * vision.num_heads):
         raise InputError(

@@ -110,7 +110,7 @@ def convert(
         write_stock(kept, Path(backbone), output, str(wallaroo), pixels, overwrite)
         return
     if vq is None:
-        raise InputError("A checkpoint for pictures needs the image tokenizer; give --vq vq_ds16_t2i.pt.")
+        raise InputError("A checkpoint for images needs the image tokenizer; give --vq vq_ds16_t2i.pt.")
     tensors |= _renamed(_state_dict(vq, "model", "image tokenizer"), rename_vq)
     decoder, vision = _architecture(Path(backbone))
     sizes = dict(SIZES_512) if square is None else {"1.0": (square, square)}

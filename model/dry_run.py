@@ -268,7 +268,7 @@ ROWS = {
     "host_waits_of_results": "host waits a result",
     "prefill_tokens_per_forward": "tokens a prefill forward",
     "step_milliseconds": "ms a step",
-    "predicted_images_per_second": "pictures/s",
+    "predicted_images_per_second": "images/s",
 }
 
 
@@ -279,13 +279,13 @@ def to_text(report: dict[str, Any]) -> str:
     lines = [
         f"{report['model']}, {report['size']}, guided, {report['computed']}",
         "",
-        "| pictures at once | " + " | ".join(str(one["images"]) for one in columns.values()) + " |",
+        "| images at once | " + " | ".join(str(one["images"]) for one in columns.values()) + " |",
         "|---|" + "---|" * len(columns),
     ]
     for key, title in ROWS.items():
         lines.append(f"| {title} | " + " | ".join(f"{one[key]:.4g}" for one in columns.values()) + " |")
     if seconds := report["predicted_seconds_of_one_image"]:
-        lines += ["", f"One picture in a group of one row: {seconds:.3g} s, computed, not measured."]
+        lines += ["", f"One image in a group of one row: {seconds:.3g} s, computed, not measured."]
     for count, one in report["fitting"].items():
         default = report["chosen"][count]
         if one is not default:

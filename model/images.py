@@ -47,7 +47,7 @@ def smart_resize(
     if max(height, width) > MAX_SIDE_RATIO * min(height, width):
         raise RowError(
             "image",
-            f"The picture is {width}x{height} pixels, but one side may be at most {MAX_SIDE_RATIO} times "
+            f"The image is {width}x{height} pixels, but one side may be at most {MAX_SIDE_RATIO} times "
             "the other; crop it.",
         )
     rows, columns = (max(factor, round(side / factor) * factor) for side in (height, width))

@@ -79,7 +79,7 @@ def check_template(template: str) -> None:
             )
     if "{prompt}" not in template:
         raise InputError(
-            f"The template '{template}' has no {{prompt}}, so every row would get the same picture; add it."
+            f"The template '{template}' has no {{prompt}}, so every row would get the same image; add it."
         )
 
 

@@ -110,7 +110,7 @@ def check_preprocessor(values: dict[str, Any], backbone: Path) -> None:
             )
         if not same:
             raise InputError(
-                f"{backbone / PREPROCESSOR_FILE}: {name} is {value!r:.100}, but pictures are "
+                f"{backbone / PREPROCESSOR_FILE}: {name} is {value!r:.100}, but images are "
                 f"prepared with {ours_is}."
             )
 
@@ -216,7 +216,7 @@ def _limit_pixels(folder: Path, backbone: Path) -> tuple[int, int, str]:
     most = values.get("max_pixels") or size.get("longest_edge") or PIXELS[1]
     if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
         raise InputError(
-            f"{backbone / file.name}: pictures have {least!r:.50} to {most!r:.50} pixels, but the limits "
+            f"{backbone / file.name}: images have {least!r:.50} to {most!r:.50} pixels, but the limits "
             "must be two rising whole numbers; fetch the folder again."
         )
     values |= {"min_pixels": least, "max_pixels": most}

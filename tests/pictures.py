@@ -197,12 +197,12 @@ def _bad(pixels: np.ndarray) -> Iterator[tuple[str, bytes, str]]:
     yield "drawing.png", b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "XML"
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     yield "pointer.png", pointer, "git lfs pull"
-    yield "text.png", b"a cat\n" * 100, "not a picture in a supported format"
-    yield "zeros.png", bytes(4096), "not a picture in a supported format"
+    yield "text.png", b"a cat\n" * 100, "not an image in a supported format"
+    yield "zeros.png", bytes(4096), "not an image in a supported format"
     yield (
         "drawing.eps",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n",
-        "not a picture in a supported",
+        "not an image in a supported",
     )
     data = bytearray(save(image, "PNG"))
     data[len(data) // 2] ^= 0xFF

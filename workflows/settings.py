@@ -168,8 +168,8 @@ class RunConfig(RunControl):
         None,
         "image.png_compression",
         choice("fast", "small"),
-        "How png is compressed; small takes 4 times the time for 3 % less (default fast; an output that was "
-        "begun without it stays small).",
+        "How png is compressed; small takes 4 times as long for 3 % fewer bytes (default fast; outputs begun "
+        "with small keep it).",
         tasks=DRAWING_TASKS,
         meaning=True,
         later=True,
@@ -203,7 +203,7 @@ class RunConfig(RunControl):
         None,
         "source.image_column",
         text("NAME"),
-        "Manifest column with the pictures (default image).",
+        "Manifest column with the images (default image).",
         tasks=PICTURE_TASKS,
         meaning=True,
         later=True,
@@ -220,7 +220,7 @@ class RunConfig(RunControl):
         None,
         "source.root",
         place("PATH"),
-        "Base folder of relative picture paths (default: the manifest's folder).",
+        "Base folder of relative image paths (default: the manifest's folder).",
         tasks=PICTURE_TASKS,
     )
     allow_https: bool = option(
@@ -238,7 +238,7 @@ class RunConfig(RunControl):
         1 << 26,
         "source.max_pixels",
         whole(1),
-        "Source pictures with more pixels become error rows.",
+        "Source images with more pixels become error rows.",
         tasks=PICTURE_TASKS,
         meaning=True,
     )
@@ -263,7 +263,7 @@ class RunConfig(RunControl):
         ALL_STEPS,
         "sampling.cfg_interval",
         INTERVAL,
-        "Lossy: guide only this share of a picture's steps; faster if END is below 1.",
+        "Lossy: guide only this share of an image's steps; faster if END is below 1.",
         tasks=DRAWING_TASKS,
     )
     # DPG-Bench's prompts stand in quotes, or not, as their writers left them.
@@ -280,7 +280,7 @@ class RunConfig(RunControl):
         None,
         "source.vision_min_pixels",
         _SEEN,
-        "Enlarge smaller pictures for the vision tower (default: as the checkpoint was trained).",
+        "Enlarge smaller images for the vision tower (default: as the checkpoint was trained).",
         tasks=("understand",),
         meaning=True,
         later=True,
@@ -289,7 +289,7 @@ class RunConfig(RunControl):
         None,
         "source.vision_max_pixels",
         _SEEN,
-        "Reduce larger pictures for the vision tower (default: as the checkpoint was trained).",
+        "Reduce larger images for the vision tower (default: as the checkpoint was trained).",
         tasks=("understand",),
         meaning=True,
         later=True,
@@ -298,7 +298,7 @@ class RunConfig(RunControl):
         False,
         "image.embed_metadata",
         SWITCH,
-        "Write prompt, seed, model digest and IPTC's digital source type into each picture as XMP.",
+        "Write prompt, seed, model digest and IPTC's digital source type into each image as XMP.",
         tasks=DRAWING_TASKS,
         meaning=True,
         later=True,
@@ -393,7 +393,7 @@ class RunConfig(RunControl):
         others = self.max_prompt_tokens + TEMPLATE_TOKENS + self.max_new_tokens
         if picture + others > CONTEXT_TOKENS:
             raise OptionError(
-                f"max_pixels is {self.max_pixels}, so a picture may take {picture:,} tokens, but the context "
+                f"max_pixels is {self.max_pixels}, so an image may take {picture:,} tokens, but the context "
                 f"of {CONTEXT_TOKENS:,} has {CONTEXT_TOKENS - others:,} left beside prompt and answer: "
                 f"lower max_pixels, max_prompt_tokens or max_new_tokens."
             )

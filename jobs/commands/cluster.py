@@ -38,20 +38,20 @@ def submit(
           generate prompts.jsonl s3://bucket/pictures --model s3://bucket/wallaroo-7b --replicas 8
 
     The code is sent along, and so are a manifest and a run file given by relative paths. OUTPUT and the
-    model must be where the cluster reaches them. Submitting an active run again finds its job and starts
-    none; after it ended, a new job resumes it. The token comes from RAY_AUTH_TOKEN or ~/.ray/auth_token.
+    model must be where the cluster reaches them. Submitting an active run again returns its job;
+    after it has ended, a new job resumes the run. The token comes from RAY_AUTH_TOKEN or ~/.ray/auth_token.
     Ctrl-C ends --follow, not the job.
     """
     from wallaroo.jobs import submit as remote
 
     task, *words = command
     if task not in TASK_COMMANDS:
-        raise click.UsageError(f"'{task}' cannot be submitted, but {', '.join(TASK_COMMANDS)} can.")
+        raise click.UsageError(f"'{task}' cannot be submitted; only {', '.join(TASK_COMMANDS)} can.")
     with TASK_COMMANDS[task].make_context(task, list(words), parent=context.parent) as inner:
         given = dict(inner.params)
     if (given["on_finish"] or "").startswith(("http://", "https://")):
         raise click.UsageError(
-            "--on-finish is a URL, which everybody who sees the cluster's jobs could read: give a command "
+            "--on-finish is a URL, which everyone who sees the cluster's jobs could read: give a command "
             "that takes it from the environment there, such as 'curl -d @- $HOOK'."
         )
     config = configure(task, given["manifest"], given["output"], given, environment={})
@@ -61,7 +61,7 @@ def submit(
     click.echo(f"{job}: submitted" if new else f"{job}: already active, submitted before")
     click.echo(f"  output  {config.output}")
     if not follow:
-        click.echo(f"`wallaroo jobs status {job}` shows how far it is.")
+        click.echo(f"`wallaroo jobs status {job}` shows its progress.")
         return OK
     return _follow(client, job)
 

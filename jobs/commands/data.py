@@ -18,7 +18,7 @@ def prompts() -> None:
     "templates",
     metavar="TEMPLATE...",
     nargs=-1,
-    help="Prompts with names of lists in braces, such as 'a {colour} cat'.",
+    help="Prompt templates with placeholders, such as 'a {colour} cat'.",
 )
 @click.argument("output", help="Manifest to write: .jsonl or .parquet, local or s3://.")
 @click.option("--set", "lists", multiple=True, metavar="NAME=A,B,...", help="Values of {NAME} in templates.")
@@ -74,7 +74,7 @@ def data() -> None:
 @click.option("--held-out", type=int, default=600, metavar="N", help="Held-out rows per task (default 600).")
 @click.option("--seed", type=int, default=0, metavar="N", help="Same seed, same data (default 0).")
 @click.option(
-    "--model", default="tiny", metavar="FOLDER", help="Checkpoint whose picture sizes to use (default tiny)."
+    "--model", default="tiny", metavar="FOLDER", help="Checkpoint whose image sizes to use (default tiny)."
 )
 @click.option("--square", type=int, metavar="PIXELS", help="Use one square size instead.")
 @click.option("--lines", is_flag=True, help="Also write JSON lines for `python -m wallaroo.model.training`.")
@@ -113,7 +113,7 @@ def shapes(
     least = VQ_FACTOR * 2 * SPANS["small"]
     if square is not None and (square % VQ_FACTOR or square < least):
         raise click.UsageError(
-            f"--square is {square}, but must be a multiple of {VQ_FACTOR} of at least {least}."
+            f"--square is {square}, but must be a multiple of {VQ_FACTOR}, and at least {least}."
         )
     sizes = [Size(square, square)] if square else load_config(TINY if model == "tiny" else model).size_list()
     for path in write(output, rows, held_out, seed, sizes, lines, hard, overwrite):
@@ -128,15 +128,13 @@ def shapes(
 @click.option(
     "--best-of", metavar="SCORE", help="Keep the best row of each id by a column or MODULE:FUNCTION."
 )
-@click.option(
-    "--scores", metavar="OUTPUT", help="Data set made from SOURCE that holds the column of --best-of."
-)
+@click.option("--scores", metavar="OUTPUT", help="Data set made from SOURCE, with the column of --best-of.")
 @click.option(
     "--drop-near-duplicates",
     "near",
     type=int,
     metavar="BITS",
-    help="Greatest distance of picture hashes, 0 to 16 of 64 bits; start with 4.",
+    help="Drop rows whose image hash differs in at most BITS of 64 from an earlier one (0 to 16; try 4).",
 )
 @click.option(
     "--split",
@@ -169,11 +167,11 @@ def select(
     Steps in order: drop error rows, apply the filter, keep the best of each id, drop near-duplicates,
     split. A function gets a row as a dict; its module may be in the working directory. A row on which it
     raises is dropped. --best-of takes the first number of a text (8/10 is 8). A row is a near-duplicate if
-    the 64-bit difference hash of its picture differs in at most BITS from that of an earlier row that was
+    the 64-bit difference hash of its image differs in at most BITS from that of an earlier row that was
     kept. All rows of an id are in the same split.
 
     DEST gets data/*.parquet, or a folder per split; README.md; and _dropped.jsonl, with the reason for
-    every row that was left out. Exit codes: 0; 3 if a function, a score or a picture failed.
+    every row that was left out. Exit codes: 0; 3 if a function, a score or an image failed.
     """
     from wallaroo.jobs.progress import Display
     from wallaroo.workflows.datasets.rules import Rules
@@ -213,17 +211,17 @@ def _pair(text: str) -> tuple[str, str]:
 
 @click.command(short_help="Export results for another tool.")
 @click.argument("format", help="Name in the list above, such as files or webdataset.")
-@click.argument("output", help="Folder of a finished run; with --partial, of any.")
+@click.argument("output", help="Folder of a finished run; with --partial, of any run.")
 @click.argument("dest", help="Folder to write to.")
 @click.option(
     "--embed-metadata",
     is_flag=True,
-    help="Write prompt, seed, model digest and IPTC's digital source type into the picture files.",
+    help="Write prompt, seed, model digest and IPTC's digital source type into the image files.",
 )
 @click.option(
     "--image-urls",
     metavar="URL",
-    help="For openai-batch: write pictures to DEST/images, and URLs under this one into the lines.",
+    help="For openai-batch: write images to DEST/images, and their addresses below URL into the lines.",
 )
 @click.option(
     "--c2pa",
@@ -232,7 +230,7 @@ def _pair(text: str) -> tuple[str, str]:
     help="For files: sign Content Credentials with a certificate and its key (PEM); needs the extra c2pa.",
 )
 @click.option(
-    "--partial", is_flag=True, help="Export what is finished of a run that is at work or was stopped."
+    "--partial", is_flag=True, help="Export the finished shards of a run that is active or was stopped."
 )
 @click.option(
     "--overwrite", is_flag=True, help="Replace files that differ, and write beside files of other tools."
@@ -250,8 +248,8 @@ def export(
     """Write the ok rows of OUTPUT to DEST in the format of another tool.
 
     \b
-      files         pictures named by id and metadata.jsonl, Hugging Face's imagefolder
-      webdataset    tar shards of pictures, prompts and metadata
+      files         images named by id and metadata.jsonl, Hugging Face's imagefolder
+      webdataset    tar shards of images, prompts and metadata
       img2dataset   the same with the names and keys of img2dataset
       geneval       the tree that GenEval's evaluator reads
       dpg           grids of four samples for DPG-Bench

@@ -7,11 +7,11 @@ from wallaroo.jobs.terminal import FATAL, OK, Group, printable
 _output = click.argument("output", help="Folder of a run's results, local or s3://.")
 
 
-@click.command(short_help="Show how far a run is.")
+@click.command(short_help="Show the progress of a run.")
 @_output
 def status(output: str) -> int:
-    """Show how far the run of OUTPUT is, from its records there, whether it is active or not. Starts
-    nothing and reads little.
+    """Show the progress of the run of OUTPUT, active or not, from the records in OUTPUT. Starts nothing and
+    reads little.
 
     Exit codes: 0; 1 OUTPUT is not the output of a run.
     """
@@ -38,10 +38,10 @@ def report(output: str) -> int:
 @click.option(
     "--fast",
     is_flag=True,
-    help="Compare names, sizes and counts only, by summaries and footers; open no picture.",
+    help="Compare names, sizes and counts only, by summaries and footers; open no image.",
 )
 def verify(output: str, fast: bool) -> int:
-    """Read the data set in OUTPUT back and check it: every planned row exists once, every picture
+    """Read the data set in OUTPUT back and check it: every planned row exists once, every image
     decodes at its stated size and hash, and the schema is the declared one.
 
     Exit codes: 0 complete and as planned, with or without error rows; 1 incomplete or broken.
@@ -80,12 +80,12 @@ def evaluate() -> None:
 @evaluate.command("shapes", short_help="Score results on drawn scenes.")
 @_output
 def evaluate_shapes(output: str) -> int:
-    """Score the results in OUTPUT, of a run on manifests of `wallaroo data shapes`: pictures by number of
+    """Score the results in OUTPUT, of a run on manifests of `wallaroo data shapes`: images by number of
     objects, shape, colour, background and relation; edits by whether they were done and the rest was kept;
-    answers by whether they are equal but for case and punctuation.
+    answers by equality, ignoring case and punctuation.
 
     Pictures are scored by pixel checks of colours and forms, without a model. The table is printed, written
-    to OUTPUT/evaluation.json and added to the report. Combinations that occur in training are counted apart.
+    to OUTPUT/evaluation.json and added to the report. Combinations seen in training are counted separately.
     """
     from wallaroo.workflows.reports.page import write_report
     from wallaroo.workflows.scenes.evaluate import evaluate, to_text

@@ -32,18 +32,18 @@ if RECIPES.startswith(os.pardir):
     "--understanding-only", is_flag=True, help="Write a stock Qwen2.5-VL folder for transformers instead."
 )
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights (default: as stored)."
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Type of the weights (default: as stored)."
 )
 @click.option(
     "--layout",
     type=click.Choice(["eval", "train"]),
-    help="Where prompts have their size indicators: eval (default) is that of the published evaluation.",
+    help="Place of size indicators in prompts: as published for evaluation (eval, default) or for training.",
 )
 @click.option(
     "--indicators",
     type=click.Choice(["added", "text"]),
     default="added",
-    help="Whether size indicators are tokens of their own (default) or spelt out.",
+    help="Size indicators as tokens of their own (added, default) or spelled out (text).",
 )
 @click.option(
     "--square",
@@ -82,9 +82,9 @@ def convert(
           --backbone Qwen2.5-VL-7B-Instruct checkpoints/start
     """
     if vq is None and not understanding_only:
-        raise click.UsageError("--vq is absent, but pictures need it: give it, or --understanding-only.")
+        raise click.UsageError("--vq is missing, but images need it: give it, or --understanding-only.")
     if weights is None and not new_heads:
-        raise click.UsageError("--wallaroo is absent: give the published .ckpt, or --new-heads to train one.")
+        raise click.UsageError("--wallaroo is missing: give the published .ckpt, or --new-heads.")
     given = {
         "--wallaroo": weights,
         "--understanding-only": understanding_only or None,
@@ -128,8 +128,8 @@ def convert(
 @click.command(short_help="Train a stage of the model.")
 @click.argument("stage", help="Name of a table of RECIPES.TOML.")
 @click.option("--config", "file", required=True, metavar="RECIPES.TOML", help="The stages, a table each.")
-@click.option("--workers", type=int, default=1, metavar="N", help="Processes, one a GPU (default 1).")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As in a run.")
+@click.option("--workers", type=int, default=1, metavar="N", help="Workers, one per GPU (default 1).")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="As for a run.")
 @click.option(
     "--address",
     envvar="RAY_ADDRESS",
@@ -148,10 +148,10 @@ def convert(
     default="60s",
     help="Time to save the state after Ctrl-C or SIGTERM, such as 90s or 10m (default 60s).",
 )
-@click.option("--overwrite", is_flag=True, help="Write into a folder that holds files of others.")
-@click.option("--plan", is_flag=True, help="Print rows and memory a worker, and start nothing.")
+@click.option("--overwrite", is_flag=True, help="Write into a folder that holds other files.")
+@click.option("--plan", is_flag=True, help="Print rows and memory per worker; start nothing.")
 @click.option(
-    "--gpu-memory", type=float, default=80.0, metavar="GB", help="With --plan: of a GPU (default 80)."
+    "--gpu-memory", type=float, default=80.0, metavar="GB", help="With --plan: memory of a GPU (default 80)."
 )
 def train(
     stage: str,
@@ -190,25 +190,25 @@ train.help = f"""Train STAGE, a table of RECIPES.TOML, with Ray Train, on rows i
   wallaroo train style --config lora.toml
 
 Copy a file of {RECIPES} and put your paths in: published.toml has the stages of the 7B, lora.toml a style
-from pictures, tiny.toml a small model from nothing. The stage's folder, on a disk or on S3, gets
+from images, tiny.toml a small model from scratch. The stage's folder, on a disk or on S3, gets
 metrics.jsonl, TensorBoard's files, samples, states and, at the end, the checkpoint. Re-run the same command
 to resume from the last state, with any number of workers that share a step's rows evenly.
 
-A folder that holds files of others is refused without --overwrite.
+A folder that holds other files is refused without --overwrite.
 
 Exit codes: 0; 1 the training failed; 2 a mistake in the command line or the recipe; 4 another training is
-at work in the folder.
+active in the folder.
 """
 
 
-@click.command(short_help="Turn what LoRA has learned into a checkpoint folder.")
+@click.command(short_help="Merge LoRA updates into a checkpoint folder.")
 @click.argument("stage", help="Folder of a stage with `lora`.")
 @click.argument("output", help="New checkpoint folder.")
-@click.option("--start", default="", metavar="FOLDER", help="The weights it began with, if they have moved.")
+@click.option("--start", default="", metavar="FOLDER", help="The checkpoint it started from, if moved.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
-    help="Of the weights (default: that of the start).",
+    help="Type of the weights (default: as in the start).",
 )
 @click.option(
     "--overwrite", is_flag=True, help="Replace a checkpoint, or files of the same names; others stay."
@@ -238,12 +238,12 @@ def merge(stage: str, output: str, start: str, dtype: str | None, overwrite: boo
     return OK
 
 
-@click.group(cls=Group, short_help="Look at checkpoints.")
+@click.group(cls=Group, short_help="Inspect checkpoints.")
 def models() -> None:
-    """Look at checkpoints."""
+    """Inspect checkpoints."""
 
 
-@models.command(short_help="Show what a checkpoint is and takes.")
+@models.command(short_help="Describe a checkpoint.")
 @click.argument("model", help="Checkpoint folder, local or s3://, or tiny.")
 def show(model: str) -> int:
     """Show tasks, sizes, layout, parameters, digest and memory by device of MODEL. Reads no weights.
@@ -258,25 +258,27 @@ def show(model: str) -> int:
     return OK
 
 
-@click.group(cls=Group, short_help="Measure how fast this machine is.")
+@click.group(cls=Group, short_help="Measure the speed of this machine.")
 def bench() -> None:
-    """Measure how fast this machine is."""
+    """Measure the speed of this machine."""
 
 
-@bench.command("engine", short_help="The engine beside the plain loop and the machine's own limits.")
+@bench.command("engine", short_help="Compare the engine with the plain loop and the machine's limits.")
 @click.option(
     "--model", type=click.Choice(["tiny", "mid", "7b"]), default="mid", help="Shapes (default mid)."
 )
-@click.option("--slots", type=int, default=32, metavar="N", help="Pictures decoded at once (default 32).")
+@click.option("--slots", type=int, default=32, metavar="N", help="Images decoded at once (default 32).")
 @click.option("--rounds", type=int, default=5, metavar="N", help="Rounds to take medians of (default 5).")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default cuda where there is one.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is one.")
 @click.option("--dry-run", is_flag=True, help="Count without a GPU what --device cuda would do.")
-@click.option("--gpu", default="H200", metavar="NAME", help="Of --dry-run: H200 (default), H100, A100, L40S.")
 @click.option(
-    "--images", type=int, multiple=True, metavar="N", help="Of --dry-run: pictures at once; repeatable."
+    "--gpu", default="H200", metavar="NAME", help="For --dry-run: H200 (default), H100, A100, L40S."
 )
-@click.option("--bandwidth", type=float, metavar="TB/S", help="Of --dry-run: what the GPU's memory reaches.")
-@click.option("--flops", type=float, metavar="TFLOP/S", help="Of --dry-run: what it reaches in 16 bits.")
+@click.option(
+    "--images", type=int, multiple=True, metavar="N", help="For --dry-run: images at once; repeatable."
+)
+@click.option("--bandwidth", type=float, metavar="TB/S", help="For --dry-run: reached memory bandwidth.")
+@click.option("--flops", type=float, metavar="TFLOP/S", help="For --dry-run: reached 16-bit rate.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench_engine(
     model: str,
@@ -290,12 +292,12 @@ def bench_engine(
     flops: float | None,
     as_json: bool,
 ) -> int:
-    """Time the engine, with random weights, beside the plain loop over Hugging Face's modules, at batch 1
-    and at the same batch, and count its work. The same as python -m wallaroo.model.bench, which has more
-    options and runs where Ray is absent.
+    """Time the engine, with random weights, and the plain loop over Hugging Face's modules, at batch 1 and
+    at the same batch, and count the work of the engine. `python -m wallaroo.model.bench` does the same
+    without Ray, and has more options.
 
-    With --dry-run the engine runs on a made-up CUDA device, which needs a C++ compiler and no GPU. Kernel
-    launches, bytes, copies and waits are counted; times and pictures/s are computed from them, not measured.
+    With --dry-run the engine runs on a fake CUDA device, which needs a C++ compiler and no GPU. Kernel
+    launches, bytes, copies and waits are counted; times and images/s are computed from them, not measured.
 
     \b
       wallaroo bench engine --model 7b --device cuda --dry-run --gpu H100

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _PATHS = """Every path may be s3://bucket/key, with endpoint and credentials from the usual AWS variables
 and profiles."""
 
-_SOURCES = """A picture is a path (relative to the manifest, or absolute), s3://, https:// with --allow-https,
-or bytes in a Parquet file, also as {bytes, path}. MANIFEST may also be a folder of pictures, or the
+_SOURCES = """An image is a path (relative to the manifest, or absolute), s3://, https:// with --allow-https,
+or bytes in a Parquet file, also as {bytes, path}. MANIFEST may also be a folder of images, or the
 OUTPUT of a finished run, whose ok rows are then the input."""
 
 
@@ -54,7 +54,7 @@ def _ends(function: Any) -> Any:
     )(function)
 
 
-@click.command(cls=RunCommand, short_help="Generate pictures from prompts.", epilog=RUN_EXIT_CODES)
+@click.command(cls=RunCommand, short_help="Generate images from prompts.", epilog=RUN_EXIT_CODES)
 @_places()
 @run_options("generate")
 @_ends
@@ -62,13 +62,13 @@ def generate(**given: Any) -> int:
     return _run("generate", **given)
 
 
-generate.help = f"""Generate pictures from a manifest of prompts.
+generate.help = f"""Generate images from a manifest of prompts.
 
 {_PATHS}
 
 The manifest needs a column `prompt` and may have id, samples, seed, cfg, temperature, top_k, top_p,
-language, and width with height, or aspect_ratio. All other columns are carried through. A row that
-cannot be served becomes an error row with its reason; other rows are unaffected.
+language, and width with height, or aspect_ratio. All other columns are carried through. An invalid
+row becomes an error row with its reason; other rows are unaffected.
 
 \b
   wallaroo generate prompts.jsonl out/first --samples 4
@@ -77,7 +77,7 @@ cannot be served becomes an error row with its reason; other rows are unaffected
 """
 
 
-@click.command(cls=RunCommand, short_help="Edit pictures by instructions.", epilog=RUN_EXIT_CODES)
+@click.command(cls=RunCommand, short_help="Edit images by instructions.", epilog=RUN_EXIT_CODES)
 @_places()
 @run_options("edit")
 @_ends
@@ -85,7 +85,7 @@ def edit(**given: Any) -> int:
     return _run("edit", **given)
 
 
-edit.help = f"""Edit pictures by instructions.
+edit.help = f"""Edit images by instructions.
 
 {_PATHS}
 {_SOURCES}
@@ -102,7 +102,7 @@ ratio of its source. ImgEdit's JSON of keys, each with id, prompt and edit_type,
 """
 
 
-@click.command(cls=RunCommand, short_help="Describe pictures, or answer questions.", epilog=RUN_EXIT_CODES)
+@click.command(cls=RunCommand, short_help="Describe images, or answer questions.", epilog=RUN_EXIT_CODES)
 @_places()
 @run_options("understand")
 @_ends
@@ -110,12 +110,12 @@ def understand(**given: Any) -> int:
     return _run("understand", **given)
 
 
-understand.help = f"""Describe pictures, or answer questions about them.
+understand.help = f"""Describe images, or answer questions about them.
 
 {_PATHS}
 {_SOURCES}
 
-The manifest needs a column `image` and may have prompt (a question; without one the picture is
+The manifest needs a column `image` and may have prompt (a question; without one the image is
 described), id, samples, seed, temperature, top_k, top_p and language. Decoding is greedy by default.
 
 \b
@@ -145,7 +145,7 @@ TASK_COMMANDS = {"generate": generate, "edit": edit, "understand": understand}
 @click.option(
     "--errors",
     metavar="FILE",
-    help="Write all rows that are refused as JSON lines, with reason and place in the manifest.",
+    help="Write all refused rows as JSON lines, with reason and place in the manifest.",
 )
 def plan(
     task: str,
@@ -175,8 +175,7 @@ def plan(
     click.echo(_plan_text(made, {kind: [one.text() for one in rows] for kind, rows in examples.items()}))
     if errors and made.error_rows and not examples:
         raise InputError(
-            "--errors is given, but on a cluster, and for very many rows, the plan must be kept for it: "
-            "give OUTPUT too."
+            "--errors needs a written plan on a cluster, and for very large manifests: give OUTPUT."
         )
     if errors:
         click.echo(f"  all of them: {errors}" if made.error_rows else f"  {errors} is not written: no errors")
@@ -189,7 +188,7 @@ def plan(
     return OK
 
 
-plan.help = f"""Decide every row of a run and count them, without making any.
+plan.help = f"""Plan a run without running it: validate, number and count all rows.
 
 With OUTPUT the plan is written there, and the task uses it; without OUTPUT nothing is written. {_PATHS}
 
@@ -246,22 +245,20 @@ def _print_summary(config: "RunConfig", summary: "RunSummary") -> None:
 
     counts = f"{summary.ok:,} ok, {counted(summary.errors, 'error')}"
     click.echo(f"{counted(summary.rows, 'row')}: {counts}; {_made(config.task, summary)}")
-    made_of = "texts   " if config.task == "understand" else "pictures"
+    made_of = "texts   " if config.task == "understand" else "images  "
     click.echo(f"  {made_of}  {join(config.output, DATA_FOLDER)}")
     click.echo(f"  report    {join(config.output, 'report.html')}")
     if summary.errors:
         click.echo(f"  errors    {join(config.output, 'errors.jsonl')} (a manifest for a second try)")
     if config.model == "tiny":
-        click.echo(
-            "The tiny model knows coloured shapes on plain backgrounds, nothing else (model/tiny/README.md)."
-        )
+        click.echo("The tiny model handles only coloured shapes on plain backgrounds (model/tiny/README.md).")
 
 
 def _made(task: str, summary: "RunSummary") -> str:
     """What one start of a run made, in words."""
     if summary.before == summary.rows:
-        return "all of them were finished before, so there was nothing to do"
-    noun = "text" if task == "understand" else "picture"
+        return "all finished before, so there was nothing to do"
+    noun = "text" if task == "understand" else "image"
     words = f"{counted(summary.made, noun)} made in {duration(summary.seconds)}"
     return f"{words}, {counted(summary.before, 'row')} finished before" if summary.before else words
 
@@ -278,7 +275,7 @@ def _plan_text(plan: "Plan", examples: dict[str, list[str]]) -> str:
         lines.append(f"  {size.width} x {size.height} pixels: {count:,}, which is {tokens:,} image tokens")
     unsized = to_make - sum(plan.sizes.values())
     if unsized:
-        lines.append(f"  {unsized:,} start from pictures; their sizes are known once they are loaded")
+        lines.append(f"  {unsized:,} start from images; their sizes are known once they are loaded")
     for kind, count in sorted(plan.errors.items()):
         lines.append(f"  error rows of kind {kind}: {count:,}")
         lines += [f"    {printable(words)}" for words in examples.get(kind, ())]

@@ -6,14 +6,14 @@ from contextlib import suppress
 import click
 
 
-@click.command(short_help="Look at outputs in the browser, compare them, vote.")
+@click.command(short_help="Browse and compare outputs in a web browser, and vote.")
 @click.argument("outputs", metavar="OUTPUT...", nargs=-1, required=True)
-@click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="Default 8765, or a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="Default: 8765, or a free port.")
 @click.option(
     "--host",
     default="127.0.0.1",
     metavar="ADDRESS",
-    help="Listen for other machines too; the address then holds a token.",
+    help="Listen for other machines too; the printed address then holds a token.",
 )
 @click.option("--no-open", is_flag=True, help="Print the address, open no browser.")
 @click.option(
@@ -23,16 +23,16 @@ def view(outputs: tuple[str, ...], port: int | None, host: str, no_open: bool, v
     """Show OUTPUT, local or s3://bucket/key, finished or running, as a page on this machine.
 
     The page has a grid with search, an SQL filter, facets and any order; each row at full size, with the
-    command that makes it again; and a running run as it goes on. Several outputs of the same ids stand side
-    by side, those that differ first, and a key press votes for one.
+    command that makes it again; and the progress of an active run. Several outputs of the same ids are
+    shown side by side, differing rows first, and a key press votes for one.
 
     \b
       wallaroo view out/first
       wallaroo view out/cfg-3 out/cfg-5 --votes out/choice.parquet
       wallaroo view s3://bucket/pictures --no-open
 
-    Needs the extra `view`: pip install 'wallaroo-batch[view]'. Ctrl-C ends it. Nothing is written but votes,
-    and an index below ~/.cache/wallaroo/view.
+    Needs the extra `view`: pip install 'wallaroo-batch[view]'. Ctrl-C stops it. It writes only votes, and
+    an index below ~/.cache/wallaroo/view.
     """
     from wallaroo.workflows.viewer.server import serve
 

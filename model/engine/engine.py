@@ -190,7 +190,7 @@ class Engine:
         before = self.slots
         if self.most_groups > 1:
             self.most_groups //= 2
-            change = "no picture changes"
+            change = "no image changes"
         else:
             rows, *smaller = self.options.smaller
             self.most_groups = max(1, self.options.group_rows // 2 // rows)

@@ -164,6 +164,6 @@ def _decoding(data: bytes) -> Iterator[None]:
         yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadPicture(
-            f"A picture of {len(data):,} bytes among the rows to train on cannot be decoded "
+            f"An image of {len(data):,} bytes among the rows to train on cannot be decoded "
             f"({type(error).__name__}), its sha256 is {hashlib.sha256(data).hexdigest()}; leave its row out."
         ) from None

@@ -132,7 +132,7 @@ def train(
                 other.start()
             made = _join(recipe, say, 0, workers, meeting, shard)
             if made is None:
-                raise Stopped(f"SIGTERM came; the state is saved, run it again to resume {recipe.folder}.")
+                raise Stopped(f"SIGTERM received; the state is saved. Re-run to resume {recipe.folder}.")
             return made
         finally:
             torch.set_num_threads(threads)

@@ -144,7 +144,7 @@ def main() -> None:
             worst = max(worst, peak)
             verdict = "ok" if peak < BOUND else "TOO MUCH"
             print(
-                f"{form}: {exported:,} pictures in {files:,} files, peak RssAnon {peak / 1e6:.0f} MB, "
+                f"{form}: {exported:,} images in {files:,} files, peak RssAnon {peak / 1e6:.0f} MB, "
                 f"bound {BOUND / 1e6:.0f} MB: {verdict}",
                 flush=True,
             )

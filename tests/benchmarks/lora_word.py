@@ -79,7 +79,7 @@ def main(steps: int) -> None:
         train(Recipe.from_dict(values))
         seconds = time.monotonic() - start
         merge(f"{made}/out", f"{made}/merged")
-        print(f"{steps} steps of 16 rows on {PICTURES} new and {PICTURES} old pictures: {seconds:.0f} s")
+        print(f"{steps} steps of 16 rows on {PICTURES} new and {PICTURES} old images: {seconds:.0f} s")
         for name, asked in ((f"with '{WORD}'", new), ("without", old)):
             before, after = (drawn_right(folder, asked) for folder in (TINY, Path(made) / "merged"))
             print(f"{len(asked)} held-out prompts {name}: {before:.0%} right before, {after:.0%} after")

@@ -94,7 +94,7 @@ def main() -> None:
         write_output("s3://ready/pictures", pictures, SHARD_ROWS, SIDE)
         size = sum(file.size for file in storage.list_files("s3://ready/pictures/data"))
         print(
-            f"{pictures:,} pictures, {size / 1e9:.2f} GB, written in {time.monotonic() - started:.0f} s",
+            f"{pictures:,} images, {size / 1e9:.2f} GB, written in {time.monotonic() - started:.0f} s",
             flush=True,
         )
         with proxy(server.endpoint, share=0) as between:
@@ -124,7 +124,7 @@ def main() -> None:
                     failed |= watch.peak >= MOST_BYTES
                     print(
                         f"{name:28} {between.requests - before:5,} requests, {took:6.2f} s, "
-                        f"{found / 1e6:5.2f} MB of pictures, peak RssAnon {watch.peak / 1e6:.0f} MB",
+                        f"{found / 1e6:5.2f} MB of images, peak RssAnon {watch.peak / 1e6:.0f} MB",
                         flush=True,
                     )
                     return page
@@ -133,7 +133,7 @@ def main() -> None:
                 requests = between.requests
                 failed |= requests > MOST_REQUESTS
                 print(
-                    f"from the start of the command to the first page with its pictures: {requests} requests "
+                    f"from the start of the command to the first page with its images: {requests} requests "
                     f"(bound {MOST_REQUESTS}), {time.monotonic() - begun:.1f} s",
                     flush=True,
                 )

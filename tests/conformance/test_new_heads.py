@@ -110,7 +110,7 @@ def test_options_of_the_published_model_do_not_go_with_new_heads(published, tmp_
 def test_a_seed_without_new_heads_and_a_model_without_weights_are_refused(published, tmp_path, capsys):
     backbone, vq, _ = published
     assert command("--vq", vq, "--backbone", backbone, tmp_path / "o") == 2
-    assert "--wallaroo is absent" in capsys.readouterr().err
+    assert "--wallaroo is missing" in capsys.readouterr().err
     given = ("--wallaroo", vq, "--vq", vq, "--backbone", backbone, "--seed", "1")
     assert command(*given, tmp_path / "o") == 2
     assert "--seed is 1, but only --new-heads" in capsys.readouterr().err

@@ -223,7 +223,7 @@ def test_pictures_within_parquet_files_are_referred_to_not_copied(pictures, tmp_
         {"bytes": None, "path": str(made["plain.jpg"].path)},
         {"bytes": None, "path": None},
         None,
-        {"bytes": b"no picture", "path": None},
+        {"bytes": b"no image", "path": None},
         {"bytes": huge, "path": None},
     ]
     table = pa.table({"image": cells, "label": [0, 1, 2, 3, 4, 5]})

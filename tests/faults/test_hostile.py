@@ -120,7 +120,7 @@ COMMANDS = [
     command(
         "hook of a job",
         2,
-        "everybody who sees the cluster's jobs",
+        "everyone who sees the cluster's jobs",
         *("submit", "--address", "http://127.0.0.1:9", "--", "generate", "s3://b/p.jsonl", "s3://b/out"),
         *("--on-finish", f"https://hooks.example.com/{SECRET}"),
     ),
@@ -297,7 +297,7 @@ BMP_RLE = struct.pack("<IHHI", 70, 0, 0, 54) + struct.pack(
 
 def picture(name: str, data: bytes, words: str) -> Case:
     return Case(
-        f"picture: {name}",
+        f"image: {name}",
         lambda work: decode.decode(data).size,
         error="image" if words else "",
         words=words,
@@ -370,16 +370,16 @@ PICTURES = [
         ),
         "pixels",
     ),
-    picture("tiff that counts to 2^32", tiff((256, 4, 2**32 - 1, 8), (257, 4, 1, 100)), "no picture"),
+    picture("tiff that counts to 2^32", tiff((256, 4, 2**32 - 1, 8), (257, 4, 1, 100)), "not an image"),
     picture(
         "svg that reads a file",
         b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]><svg>&a;</svg>',
         "HTML or XML",
     ),
     picture(
-        "postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd)(r)file", "no picture"
+        "postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd)(r)file", "not an image"
     ),
-    picture("pickle", pickle.dumps(_Pwn()), "no picture"),
+    picture("pickle", pickle.dumps(_Pwn()), "not an image"),
 ]
 
 
@@ -507,7 +507,7 @@ MODELS = [
     model("no heads", "at least 1", "config.json", config(decoder={"num_attention_heads": 0})),
     model("million layers", "at most 1024", "config.json", config(decoder={"num_hidden_layers": 1_000_000})),
     model(
-        "picture of 2^48 pixels",
+        "image of 2^48 pixels",
         "more than 67,108,864 pixels",
         "config.json",
         config(sizes={"1.0": [2**24, 2**24]}),

@@ -162,11 +162,11 @@ def test_questions_about_several_pictures_are_refused_and_lists_of_one_are_not(t
     assert [row["id"] for row in rows] == list(table["id"])
     assert rows[0]["error_type"] == "manifest"
     assert rows[0]["error_message"] == (
-        "Row 0 of MMMU_DEV_VAL.tsv has 2 pictures, but understand takes one; correct it."
+        "Row 0 of MMMU_DEV_VAL.tsv has 2 images, but understand takes one; correct it."
     )
     assert rows[1]["status"] == "planned" and fetched(rows[1]) == png(1)
     if column == "image":
-        assert "has the picture of row 404, which has none" in rows[2]["error_message"]
+        assert "has the image of row 404, which has none" in rows[2]["error_message"]
 
 
 def test_a_picture_in_text_may_be_as_long_as_a_data_uri(tmp_path):
@@ -208,7 +208,7 @@ def test_a_list_of_one_picture_is_that_picture_and_several_are_refused(tmp_path,
         pq.write_table(pa.table({name: values, "question": ["What?"] * 3}), path)
     rows, _ = planned(path, "understand")
     assert rows[0]["prompt"] == "What?" and fetched(rows[0]) == png(0)
-    several = "image is a list of 2 pictures, but the model takes one a row"
+    several = "image is a list of 2 images, but the model takes one a row"
     if parse_cell(f"{rows[0]['source']['uri']}#0"):  # the bytes are only looked at when they are loaded
         with pytest.raises(RowError, match=several):
             fetched(rows[1])

@@ -165,8 +165,8 @@ def test_bash_completes_commands_options_and_values():
             "template_en: The template has an unknown placeholder '{foo}'",
         ),
         ("completion tcsh", "Invalid value for '{bash|zsh|fish}'"),
-        ("convert o --backbone b --vq v", "--wallaroo is absent: give the published .ckpt, or --new-heads"),
-        ("convert o --backbone b --wallaroo w", "--vq is absent, but pictures need it"),
+        ("convert o --backbone b --vq v", "--wallaroo is missing: give the published .ckpt, or --new-heads"),
+        ("convert o --backbone b --wallaroo w", "--vq is missing, but images need it"),
     ],
 )
 def test_mistakes_in_the_command_line(wallaroo, command, message):

@@ -184,7 +184,7 @@ def test_a_profile_that_is_broken_or_of_other_channels_is_ignored(icc):
     data = save(Image.fromarray(pixels), "TIFF", icc_profile=icc)
     found = decode(data)
     np.testing.assert_array_equal(np.array(found), pixels)
-    kind = "for GRAY pictures" if icc == grey_profile(1.0) else "broken"
+    kind = "for GRAY images" if icc == grey_profile(1.0) else "broken"
     if len(icc) > MAX_PROFILE_BYTES:
         kind = "more than 8 MiB"
     assert found.info[NOTE].startswith("its colour profile") and kind in found.info[NOTE]

@@ -199,8 +199,8 @@ def test_the_help_states_the_default_of_an_option_with_one():
         ),
         ("prompt.language=de", "--set prompt.language is 'de', but must be one of en, zh."),
         (
-            "prompt.template_en=a picture",
-            "template_en: The template 'a picture' has no {prompt}, so every row would get the same picture; "
+            "prompt.template_en=an image",
+            "template_en: The template 'an image' has no {prompt}, so every row would get the same image; "
             "add it.",
         ),
         (
@@ -359,7 +359,7 @@ def test_a_preset_sets_sampling_samples_and_quotes_and_nothing_else():
         ),
         (
             ["vision_max_pixels=25000000"],
-            "max_pixels is 25000000, so a picture may take 31,887 tokens, but the context of 32,768 has "
+            "max_pixels is 25000000, so an image may take 31,887 tokens, but the context of 32,768 has "
             "31,360 left beside prompt and answer: lower max_pixels, max_prompt_tokens or max_new_tokens.",
         ),
     ],

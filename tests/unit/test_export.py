@@ -529,8 +529,8 @@ def test_openai_batch_answers_every_request(outputs, tmp_path):
         assert [sha256(one) for one in data] == [row["sha256"] for row in made]
     assert [line["error"] for line in lines] == [
         None,
-        {"code": "size", "message": "1 of 2 pictures failed: width is 70"},
-        {"code": "size", "message": "2 of 2 pictures failed: width is 70"},
+        {"code": "size", "message": "1 of 2 images failed: width is 70"},
+        {"code": "size", "message": "2 of 2 images failed: width is 70"},
         None,
     ]
 
@@ -772,7 +772,7 @@ def test_the_command_tells_what_it_did(outputs, tmp_path, capsys):
 
     code, said = run("files", tmp_path / "out", tmp_path / "dest")
     assert code == 3
-    assert said == (f"1 picture exported to {tmp_path}/dest, 2 files; 1 error row with nothing to export.\n")
+    assert said == (f"1 image exported to {tmp_path}/dest, 2 files; 1 error row with nothing to export.\n")
     code, said = run("files", tmp_path / "all", tmp_path / "dest", "--embed-metadata", "--overwrite")
     assert code == 0 and DIGITAL_SOURCE_TYPE.encode() in (tmp_path / "dest" / "a.png").read_bytes()
     assert run("file", tmp_path / "all", tmp_path / "dest")[0] == 2
@@ -780,7 +780,7 @@ def test_the_command_tells_what_it_did(outputs, tmp_path, capsys):
     code, said = run("openai-batch", tmp_path / "out", tmp_path / "oai")
     assert code == 3
     assert said == (
-        f"1 picture exported to {tmp_path}/oai, 1 file; 1 error row written to results.jsonl as `error`.\n"
+        f"1 image exported to {tmp_path}/oai, 1 file; 1 error row written to results.jsonl as `error`.\n"
     )
     lines = run("openai-batch", tmp_path / "all", tmp_path / "b", "--image-urls", "https://x")
     assert lines[0] == 0 and (tmp_path / "b" / "images" / "a.png").exists()

@@ -294,7 +294,7 @@ def test_answers_are_chat_completions(outputs, tmp_path):
     assert lines[1]["error"] == {"code": "size", "message": "1 of 2 answers failed: width is 70"}
     assert lines[2]["response"] is None and lines[2]["error"]["code"] == "size"
     for options in ({"embed_metadata": True}, {"image_urls": "https://x"}):
-        with pytest.raises(OptionError, match="are for pictures, but the results are texts"):
+        with pytest.raises(OptionError, match="are for images, but the results are texts"):
             exported(tmp_path, "openai-batch", **options)
 
 

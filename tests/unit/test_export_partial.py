@@ -107,7 +107,7 @@ def test_error_rows_count_apart_from_what_is_missing(outputs, tmp_path, capsys):
     code, said = run(capsys, "files", tmp_path / "out", tmp_path / "dest", "--partial")
     assert code == 3
     assert said == (
-        "Partial export: 2 of 3 shards and 4 of 6 rows planned are finished. 3 pictures exported to "
+        "Partial export: 2 of 3 shards and 4 of 6 rows planned are finished. 3 images exported to "
         f"{tmp_path}/dest, 4 files; 1 error row with nothing to export.\n"
     )
 

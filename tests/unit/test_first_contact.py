@@ -38,10 +38,10 @@ from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint
     ("numbers", "words"),
     [
         # rows, ok, errors, before, made
-        ((4, 3, 1, 0, 3), "4 rows: 3 ok, 1 error; 3 pictures made in 5 s"),
-        ((4, 4, 0, 3, 1), "4 rows: 4 ok, 0 errors; 1 picture made in 5 s, 3 rows finished before"),
-        ((4, 3, 1, 3, 0), "4 rows: 3 ok, 1 error; 0 pictures made in 5 s, 3 rows finished before"),
-        ((4, 3, 1, 4, 0), "4 rows: 3 ok, 1 error; all of them were finished before, so there was nothing"),
+        ((4, 3, 1, 0, 3), "4 rows: 3 ok, 1 error; 3 images made in 5 s"),
+        ((4, 4, 0, 3, 1), "4 rows: 4 ok, 0 errors; 1 image made in 5 s, 3 rows finished before"),
+        ((4, 3, 1, 3, 0), "4 rows: 3 ok, 1 error; 0 images made in 5 s, 3 rows finished before"),
+        ((4, 3, 1, 4, 0), "4 rows: 3 ok, 1 error; all finished before, so there was nothing"),
     ],
 )
 def test_the_last_lines_count_what_was_made_apart_from_what_is_ok(capsys, numbers, words):
@@ -103,11 +103,9 @@ def test_a_model_is_shown_from_its_folder(capsys):
     )
     # 64 tokens of two branches, 4 layers of 2 heads of 32 numbers, keys and values.
     kilobytes = 64 * 2 * 4 * 2 * 32 * 2 * 4 // 1024
-    words = (
-        f"{numbers * 4 / 2**20:.3g} MiB of weights (float32); a guided picture takes up to {kilobytes} KiB"
-    )
+    words = f"{numbers * 4 / 2**20:.3g} MiB of weights (float32); a guided image takes up to {kilobytes} KiB"
     assert lines[7].startswith(f"  on cpu      {words}")
-    assert f"(bfloat16); a guided picture takes up to {kilobytes // 2} KiB" in lines[8]
+    assert f"(bfloat16); a guided image takes up to {kilobytes // 2} KiB" in lines[8]
 
 
 def test_a_folder_that_is_no_model_is_shown_as_none(tmp_path, capsys):
@@ -176,7 +174,7 @@ def test_commands_say_that_a_run_is_at_work(outputs, tmp_path, capsys):
         shards.write_shard(str(output), 1, outputs.result_table(outputs.plan_table(6, 6, 1)))
         finish(str(output), read_plan(str(output)))
         whole = said("export", "files", output, tmp_path / "some", "--partial", "--overwrite")
-        assert whole.out.startswith("12 pictures exported to ")
+        assert whole.out.startswith("12 images exported to ")
         assert whole.err.splitlines()[0] == words and whole.err.splitlines()[-1] == complete
 
 

@@ -216,10 +216,10 @@ def test_the_imagefolder_of_hugging_face(tmp_path):
     (tmp_path / "stats.csv").write_text("file_name,n\nx,1\n")
     manifest = discover(str(tmp_path), "edit")
     assert [file.relative for file in manifest.files] == ["test/metadata.jsonl", "train/metadata.jsonl"]
-    assert manifest.passed_over == {".csv that names no pictures": (1, "stats.csv")}
+    assert manifest.passed_over == {".csv that names no images": (1, "stats.csv")}
     # A picture that no row names is no row, which is said.
     files_of(tmp_path, "train/unnamed.png")
-    words = "Of the 3 pictures beside the table, only those that its rows name are read."
+    words = "Of the 3 images beside the table, only those that its rows name are read."
     assert discover(str(tmp_path), "edit").notes == (words,)
     assert not discover(str(tmp_path / "train" / "metadata.jsonl"), "edit").notes
     names = column_names(
@@ -280,7 +280,7 @@ def test_the_folders_of_img2dataset(tmp_path):
         ("00000/000000002.jpg", "a cat"),
     ]
     words = in_words(discover(str(tmp_path), "edit").passed_over)
-    assert "3 .json" in words and "1 .parquet that names no pictures (00000.parquet)" in words
+    assert "3 .json" in words and "1 .parquet that names no images (00000.parquet)" in words
 
 
 @pytest.mark.parametrize("column", ["jpg", "png", "webp"])

@@ -210,7 +210,7 @@ def test_the_tars_of_img2dataset_are_named_with_a_remedy(tmp_path):
     )
     (tmp_path / "00000_stats.json").write_text(json.dumps({"count": 1}))
     for task in ("edit", "understand"):
-        with pytest.raises(InputError, match=r"pictures in tar files, such as '00000\.tar', .* unpack them"):
+        with pytest.raises(InputError, match=r"images in tar files, such as '00000\.tar', .* unpack them"):
             discover(str(tmp_path), task)
     with tarfile.open(tmp_path / "00000.tar") as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")

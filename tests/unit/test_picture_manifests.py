@@ -387,7 +387,7 @@ def test_a_picture_without_a_question_is_described_in_its_language():
 
 
 def test_an_instruction_is_needed():
-    with pytest.raises(InputError, match=r"has pictures, but no instructions: give one for all .*--prompt"):
+    with pytest.raises(InputError, match=r"has images, but no instructions: give one for all .*--prompt"):
         plan({"image": ["a"]})
     with pytest.raises(InputError, match="give one instruction for all rows"):
         plan({"image": ["a"], "words": ["x"]})

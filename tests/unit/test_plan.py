@@ -139,13 +139,13 @@ def test_a_changed_manifest_is_refused_with_the_command_that_retries_failed_rows
     photos, output = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     output.mkdir()
-    (photos / "broken.jpg").write_bytes(b"no picture")
+    (photos / "broken.jpg").write_bytes(b"no image")
     settings = PlanSettings.of(RunConfig(str(photos), str(output), task="understand", prompt="What is it?"))
     found = discover(str(photos), "understand", None)
     opening = dataclasses.replace(OPENING, settings=settings.meaning(), manifest=found.identity())
     plan = Plan((PART, NEXT), (opening,))
     check_same(plan, found, settings, "m", str(output))
-    (photos / "broken.jpg").write_bytes(b"the repaired picture")
+    (photos / "broken.jpg").write_bytes(b"the repaired image")
     changed = discover(str(photos), "understand", None)
     begin = f"The manifest {photos} is not the one that was planned (changed: pictures): restore it"
     with pytest.raises(InputError) as caught:

@@ -220,7 +220,7 @@ def test_a_side_without_indicator_is_refused(tokenizer: Tokenizer):
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("a picture", "no {prompt}"),
+        ("an image", "no {prompt}"),
         ("{promt} {target_w}", "did you mean 'prompt'"),
         ("{prompt} of {target_width}", "unknown placeholder '{target_width}'"),
     ],

@@ -78,7 +78,7 @@ def test_a_report_counts_everything_and_shows_every_picture(outputs, tmp_path):
     page = write(tmp_path)
     for words in ("30 rows planned", "25 ok", "5 errors", "0 missing", "size 3 rows", "engine 2 rows"):
         assert words in page.text
-    assert "All 25 pictures." in page.text
+    assert "All 25 images." in page.text
     cards = [attrs for attrs in page.all("img") if attrs["src"].startswith("data:image/webp;base64,")]
     assert len(cards) == 25 == len(page.all("img"))
     assert cards[0]["alt"] == "a cat, number 0"
@@ -94,7 +94,7 @@ def test_a_report_can_be_written_at_any_time(outputs, tmp_path):
     with pytest.raises(InputError, match="there is no such folder, or it is empty"):
         reports_page.write_report(str(tmp_path))
     run_file.put_run(str(tmp_path), outputs.FIELDS)
-    assert "no pictures yet" in write(tmp_path).text
+    assert "no images yet" in write(tmp_path).text
     outputs.make_output(tmp_path, tables(outputs, 10, 3), skip={0, 2})
     page = write(tmp_path)
     assert "20 missing" in page.text and "20 rows are missing. Re-run the command" in page.text
@@ -154,13 +154,13 @@ def test_the_gallery_is_drawn_over_all_strata_and_says_so(outputs, tmp_path, mon
 
     outputs.make_output(tmp_path, tables(outputs, 50, 4, edit))
     page = write(tmp_path)
-    assert "12 of 200 pictures, drawn by a hash" in page.text
+    assert "12 of 200 images, drawn by a hash" in page.text
     shown = re.findall(r"(\d+)×(\d+) · (en|zh)", page.text)
     assert len(shown) == 12
     assert shown.count(("64", "64", "zh")) == 1 and shown.count(("64", "96", "en")) == 4
     assert "generate en 64×64 195 7" in page.text and "generate en 64×96 4 4" in page.text
     assert (
-        page.text.split("at work")[-1].split("report of")[-1][20:]
+        page.text.split("run time")[-1].split("report of")[-1][20:]
         == write(tmp_path).text.split("report of")[-1][20:]
     )
 
@@ -214,7 +214,7 @@ def test_the_page_stays_within_its_bound_whatever_the_rows(outputs, tmp_path, mo
     size = (tmp_path / "report.html").stat().st_size
     assert 80_000 < size <= 200_000
     assert 10 < len(page.all("img")) < 80
-    assert f"{len(page.all('img'))} of 80 pictures" in page.text
+    assert f"{len(page.all('img'))} of 80 images" in page.text
 
 
 @pytest.mark.parametrize("budget", [200, 1000, 20_000])
@@ -289,7 +289,7 @@ def test_records_show_in_the_report(outputs, tmp_path):
         log.update(rows=10, done=done, before=0, errors={}, images=done, retries={"storage": 3})
     log.end("finished")
     page = write(tmp_path)
-    assert len(page.all("polyline")) == 1 and "0.909 pictures/s" in page.text
+    assert len(page.all("polyline")) == 1 and "0.909 images/s" in page.text
     assert "storage 3" in page.text and "finished" in page.text
 
 
@@ -320,7 +320,7 @@ def test_what_was_passed_over_is_in_the_report(outputs, tmp_path):
     document["opening"]["warnings"] = [in_words(kinds)]
     part.write_text(json.dumps(document))
     page = write(tmp_path)
-    assert "Of the manifest: 210 files not read as a manifest: 20 .k19 (such as <b>19.k)" in page.text
+    assert "Manifest: 210 files not read as a manifest: 20 .k19 (such as <b>19.k)" in page.text
     assert all(f"{number + 1} .k{number} " in page.text for number in range(20)) and not page.all("b9")
 
 
@@ -359,7 +359,7 @@ def test_sources_that_are_gone_or_changed_are_named(outputs, tmp_path):
     page = write(tmp_path / "out")
     assert len(page.all("img")) == 2
     assert f"{tmp_path}/sources/s0.png" in page.text and f"{tmp_path}/sources/s1.png" in page.text
-    assert "The sources of 4 shown here could not be" in page.text
+    assert "Not shown: 4 sources that are missing or changed." in page.text
 
 
 def test_each_source_is_asked_for_once_and_only_if_it_is_shown(outputs, tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_no_row_may_be_lost_or_made_up(outputs):
 
 def test_an_ok_row_needs_a_picture(outputs):
     plan = outputs.plan_table(rows=1)
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         build_result_table(
             plan, [Outcome(0, outputs.STARTED, 0.5)], outputs.RUN, Producer(), result_schema(outputs.CARRIED)
         )

@@ -140,7 +140,7 @@ def test_the_best_by_answers_about_the_pictures(one_shard, outputs, tmp_path):
 
 def test_scores_of_other_pictures_are_refused(one_shard, outputs, tmp_path):
     judge(outputs, one_shard, tmp_path / "judged", lambda row: row | {"sha256": "f" * 64})
-    with pytest.raises(InputError, match="from another picture than that of row_id 0"):
+    with pytest.raises(InputError, match="from another image than that of row_id 0"):
         select(str(one_shard), str(tmp_path / "dest"), Rules(best_of="text", scores=str(tmp_path / "judged")))
 
 
@@ -251,7 +251,7 @@ def test_near_duplicates_go_and_the_first_stays(tmp_path):
     manifest.write_text("\n".join(map(json.dumps, lines)))
     found = select(str(manifest), str(tmp_path / "dest"), Rules(near_duplicates=4))
     assert [row["id"] for row in kept(tmp_path / "dest")] == ["i0", "i3", "i6", "i9"]
-    assert found.dropped == {"near-duplicate": 8, "picture failed": 2} and found.failures == 2
+    assert found.dropped == {"near-duplicate": 8, "image failed": 2} and found.failures == 2
     told = dropped(tmp_path / "dest")
     assert [line["near_row"] for line in told if line["why"] == "near-duplicate"] == [0, 0, 3, 3, 6, 6, 9, 9]
     assert "HTML" in told[-2]["message"] and "does not exist" in told[-1]["message"]
@@ -288,7 +288,7 @@ def test_answers_about_pictures_of_an_output_are_hashed_by_these(pictures, outpu
     found = select(str(answers), str(tmp_path / "b"), Rules(near_duplicates=0))
     assert [row["row_id"] for row in kept(tmp_path / "b")] == [0, 2, 4, 8]
     # Row 23 is an error row, which has no picture.
-    assert found.dropped == {"near-duplicate": 4, "picture failed": 2}
+    assert found.dropped == {"near-duplicate": 4, "image failed": 2}
 
 
 def test_a_split_keeps_ids_together_and_never_moves_them(pictures, outputs, tmp_path):

@@ -307,7 +307,7 @@ def test_broken_and_too_long_texts_of_pictures_are_refused():
         with pytest.raises(RowError) as caught:
             fetch(reference, options)
         check_refused(caught.value, "", reason)
-    with pytest.raises(RowError, match="The picture in the manifest has more than the allowed 1,000 bytes"):
+    with pytest.raises(RowError, match="The image in the manifest has more than the allowed 1,000 bytes"):
         fetch(text, SourceOptions("/m", most_bytes=1000))
     for reference, reason in (
         ("data:text/html,<html>", "HTML"),
@@ -316,7 +316,7 @@ def test_broken_and_too_long_texts_of_pictures_are_refused():
         (text[:400], "is truncated|damaged"),
     ):
         ((_, made),) = load_many([reference], "understand", load_config(TINY), options)
-        check_refused(made, "The picture in the manifest", reason)
+        check_refused(made, "The image in the manifest", reason)
 
 
 def test_a_plan_keeps_the_text_of_a_picture_and_its_results_do_not():
@@ -393,7 +393,7 @@ def test_pictures_of_telephones_are_named_where_it_is_not(monkeypatch, brand):
     try:
         with pytest.raises(RowError) as caught:
             decode(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(100), "cat.heic")
-        check_refused(caught.value, "cat.heic", r"HEIC or HEIF picture: install wallaroo-batch\[heif\]")
+        check_refused(caught.value, "cat.heic", r"HEIC or HEIF image: install wallaroo-batch\[heif\]")
     finally:
         sources_decode._has_heif.cache_clear()
 
@@ -436,7 +436,7 @@ def test_only_regular_files_that_are_there_are_read(tmp_path):
         with pytest.raises(RowError) as caught:
             fetch(path, options)
         check_refused(caught.value, "", reason)
-    with pytest.raises(RowError, match="The picture in the manifest has more than the allowed"):
+    with pytest.raises(RowError, match="The image in the manifest has more than the allowed"):
         fetch(bytes(1001), options)
 
 

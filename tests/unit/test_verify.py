@@ -112,23 +112,23 @@ def put_picture(row, data):
 
 
 TAMPERINGS = {
-    "sha256": (lambda rows: rows[4].update(sha256="0" * 64), "row_id 44: its picture has another sha256"),
+    "sha256": (lambda rows: rows[4].update(sha256="0" * 64), "row_id 44: its image has another sha256"),
     "size": (
         lambda rows: put_picture(rows[4], picture_of(32, 32)),
-        "row_id 44: its picture is 32x32, but 64x64 is stated",
+        "row_id 44: its image is 32x32, but 64x64 is stated",
     ),
     "cut": (
         lambda rows: put_picture(rows[4], rows[4]["image"]["bytes"][:3000]),
-        "row_id 44: its picture does not decode",
+        "row_id 44: its image does not decode",
     ),
-    "html": (lambda rows: put_picture(rows[4], b"<html>"), "row_id 44: its picture does not decode"),
-    "empty": (lambda rows: rows[4].update(image=None), "row_id 44: it is ok, but has no picture"),
+    "html": (lambda rows: put_picture(rows[4], b"<html>"), "row_id 44: its image does not decode"),
+    "empty": (lambda rows: rows[4].update(image=None), "row_id 44: it is ok, but has no image"),
     "mime": (lambda rows: rows[4].update(mime_type="image/webp"), "'image/webp' is stated"),
     "status": (lambda rows: rows[4].update(status="fine"), "its status is 'fine'"),
     "ok with an error": (lambda rows: rows[4].update(error_type="size"), "it is ok, but has an error"),
-    "error with a picture": (
+    "error with an image": (
         lambda rows: rows[2].update(image=rows[3]["image"] or rows[4]["image"]),
-        "but has a pic",
+        "but has an im",
     ),
     "error without a kind": (lambda rows: rows[2].update(error_type=""), "error row without a kind"),
     "seed": (lambda rows: rows[4].update(seed=1), "seed is 1, but 1044 was planned"),
@@ -278,7 +278,7 @@ def test_a_fast_look_opens_no_file_that_a_summary_covers(whole, monkeypatch):
     assert verdict == full and not opened
     [sentence] = said
     assert "is complete by names, sizes and counts: 85 of 85 rows, 82 ok" in sentence
-    assert "Not checked: pictures, texts" in sentence and "without --fast" in sentence
+    assert "Not checked: images, texts" in sentence and "without --fast" in sentence
     # What is in a picture it does not see; a file of another size or time is opened, and counted anew.
     rewrite(whole, 1, lambda rows: rows[4].update(prompt="other"))
     verdict, said = judged(whole, fast=True)
@@ -342,7 +342,7 @@ def test_tasks_with_sources_are_verified_too(outputs, tmp_path, task):
     if task == "understand":
         tamperings += [
             (lambda row: row.update(text="other"), "its text has another sha256"),
-            (lambda row: row.update(mime_type="image/png"), "its result is a text, but it has a picture"),
+            (lambda row: row.update(mime_type="image/png"), "its result is a text, but it has an image"),
         ]
     for change, words in tamperings:
         rewrite(output, 0, lambda rows, change=change: change(rows[0]))

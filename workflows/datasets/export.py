@@ -101,8 +101,8 @@ def export(
         raise OptionError(f"format is '{form}', but must be one of {', '.join(FORMATS)}{hint}")
     if image_urls is not None and form != "openai-batch":
         raise OptionError(f"image_urls is for openai-batch, but format is '{form}': leave it out.")
-    if embed_metadata and FORMATS[form].what != "picture":
-        raise OptionError(f"embed_metadata is for pictures, but format '{form}' has none: leave it out.")
+    if embed_metadata and FORMATS[form].what != "image":
+        raise OptionError(f"embed_metadata is for images, but format '{form}' has none: leave it out.")
     if c2pa is not None and form != "files":
         raise OptionError(f"c2pa is for the format files, but format is '{form}': leave it out.")
     chosen = FORMATS[form]
@@ -115,7 +115,7 @@ def export(
         )
     if results.task in TEXT_TASKS and (embed_metadata or image_urls is not None):
         raise OptionError(
-            "embed_metadata and image_urls are for pictures, but the results are texts: leave them out."
+            "embed_metadata and image_urls are for images, but the results are texts: leave them out."
         )
     _refuse_inside(output, dest)
     if not overwrite:
@@ -131,7 +131,7 @@ def export(
         remove_mark(dest)
     return ExportSummary(
         dest,
-        "answer" if results.task in TEXT_TASKS else "picture",
+        "answer" if results.task in TEXT_TASKS else "image",
         count.exported,
         results.errors,
         chosen.failed,
@@ -299,7 +299,7 @@ class _Format(NamedTuple):
     write: Callable[[Results, Sink, Count, Options], None]
     names: str
     tasks: tuple[str, ...]
-    what: str = "picture"
+    what: str = "image"
     why: str = ""
     failed: str = "with nothing to export"
 
@@ -317,27 +317,27 @@ FORMATS = {
         export_benchmarks.dpg,
         _EXACT,
         ("generate",),
-        why="a grid takes four pictures of a prompt, of one square size",
+        why="a grid takes four images of a prompt, of one square size",
     ),
     "dpg-single": _Format(export_benchmarks.dpg_single, rf"\d+/{_EXACT}", ("generate",)),
     "wise": _Format(
         export_benchmarks.wise,
         r"\d+\.png",
         ("generate",),
-        why="a prompt has one picture, which is that of sample 0",
+        why="a prompt has one image, which is that of sample 0",
     ),
     "t2i-compbench": _Format(export_benchmarks.t2i_compbench, rf"samples/{_EXACT}", ("generate",)),
     "gedit": _Format(
         export_benchmarks.gedit,
         rf"fullset/[^/]+/[^/]+/{_EXACT}",
         ("edit",),
-        why="a key has one picture, which is that of sample 0",
+        why="a key has one image, which is that of sample 0",
     ),
     "imgedit": _Format(
         export_benchmarks.imgedit,
         _EXACT,
         ("edit",),
-        why="a key has one picture, which is that of sample 0",
+        why="a key has one image, which is that of sample 0",
     ),
     "jsonl": _Format(_jsonl, r"answers\.jsonl", ("understand",), "answer"),
     "vlmevalkit": _Format(export_benchmarks.vlmevalkit, r"predictions\.tsv", ("understand",), "answer"),

@@ -102,7 +102,7 @@ def _images(results: Results, sink: Sink, count: Count, options: Options) -> Non
             if row.followed:
                 continue
             if error and made + failed > 1:
-                error["message"] = f"{failed} of {made + failed} pictures failed: {error['message']}"
+                error["message"] = f"{failed} of {made + failed} images failed: {error['message']}"
             if made:
                 lines.write(b"]}}, " + json_line({"error": error})[1:])
             else:

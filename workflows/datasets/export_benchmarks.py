@@ -177,7 +177,7 @@ def wise(results: Results, sink: Sink, count: Count, options: Options) -> None:
         number = str(results.own_value(row, "prompt_id", row.values["id"])).removesuffix(".0")
         if not re.fullmatch("[0-9]{1,9}", number):
             raise InputError(
-                f"WISE's evaluator looks pictures up by prompt_id, a number, but the row {in_words(number)} "
+                f"WISE's evaluator looks images up by prompt_id, a number, but the row {in_words(number)} "
                 f"has none: generate from WISE's JSON, or a manifest with its column prompt_id."
             )
         return f"{int(number)}.png"
@@ -239,7 +239,7 @@ def gedit(results: Results, sink: Sink, count: Count, options: Options) -> None:
         )
         if not task:
             raise InputError(
-                f"GEdit-Bench's evaluator looks pictures up by task_type, which the row "
+                f"GEdit-Bench's evaluator looks images up by task_type, which the row "
                 f"{in_words(row.values['id'])} lacks: edit GEdit-Bench's own Parquet files."
             )
         parts = [exact_name(row, "task_type", task), exact_name(row, "instruction_language", language)]

@@ -135,7 +135,7 @@ def bytes_of(row: Row) -> bytes:
         InputError: The row has no picture.
     """
     if row.picture is None:
-        raise InputError(f"row_id {row.values['row_id']} is ok, but has no picture: verify the output.")
+        raise InputError(f"row_id {row.values['row_id']} is ok, but has no image: verify the output.")
     return row.picture
 
 

@@ -280,7 +280,7 @@ class _Scores:
                 continue
             if sha256 and int(sha256[:15], 16) != self.marks[place]:
                 raise InputError(
-                    f"{self.path} was made from another picture than that of row_id {row_id} in "
+                    f"{self.path} was made from another image than that of row_id {row_id} in "
                     f"{self.judged}: give a data set that was made from {self.judged}."
                 )
             found.append(float(self.means[place]))

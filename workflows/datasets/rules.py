@@ -27,7 +27,7 @@ REASONS = (
     "unreadable row",
     "filter failed",
     "score failed",
-    "picture failed",
+    "image failed",
 )
 """Reasons why a row is dropped; the first is for kept rows. A row's code is a place in this list."""
 KEPT, ERROR, FILTER, WORSE, NEAR, UNREADABLE, FILTER_FAILED, SCORE_FAILED, PICTURE_FAILED = range(

@@ -68,7 +68,7 @@ def _picture_to_edit(body: dict[str, Any]) -> str:
     given = body.get("images") if body.get("image") is None else body["image"]
     several = given if isinstance(given, list) else [given]
     if len(several) != 1:
-        raise ValueError(f"is a request with {len(several)} pictures, but edit takes one")
+        raise ValueError(f"is a request with {len(several)} images, but edit takes one")
     return _address(several[0])
 
 
@@ -79,7 +79,7 @@ def _address(picture: Any) -> str:
         if isinstance(picture, dict):
             picture = picture.get("url")
     if not isinstance(picture, str) or not picture.strip():
-        raise ValueError("is a request whose picture has no address: give it as image_url or data URI")
+        raise ValueError("is a request whose image has no address: give it as image_url or data URI")
     return picture
 
 
@@ -105,5 +105,5 @@ def _question(messages: Any) -> dict[str, Any]:
         else:
             raise ValueError(f"is a request with content of the type {json.dumps(kind)}, which is not served")
     if len(pictures) != 1:
-        raise ValueError(f"is a request with {len(pictures)} pictures, but understand takes one")
+        raise ValueError(f"is a request with {len(pictures)} images, but understand takes one")
     return {"prompt": "\n".join(texts) or None, "image": pictures[0]}

@@ -107,7 +107,7 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
     if shown and chosen:
         named = _that_name_pictures(chosen, task, image_column)
         for file in set(chosen) - set(named):
-            passed.add(f"{suffix_kind(file.relative)} that names no pictures", file.relative)
+            passed.add(f"{suffix_kind(file.relative)} that names no images", file.relative)
         chosen = named
     if not chosen and not shown:
         chosen = [file for file in files if format_of(file.relative, OTHER_FORMATS) == "json"]
@@ -122,7 +122,7 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
             few = len(shown) - len(captions_of)
             more = f", {few:,} have none" if few else ""
             notes.append(
-                f"Text files with the name of a picture are used as its caption: {len(captions_of):,}{more}."
+                f"Text files with the name of an image are used as its caption: {len(captions_of):,}{more}."
             )
         return _picture_manifest(
             path, shown, sorted(captions_of, key=lambda file: file.relative), passed, notes
@@ -156,7 +156,7 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
         _refuse_tars(path, files, tables)
     if shown:
         notes.append(
-            f"Of the {len(shown):,} pictures beside the table, only those that its rows name are read."
+            f"Of the {len(shown):,} images beside the table, only those that its rows name are read."
         )
     return Manifest(path, tuple(tables), passed.kinds, tuple(notes))
 
@@ -181,7 +181,7 @@ def _refuse_tars(path: str, files: Sequence[storage.FileInfo], tables: Sequence[
     tar = next((file.relative for file in files if file.relative.lower().endswith(".tar")), "")
     if tar and not any(has_pictures(_columns(table), table.column) for table in tables[:PEEKED_FILES]):
         raise InputError(
-            f"{path} has its pictures in tar files, such as '{tar}', which are not read: unpack them, and "
+            f"{path} has its images in tar files, such as '{tar}', which are not read: unpack them, and "
             f"give the folder."
         )
 

@@ -50,12 +50,12 @@ def question_row(
     row: dict[str, Any] = {"id": values["index"], **values, "prompt": _prompt(values)}
     pictures = _listed(values.get(COLUMN, "")) or _listed(values.get(_PATH, ""))
     if len(pictures) > 1:
-        return row | {COLUMN: None}, f"has {len(pictures)} pictures, but understand takes one"
+        return row | {COLUMN: None}, f"has {len(pictures)} images, but understand takes one"
     picture = pictures[0] if pictures else ""
     if picture and len(picture) <= MAX_REFERENCE_CHARACTERS:
         found = shared().get(picture)
         if found is None and picture.isdigit():
-            return row | {COLUMN: None}, f"has the picture of row {picture}, which has none"
+            return row | {COLUMN: None}, f"has the image of row {picture}, which has none"
         picture = found or picture
     return row | {COLUMN: picture or None}, ""
 

@@ -257,7 +257,7 @@ def _result_row(
         return row | {"error_type": outcome.error_type, "error_message": outcome.error_message}
     textual = run.task in TEXT_TASKS
     if outcome.tokens is None or (outcome.pixels is None and outcome.file is None) != textual:
-        raise ValueError(f"row {row['row_id']} is ok, but has no {'text' if textual else 'picture'}")
+        raise ValueError(f"row {row['row_id']} is ok, but has no {'text' if textual else 'image'}")
     row |= {
         "status": "ok",
         "error_type": "",

@@ -107,14 +107,14 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
             hint = f": it has {', '.join(schema.names[:10]) or 'none at all'}."
             if column == "prompt" and COLUMN in schema.names and set(schema.names) <= {"id", COLUMN}:
                 raise InputError(
-                    "The manifest has pictures, but no instructions: give one for all rows (--prompt)."
+                    "The manifest has images, but no instructions: give one for all rows (--prompt)."
                 )
             if column == "prompt" and settings.task in PICTURE_TASKS:
                 hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
         if column == "prompt" and "--prompt-column" not in hint:
             hint += " --prompt-column selects the column of the prompts."
         elif column == COLUMN:
-            hint += " --image-column selects the column of the pictures."
+            hint += " --image-column selects the column of the images."
         raise InputError(f"The manifest has no column '{column}'{hint}")
     warnings = [
         f"Column '{actual}' is used as the {name} of a row; --{name}-column selects another."
@@ -127,7 +127,7 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     if settings.task == "understand" and settings.prompt is None and names["prompt"] not in schema.names:
         questions = [name for name in schema.names if name.lower() in QUESTIONS]
         warnings += [
-            f"Column '{name}' may hold questions, but is not used, so each picture is described; "
+            f"Column '{name}' may hold questions, but is not used, so each image is described; "
             f"--prompt-column selects it."
             for name in questions[:1]
         ]

@@ -63,14 +63,12 @@ class Estimate:
         """The estimate for people."""
         found = []
         if self.rate is None:
-            found.append(
-                "  time: unknown; give --gpu, or --rate: rows/s of one replica, or an output that measured it"
-            )
+            found.append("  time: unknown; give --gpu, or --rate with rows/s of one replica or an output")
         else:
             assert self.replica_hours is not None and self.seconds is not None
             where = f", as in {self.rate_from}" if self.rate_from else ""
             where = f", computed, not measured ({self.computed})" if self.computed else where
-            found.append(f"  rate: {self.rate:.3g} rows/s of a replica{where}")
+            found.append(f"  rate: {self.rate:.3g} rows/s per replica{where}")
             found.append(
                 f"  time: {self.replica_hours:.3g} replica-hours, {duration(self.seconds)} with "
                 f"{self.replicas:,} {'replica' if self.replicas == 1 else 'replicas'}"
@@ -78,11 +76,11 @@ class Estimate:
         if self.cost is not None:
             found.append(f"  cost: {self.cost:,.2f}")
         found.append(
-            f"  memory of a replica: {size_in_words(self.weight_bytes)} of weights as stored, "
+            f"  memory per replica: {size_in_words(self.weight_bytes)} of weights as stored, "
             f"{size_in_words(self.kv_bytes)} of keys and values at prompts of {PROMPT_TOKENS} tokens"
             + (f" and sources of {self.source_tokens:,}" if self.source_tokens else "")
         )
-        where = f"as in {self.bytes_from}" if self.bytes_from else "if no picture could be compressed"
+        where = f"as in {self.bytes_from}" if self.bytes_from else "if images cannot be compressed"
         found.append(f"  output: {size_in_words(self.output_bytes)}, {where}")
         return found
 
@@ -112,7 +110,7 @@ def estimate(plan: Plan, config: RunConfig, rate: str | None, gpu: str | None = 
     computed = ""
     if gpu is not None:
         if rate is not None:
-            raise InputError(f"--rate is {rate} and --gpu is {gpu}, but only one of them can be the rate.")
+            raise InputError(f"--rate is {rate} and --gpu is {gpu}, but only one can be given.")
         speed, computed = _computed(gpu, plan, config, model)
     replicas = min(config.replicas[1], max(1, len(plan.shards)))
     hours = None if speed is None else rows / speed / 3600

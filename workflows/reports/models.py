@@ -38,13 +38,13 @@ def describe(model: str) -> list[str]:
         f"  decoder     {decoder.num_hidden_layers} layers, hidden size {decoder.hidden_size:,}, "
         f"{decoder.num_attention_heads} heads, {decoder.num_key_value_heads} of keys and values",
         f"  prompts     layout {config.layout}, indicators {config.indicators}, "
-        f"rows of a picture {'are' if config.line_break else 'are not'} separated",
+        f"rows of an image {'are' if config.line_break else 'are not'} separated",
         f"  sizes       {', '.join(f'{width}x{height}' for width, height in sizes)} (width x height, pixels)",
     ]
     for device, (kind, size) in BYTES.items():
         row = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * size
         lines.append(
             f"  on {device:<9}{size_in_words(numbers * size)} of weights ({kind}); "
-            f"a guided picture takes up to {size_in_words(2 * tokens * row)} more, and its prompt"
+            f"a guided image takes up to {size_in_words(2 * tokens * row)} more, and its prompt"
         )
     return lines

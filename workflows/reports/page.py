@@ -36,7 +36,7 @@ MAX_RUNS = 20
 MAX_WARNINGS = 40
 PICTURE_BYTES = 6_000_000
 """Of MAX_BYTES, what all thumbnails together may take, as base64."""
-NOUNS = {"generate": ("picture", "pictures"), "edit": ("edit", "edits"), "understand": ("answer", "answers")}
+NOUNS = {"generate": ("image", "images"), "edit": ("edit", "edits"), "understand": ("answer", "answers")}
 """Task -> noun for one row, and for several."""
 _TEMPLATES = Path(__file__).parent / "templates"
 

@@ -100,12 +100,12 @@ class Status:
                 lines.append(f"  cost    {self.cost:.2f}")
             if record.retries:
                 words = ", ".join(f"{name} {times:,}" for name, times in record.retries.items())
-                lines.append(f"  again   {words}")
+                lines.append(f"  retries {words}")
             if record.waits:
                 words = ", ".join(f"{name} {duration(span)}" for name, span in record.waits.items())
                 lines.append(f"  waits   {words}")
             if self.heard is not None and self.state in ("running", "silent"):
-                lines.append(f"  heard   {duration(self.heard)} ago")
+                lines.append(f"  updated {duration(self.heard)} ago")
             if record.message:
                 lines.append(f"  reason  {record.message}")
         lines += [f"  {path} cannot be read" for path in self.unreadable]

@@ -170,7 +170,7 @@ class Tally:
                 details.pictures[stratum] = _whole(count)
                 details.places[stratum] = [Run(*map(_whole, run)) for run in runs]
                 if sum(run.rows for run in details.places[stratum]) > min(_whole(count), MAX_ROWS):
-                    raise ValueError("it has more places than pictures")
+                    raise ValueError("it has more places than images")
         return tally
 
 

@@ -292,11 +292,11 @@ def _sentence(output: str, verdict: Verdict, plan: Plan, fast: bool) -> str:
         rows += f", {counted(sum(verdict.errors.values()), 'error row')} ({kinds})"
     if verdict.state == "complete" and fast:
         return (
-            f"{output} is complete by names, sizes and counts: {rows}. Not checked: pictures, texts and "
+            f"{output} is complete by names, sizes and counts: {rows}. Not checked: images, texts and "
             f"other values of rows, which `wallaroo verify {output}` without --fast reads."
         )
     if verdict.state == "complete":
-        return f"{output} is complete: {rows}; every row is as planned, every picture or text is as stated."
+        return f"{output} is complete: {rows}; every row is as planned, every image or text is as stated."
     if verdict.state == "broken":
         return (
             f"{output} is broken: {verdict.faults:,} {'fault' if verdict.faults == 1 else 'faults'}; {rows}. "

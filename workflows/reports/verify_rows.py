@@ -167,7 +167,7 @@ class Check:
             if not row["error_type"]:
                 yield "it is an error row without a kind"
             if row["image"] is not None:
-                yield "it is an error row, but has a picture"
+                yield "it is an error row, but has an image"
         else:
             yield f"its status is {short(row['status'])}"
 
@@ -178,7 +178,7 @@ _SOURCE = ("sha256", "width", "height")
 
 def _text_faults(row: Mapping[str, Any]) -> Iterator[str]:
     if row["image"] is not None or row["mime_type"]:
-        yield "its result is a text, but it has a picture"
+        yield "its result is a text, but it has an image"
     if hashlib.sha256((row["text"] or "").encode()).hexdigest() != row["sha256"]:
         yield "its text has another sha256"
 
@@ -188,10 +188,10 @@ def _picture_faults(row: Mapping[str, Any]) -> Iterator[str]:
 
     data = (row["image"] or {}).get("bytes")
     if not data:
-        yield "it is ok, but has no picture"
+        yield "it is ok, but has no image"
         return
     if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        yield "its picture has another sha256"
+        yield "its image has another sha256"
     try:
         with Image.open(io.BytesIO(data)) as image:
             size, mime_type = image.size, MIME_TYPES.get((image.format or "").lower(), "")
@@ -199,13 +199,13 @@ def _picture_faults(row: Mapping[str, Any]) -> Iterator[str]:
                 # A file of another size is at fault already, and might be a bomb.
                 image.load()
     except Exception as error:  # a decoder may raise anything
-        yield f"its picture does not decode ({first_line(error)})"
+        yield f"its image does not decode ({first_line(error)})"
         return
     if size != (row["width"], row["height"]):
-        yield f"its picture is {size[0]}x{size[1]}, but {row['width']}x{row['height']} is stated"
+        yield f"its image is {size[0]}x{size[1]}, but {row['width']}x{row['height']} is stated"
     if mime_type != row["mime_type"]:
         stated = short(row["mime_type"])
-        yield f"its picture is {mime_type or 'of an unknown format'}, but {stated} is stated"
+        yield f"its image is {mime_type or 'of an unknown format'}, but {stated} is stated"
 
 
 def _difference(wanted: pa.Schema, found: pa.Schema) -> str:

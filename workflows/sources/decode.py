@@ -74,7 +74,7 @@ class _Timed(io.BytesIO):
 
 def decode(
     data: bytes,
-    name: str = "The picture",
+    name: str = "The image",
     most_pixels: int = SourceOptions.most_pixels,
     seconds: float = SourceOptions.decode_seconds,
 ) -> Image.Image:
@@ -145,15 +145,15 @@ def _too_many_pixels(name: str, most: int, words: str = "has ") -> RowError:
 def _unknown(data: bytes) -> str:
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:1] == b"<":
-        return "holds HTML or XML, not a picture: check its origin"
+        return "holds HTML or XML, not an image: check its origin"
     if start.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the picture itself: fetch it with `git lfs pull`"
+        return "is a pointer of Git LFS, not the image itself: fetch it with `git lfs pull`"
     if data[4:8] == b"ftyp" and data[8:12].decode("latin-1") in HEIF_BRANDS:
         if _has_heif():
-            return "is a HEIC or HEIF file without a readable picture: copy it again"
-        return "is a HEIC or HEIF picture: install wallaroo-batch[heif] on every node, or convert it"
+            return "is a HEIC or HEIF file without a readable image: copy it again"
+        return "is a HEIC or HEIF image: install wallaroo-batch[heif] on every node, or convert it"
     return (
-        f"is not a picture in a supported format ({', '.join(FORMATS)}), or is truncated: "
+        f"is not an image in a supported format ({', '.join(FORMATS)}), or is truncated: "
         f"convert it or copy it again"
     )
 
@@ -231,7 +231,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | str | 
         space = source.profile.xcolor_space.strip()
         if _CHANNELS.get(space) != mode:
             shown = "".join(letter for letter in space if letter.isalnum())
-            return f"its colour profile is for {shown or 'other'} pictures and was ignored"
+            return f"its colour profile is for {shown or 'other'} images and was ignored"
         transform = ImageCms.buildTransform(
             source,
             ImageCms.createProfile("sRGB"),

@@ -94,14 +94,14 @@ def read_cells(path: str, rows: Collection[int]) -> Iterator[tuple[int, Any]]:
                         missing.discard(row)
                         yield row, value
         except FileNotFoundError:
-            raise InputError(f"{path}, which holds source pictures, is missing: restore it.") from None
+            raise InputError(f"{path}, which holds source images, is missing: restore it.") from None
         except pa.ArrowException as error:
             words = str(error).strip().split("\n", 1)[0][:200]
             raise InputError(
-                f"{path}, which holds source pictures, is corrupt ({words}): restore it."
+                f"{path}, which holds source images, is corrupt ({words}): restore it."
             ) from error
     for row in sorted(missing):
-        yield row, RowError("image", f"{path} has no picture in row {row}: correct the reference.")
+        yield row, RowError("image", f"{path} has no image in row {row}: correct the reference.")
 
 
 def _cells(parquet: pq.ParquetFile, wanted: Collection[int], column: str) -> Iterator[tuple[int, Any]]:

@@ -56,7 +56,7 @@ class Fetched:
     def name(self) -> str:
         """Name of the source at the beginning of messages."""
         inline = not self.uri or self.uri.startswith("data:")
-        return "The picture in the manifest" if inline else shown(self.uri)
+        return "The image in the manifest" if inline else shown(self.uri)
 
 
 def fetch_many(

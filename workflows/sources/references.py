@@ -74,8 +74,8 @@ def single(reference: Reference) -> Reference:
     if len(given) > 1:
         raise RowError(
             "image",
-            f"image is a list of {len(given)} pictures, but the model takes one a row: join them to one "
-            f"picture, or leave the row out.",
+            f"image is a list of {len(given)} images, but the model takes one a row: join them to one "
+            f"image, or leave the row out.",
         )
     return given[0] if given else None
 
@@ -139,7 +139,7 @@ def locate(path: str, options: SourceOptions) -> str:
             raise RowError(
                 "image",
                 f"image is text of {len(inline):,} characters, more than the allowed "
-                f"{MAX_INLINE_CHARACTERS:,}: write the picture to a file, or its bytes into Parquet.",
+                f"{MAX_INLINE_CHARACTERS:,}: write the image to a file, or its bytes into Parquet.",
             )
         _parts_of_uri(inline)
         return inline
@@ -251,7 +251,7 @@ def inline_bytes(uri: str) -> bytes:
         return _from_base64(data.decode("ascii"))
     except ValueError as error:
         raise RowError(
-            "image", f"{shown(header)} has broken base64 ({error}): encode the picture again."
+            "image", f"{shown(header)} has broken base64 ({error}): encode the image again."
         ) from None
 
 

@@ -164,7 +164,7 @@ def needed(table: pa.Table, task: str) -> pa.Table:
                 column = pc.struct_field(column, "bytes")
             if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
                 raise InputError(
-                    f"The column {name} is {column.type}, but rows to train on need encoded pictures: bytes, "
+                    f"The column {name} is {column.type}, but rows to train on need encoded images: bytes, "
                     f"or a struct that has them."
                 )
         if column.null_count:

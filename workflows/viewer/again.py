@@ -49,7 +49,7 @@ class Step:
     """One step back in the history of a row."""
 
     kind: str
-    """Task of the row, or `picture` or `manifest` at the end."""
+    """Task of the row, or `image` or `manifest` at the end."""
     where: str
     """Path of the output, the picture or the manifest."""
     name: str = ""
@@ -152,7 +152,7 @@ def lineage(output: Output, row: Mapping[str, Any]) -> list[Step]:
         steps.append(Step(row["task"], parent, name, row["prompt"] or "", row["shard"], row["position"]))
     reference = source_reference(row)
     if reference:
-        steps.append(Step("picture", reference))
+        steps.append(Step("image", reference))
     manifest = run.get("options", {}).get("manifest") or ""
     if manifest:
         steps.append(Step("manifest", manifest, name=f"of {here}"))

@@ -92,7 +92,7 @@ def make_app(viewer: Viewer, hosts: Sequence[str] | None = LOOPBACK, token: str 
         digest = one if re.fullmatch("[0-9a-f]{16}", one) else ""
         data = output.reader.picture(shard, request.path_params["position"], digest)
         if data is None:
-            raise HTTPException(404, "This row has no picture.")
+            raise HTTPException(404, "This row has no image.")
         return _picture(data, request)
 
     def source(request: Request) -> Response:
@@ -178,7 +178,7 @@ def _picture(data: bytes, request: Request, always: bool = False) -> Response:
     most = int(width) if width.isascii() and width.isdigit() and len(width) < 5 else 0
     if mime_type and not always and (not most or len(data) <= SMALL_BYTES):
         return Response(data, media_type=mime_type, headers=headers)
-    image = decode(data, "The picture")
+    image = decode(data, "The image")
     if mime_type and most and not always and max(image.size) <= most:
         return Response(data, media_type=mime_type, headers=headers)
     if most:

@@ -101,7 +101,7 @@ def test_a_coin_decides_in_which_language_a_class_is_named(model, tokenizer):
 
 def test_a_picture_that_cannot_be_decoded_is_one_sentence(model, tokenizer):
     row = rows()["generate"][0]
-    for bad in (b"no picture", row["picture"][:60]):
+    for bad in (b"no image", row["picture"][:60]):
         with pytest.raises(InputError, match=r"cannot be decoded \(.*leave its row out"):
             Rows(model, tokenizer, recipe()).make(
                 "generate", row | {"picture": bad}, np.random.default_rng(0)

@@ -175,7 +175,7 @@ def test_rows_with_bad_pictures_are_replaced_and_told_of(tmp_path):
     for folder in folders:
         told = [json.loads(line) for line in (folder / "errors.jsonl").read_text().splitlines()]
         assert sorted(line["message"].split(" bytes")[0] for line in told) == [
-            "A picture of 70", "A picture of 9",
+            "An image of 70", "An image of 9",
         ]  # fmt: skip
         assert all(line["task"] == "generate" and "its sha256 is" in line["message"] for line in told)
 
@@ -185,7 +185,7 @@ def test_a_file_of_bad_pictures_alone_ends_the_training(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "generate.jsonl").read_text().splitlines()]
     text = "".join(json.dumps({**line, "picture": "aGVsbG8="}) + "\n" for line in lines)
     (tmp_path / "generate.jsonl").write_text(text)
-    with pytest.raises(InputError, match=r"consecutive rows cannot be used, the last: generate: A pict"):
+    with pytest.raises(InputError, match=r"consecutive rows cannot be used, the last: generate: An image"):
         train(Recipe.from_file(file, "first"), lambda line: None)
 
 
@@ -202,7 +202,7 @@ def test_sigterm_saves_the_state_and_a_rerun_has_the_same_losses(tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     _, said = process.communicate()
-    assert process.returncode == 1 and "SIGTERM came; the state is saved" in said, said
+    assert process.returncode == 1 and "SIGTERM received; the state is saved" in said, said
     [state] = (tmp_path / "first" / "state").iterdir()
     assert 3 <= int(state.name.removeprefix("step-")) < 30
     done = subprocess.run(command, capture_output=True, text=True)
