@@ -64,7 +64,7 @@ def test_a_living_owner_is_named_and_left_alone(output):
     process = holder(output)
     try:
         with pytest.raises(
-            RunInProgress, match=f"is locked by an active run .process {process.pid} on .*heartbeat"
+            RunInProgress, match=f"is locked by an active run .other, process {process.pid} on .*heartbeat"
         ) as caught:
             OutputLock(output, "mine", lease=STEADY).__enter__()
         assert "\n" not in str(caught.value)

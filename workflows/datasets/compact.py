@@ -12,7 +12,6 @@ Knows nothing of Ray.
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -75,7 +74,7 @@ def compact(output: str, on_progress: Report = silent) -> Compacted:
         RunInProgress: An active run holds the output.
     """
     task = read_run(output)["config"]["task"]
-    with OutputLock(output, f"of process {os.getpid()}, which compacts") as lock:
+    with OutputLock(output, "compact") as lock:
         plan = read_plan(output)
         if not plan.incremental:
             raise InputError(f"{output} was made without --incremental, so there is nothing to compact.")

@@ -49,7 +49,7 @@ class Owner:
     token: str
     """Random text of this one holding."""
     run: str
-    """Name of the run for people."""
+    """What holds it, for people: a command such as `generate`."""
     host: str
     """Host name."""
     machine: str
@@ -65,7 +65,7 @@ class Owner:
 
     @classmethod
     def myself(cls, run: str) -> "Owner":
-        """Describes this process as the owner for a run of this name."""
+        """Describes this process as the owner; run: what it runs, for people."""
         pid = os.getpid()
         return cls(secrets.token_hex(8), run, socket.gethostname(), _machine(), pid, _process_start(pid) or 0)
 
@@ -201,7 +201,7 @@ class OutputLock:
             time.sleep(self._lease / POLLS_PER_LEASE)
 
     def _words(self, owner: Owner | None, seconds: float) -> str:
-        who = f"an active run (process {owner.pid} on {owner.host})" if owner else "another run"
+        who = f"an active run ({owner.run}, process {owner.pid} on {owner.host})" if owner else "another run"
         return (
             f"{self.path.removesuffix('/' + LOCK_FILE)} is locked by {who}, "
             f"heartbeat less than {seconds + 1:.0f} s ago: wait for it, or stop it."

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, contextmanager
@@ -71,7 +70,7 @@ def run(
     report = on_progress or (lambda progress: None)
     earlier = find_run(output)
     with ExitStack() as stack:
-        lock = stack.enter_context(OutputLock(output, f"of process {os.getpid()}"))
+        lock = stack.enter_context(OutputLock(output, config.task))
         resolved = with_plan(resolve(config, earlier), earlier, stack, report, stop)
         config, plan = resolved.config, resolved.plan
         if is_finished(output, plan) and not config.retry_errors:

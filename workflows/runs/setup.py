@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -183,7 +182,7 @@ def plan(
     run = find_run(output) if output else None
     with ExitStack() as stack:
         if output:
-            stack.enter_context(OutputLock(output, f"of process {os.getpid()}"))
+            stack.enter_context(OutputLock(output, "plan"))
         resolved = with_plan(resolve(config, run), run, stack, report)
         config, found = resolved.config, resolved.plan
         if look is not None and found.error_rows:
