@@ -54,7 +54,7 @@ METRICS = {
     ),
     "wallaroo_write_seconds_total": Metric("counter", "Seconds of writing shards.", ("task",)),
     "wallaroo_written_bytes_total": Metric("counter", "Bytes of the shards written.", ("task",)),
-    "wallaroo_run_rows": Metric("gauge", "Rows that a run is to have in its output.", ("task", "output")),
+    "wallaroo_run_rows": Metric("gauge", "Planned rows of a run.", ("task", "output")),
     "wallaroo_run_done_rows": Metric("gauge", "Rows of a run that are finished.", ("task", "output")),
     "wallaroo_run_error_rows": Metric("gauge", "Error rows among them.", ("task", "output")),
     "wallaroo_run_replicas": Metric("gauge", "Replicas of a run that are up.", ("task", "output")),

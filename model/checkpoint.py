@@ -106,7 +106,7 @@ def file_list(folder: str | Path) -> dict[str, FileEntry]:
         size = file.stat().st_size if file.is_file() else None
         if size != entry.size:
             state = "is missing" if size is None else f"has {size} bytes instead of {entry.size}"
-            raise InputError(f"{file} {state}, so the checkpoint is not whole; copy or convert it again.")
+            raise InputError(f"{file} {state}, so the checkpoint is incomplete; copy or convert it again.")
     return entries
 
 

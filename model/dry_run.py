@@ -240,9 +240,7 @@ def predicted_rate(
         InputError: No CUDA device can be made up in this process.
     """
     if reason := missing():
-        raise InputError(
-            f"--gpu counts on a made-up CUDA device, which there cannot be here: {reason}; give --rate."
-        )
+        raise InputError(f"--gpu needs a fake CUDA device, which cannot be made here: {reason}; give --rate.")
     common = max(sizes, key=lambda size: (sizes[size], size))
     rows = sum(sizes.values())
     meter = Meter(gpu)
@@ -312,7 +310,7 @@ def print_dry_run(options: argparse.Namespace, sides: Sequence[int]) -> None:
     if any(count < 1 for count in options.images or ()):
         raise InputError(f"--images is {min(options.images)}, but must be at least 1.")
     if reason := missing():
-        raise InputError(f"--dry-run cannot make up a CUDA device here: {reason}.")
+        raise InputError(f"--dry-run cannot make a fake CUDA device here: {reason}.")
     rates = (rate and rate * 1e12 for rate in (options.bandwidth, options.flops))
     gpu = find_gpu(options.gpu, *rates)
     for side in sides:

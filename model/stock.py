@@ -128,7 +128,7 @@ def stock_files(backbone: Path) -> dict[str, dict[str, tuple[Shape, str]]]:
     places = read_json(index).get("weight_map") if index.exists() else None
     if places is not None and places != {name: file for file, names in found.items() for name in names}:
         raise InputError(
-            f"{index} does not name the tensors that are in {backbone}; fetch the whole folder again."
+            f"{index} does not name the tensors that are in {backbone}; download the whole folder again."
         )
     for file_name, stored in found.items():
         for name, (_, code) in stored.items():
@@ -217,7 +217,7 @@ def _limit_pixels(folder: Path, backbone: Path) -> tuple[int, int, str]:
     if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
         raise InputError(
             f"{backbone / file.name}: images have {least!r:.50} to {most!r:.50} pixels, but the limits "
-            "must be two rising whole numbers; fetch the folder again."
+            "must be two rising whole numbers; download the folder again."
         )
     values |= {"min_pixels": least, "max_pixels": most}
     file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -53,7 +53,7 @@ def open_shard(file: Path, framework: str = "np") -> Iterator[Any]:
             yield shard
     except safetensors.SafetensorError as error:
         raise InputError(
-            f"{file} is not a whole safetensors file ({error}); copy or convert it again."
+            f"{file} is not a complete safetensors file ({error}); copy or convert it again."
         ) from None
 
 
@@ -192,6 +192,6 @@ def write_file(file: Path, chunks: Iterable[Any]) -> FileEntry:
             os.fsync(out.fileno())
     except OSError as error:
         raise InputError(
-            f"{file} cannot be written ({error.strerror}); make room or rights for it."
+            f"{file} cannot be written ({error.strerror}); make room, or fix its permissions."
         ) from None
     return FileEntry(size, sha256.hexdigest())

@@ -325,6 +325,6 @@ def _in_words(kind: Any) -> str:
     inner = typing.get_args(kind)
     if inner:
         listed = typing.get_origin(kind) is not dict
-        return f"a {'list' if listed else 'table'}, each of it {_in_words(inner[0 if listed else 1])}"
+        return f"a {'list' if listed else 'table'}, each item {_in_words(inner[0 if listed else 1])}"
     kinds = {int: "a whole number from 0", float: "a number from 0", str: "a text", bool: "true or false"}
     return kinds[kind]

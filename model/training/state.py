@@ -264,7 +264,7 @@ class States:
             reason = next((str(one) for one in _chain(error) if isinstance(one, OSError)), str(error))
             last = reason.strip().splitlines()[-1]
             raise InputError(
-                f"The state cannot be written to {self.folder} ({last:.200}); make room or rights for it."
+                f"The state cannot be written to {self.folder} ({last:.200}); make room, or fix the rights."
             ) from error
         if self.process.rank == 0:
             kept = {self._path(step) for step in self.steps()[:MAX_STATES]}

@@ -154,7 +154,7 @@ def test_a_bucket_that_is_not_there_or_forbidden(wallaroo, manifest, tmp_path, s
 @pytest.mark.parametrize(
     "name, contents, code, words",
     [
-        ("empty.jsonl", b"", 1, "empty.jsonl has no rows: correct it"),
+        ("empty.jsonl", b"", 1, "has no rows: correct it"),
         ("names.jsonl", b'{"promt": "a cat"}\n', 1, "no column 'prompt'; did you mean 'promt'?"),
         ("corrupt.parquet", b"PAR1 is not all that there is to a file PAR1", 1, "corrupt.parquet"),
         ("header.csv", b"prompt,\xff\xfe\na,b\n", 1, "header.csv is not valid UTF-8"),

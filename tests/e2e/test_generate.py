@@ -369,7 +369,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_a_replica_starts(fol
         output=str(folder / "no-model"),
         model=str(model),
     )
-    with pytest.raises(InputError, match="is missing, so the checkpoint is not whole"):
+    with pytest.raises(InputError, match="is missing, so the checkpoint is incomplete"):
         run(config)
     assert not storage.list_files(config.output)
 

@@ -282,7 +282,7 @@ def test_integer_weights_are_refused(copy: Path):
 def test_a_file_that_is_no_safetensors_is_refused(copy: Path):
     (copy / "model.safetensors").write_bytes(b"\xff" * 100)
     relist(copy)
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="not a complete safetensors file"):
         check(copy)
 
 

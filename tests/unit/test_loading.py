@@ -52,5 +52,5 @@ def test_what_a_reader_cannot_read_is_raised(folder: Path, tmp_path: Path) -> No
     file, names = next(iter(files.items()))
     broken.write_bytes(file.read_bytes()[:-100])
     places = disk_tensors(empty_model(load_config(folder), None, "cpu", torch.float32))
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="not a complete safetensors file"):
         fill(places, {broken: names} | files, OPENED)
