@@ -14,16 +14,16 @@ TESTED := unit conformance e2e faults
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         generate the example pictures into out/demo"
+	@echo "make demo         generate the example images into out/demo"
 	@echo "make test         all tests; make test-fast: without those that start Ray"
-	@echo "make numerics     the tests that depend on the CPU's kernels, with plainer kernels than it would take"
+	@echo "make numerics     the tests that depend on CPU kernels, with simpler kernels"
 	@echo "make check        ruff, mypy and the dependency direction; make format: apply ruff's"
-	@echo "make audit        known weaknesses of the pinned packages; needs pypi.org"
-	@echo "make fuzz         bytes of atheris to picture loader and manifest reader, FUZZ_SECONDS each (120)"
+	@echo "make audit        known vulnerabilities of the pinned packages; needs pypi.org"
+	@echo "make fuzz         fuzz image loader and manifest reader with atheris, FUZZ_SECONDS each (120)"
 	@echo "make conformance  against the published model's numbers (GOLDENS=DIR: another folder of them)"
-	@echo "make soak         kills at random moments, SOAK_ROUNDS on disk and on S3 (30)"
+	@echo "make soak         kill runs at random moments, SOAK_ROUNDS times on disk and on S3 (30)"
 	@echo "make bench        benchmarks, minutes each"
-	@echo "make tiny         train the embedded checkpoint anew, which takes hours"
+	@echo "make tiny         train the embedded checkpoint again, which takes hours"
 	@echo "make clean        remove .venv, caches and out/demo"
 
 install: $(STAMP)

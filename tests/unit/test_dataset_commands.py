@@ -76,7 +76,7 @@ def test_an_empty_split_and_the_reason_of_failures_are_told(wallaroo, tmp_path):
     ("arguments", "words"),
     [
         ("prompts expand a.jsonl", "There is no template"),
-        ("prompts expand {x} a.jsonl", "no list of it"),
+        ("prompts expand {x} a.jsonl", "no list for it"),
         ("prompts expand {x} a.jsonl --set x", "'x' must be NAME=VALUE"),
         ("prompts expand cat a.txt", "must end in .parquet or .jsonl"),
         ("select a b --split train", "'train' must be NAME=VALUE"),

@@ -98,7 +98,7 @@ def test_a_draw_has_so_many_different_numbers_whatever_the_range():
     [
         ([], {}, "There is no template"),
         (["a {color} cat"], {"colour": ["red"]}, r"has \{color\}.*did you mean 'colour'"),
-        (["a {x}"], {}, r"no list of it: give one with --set x="),
+        (["a {x}"], {}, r"no list for it: give one with --set x="),
         (["a cat"], {"colour": ["red"]}, "'colour' is used by no template: put it"),
         (["a cat"], {"cgf": ["2"]}, "'cgf' is used by no template; did you mean 'cfg'"),
         (["a {x} {"], {"x": ["1"]}, "lone '{'"),

@@ -197,7 +197,7 @@ def _parse(templates: Sequence[str], lists: Mapping[str, Sequence[str]]) -> list
             if values is None:
                 hint = did_you_mean(name, checked) or f": give one with --set {name}=..."
                 raise OptionError(
-                    f"The template '{text}' ({language}) has {{{name}}}, but there is no list of it{hint}"
+                    f"The template '{text}' ({language}) has {{{name}}}, but there is no list for it{hint}"
                 )
             chosen.append(values)
         used.update(names)
