@@ -25,7 +25,7 @@ CONTEXT_TOKENS = 32768
 """Tokens of the longest row that the backbone was trained on (arXiv 2502.13923)."""
 
 SLOTS = {"cpu": 32, "cuda": 128}
-"""Rows that decode at once where nobody says. A GPU that is busy with so many gains nothing from more, and
+"""Default number of rows that decode at once. A GPU that is busy with so many gains nothing from more, and
 takes fewer if it has less room."""
 
 SIZES_512 = {
@@ -239,7 +239,7 @@ class ModelConfig:
         ):
             if not 1 <= least <= most:
                 raise InputError(
-                    f"config.json: {name} is {least} to {most}, but must be two rising positive numbers."
+                    f"config.json: {name} is {least} to {most}, but must be two increasing positive numbers."
                 )
         for token, index in self.token_ids.items():
             if index >= decoder.vocab_size:

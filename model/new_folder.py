@@ -24,7 +24,7 @@ _MARK = ".wallaroo-partial"
 def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into that gets its name when all is written, and vanishes on an error.
 
-    Until then it is NAME.partial. One that a killed program left is removed, but not one of somebody else.
+    Until then it is NAME.partial. One that a killed program left is removed, but not a foreign one.
 
     Args:
         folder: Its name in the end.
@@ -76,7 +76,7 @@ def _first_file(folder: Path) -> str | None:
 
 
 def _remove_partial(partial: Path) -> None:
-    """Removes what `new_folder` has begun. Raises InputError if the path is somebody else's."""
+    """Removes what `new_folder` has begun. Raises InputError if the path is foreign."""
     if not os.path.lexists(partial):
         return
     plain = partial.is_dir() and not partial.is_symlink()

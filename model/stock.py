@@ -217,7 +217,7 @@ def _limit_pixels(folder: Path, backbone: Path) -> tuple[int, int, str]:
     if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
         raise InputError(
             f"{backbone / file.name}: images have {least!r:.50} to {most!r:.50} pixels, but the limits "
-            "must be two rising whole numbers; download the folder again."
+            "must be two increasing whole numbers; download the folder again."
         )
     values |= {"min_pixels": least, "max_pixels": most}
     file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

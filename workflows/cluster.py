@@ -51,7 +51,7 @@ def connected(
     """Connects to Ray for the block, unless this process is connected already.
 
     Args:
-        address: Of a running cluster; None for a local Ray, which nobody but this process can talk to.
+        address: Of a running cluster; None for a local Ray, which only this process can talk to.
         cpus: CPUs that a local Ray counts at least, whatever the machine has.
         start_timeout: Seconds after which a local Ray is not started once more.
 

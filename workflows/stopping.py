@@ -13,9 +13,9 @@ from types import FrameType
 
 
 class RunStopped(BaseException):
-    """The run ended because somebody wished so; the message says how to go on.
+    """The run was stopped on purpose; the message says how to resume.
 
-    Like KeyboardInterrupt it may arise anywhere, and is for nobody but the one who started the run.
+    Like KeyboardInterrupt it may arise anywhere, and only whoever started the run should catch it.
     """
 
 

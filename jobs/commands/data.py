@@ -110,10 +110,10 @@ def shapes(
     from wallaroo.workflows.scenes.world import SPANS
     from wallaroo.workflows.scenes.write import write
 
-    least = VQ_FACTOR * 2 * SPANS["small"]
-    if square is not None and (square % VQ_FACTOR or square < least):
+    smallest = VQ_FACTOR * 2 * SPANS["small"]
+    if square is not None and (square % VQ_FACTOR or square < smallest):
         raise click.UsageError(
-            f"--square is {square}, but must be a multiple of {VQ_FACTOR}, and at least {least}."
+            f"--square is {square}, but must be a multiple of {VQ_FACTOR}, and at least {smallest}."
         )
     sizes = [Size(square, square)] if square else load_config(TINY if model == "tiny" else model).size_list()
     for path in write(output, rows, held_out, seed, sizes, lines, hard, overwrite):

@@ -4,7 +4,7 @@ A cache layer is `(rows, kv_heads, blocks, KEY_BLOCK, head_dim)`, all of a row a
 kernel sees `(rows, kv_heads, capacity, head_dim)`. Scores are in powers of two. Products take the model's
 type and add up in float32. Block sizes are constants and nothing is tuned at run time: a choice by timing
 could differ between two runs, and with it the last bits of a row. For the same reason no kernel is compiled
-anew for special values of a size that varies (`do_not_specialize`).
+again for special values of a size that varies (`do_not_specialize`).
 """
 
 import triton

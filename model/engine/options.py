@@ -58,7 +58,7 @@ class EngineOptions:
     """Most tokens of a row's own prompt.
 
     With `max_new_tokens`, `pixels` and the largest size it bounds the keys of a row. On CUDA memory for so
-    many is taken once; a longer row takes more and makes the recordings anew.
+    many is taken once; a longer row takes more and makes the recordings again.
     """
     max_new_tokens: int = 256
     """Most tokens of a text."""

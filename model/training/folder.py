@@ -17,7 +17,7 @@ MARK = {"format": 1, "written_by": "wallaroo train"}
 """What STAGE_FILE holds."""
 
 MAX_NAMED = 3
-"""Files of somebody else that a message names."""
+"""Foreign files that a message names."""
 
 _STATE = re.compile(rf"{STATES}/step-\d{{8,}}/.+")
 """Files of a stage that began before there was a STAGE_FILE."""
@@ -40,7 +40,7 @@ def mark() -> bytes:
 
 
 def check_names(folder: str, names: Iterable[str]) -> None:
-    """Refuses the folder of a stage that has no STAGE_FILE, if it is somebody else's.
+    """Refuses the folder of a stage that has no STAGE_FILE, if it holds foreign files.
 
     Args:
         folder: Of the stage.
@@ -72,7 +72,7 @@ def claim(folder: str, overwrite: bool = False) -> None:
         overwrite: Whether it may hold files of others; those of a stage's names are then replaced.
 
     Raises:
-        InputError: It is somebody else's, or cannot be written.
+        InputError: It holds foreign files, or cannot be written.
     """
     path = Path(folder) / STAGE_FILE
     try:

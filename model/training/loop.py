@@ -107,7 +107,7 @@ def optimise(
     module = spread(job.module, process, unused=recipe.learns("vq."))
     named = dict(job.module.named_parameters())
     learning = {name: one for name, one in named.items() if one.requires_grad}
-    # The image tokenizer's codebook is set anew now and then, whether or not it learns.
+    # The image tokenizer's codebook is set again now and then, whether or not it learns.
     kept = named if recipe.part == "vq" else learning
     optimizers = make_optimizers(recipe, learning)
     states = States(recipe, process, files)

@@ -111,7 +111,7 @@ def train(
         The checkpoint folder, or with `lora` the folder of the updates.
 
     Raises:
-        InputError: The recipe cannot be followed, or its folder is somebody else's.
+        InputError: The recipe cannot be followed, or its folder holds files of others.
         Stopped: SIGTERM came.
     """
     recipe.share(workers)

@@ -322,7 +322,7 @@ def test_limits_of_a_checkpoint_of_an_early_stage_are_its_own(fixture_files: Rel
 def test_limits_that_are_none_are_refused(fixture_files: Released, tmp_path: Path, values: dict):
     backbone = stock_folder(tmp_path / "stock", fixture_files.config)
     (backbone / "preprocessor_config.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match="must be two rising whole numbers; download the folder again"):
+    with pytest.raises(InputError, match="must be two increasing whole numbers; download the folder again"):
         convert(
             fixture_files.folder / "wallaroo.ckpt", None, backbone, tmp_path / "o", understanding_only=True
         )

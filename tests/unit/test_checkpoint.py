@@ -353,7 +353,7 @@ def test_the_vocabulary_must_fit_the_embeddings(copy: Path):
         ({"vision": {"fullatt_block_indexes": [40]}}, "block 40"),
         ({"vq": {"channel_multipliers": [1, 2]}}, "5 numbers"),
         ({"vq": {"norm_groups": 7}}, "norm_groups 7"),
-        ({"edit_pixels": [500, 400]}, "rising"),
+        ({"edit_pixels": [500, 400]}, "increasing"),
         ({"token_ids": {"<|im_end|>": 10**6}}, "below vocab_size"),
     ],
 )

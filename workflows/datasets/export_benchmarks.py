@@ -341,7 +341,7 @@ def unique_names(results: Results, name_of: Callable[[Row], str | None]) -> None
     """Refuses impossible and repeated names before a file is written.
 
     Args:
-        results: The rows of the output; its counts start anew afterwards.
+        results: The rows of the output; its counts start again afterwards.
         name_of: Gives the file name of a row, or None for a row without a file.
 
     Raises:

@@ -92,7 +92,7 @@ def _number(count: int, word: str) -> str:
 
 
 def refuse_foreign_mark(dest: str) -> None:
-    """Refuses a folder with a file of somebody else under the name of the mark.
+    """Refuses a folder with a foreign file under the name of the mark.
 
     Raises:
         InputError: There is such a file.

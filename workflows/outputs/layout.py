@@ -26,7 +26,7 @@ EVALUATION_FILE = "evaluation.json"
 """The table of `wallaroo evaluate`."""
 SELECTION_FILE = "_selection.json"
 DROPPED_FILE = "_dropped.jsonl"
-"""Names that begin so that nobody takes them for a part of a manifest."""
+"""Names whose beginning keeps readers from taking them for a part of a manifest."""
 
 _SHARD_NAME = re.compile(r"shard-(\d{8,})\.parquet")
 _RECORD_NAME = re.compile(r"(\d{4,})\.json")

@@ -16,7 +16,7 @@ MAX_NAMED = 3
 
 
 def find_run(output: str) -> dict[str, Any] | None:
-    """Reads `run.json` before anything is written into a folder that may be somebody else's.
+    """Reads `run.json` before anything is written into a folder that may hold other files.
 
     This costs one request if `run.json` exists. Otherwise it costs a listing that ends at the first files
     that no run has written.

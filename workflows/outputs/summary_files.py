@@ -1,6 +1,6 @@
 """The files of `summaries/`: JSON values, a line each, covered by a checksum.
 
-A summary is a cache. If one is absent, damaged or of another version, it is made anew. So nothing here raises
+A summary is a cache. If one is absent, damaged or of another version, it is made again. Nothing here raises
 because of the contents of a file. Knows nothing of what is counted.
 """
 

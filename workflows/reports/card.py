@@ -52,7 +52,7 @@ def write_card(output: str, plan: "Plan", counts: "RowTotals") -> None:
 
 
 def put_card(folder: str, text: str) -> None:
-    """Writes README.md, signed by a digest of its text, unless the one there is somebody else's.
+    """Writes README.md, signed by a digest of its text, unless another one is there.
 
     Args:
         folder: Of a data set, local or on S3.

@@ -229,7 +229,7 @@ class Summaries:
         if now.new < WRITE_SHARDS and not complete:
             return
         now.new = 0
-        # What could not be written is made anew by whoever needs it.
+        # What could not be written is made again by whoever needs it.
         with suppress(InputError, OSError):
             self._write_part(part, dict(sorted(now.entries.items())))
         if complete:

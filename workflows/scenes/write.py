@@ -96,7 +96,7 @@ def write(
             f"files of the same names."
         )
     written = []
-    # No more processes than cores; they are started anew, since a fork would copy the locks of threads.
+    # No more processes than cores; they are spawned, since a fork would copy the locks of threads.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         parts = (("train", rows, False, hard), ("held-out", held_out_rows, True, False))
         for folder, count, held, mostly_hard in parts:

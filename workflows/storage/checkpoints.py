@@ -90,7 +90,7 @@ def _fetch_file(path: str, target: Path, size: int, sha256: str) -> None:
                 return
             part.unlink()
             ranges.unlink()
-            # The ranges on the disk may be damaged by a power cut; the next try starts anew.
+            # The ranges on the disk may be damaged by a power cut; the next try starts again.
             if not resumed:
                 raise InputError(
                     f"{path} is not the file that its checkpoint lists, since size or sha256 differ: "

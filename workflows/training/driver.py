@@ -77,7 +77,7 @@ def train(
 
     Raises:
         RunStopped: `stop` asked for the end.
-        InputError: The recipe cannot be followed, or its folder is somebody else's.
+        InputError: The recipe cannot be followed, or its folder holds files of others.
         RunInProgress: Another training is active in the folder.
     """
     recipe = absolute(recipe)
