@@ -66,7 +66,7 @@ def generate(ds: "ray.data.Dataset", **options: Any) -> "ray.data.Dataset":
 
     Returns:
         A row for every sample, in no certain order, with the columns of `data/` and the carried ones;
-        `row_id` counts in the order of `ds`. A row that cannot be served is an error row, and so is every
+        `row_id` counts in the order of `ds`. An invalid row is an error row, and so is every
         later row of an id that occurs twice.
 
     Raises:
