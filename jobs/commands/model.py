@@ -137,6 +137,12 @@ def convert(
     help="A running Ray cluster (default: $RAY_ADDRESS, or a local Ray).",
 )
 @click.option(
+    "--ray-start-timeout",
+    type=Values(SECONDS),
+    default="90s",
+    help="How long to keep trying to start a local Ray on a busy machine (default 90s).",
+)
+@click.option(
     "--shard",
     type=click.Choice(["auto", "none", "full"]),
     default="auto",
@@ -159,6 +165,7 @@ def train(
     workers: int,
     device: str,
     address: str | None,
+    ray_start_timeout: float,
     shard: str,
     grace: float,
     overwrite: bool,
@@ -179,7 +186,11 @@ def train(
         return OK
     stop = Stop(grace, kept="The last saved state is kept")
     with stop.signals():
-        click.echo(on_ray.train(recipe, workers, device, address, click.echo, shard, stop, overwrite))
+        click.echo(
+            on_ray.train(
+                recipe, workers, device, address, click.echo, shard, stop, overwrite, ray_start_timeout
+            )
+        )
     return OK
 
 

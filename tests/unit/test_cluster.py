@@ -3,10 +3,14 @@
 import socket
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 
+from wallaroo.jobs import cli
 from wallaroo.jobs.config import resolve
+from wallaroo.model.checkpoint import TINY
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import cluster
 from wallaroo.workflows.cluster import connected
@@ -65,3 +69,24 @@ def test_a_cluster_that_is_gone_is_named_with_the_origin_of_its_address(monkeypa
         f"no Ray cluster answers at {address}, which is from {origin} (no answer in 0 s): correct it, or "
         f"leave it out to start a local Ray."
     )
+
+
+@pytest.mark.parametrize(("timeout", "count"), [("0s", 1), ("5m", 10)])
+def test_a_training_waits_for_ray_as_long_as_it_is_told(
+    attempts, tmp_path, monkeypatch, capsys, timeout, count
+):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    data = tmp_path / "rows.parquet"
+    picture = [b""]
+    pq.write_table(pa.table({"prompt": ["a red circle"], "picture": picture, "language": ["en"]}), data)
+    recipes = tmp_path / "recipes.toml"
+    recipes.write_text(
+        f'part = "lm"\nbase = "{TINY}"\nfolder = "{tmp_path}/out"\nrate = 1e-3\nsteps = 1\n[stage]\n'
+        f'data.generate = "{data}"\nrows.generate = 1\n',
+        encoding="utf-8",
+    )
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "stage", "--config", str(recipes), "--ray-start-timeout", timeout])
+    assert left.value.code == 1
+    assert "Ray failed to start within" in capsys.readouterr().err
+    assert len(attempts) == count

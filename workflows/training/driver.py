@@ -31,6 +31,7 @@ from wallaroo.model.training.state import STATES
 from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import check_gpus, choose_device, connected
 from wallaroo.workflows.outputs.lock import OutputLock
+from wallaroo.workflows.settings import OPTIONS
 from wallaroo.workflows.stopping import Stop
 from wallaroo.workflows.storage.checkpoints import fetch_folder
 from wallaroo.workflows.storage.paths import absolute_path
@@ -57,6 +58,7 @@ def train(
     shard: str = "auto",
     stop: Stop | None = None,
     overwrite: bool = False,
+    start_timeout: float = OPTIONS["ray_start_timeout"].default,
 ) -> str:
     """Runs one stage on Ray, from its last state if it has one.
 
@@ -71,6 +73,7 @@ def train(
         stop: When to save the state and end; by default never, so that Ctrl-C loses the steps since the last
             state.
         overwrite: Whether the recipe's folder may hold files of others.
+        start_timeout: Seconds after which a local Ray is not started once more.
 
     Returns:
         The checkpoint folder, or with `lora` the folder of the updates.
@@ -86,7 +89,11 @@ def train(
         say(f"{done} exists already, so there is nothing to do")
         return done
     _claim(recipe, overwrite)
-    with OutputLock(recipe.folder, "train"), connected(address, workers), _followed(recipe, say):
+    with (
+        OutputLock(recipe.folder, "train"),
+        connected(address, workers, start_timeout),
+        _followed(recipe, say),
+    ):
         # What a killed driver has left would stop the workers at once.
         _remove_note(storage.join(recipe.folder, STOP))
         device = choose_device(device)
