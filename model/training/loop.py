@@ -22,7 +22,7 @@ from wallaroo.model.training.sharding import halves, spread, synced
 from wallaroo.model.training.state import Files, States
 
 
-class Job(Protocol):
+class Trained(Protocol):
     """What the loop trains: a module, its batches and its state.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from wallaroo.model.errors import InputError, RowError
-from wallaroo.workflows.datasets.export_files import Results, Row, Sink, own_name
+from wallaroo.workflows.datasets.export_files import Results, Row, Sink
 from wallaroo.workflows.datasets.export_rows import (
     Count,
     Options,
@@ -22,6 +22,7 @@ from wallaroo.workflows.datasets.export_rows import (
     pixels_of,
 )
 from wallaroo.workflows.outputs.rows import encode_image
+from wallaroo.workflows.outputs.schema import own_name
 from wallaroo.workflows.outputs.values import json_line
 from wallaroo.workflows.outputs.xmp import embed
 from wallaroo.workflows.plans.parts import folder_of

@@ -23,7 +23,13 @@ from wallaroo.workflows.datasets.progress import Phase, Report, silent
 from wallaroo.workflows.outputs.layout import list_done, shard_path
 from wallaroo.workflows.outputs.lock import at_work
 from wallaroo.workflows.outputs.run_file import read_run
-from wallaroo.workflows.outputs.schema import RESULT_NAMES, json_columns, result_schema
+from wallaroo.workflows.outputs.schema import (
+    CARRIED_PREFIX,
+    RESULT_NAMES,
+    json_columns,
+    own_name,
+    result_schema,
+)
 from wallaroo.workflows.outputs.shards import open_shard
 from wallaroo.workflows.outputs.values import json_again, jsonable
 from wallaroo.workflows.plans.finished import finished
@@ -236,15 +242,9 @@ class Results:
                 value = json.dumps(value, ensure_ascii=False)
             name = rename(field.name)
             while name in taken or name in found or (name != field.name and name in self.plan.carried.names):
-                name = f"in_{name}"
+                name = CARRIED_PREFIX + name
             found[name] = value
         return found
-
-
-def own_name(name: str) -> str:
-    """The name that a carried column had in the manifest."""
-    own = name.removeprefix("in_")
-    return own if own in RESULT_NAMES else name
 
 
 def _without_absent(value: Any, kind: pa.DataType) -> Any:

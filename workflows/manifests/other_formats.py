@@ -26,7 +26,7 @@ from wallaroo.workflows.manifests.types import (
     check_width,
 )
 from wallaroo.workflows.outputs.layout import shard_name, shard_number
-from wallaroo.workflows.outputs.schema import JSON_MARK, TEXT_TASKS, json_columns, lacking
+from wallaroo.workflows.outputs.schema import CARRIED_PREFIX, JSON_MARK, TEXT_TASKS, json_columns, lacking
 from wallaroo.workflows.sources.embedded import COLUMN, Cell
 
 TEXT_BYTES = 1 << 20
@@ -176,10 +176,6 @@ def read_prompts(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
                     faults[row] = fault
         arrays = [pa.array(columns[field.name], field.type) for field in schema]
         yield Batch(piece.first_row + start, to_table(arrays, schema, len(few)), faults)
-
-
-CARRIED_PREFIX = "in_"
-"""Prefix of the columns of a run's output that is the manifest of another run."""
 
 
 def scan_results(file: ManifestFile) -> Scan:

@@ -64,7 +64,10 @@ RESULT_FIELDS = (
 )
 TOKENS_FIELD = pa.field("tokens", pa.list_(pa.int32()))
 RESULT_NAMES = frozenset(field.name for field in (*RESULT_FIELDS, TOKENS_FIELD))
-"""Names that a carried column cannot have; it is called `in_<name>` instead."""
+"""Names that a carried column cannot have; CARRIED_PREFIX goes before such a name."""
+CARRIED_PREFIX = "in_"
+"""Before the name of a carried column that would be one of RESULT_NAMES, and of every column of an output
+that is the manifest of another run."""
 VOLATILE = ("attempts", "replica", "started_at", "seconds")
 """Columns that may differ when a shard is made again. No other may."""
 JSON_MARK = b"wallaroo.json"
@@ -110,6 +113,12 @@ def result_schema(carried: pa.Schema, save_tokens: bool = False) -> pa.Schema:
     # Fields read from Parquet may have field ids, which would then occur twice.
     others = [field.remove_metadata() for field in carried]
     return _as_stored(pa.schema([*ours, *others], metadata=metadata))
+
+
+def own_name(name: str) -> str:
+    """The name that a carried column had in the manifest."""
+    own = name.removeprefix(CARRIED_PREFIX)
+    return own if own in RESULT_NAMES else name
 
 
 def source_type(schema: pa.Schema) -> pa.DataType:

@@ -6,7 +6,15 @@ import re
 import pyarrow as pa
 
 from wallaroo.model.errors import InputError, did_you_mean
-from wallaroo.workflows.outputs.schema import JSON_MARK, NOTE_MARK, RESULT_NAMES, SOURCE_TYPE, json_columns
+from wallaroo.workflows.outputs.schema import (
+    CARRIED_PREFIX,
+    JSON_MARK,
+    NOTE_MARK,
+    RESULT_NAMES,
+    SOURCE_TYPE,
+    json_columns,
+    own_name,
+)
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.sources.embedded import COLUMN
 from wallaroo.workflows.tasks import PICTURE_TASKS
@@ -120,7 +128,7 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
         f"Column '{actual}' is used as the {name} of a row; --{name}-column selects another."
         for name, actual in names.items()
         if name in ("prompt", COLUMN, "id")
-        and actual not in (name, f"in_{name}")
+        and actual not in (name, CARRIED_PREFIX + name)
         and actual in schema.names
         and getattr(settings, f"{name}_column") is None
     ]
@@ -134,7 +142,7 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     for name in schema.names:
         # Too many words are similar to a short name.
         near = [column for column in meant if name.lower() == column or len(column) > MAX_SHORT]
-        carried = name.startswith("in_") and name.removeprefix("in_") in RESULT_NAMES
+        carried = own_name(name) != name
         hint = "" if name in meant or carried else did_you_mean(name.lower(), near, MIN_COMMON)
         if hint:
             warnings.append(f"Column '{name}' is not a parameter and is carried through{hint}")
@@ -181,7 +189,7 @@ def carried_names(schema: pa.Schema, settings: PlanSettings) -> dict[str, str]:
             continue
         new = name
         while new in RESULT_NAMES or (new != name and new in kept):
-            new = f"in_{new}"
+            new = CARRIED_PREFIX + new
         names[name] = new
     return names
 

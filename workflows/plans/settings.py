@@ -11,6 +11,7 @@ from wallaroo.model.errors import InputError, RowError
 from wallaroo.model.sampling import Sampling
 from wallaroo.workflows.manifests import layouts
 from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
+from wallaroo.workflows.outputs.schema import CARRIED_PREFIX
 from wallaroo.workflows.plans.layout import shard_rows
 from wallaroo.workflows.plans.values import size_of
 from wallaroo.workflows.settings import OPTIONS, OptionError, RunConfig
@@ -144,5 +145,5 @@ def prompt_column(schema: pa.Schema, settings: PlanSettings) -> str:
     """
     own = layouts.prompt_column(schema.names, settings.task, settings.prompt)
     name = settings.prompt_column or own
-    inner = f"in_{name}"
+    inner = CARRIED_PREFIX + name
     return inner if settings.prompt_column and name not in schema.names and inner in schema.names else name

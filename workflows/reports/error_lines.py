@@ -6,7 +6,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from wallaroo.workflows.outputs.schema import RESULT_NAMES, json_columns
+from wallaroo.workflows.outputs.schema import RESULT_NAMES, json_columns, own_name
 from wallaroo.workflows.outputs.values import json_again, json_line, jsonable
 from wallaroo.workflows.plans.columns import GIVEN
 from wallaroo.workflows.sources.embedded import Cell
@@ -55,9 +55,8 @@ def manifest_row(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
         if name in RESULT_NAMES or name == GIVEN or row[name] is None:
             continue
         value = json_again(row[name]) if name in marked else jsonable(row[name])
-        plain = name.removeprefix("in_")
-        own = plain if plain in RESULT_NAMES and plain not in line else name
-        line.setdefault(own, value)
+        own = own_name(name)
+        line.setdefault(own if own not in line else name, value)
     return line
 
 
