@@ -73,6 +73,17 @@ class Option:
     `run.json` has it last, and `config_digest` has it only where it is given, so that older outputs keep
     theirs.
     """
+    before: Any = None
+    """With `later`: the value that outputs of versions without the option were made with.
+
+    An output that lacks the option is resumed with it, also if a preset sets another value by now. None, if
+    such an output is refused where the option is given.
+    """
+    at_start: Callable[[Any], Any] | None = None
+    """Chooses the value for a new output that gives none, from its RunConfig.
+
+    An output that has the option is then resumed with the value it was begun with, unless one is given.
+    """
     run_only: bool = False
     """Whether the Python functions, which have no output folder, lack it."""
     stored: str = ""

@@ -173,6 +173,8 @@ class RunConfig(RunControl):
         tasks=DRAWING_TASKS,
         meaning=True,
         later=True,
+        before="small",
+        at_start=lambda run: "fast" if run.image_format == "png" else None,
     )
     save_tokens: bool = option(
         False, "image.save_tokens", SWITCH, "Also write the token ids of each result.", meaning=True
@@ -274,6 +276,7 @@ class RunConfig(RunControl):
         "Remove quotes that enclose a whole prompt (preset dpg does).",
         meaning=True,
         later=True,
+        before=False,
     )
     # Pictures are scaled to whole tokens of 28x28 pixels, with about as many pixels as these allow.
     min_pixels: int | None = option(

@@ -30,12 +30,12 @@ from wallaroo.workflows.plans.planner import extend_plan, is_complete, make_plan
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.progress import Progress, RunSummary
 from wallaroo.workflows.runs.stages import StageContext
-from wallaroo.workflows.settings import RunConfig
+from wallaroo.workflows.settings import OPTIONS, RunConfig
 from wallaroo.workflows.sources.references import SourceOptions
 from wallaroo.workflows.stopping import Stop
 from wallaroo.workflows.storage.checkpoints import Checkpoint, model_path, read_checkpoint
 from wallaroo.workflows.storage.paths import absolute_path
-from wallaroo.workflows.tasks import DRAWING_TASKS
+from wallaroo.workflows.tasks import PRESETS
 
 log = logging.getLogger(__name__)
 
@@ -233,18 +233,24 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _as_begun(config: RunConfig, run: dict[str, Any] | None) -> RunConfig:
-    """Fills options that a version after 0.1.0 added with what an output of an earlier one was begun with."""
-    if run is not None and "strip_quotes" not in run["config"] and config.preset == "dpg":
-        # The preset did not remove quotes then.
-        config = dataclasses.replace(config, strip_quotes=False)
-    if config.task not in DRAWING_TASKS or config.image_format != "png":
-        return config
-    chosen = config.png_compression
-    if run is None:
-        chosen = chosen or "fast"
-    elif chosen is None or ("png_compression" not in run["config"] and chosen == "small"):
-        chosen = run["config"].get("png_compression")
-    return dataclasses.replace(config, png_compression=chosen)
+    """Fills options that depend on how the output began, by `before` and `at_start` of their declaration."""
+    stored = None if run is None else run["config"]
+    by_preset = PRESETS[config.preset].others if config.preset else {}
+    values = {}
+    for one in OPTIONS.values():
+        value = getattr(config, one.name)
+        if not one.serves(config.task):
+            continue
+        if stored is None:
+            if value is None and one.at_start is not None:
+                values[one.name] = one.at_start(config)
+        elif one.name in stored:
+            if value is None and one.at_start is not None:
+                values[one.name] = stored[one.name]
+        elif one.before is not None and (value == one.before or one.name in by_preset):
+            # None is absent, as in the digest of that output; but a preset would fill it again.
+            values[one.name] = one.before if one.name in by_preset else None
+    return dataclasses.replace(config, **values)
 
 
 def is_finished(output: str, plan: Plan) -> bool:
