@@ -1,4 +1,4 @@
-"""The language model's batches, its losses by task and head, and the job that trains it."""
+"""The language model's batches, its losses by task and head, and the learner that trains it."""
 
 import copy
 import dataclasses
@@ -268,8 +268,8 @@ MAX_BAD = 100
 """Consecutive rows whose pictures cannot be decoded, after which a training fails."""
 
 
-class LMJob:
-    """Trains decoder, heads and adapters, and what else the recipe does not freeze; see `loop.Job`.
+class LMLearner:
+    """Trains decoder, heads and adapters, and what else the recipe does not freeze; see `loop.Learner`.
 
     Args:
         model: That learns; `requires_grad` of its parameters is set.
@@ -307,15 +307,15 @@ class LMJob:
             parameter.requires_grad_(recipe.learns(name))
         self.flops_per_token = Sizes(model.config, recipe, False, model).flops_per_token()
 
-    def with_rows(self, source: Source, recipe: Recipe) -> "LMJob":
-        """Makes a job with the same model on other rows; what learns does not change.
+    def with_rows(self, source: Source, recipe: Recipe) -> "LMLearner":
+        """Makes a learner with the same model on other rows; what learns does not change.
 
         Args:
             source: Gives the rows.
             recipe: For them.
 
         Returns:
-            The job.
+            The learner.
         """
         made = copy.copy(self)
         made.source, made.recipe, made.share = source, recipe, recipe.share(self.process.world)

@@ -1,6 +1,6 @@
 """The loop of all stages: batches, gradients over pieces and processes, optimizers, state.
 
-Knows nothing of what a job learns.
+Knows nothing of what a learner learns.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from wallaroo.model.training.sharding import halves, spread, synced
 from wallaroo.model.training.state import Files, States
 
 
-class Trained(Protocol):
+class Learner(Protocol):
     """What the loop trains: a module, its batches and its state.
 
     Attributes:
@@ -74,7 +74,7 @@ class Trained(Protocol):
 
 
 def optimise(
-    job: Job,
+    learner: Learner,
     recipe: Recipe,
     report: Callable[[int, dict[str, float]], None],
     process: Process | None = None,
@@ -88,7 +88,7 @@ def optimise(
     mean over its places in the whole step, however that is divided into pieces and processes.
 
     Args:
-        job: What is trained.
+        learner: What is trained.
         recipe: The stage.
         report: Gets step and metrics every `log_every` steps.
         process: One of those that share the training, by default the only one.
@@ -104,19 +104,19 @@ def optimise(
     """
     process = process or Process()
     # Of the image tokenizer, stages of the language model use the codebook alone.
-    module = spread(job.module, process, unused=recipe.learns("vq."))
-    named = dict(job.module.named_parameters())
+    module = spread(learner.module, process, unused=recipe.learns("vq."))
+    named = dict(learner.module.named_parameters())
     learning = {name: one for name, one in named.items() if one.requires_grad}
     # The image tokenizer's codebook is set again now and then, whether or not it learns.
     kept = named if recipe.part == "vq" else learning
     optimizers = make_optimizers(recipe, learning)
     states = States(recipe, process, files)
-    step = states.load(kept, optimizers, job)
-    meter = Meter(process, job.flops_per_token)
+    step = states.load(kept, optimizers, learner)
+    meter = Meter(process, learner.flops_per_token)
     # A GPU computes a step while the rows of the next are made, unless the image tokenizer learns, which
     # encodes them.
     overlapped = process.device.startswith("cuda") and recipe.part == "lm" and not recipe.learns("vq.")
-    ahead = batches(job, recipe, step, overlapped)
+    ahead = batches(learner, recipe, step, overlapped)
     bad_rows = 0
     try:
         while step < recipe.steps:
@@ -127,7 +127,7 @@ def optimise(
             # All pieces are made first: a loss is divided by its places in the whole step.
             with meter.waiting():
                 pieces = list(itertools.islice(ahead, recipe.accumulate))
-            sums, counts = _gradients(job, module, pieces, recipe, process)
+            sums, counts = _gradients(learner, module, pieces, recipe, process)
             meter.count(counts["tokens"])
             bad_rows += int(counts.get("bad_rows", 0))
             drawn = sum(value for name, value in sums.items() if name.startswith("generate_"))
@@ -139,7 +139,7 @@ def optimise(
             else:
                 meter.skipped += 1
             step += 1
-            more = job.after_step(step)
+            more = learner.after_step(step)
             if step % recipe.log_every == 0 or step == recipe.steps:
                 numbers = {
                     "loss": sum(sums.values()),
@@ -151,7 +151,7 @@ def optimise(
                 report(step, sums | numbers | meter.read() | more)
             stopped = process.total({"stop": float(stop())})["stop"] > 0
             if step % recipe.save_every == 0 or step == recipe.steps or stopped:
-                states.save(step, kept, optimizers, job)
+                states.save(step, kept, optimizers, learner)
             after(step)
             if stopped:
                 break
@@ -186,10 +186,10 @@ def make_optimizers(recipe: Recipe, learning: Mapping[str, nn.Parameter]) -> lis
 
 
 def _gradients(
-    job: Job, module: nn.Module, pieces: Sequence[tuple[Any, ...]], recipe: Recipe, process: Process
+    learner: Learner, module: nn.Module, pieces: Sequence[tuple[Any, ...]], recipe: Recipe, process: Process
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Computes the gradients of a step; gives its losses and its counts, summed over all processes."""
-    counted = [job.counts(*piece) for piece in pieces]
+    counted = [learner.counts(*piece) for piece in pieces]
     every = process.total({name: sum(one[name] for one in counted) for name in counted[0]})
     sums = dict.fromkeys([name for name in every if name not in ("tokens", "bad_rows")], 0.0)
     # A whole model keeps its weights in float32 and multiplies in bfloat16; a sharded one is gathered in it.
@@ -212,18 +212,20 @@ def _gradients(
 class _Pieces(torch.utils.data.Dataset[tuple[Any, ...]]):
     """All batches of a stage, in order."""
 
-    job: Job
+    learner: Learner
     accumulate: int
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return self.job.batch(*divmod(index, self.accumulate))
+        return self.learner.batch(*divmod(index, self.accumulate))
 
 
-def batches(job: Job, recipe: Recipe, step: int, overlapped: bool = False) -> Iterator[tuple[Any, ...]]:
+def batches(
+    learner: Learner, recipe: Recipe, step: int, overlapped: bool = False
+) -> Iterator[tuple[Any, ...]]:
     """Makes the batches of a stage.
 
     Args:
-        job: Makes each.
+        learner: Makes each.
         recipe: The stage; `workers` processes make batches ahead.
         step: First step.
         overlapped: Whether, without such processes, a thread makes the batches of the next step.
@@ -233,11 +235,11 @@ def batches(job: Job, recipe: Recipe, step: int, overlapped: bool = False) -> It
     """
     places = range(step * recipe.accumulate, recipe.steps * recipe.accumulate)
     if overlapped and not recipe.workers:
-        yield from _overlapped(_Pieces(job, recipe.accumulate), places, recipe.accumulate)
+        yield from _overlapped(_Pieces(learner, recipe.accumulate), places, recipe.accumulate)
         return
     yield from iter(
         torch.utils.data.DataLoader(
-            _Pieces(job, recipe.accumulate),
+            _Pieces(learner, recipe.accumulate),
             batch_size=None,
             sampler=places,
             num_workers=recipe.workers,

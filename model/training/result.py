@@ -14,10 +14,10 @@ from wallaroo.model.checkpoint import TOKENIZER, disk_parts, disk_tensors, empty
 from wallaroo.model.errors import InputError
 from wallaroo.model.new_folder import FILE_LIST
 from wallaroo.model.training import lora
-from wallaroo.model.training.lm import LMJob
+from wallaroo.model.training.lm import LMLearner
 from wallaroo.model.training.process import Process, whole
 from wallaroo.model.training.recipe import Recipe
-from wallaroo.model.training.vq import VQJob
+from wallaroo.model.training.vq import VQLearner
 from wallaroo.model.wallaroo import Wallaroo
 from wallaroo.model.weight_files import SHARD_BYTES, shard_names
 
@@ -116,20 +116,20 @@ class Gathered:
         return given.float() + added[name] if name in added else given
 
 
-def for_samples(job: "VQJob | LMJob", recipe: Recipe, process: Process) -> Wallaroo | None:
+def for_samples(learner: "VQLearner | LMLearner", recipe: Recipe, process: Process) -> Wallaroo | None:
     """Gathers a model to draw samples; all processes must call this together.
 
     Args:
-        job: Of the stage.
+        learner: Of the stage.
         recipe: The stage.
         process: One of those that share it.
 
     Returns:
         The model in the first process; None in others, and for the image tokenizer.
     """
-    if isinstance(job, VQJob):
+    if isinstance(learner, VQLearner):
         return None
-    model = job.module.model
+    model = learner.module.model
     if process.shard == "none" and not recipe.lora:
         return model if process.rank == 0 else None
     gathered, task = Gathered(model, recipe.lora_scale), "generate"

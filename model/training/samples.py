@@ -20,10 +20,10 @@ from PIL import Image
 from wallaroo.model.engine import Engine, EngineOptions, Request
 from wallaroo.model.prompts import detect_language, generate_prompt
 from wallaroo.model.sampling import Sampling
-from wallaroo.model.training.lm import LMJob
-from wallaroo.model.training.loop import Job
+from wallaroo.model.training.lm import LMLearner
+from wallaroo.model.training.loop import Learner
 from wallaroo.model.training.recipe import Recipe
-from wallaroo.model.training.vq import VQJob
+from wallaroo.model.training.vq import VQLearner
 from wallaroo.model.vq import to_uint8
 from wallaroo.model.wallaroo import Wallaroo
 
@@ -48,48 +48,48 @@ def due(recipe: Recipe, step: int) -> bool:
     return wanted and (recipe.part == "vq" or "generate" in recipe.rows)
 
 
-def sample_prompts(job: Job, recipe: Recipe) -> list[tuple[str, str]]:
+def sample_prompts(learner: Learner, recipe: Recipe) -> list[tuple[str, str]]:
     """The prompts of a stage's samples, the same after each step.
 
     Args:
-        job: Of the stage.
+        learner: Of the stage.
         recipe: The stage.
 
     Returns:
         Prompt and language (`en` or `zh`) of each picture: `sample_prompts` of the recipe, else those of the
         first COUNT rows; none of the image tokenizer.
     """
-    if not isinstance(job, LMJob):
+    if not isinstance(learner, LMLearner):
         return []
     if recipe.sample_prompts:
         return [(prompt, detect_language(prompt)) for prompt in recipe.sample_prompts]
-    return [(str(row["prompt"]), str(row["language"])) for row in job.source("generate", 0, COUNT)]
+    return [(str(row["prompt"]), str(row["language"])) for row in learner.source("generate", 0, COUNT)]
 
 
 def draw(
-    job: Job, step: int, prompts: Sequence[tuple[str, str]], model: Wallaroo | None = None
+    learner: Learner, step: int, prompts: Sequence[tuple[str, str]], model: Wallaroo | None = None
 ) -> np.ndarray:
     """Draws a strip of pictures.
 
     Args:
-        job: Of the language model or the image tokenizer.
+        learner: Of the language model or the image tokenizer.
         step: After which they are drawn; decides which pictures the image tokenizer is given.
         prompts: Prompt and language of each picture. The image tokenizer has none.
-        model: Draws, by default that of the job.
+        model: Draws, by default that of the learner.
 
     Returns:
         uint8 `(H, W, 3)`, pictures side by side; of the image tokenizer the given ones above its own.
     """
     with torch.no_grad():
-        if isinstance(job, VQJob):
-            vq = job.module.vq
-            pixels = job.batch(step, 0)[0][0][:COUNT]
+        if isinstance(learner, VQLearner):
+            vq = learner.module.vq
+            pixels = learner.batch(step, 0)[0][0][:COUNT]
             strips = [to_uint8(pixels), to_uint8(vq.decode(vq.quantise(vq.encode(pixels))))]
             return np.concatenate([np.concatenate(list(strip.cpu().numpy()), 1) for strip in strips])
-    assert isinstance(job, LMJob)
-    model, task = model or job.module.model, "generate"
+    assert isinstance(learner, LMLearner)
+    model, task = model or learner.module.model, "generate"
     engine = Engine(model, task, EngineOptions(slots=COUNT, group_rows=COUNT))
-    config, tokenizer = model.config, job.rows.tokenizer
+    config, tokenizer = model.config, learner.rows.tokenizer
     size = config.bucket(1, 1)
     requests = []
     for key, (words, language) in enumerate(prompts):

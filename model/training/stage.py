@@ -17,7 +17,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.model.training.data import Row, Source, from_memory, pictures_of, read_rows
 from wallaroo.model.training.folder import claim
-from wallaroo.model.training.lm import LMJob
+from wallaroo.model.training.lm import LMLearner
 from wallaroo.model.training.log import Log, progress
 from wallaroo.model.training.loop import optimise
 from wallaroo.model.training.process import Process, process_of_group
@@ -30,18 +30,18 @@ from wallaroo.model.training.sizing import Sizes, device_bytes
 from wallaroo.model.training.start import check_start, empty_start, stage_config, start_model, start_weights
 from wallaroo.model.training.state import Files
 from wallaroo.model.training.validation import Validation
-from wallaroo.model.training.vq import VQJob
+from wallaroo.model.training.vq import VQLearner
 from wallaroo.model.wallaroo import Wallaroo
 
 
-def make_job(
+def make_learner(
     model: Wallaroo,
     recipe: Recipe,
     source: Source,
     rows: Iterable[Row],
     process: Process,
-) -> "VQJob | LMJob":
-    """Makes the job of a stage.
+) -> "VQLearner | LMLearner":
+    """Makes the learner of a stage.
 
     Args:
         model: Of the stage.
@@ -51,18 +51,18 @@ def make_job(
         process: One of those that share the stage.
 
     Returns:
-        The job.
+        The learner.
     """
     if recipe.part == "vq":
         assert model.vq is not None
-        return VQJob(model.vq, pictures_of(rows), recipe)
-    return LMJob(model, load_tokenizer(recipe.base), source, recipe, process)
+        return VQLearner(model.vq, pictures_of(rows), recipe)
+    return LMLearner(model, load_tokenizer(recipe.base), source, recipe, process)
 
 
-def start_job(
+def start_learner(
     recipe: Recipe, source: Source, rows: Iterable[Row], process: Process
-) -> "tuple[Wallaroo, VQJob | LMJob]":
-    """Makes model and job of a stage, with the weights that it starts with.
+) -> "tuple[Wallaroo, VQLearner | LMLearner]":
+    """Makes model and learner of a stage, with the weights that it starts with.
 
     Args:
         recipe: The stage.
@@ -71,24 +71,24 @@ def start_job(
         process: One of those that share the stage; with `full` the model is sharded.
 
     Returns:
-        Model and job.
+        Model and learner.
 
     Raises:
         InputError: As `check_start`.
     """
     if process.shard == "none":
         model = start_model(recipe).to(process.device)
-        job = make_job(model, recipe, source, rows, process)
-        if recipe.checkpointing and isinstance(job, LMJob):
+        learner = make_learner(model, recipe, source, rows, process)
+        if recipe.checkpointing and isinstance(learner, LMLearner):
             recompute(model)
-        return model, job
+        return model, learner
     model = empty_start(recipe, "meta")
-    job = make_job(model, recipe, source, rows, process)
+    learner = make_learner(model, recipe, source, rows, process)
     if recipe.checkpointing:
         recompute(model)
-    shard(job.module, model, process, halves(recipe, process))
+    shard(learner.module, model, process, halves(recipe, process))
     fill(model, start_weights(recipe, model.config), recipe.seed)
-    return model, job
+    return model, learner
 
 
 def train(
@@ -270,15 +270,19 @@ def run_stage(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     every = itertools.chain.from_iterable(data.values())
-    model, job = start_job(recipe, source or from_memory(data, recipe.seed), every, process)
-    if ahead and isinstance(job, LMJob):
-        job.rows.prepare(data)
-    validation = Validation(job, held_out, recipe, process) if held_out and isinstance(job, LMJob) else None
+    model, learner = start_learner(recipe, source or from_memory(data, recipe.seed), every, process)
+    if ahead and isinstance(learner, LMLearner):
+        learner.rows.prepare(data)
+    validation = (
+        Validation(learner, held_out, recipe, process)
+        if held_out and isinstance(learner, LMLearner)
+        else None
+    )
     log = Log(recipe.folder) if process.rank == 0 else None
 
     def report(step: int, numbers: dict[str, float]) -> None:
-        if numbers.get("bad_rows") and isinstance(job, LMJob):
-            reasons = process.gathered(job.bad)
+        if numbers.get("bad_rows") and isinstance(learner, LMLearner):
+            reasons = process.gathered(learner.bad)
             if log is not None:
                 log.bad(reasons)
         if log is not None:
@@ -292,12 +296,12 @@ def run_stage(
                 log(step, losses)
                 say(progress(step, recipe.steps, losses))
         if due(recipe, step):
-            drawing = for_samples(job, recipe, process)
+            drawing = for_samples(learner, recipe, process)
             if log is not None:
-                prompts = sample_prompts(job, recipe)
-                log.picture(step, draw(job, step, prompts, drawing), prompts)
+                prompts = sample_prompts(learner, recipe)
+                log.picture(step, draw(learner, step, prompts, drawing), prompts)
 
-    done = optimise(job, recipe, report, process, after, files, stop)
+    done = optimise(learner, recipe, report, process, after, files, stop)
     if log is not None:
         log.close()
     if not done:

@@ -129,8 +129,8 @@ class LocalFiles:
         shutil.rmtree(path, ignore_errors=True)
 
 
-class StateJob(Protocol):
-    """The part of `loop.Job` that a state needs."""
+class StateLearner(Protocol):
+    """The part of `loop.Learner` that a state needs."""
 
     def extra_state(self) -> dict[str, Tensor]:
         """What a state holds beside the model and its optimizers."""
@@ -167,14 +167,14 @@ class States:
         self,
         kept: Mapping[str, nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
-        job: StateJob,
+        learner: StateLearner,
     ) -> int:
         """Loads the last whole state.
 
         Args:
             kept: Name -> parameter, which is written.
             optimizers: Of these; their moments are written.
-            job: Gets its extra state.
+            learner: Gets its extra state.
 
         Returns:
             The step of the state; 0 if there is none.
@@ -208,7 +208,7 @@ class States:
         alone = not self.process.grouped
         _say_nothing_of_one_process()
         load({**state, "extra": extra}, storage_reader=reader, process_group=self._group, no_dist=alone)
-        job.load_extra_state(extra)
+        learner.load_extra_state(extra)
         return step
 
     def save(
@@ -216,7 +216,7 @@ class States:
         step: int,
         kept: Mapping[str, nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
-        job: StateJob,
+        learner: StateLearner,
     ) -> None:
         """Starts to write a state, which goes on in the background.
 
@@ -224,7 +224,7 @@ class States:
             step: Number of steps done.
             kept: Name -> parameter.
             optimizers: Of these.
-            job: Gives its extra state.
+            learner: Gives its extra state.
 
         Raises:
             InputError: The state before cannot be written.
@@ -241,7 +241,7 @@ class States:
         writer.fs = self.files.system()
         writer.path = writer.fs.init_path(path)
         self._pending = async_save(
-            {**self._state(kept, optimizers), "extra": job.extra_state()},
+            {**self._state(kept, optimizers), "extra": learner.extra_state()},
             storage_writer=writer,
             process_group=self._group,
             no_dist=not self.process.grouped,

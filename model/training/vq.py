@@ -1,4 +1,4 @@
-"""The image tokenizer's losses and its job: reconstruction, quantisation, and a codebook that is used."""
+"""The image tokenizer's losses and its learner: reconstruction, quantisation, and a codebook that is used."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -159,8 +159,8 @@ def spread_codebook(latents: Tensor, entries: int, generator: torch.Generator, r
     return centres
 
 
-class VQJob:
-    """Trains the image tokenizer of a model on pictures, two sizes a batch; see `loop.Job`.
+class VQLearner:
+    """Trains the image tokenizer of a model on pictures, two sizes a batch; see `loop.Learner`.
 
     The first `plain` steps train encoder and decoder alone; then the codebook is set by k-means over the
     latents of the last steps. Every `revive` steps unused entries move to where different patches share an

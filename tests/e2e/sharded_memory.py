@@ -13,7 +13,7 @@ from wallaroo.model.training.data import from_memory
 from wallaroo.model.training.loop import optimise
 from wallaroo.model.training.process import process_of_group
 from wallaroo.model.training.recipe import Recipe
-from wallaroo.model.training.stage import start_job
+from wallaroo.model.training.stage import start_learner
 
 
 def anonymous() -> int:
@@ -53,14 +53,14 @@ def main(folder: str, base: str, store: str, rank: int, world: int) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     data = {"generate": rows()["generate"]}
-    _, job = start_job(recipe, from_memory(data, 0), data["generate"], process)
+    _, learner = start_learner(recipe, from_memory(data, 0), data["generate"], process)
 
     def after(step: int) -> None:
         if step == 3:
             print(before, max(peak, anonymous()), flush=True)
             os._exit(0)
 
-    optimise(job, recipe, lambda step, numbers: None, process, after)
+    optimise(learner, recipe, lambda step, numbers: None, process, after)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from wallaroo.jobs import cli
 from wallaroo.model.checkpoint import TINY, disk_tensors, load, load_tokenizer, verify_files
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.data import from_memory
-from wallaroo.model.training.lm import LMJob
+from wallaroo.model.training.lm import LMLearner
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.model.training.sharding import fill
 from wallaroo.model.training.stage import train
@@ -84,11 +84,11 @@ def test_the_merged_checkpoint_computes_what_the_updated_model_does(recipe, lear
                 parameter.copy_(updates[name])
     tokenizer, data = load_tokenizer(TINY), {"generate": rows()["generate"]}
     made, plain = (
-        LMJob(one, tokenizer, from_memory(data, 0), recipe) for one in (model.eval(), load(merged))
+        LMLearner(one, tokenizer, from_memory(data, 0), recipe) for one in (model.eval(), load(merged))
     )
     batch = made.batch(0, 0)
     with torch.no_grad():
-        ours, theirs = (job.module(*batch) for job in (made, plain))
+        ours, theirs = (learner.module(*batch) for learner in (made, plain))
     for name in ours:
         assert ours[name] == pytest.approx(float(theirs[name]), rel=1e-5)
 

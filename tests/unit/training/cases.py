@@ -1,4 +1,4 @@
-"""Rows, recipes and jobs on the small model that several tests of training share."""
+"""rows, recipes and learners on the small model that several tests of training share."""
 
 import io
 
@@ -8,7 +8,7 @@ from PIL import Image
 from wallaroo.model.checkpoint import TINY, load, load_tokenizer
 from wallaroo.model.training.data import from_memory
 from wallaroo.model.training.fresh import fresh_model
-from wallaroo.model.training.lm import LMJob
+from wallaroo.model.training.lm import LMLearner
 from wallaroo.model.training.meter import MEASURED
 from wallaroo.model.training.recipe import Recipe
 
@@ -43,16 +43,18 @@ def rows(count=6):
 
 
 def learning(folder, **values):
-    """A job on the small model that learns three tasks for a few steps, and the losses it reports."""
+    """A learner on the small model that learns three tasks for a few steps, and the losses it reports."""
     made = recipe(
         folder=str(folder),
         data=dict.fromkeys(("generate", "edit", "understand"), "unused"),
         rows={"generate": 4, "edit": 4, "understand": 4},
         **{"accumulate": 2, "warmup": 2, "log_every": 1, "save_every": 2, "frozen": ["vq."]} | values,
     )
-    job = LMJob(fresh_model(load(TINY).config, 5), load_tokenizer(TINY), from_memory(rows(), made.seed), made)
+    learner = LMLearner(
+        fresh_model(load(TINY).config, 5), load_tokenizer(TINY), from_memory(rows(), made.seed), made
+    )
     said: dict[int, dict[str, float]] = {}
-    return job, made, said, lambda step, numbers: said.__setitem__(step, numbers)
+    return learner, made, said, lambda step, numbers: said.__setitem__(step, numbers)
 
 
 def losses_of(said):

@@ -18,7 +18,7 @@ from wallaroo.model.images import pixel_image, semantic_image
 from wallaroo.model.prompts import edit_prompt, generate_prompt, understand_prompt
 from wallaroo.model.sampling import Sampling
 from wallaroo.model.training.data import from_memory
-from wallaroo.model.training.lm import Batch, LMJob, LMLosses
+from wallaroo.model.training.lm import Batch, LMLearner, LMLosses
 from wallaroo.model.training.loop import batches
 from wallaroo.model.training.rows import Rows
 from wallaroo.model.vision import encode_image, take_many, tower_plan
@@ -103,11 +103,11 @@ def test_many_pictures_at_once_are_seen_as_each_alone(tokenizer):
 def test_batches_made_ahead_by_other_processes_or_a_thread_are_the_same(model, tokenizer):
     made = recipe(data={"edit": ""}, rows={"edit": 4}, steps=3, accumulate=2, seed=2)
     data = {"edit": rows()["edit"]}
-    job = LMJob(model, tokenizer, from_memory(data, made.seed), made)
-    job.rows.prepare(data)
-    ahead = batches(job, dataclasses.replace(made, workers=2), 1)
-    overlapped = batches(job, made, 1, overlapped=True)
-    for (theirs,), (too,), (ours,) in zip(ahead, overlapped, batches(job, made, 1), strict=True):
+    learner = LMLearner(model, tokenizer, from_memory(data, made.seed), made)
+    learner.rows.prepare(data)
+    ahead = batches(learner, dataclasses.replace(made, workers=2), 1)
+    overlapped = batches(learner, made, 1, overlapped=True)
+    for (theirs,), (too,), (ours,) in zip(ahead, overlapped, batches(learner, made, 1), strict=True):
         for name, value in vars(ours["edit"]).items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, getattr(theirs["edit"], name)), name

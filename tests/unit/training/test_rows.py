@@ -9,7 +9,7 @@ from PIL import Image
 from tests.unit.training.cases import picture, recipe, rows
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.data import from_memory
-from wallaroo.model.training.lm import LMJob
+from wallaroo.model.training.lm import LMLearner
 from wallaroo.model.training.process import Process
 from wallaroo.model.training.rows import NO_LATENT, Rows, fits
 from wallaroo.model.vq import to_float
@@ -63,7 +63,7 @@ def test_a_step_has_the_same_rows_however_many_share_it(model, tokenizer):
     def step_of(world, accumulate):
         made = recipe(accumulate=accumulate, **values)
         parts = [
-            LMJob(model, tokenizer, source, made, Process(rank, world)).batch(3, piece)[0]["edit"]
+            LMLearner(model, tokenizer, source, made, Process(rank, world)).batch(3, piece)[0]["edit"]
             for piece in range(accumulate)
             for rank in range(world)
         ]

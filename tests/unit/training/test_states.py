@@ -21,10 +21,10 @@ class Killed(Exception):
 @pytest.mark.parametrize("muon", [False, True])
 def test_a_killed_run_goes_on_from_s3_to_the_same_losses(tmp_path, s3, muon):
     def run(where, steps, after=lambda step: None):
-        job, made, said, report = learning(tmp_path / "local", steps=steps, muon=muon)
+        learner, made, said, report = learning(tmp_path / "local", steps=steps, muon=muon)
         files = S3States(f"{s3}/{where}/state")
         with contextlib.suppress(Killed):
-            optimise(job, made, report, after=after, files=files)
+            optimise(learner, made, report, after=after, files=files)
         return said, files
 
     def kill(step):
@@ -42,11 +42,11 @@ def test_a_killed_run_goes_on_from_s3_to_the_same_losses(tmp_path, s3, muon):
 
 
 def test_a_state_without_its_last_file_is_none(tmp_path, s3):
-    job, made, said, report = learning(tmp_path, steps=4)
-    optimise(job, made, report, files=S3States(f"{s3}/state"))
+    learner, made, said, report = learning(tmp_path, steps=4)
+    optimise(learner, made, report, files=S3States(f"{s3}/state"))
     storage.delete(f"{s3}/state/step-00000004/.metadata")
-    job, made, said, report = learning(tmp_path, steps=4)
-    optimise(job, made, report, files=S3States(f"{s3}/state"))
+    learner, made, said, report = learning(tmp_path, steps=4)
+    optimise(learner, made, report, files=S3States(f"{s3}/state"))
     assert list(said) == [3, 4]
 
 

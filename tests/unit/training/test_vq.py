@@ -12,7 +12,7 @@ from wallaroo.model.checkpoint import TINY, load
 from wallaroo.model.training.fresh import fresh_model
 from wallaroo.model.training.loop import optimise
 from wallaroo.model.training.samples import draw
-from wallaroo.model.training.vq import VQJob, kind_means, patch_keys, spread_codebook, unlike
+from wallaroo.model.training.vq import VQLearner, kind_means, patch_keys, spread_codebook, unlike
 from wallaroo.model.vq import to_float
 
 
@@ -25,17 +25,17 @@ def test_the_image_tokenizer_learns_and_goes_on_exactly(tmp_path):
             part="vq", folder=str(folder), data={"vq": ""}, rows={"vq": 8}, steps=24, plain=8, revive=4,
             rate=2e-3, log_every=1, save_every=6, alike=2.0,
         )  # fmt: skip
-        job = VQJob(fresh_model(load(TINY).config, 1).vq, pictures, made)
+        learner = VQLearner(fresh_model(load(TINY).config, 1).vq, pictures, made)
         said: dict[int, dict[str, float]] = {}
 
         def after(step):
             # Four pictures over what is made of them; looking at them changes nothing.
-            assert step % 6 or draw(job, step, []).shape == (64, 4 * 32, 3)
+            assert step % 6 or draw(learner, step, []).shape == (64, 4 * 32, 3)
             if step == stop:
                 raise KeyboardInterrupt
 
         try:
-            optimise(job, made, said.__setitem__, after=after)
+            optimise(learner, made, said.__setitem__, after=after)
         except KeyboardInterrupt:
             assert stop
         return said
