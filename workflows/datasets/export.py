@@ -25,6 +25,7 @@ from wallaroo.workflows.datasets.export_files import Results, Row, Sink
 from wallaroo.workflows.datasets.export_rows import (
     SUFFIXES,
     Count,
+    Exporter,
     Options,
     picture_facts,
     picture_of,
@@ -293,15 +294,20 @@ def _jsonl(results: Results, sink: Sink, count: Count, options: Options) -> None
 
 
 class _Format(NamedTuple):
-    """write: makes the files. names: pattern of theirs. tasks: whose outputs it is for. what: it holds.
-    why: rows are left out. failed: what it writes of error rows."""
+    """A format of `wallaroo export`."""
 
-    write: Callable[[Results, Sink, Count, Options], None]
+    write: Exporter
+    """Makes its files."""
     names: str
+    """Pattern of the names of its files."""
     tasks: tuple[str, ...]
+    """Tasks whose outputs it is for."""
     what: str = "image"
+    """What it holds, in a word."""
     why: str = ""
+    """Why rows are left out, as a part of a sentence; empty if none is."""
     failed: str = "with nothing to export"
+    """What it writes of error rows, as a part of a sentence."""
 
 
 _PICTURE = r"[\w@.-]+\.(png|webp|jpg)"

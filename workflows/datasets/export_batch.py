@@ -17,12 +17,6 @@ from wallaroo.workflows.outputs.values import json_line
 def openai_batch(results: Results, sink: Sink, count: Count, options: Options) -> None:
     """Writes `results.jsonl`: a line per request, its body that of the images API or of chat completions.
 
-    Args:
-        results: The rows of the output.
-        sink: Writes the files.
-        count: Counts what is exported and left out.
-        options: Of the export.
-
     Raises:
         InputError: A request asks for an unknown output format.
     """

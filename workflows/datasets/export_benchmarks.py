@@ -1,4 +1,7 @@
-"""Results in the layouts that the evaluators of benchmarks read. Knows nothing of how they score."""
+"""Results in the layouts that the evaluators of benchmarks read. Knows nothing of how they score.
+
+The arguments of each format are described in `export_rows.Exporter`.
+"""
 
 import csv
 import functools
@@ -39,12 +42,6 @@ GRID = 4
 def geneval(results: Results, sink: Sink, count: Count, options: Options) -> None:
     """Writes a folder per prompt, numbered as in the manifest, with the prompt's metadata and its samples.
 
-    Args:
-        results: The rows of the output.
-        sink: Writes the files.
-        count: Counts what is exported and left out.
-        options: Of the export.
-
     Raises:
         InputError: The output has no column `tag`.
     """
@@ -76,12 +73,6 @@ def dpg(results: Results, sink: Sink, count: Count, options: Options) -> None:
 
     The evaluator takes the part of a name before the first dot for the item_id, and skips pictures that it
     cannot look up. So an id that is no item_id is refused.
-
-    Args:
-        results: The rows of the output.
-        sink: Writes the files.
-        count: Counts what is exported and left out.
-        options: Of the export.
 
     Raises:
         InputError: An id is no item_id, or two rows would have one name.
@@ -129,12 +120,6 @@ def _item_id(row: Row) -> str:
 def dpg_single(results: Results, sink: Sink, count: Count, options: Options) -> None:
     """Writes a PNG per sample in the folder of its number, named as DPG-Bench's evaluator looks it up.
 
-    Args:
-        results: The rows of the output.
-        sink: Writes the files.
-        count: Counts what is exported and left out.
-        options: Of the export.
-
     Raises:
         InputError: An id is no item_id, or two rows would have one name.
     """
@@ -148,12 +133,6 @@ def dpg_single(results: Results, sink: Sink, count: Count, options: Options) -> 
 def imgedit(results: Results, sink: Sink, count: Count, options: Options) -> None:
     """Writes a PNG per key, which is the row's id.
 
-    Args:
-        results: The rows of the output.
-        sink: Writes the files.
-        count: Counts what is exported and left out.
-        options: Of the export.
-
     Raises:
         InputError: An id cannot be a file name, or two rows would have one name.
     """
@@ -162,12 +141,6 @@ def imgedit(results: Results, sink: Sink, count: Count, options: Options) -> Non
 
 def wise(results: Results, sink: Sink, count: Count, options: Options) -> None:
     """Writes a PNG per prompt_id of WISE.
-
-    Args:
-        results: The rows of the output.
-        sink: Writes the files.
-        count: Counts what is exported and left out.
-        options: Of the export.
 
     Raises:
         InputError: A row has no numeric prompt_id, or two rows have the same.
@@ -188,12 +161,6 @@ def wise(results: Results, sink: Sink, count: Count, options: Options) -> None:
 
 def t2i_compbench(results: Results, sink: Sink, count: Count, options: Options) -> None:
     """Writes `samples/PROMPT_NUMBER.png`: evaluators read the prompt from the name, and sort by the number.
-
-    Args:
-        results: The rows of the output.
-        sink: Writes the files.
-        count: Counts what is exported and left out.
-        options: Of the export.
 
     Raises:
         InputError: A prompt has an underscore or cannot be a file name.
@@ -220,12 +187,6 @@ LANGUAGE_FOLDERS = {"zh": "cn", "en": "en"}
 
 def gedit(results: Results, sink: Sink, count: Count, options: Options) -> None:
     """Writes `fullset/TASK/LANGUAGE/KEY.png`, and the source picture as `KEY_SRCIMG.png` beside it.
-
-    Args:
-        results: The rows of the output.
-        sink: Writes the files.
-        count: Counts what is exported and left out.
-        options: Of the export.
 
     Raises:
         InputError: A row has no task_type, a name is impossible or given twice, or a source has changed.
@@ -281,14 +242,7 @@ def _png(data: bytes) -> bytes:
 
 
 def vlmevalkit(results: Results, sink: Sink, count: Count, options: Options) -> None:
-    """Writes `predictions.tsv`: the columns of each question, and its answer (sample 0) as `prediction`.
-
-    Args:
-        results: The rows of the output.
-        sink: Writes the file.
-        count: Counts what is exported and left out.
-        options: Of the export; unused, since answers have no pictures.
-    """
+    """Writes `predictions.tsv`: the columns of each question, and its answer (sample 0) as `prediction`."""
     with sink.stream("predictions.tsv") as lines:
         names: list[str] = []
         for row in results.rows(pictures=False):

@@ -5,13 +5,13 @@ Knows nothing of any format.
 
 import io
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.datasets.content_credentials import CredentialSigner
-from wallaroo.workflows.datasets.export_files import MARK, Row, file_stem, place
+from wallaroo.workflows.datasets.export_files import MARK, Results, Row, Sink, file_stem, place
 from wallaroo.workflows.outputs.rows import encode_image
 from wallaroo.workflows.outputs.schema import MIME_TYPES
 from wallaroo.workflows.outputs.values import jsonable
@@ -57,6 +57,23 @@ class Count:
         self.misses += 1
         if len(self.missed) < NAMED_FILES:
             self.missed.append(name)
+
+
+class Exporter(Protocol):
+    """Writes an output in one format."""
+
+    def __call__(self, results: Results, sink: Sink, count: Count, options: Options, /) -> None:
+        """Writes the files of the format.
+
+        Args:
+            results: The rows of the output.
+            sink: Writes the files.
+            count: Counts what is exported and left out.
+            options: Options of the export. Formats of answers, which have no pictures, need none.
+
+        Raises:
+            InputError: The rows lack what the format needs.
+        """
 
 
 # Rows
