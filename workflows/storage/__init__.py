@@ -14,11 +14,7 @@ from wallaroo.workflows.storage.errors import TooLarge, explained, refuses_path
 from wallaroo.workflows.storage.files import (
     delete,
     exists,
-    find_files,
     info,
-    list_files,
-    list_stamps,
-    match_files,
     move,
     open_ranges,
     open_source,
@@ -31,6 +27,7 @@ from wallaroo.workflows.storage.files import (
     write_atomic,
     write_stream,
 )
+from wallaroo.workflows.storage.listing import find_files, list_files, list_stamps, match_files
 from wallaroo.workflows.storage.local import COPY_BYTES, TEMPORARY
 from wallaroo.workflows.storage.paths import FileInfo, absolute_path, is_s3, join, stamp_size
 from wallaroo.workflows.storage.retries import enable_retries, retries_enabled, with_retries
