@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -15,9 +16,9 @@ from wallaroo.workflows.outputs import layout, run_file, run_log, shards
 from wallaroo.workflows.outputs.run_log import MAX_SAMPLES, RunLog, RunRecord
 from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.status import status
+from wallaroo.workflows.reports.tally import Tally
 from wallaroo.workflows.runs.monitor import MAX_DEATHS, check_health
 from wallaroo.workflows.runs.pool import make_pool
-from wallaroo.workflows.runs.stages import ShardCounts
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.text import duration
 
@@ -262,7 +263,7 @@ def test_status_counts_the_rows_of_files_that_are_newer_than_the_heartbeat(outpu
 )
 def test_a_run_ends_at_its_error_rate(rows, errors, limit, stops):
     config = RunConfig("", "", max_error_rate=limit)
-    made = ShardCounts(rows=rows, ok=rows - errors, errors={"engine": errors})
+    made = Tally(rows=rows, ok=rows - errors, errors=Counter(engine=errors))
     if not stops:
         return check_health(config, WatchCounts(), made)
     words = rf"{errors} of {rows} rows are errors \({errors} engine\), more than the --max-error-rate of"
@@ -274,8 +275,8 @@ def test_a_run_ends_with_a_shard_whose_replicas_die_and_teach_nothing():
     deaths = MAX_DEATHS + 1
     counts = WatchCounts(fruitless=deaths, hardest_shard=12, last_death="CUDA error")
     with pytest.raises(InputError, match=f"{deaths} replicas died on shard 12.* 'CUDA error': try fewer"):
-        check_health(RunConfig("", ""), counts, ShardCounts())
-    check_health(RunConfig("", ""), WatchCounts(fruitless=MAX_DEATHS), ShardCounts())
+        check_health(RunConfig("", ""), counts, Tally())
+    check_health(RunConfig("", ""), WatchCounts(fruitless=MAX_DEATHS), Tally())
 
 
 @pytest.mark.parametrize(("replicas", "slots", "window"), [(1, 16, 12), (8, 16, 96), (64, 128, 2560)])

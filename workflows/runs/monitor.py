@@ -13,10 +13,10 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.run_log import S3_RETRIES, RunLog
 from wallaroo.workflows.progress import Progress
+from wallaroo.workflows.reports.tally import Tally
 from wallaroo.workflows.runs.pool import Pool
 from wallaroo.workflows.runs.resume import Remaining
 from wallaroo.workflows.runs.setup import Resolved
-from wallaroo.workflows.runs.stages import ShardCounts
 from wallaroo.workflows.runs.streaming import TICK_SECONDS
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.stopping import Stop
@@ -65,9 +65,10 @@ class Monitor:
         self._pool, self._lock, self._run_log, self._report, self._stop = pool, lock, run_log, report, stop
         self._before = remaining.finished.rows
         self._summaries = remaining.summaries
-        self._total = ShardCounts()
+        self._total = Tally(details=None)
         self._total.add(remaining.finished)
-        self._made = ShardCounts()
+        self._made = Tally(details=None)
+        self._retries = 0
         self._written = 0
         self._arrived = 0
         self._started = time.monotonic()
@@ -112,8 +113,9 @@ class Monitor:
     def _count(self, row: dict[str, Any]) -> None:
         """Counts a shard that came through the pipeline."""
         self._arrived += 1
+        self._retries += row["retries"]
         if row["tally"]:
-            tally = ShardCounts(**json.loads(row["tally"]))
+            tally = Tally.from_values(json.loads(row["tally"]))
             self._made.add(tally)
             self._total.add(tally)
             self._written += tally.refused < tally.rows
@@ -131,7 +133,7 @@ class Monitor:
         if self._first_replica is None and counts.replicas:
             self._first_replica = time.monotonic() - self._started
         in_flight = counts.held + max(0, counts.finished - self._written)
-        self._made.retries += storage.take_retries()
+        self._retries += storage.take_retries()
         self._show(counts, in_flight)
         self._record(counts)
         check_health(self._config, counts, self._made)
@@ -169,7 +171,7 @@ class Monitor:
 
     def _record(self, counts: WatchCounts) -> None:
         """Writes the progress to the record of the run."""
-        retried = {"replicas that died": counts.deaths, S3_RETRIES: self._made.retries}
+        retried = {"replicas that died": counts.deaths, S3_RETRIES: self._retries}
         waited = self._first_replica
         self._run_log.update(
             rows=self._plan.rows,
@@ -206,7 +208,7 @@ def waiting_for(config: RunConfig, pool: Pool, seconds: float) -> str:
     return f"waiting for the model: {min(up, pool.size)} of {pool.size} GPUs up, {duration(seconds)}"
 
 
-def check_health(config: RunConfig, counts: WatchCounts, made: ShardCounts) -> None:
+def check_health(config: RunConfig, counts: WatchCounts, made: Tally) -> None:
     """Ends a run that should not continue.
 
     Args:

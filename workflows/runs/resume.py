@@ -11,7 +11,8 @@ from wallaroo.workflows.outputs.layout import SUCCESS_FILE, shard_path, unreadab
 from wallaroo.workflows.outputs.shards import map_shards
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.reports.summaries import Summaries
-from wallaroo.workflows.runs.stages import ShardCounts, retriable_rows
+from wallaroo.workflows.reports.tally import Tally
+from wallaroo.workflows.runs.stages import retriable_rows
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Remaining:
     """Numbers of the shards, ascending."""
     retried: frozenset[int]
     """Numbers of the finished ones among them, whose error rows are retried."""
-    finished: ShardCounts
+    finished: Tally
     """Counts of the rows that stay."""
     summaries: Summaries
     """Summaries of the output, which take in what is written."""
@@ -45,10 +46,10 @@ def find_remaining(output: str, plan: Plan, retry_errors: bool = False) -> Remai
         What is left to make.
     """
     summaries = Summaries(output, plan.parts)
-    finished, failed = ShardCounts(), []
+    finished, failed = Tally(details=None), []
     for part in plan.parts:
         tally = summaries.of_part(part, details=False)
-        finished.add(ShardCounts.of(tally))
+        finished.add(tally)
         if retry_errors and tally.errors:
             shards = summaries.of_shards(part, whole=False)
             failed += [shard for shard, found in shards if found.tally.errors]
@@ -63,7 +64,7 @@ def find_remaining(output: str, plan: Plan, retry_errors: bool = False) -> Remai
         if kinds:
             retried.append(shard)
             finished.rows -= sum(kinds.values())
-            finished.errors = dict(Counter(finished.errors) - Counter(kinds))
+            finished.errors -= Counter(kinds)
     if retried:
         storage.delete(storage.join(output, SUCCESS_FILE))
     return Remaining(sorted(missing + retried), frozenset(retried), finished, summaries)

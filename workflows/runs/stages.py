@@ -5,7 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.shards import open_shard, write_shard
 from wallaroo.workflows.outputs.values import digest
 from wallaroo.workflows.plans.plan import Place, read_shard
-from wallaroo.workflows.reports import tally as row_tally
 from wallaroo.workflows.reports.tally import tally_of_table
 from wallaroo.workflows.runs.requests import load_requests
 from wallaroo.workflows.sources.references import SourceOptions
@@ -205,11 +204,12 @@ def write(
         watch: Handle of the run's `actors.watch.Watch`, or None.
 
     Returns:
-        `shard`; `tally`, a ShardCounts as JSON, for the driver; `stamp` of the file and `summary`, a
-        ShardTally as JSON, for the summaries. All but `shard` are empty if the shard was left to a later run.
+        `shard`; `retries`, how often requests to a storage were retried for it; `tally`, the Tally of
+        `result` without details as JSON, for the driver; `stamp` of the file and `summary`, its ShardTally
+        as JSON, for the summaries. The last three are empty if the shard was left to a later run.
     """
     if not row["result"]:
-        return {"shard": row["shard"], "tally": "", "stamp": "", "summary": ""}
+        return {"shard": row["shard"], "retries": row["retries"], "tally": "", "stamp": "", "summary": ""}
     storage.enable_retries()
     table, shard = from_ipc(row["result"]), row["shard"]
     started = time.perf_counter()
@@ -219,17 +219,17 @@ def write(
     stamp = write_shard(output, shard, whole, summary)
     if watch is not None:
         watch.note_written.remote(shard)
-    tally = ShardCounts.of((found if whole is table else tally_of_table(table, shard)).tally)
+    tally = (found if whole is table else tally_of_table(table, shard)).tally
     task = table.column("task")[0].as_py()
     metrics.count("wallaroo_write_seconds_total", time.perf_counter() - started, task=task)
     metrics.count("wallaroo_written_bytes_total", storage.stamp_size(stamp), task=task)
     metrics.count("wallaroo_rows_total", tally.rows, task=task)
     for kind, number in tally.errors.items():
         metrics.count("wallaroo_errors_total", number, task=task, kind=kind)
-    tally.retries = row["retries"] + storage.take_retries()
     return {
-        "shard": row["shard"],
-        "tally": json.dumps(dataclasses.asdict(tally)),
+        "shard": shard,
+        "retries": row["retries"] + storage.take_retries(),
+        "tally": json.dumps(dataclasses.replace(tally, details=None).to_values()),
         "stamp": stamp,
         "summary": summary.decode(),
     }
@@ -259,38 +259,6 @@ def refuse_and_write(
     """
     table = build_result_table(from_ipc(row["plan"]), [], context.run, Producer(), context.schema)
     return write({"shard": row["shard"], "retries": row["retries"], "result": to_ipc(table)})
-
-
-@dataclass
-class ShardCounts:
-    """Counts of the rows of one or many written shards."""
-
-    rows: int = 0
-    """All rows."""
-    ok: int = 0
-    """Rows with a result."""
-    refused: int = 0
-    """Rows that the plan refused."""
-    errors: dict[str, int] = field(default_factory=dict)
-    """Kind of error -> rows."""
-    environments: list[str] = field(default_factory=list)
-    """Digests of the environments that made the rows."""
-    retries: int = 0
-    """Requests to a storage that were retried for the rows."""
-
-    @classmethod
-    def of(cls, found: row_tally.Tally) -> "ShardCounts":
-        """Takes the counts from a tally of rows."""
-        return cls(found.rows, found.ok, found.refused, dict(found.errors), sorted(found.environments))
-
-    def add(self, other: "ShardCounts") -> None:
-        """Adds the counts of another shard."""
-        self.rows += other.rows
-        self.ok += other.ok
-        self.refused += other.refused
-        self.errors = dict(Counter(self.errors) + Counter(other.errors))
-        self.environments = sorted({*self.environments, *other.environments})
-        self.retries += other.retries
 
 
 def retriable_rows(output: str, shard: int) -> dict[str, int]:
