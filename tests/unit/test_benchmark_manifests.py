@@ -18,7 +18,6 @@ from wallaroo.workflows.manifests import csv_rows, text_files
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
-from wallaroo.workflows.manifests.types import ManifestFile, Piece, Scan
 from wallaroo.workflows.plans.columns import check_columns
 from wallaroo.workflows.plans.rows import plan_rows
 from wallaroo.workflows.plans.settings import PlanSettings
@@ -38,14 +37,13 @@ def planned(path, task, **options):
     files = discover(str(path), task, settings.image_column).files
     columns, pieces, rows = Columns(), [], []
     for number, file in enumerate(files):
-        file = ManifestFile(**json.loads(json.dumps(file.to_values())))
-        found = Scan.from_json(scan(file).to_json(), file)
+        found = scan(file)
         columns.add(number, file.path, found)
         pieces += found.pieces
     schema = columns.schema()
     warnings = check_columns(schema, settings)
     for piece in pieces:
-        for batch in read(Piece.from_json(piece.to_json()), schema):
+        for batch in read(piece, schema):
             numbers = range(batch.first_row, batch.first_row + batch.table.num_rows)
             rows += plan_rows(
                 batch.table,

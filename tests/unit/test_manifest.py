@@ -14,7 +14,6 @@ from wallaroo.workflows.manifests import parquet_files, text_files
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
-from wallaroo.workflows.manifests.types import Piece, Scan
 from wallaroo.workflows.manifests.where import Filter
 from wallaroo.workflows.outputs.schema import json_columns
 
@@ -24,13 +23,13 @@ def load(path, columns=None):
     found, pieces = Columns(), []
     files = discover(str(path)).files
     for number, file in enumerate(files):
-        seen = Scan.from_json(scan(file).to_json(), file)
+        seen = scan(file)
         found.add(number, file.path, seen)
         pieces += seen.pieces
     schema = found.schema()
     rows, faults = [], {}
     for piece in pieces:
-        for batch in read(Piece.from_json(piece.to_json()), schema, columns):
+        for batch in read(piece, schema, columns):
             batch.table.validate(full=True)
             if columns is None:
                 assert batch.table.schema.equals(schema, check_metadata=True)

@@ -15,7 +15,7 @@ from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.listing import in_words, list_pictures
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
-from wallaroo.workflows.manifests.types import Manifest, ManifestFile, Piece, Scan
+from wallaroo.workflows.manifests.types import Manifest
 from wallaroo.workflows.plans.columns import check_columns
 from wallaroo.workflows.plans.passes import ScannedManifest
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
@@ -43,13 +43,12 @@ def rows_of(path, task="generate", **options):
     manifest = discover(str(path), task, **options)
     columns, pieces, rows = Columns(), [], []
     for number, file in enumerate(manifest.files):
-        file = ManifestFile(**json.loads(json.dumps(file.to_values())))
-        seen = Scan.from_json(scan(file).to_json(), file)
+        seen = scan(file)
         columns.add(number, file.path, seen)
         pieces += seen.pieces
     schema = columns.schema()
     for piece in pieces:
-        for batch in read(Piece.from_json(piece.to_json()), schema):
+        for batch in read(piece, schema):
             assert not batch.faults
             rows += batch.table.to_pylist()
     return rows

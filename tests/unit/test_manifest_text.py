@@ -17,7 +17,6 @@ from wallaroo.workflows.manifests import streams, text_files
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
-from wallaroo.workflows.manifests.types import Piece, Scan
 
 ROWS = [{"id": str(n), "prompt": f'a "cat", {n}\n猫'} for n in range(5)]
 
@@ -26,12 +25,12 @@ def load(path, task="generate"):
     """Rows and faults (by number) of a manifest."""
     columns, pieces, rows, faults = Columns(), [], [], {}
     for number, file in enumerate(discover(str(path), task).files):
-        seen = Scan.from_json(scan(file).to_json(), file)
+        seen = scan(file)
         columns.add(number, file.path, seen)
         pieces += seen.pieces
     schema = columns.schema()
     for piece in pieces:
-        for batch in read(Piece.from_json(piece.to_json()), schema):
+        for batch in read(piece, schema):
             rows += batch.table.to_pylist()
             faults |= batch.faults
     return rows, faults

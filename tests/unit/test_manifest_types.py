@@ -18,7 +18,6 @@ from wallaroo.workflows.manifests.column_types import joined_type, plain_type
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
-from wallaroo.workflows.manifests.types import Scan
 from wallaroo.workflows.manifests.where import Filter
 from wallaroo.workflows.outputs.schema import json_columns, result_schema
 from wallaroo.workflows.plans.columns import carried_schema
@@ -30,7 +29,7 @@ def load(path, task="generate"):
     """Schema and rows of a manifest."""
     columns, pieces, rows = Columns(), [], []
     for number, file in enumerate(discover(str(path), task).files):
-        seen = Scan.from_json(scan(file).to_json(), file)
+        seen = scan(file)
         columns.add(number, file.path, seen)
         pieces += seen.pieces
     schema = columns.schema()

@@ -12,8 +12,8 @@ from wallaroo.model.config import ModelConfig
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.plans.checks import check_same
+from wallaroo.workflows.plans.counts import _repeated
 from wallaroo.workflows.plans.layout import shard_rows
-from wallaroo.workflows.plans.passes import _repeated
 from wallaroo.workflows.plans.plan import Plan, PlanPart, Round, read_plan, read_shard
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.settings import RunConfig

@@ -62,7 +62,7 @@ class Columns:
     """Builds one Arrow schema for all files of a manifest, whatever the order in which they are scanned."""
 
     def __init__(self) -> None:
-        self.files: dict[str, tuple[int, str, Scan]] = {}
+        self.files: dict[bytes, tuple[int, str, Scan]] = {}
 
     def add(self, number: int, path: str, found: Scan) -> None:
         """Adds the columns of a file. Of files with equal columns only the first is kept.
@@ -73,7 +73,8 @@ class Columns:
             found: Its scan.
         """
         columns = Scan([], found.schema, found.kinds)
-        key = columns.to_json()
+        kinds = [(name, sorted(seen)) for name, seen in found.kinds.items()]
+        key = repr(kinds).encode() if found.schema is None else found.schema.serialize().to_pybytes()
         if key not in self.files or number < self.files[key][0]:
             self.files[key] = (number, path, columns)
 

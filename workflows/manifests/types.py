@@ -61,10 +61,6 @@ class ManifestFile:
     partition: tuple[tuple[str, str | None, str], ...] = ()
     """Columns whose values stand in the names of folders: name, value as text, Arrow type."""
 
-    def __post_init__(self) -> None:
-        # JSON has no tuples.
-        object.__setattr__(self, "partition", tuple(map(tuple, self.partition)))
-
     def to_values(self) -> dict[str, Any]:
         """Converts to plain JSON values.
 
@@ -116,12 +112,6 @@ class Piece:
         """Encodes the piece as JSON text."""
         return json.dumps(dataclasses.asdict(self) | {"file": self.file.to_values()})
 
-    @classmethod
-    def from_json(cls, text: str) -> "Piece":
-        """Decodes what `to_json` gave."""
-        values = json.loads(text)
-        return cls(**values | {"file": ManifestFile(**values["file"]), "header": tuple(values["header"])})
-
 
 @dataclass(frozen=True)
 class Scan:
@@ -133,36 +123,6 @@ class Scan:
     """Schema of a file whose columns have types; None for text files."""
     kinds: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     """Column -> kinds of values in it, for text files."""
-
-    def to_json(self) -> str:
-        """Encodes the scan as JSON text, without the file, which the receiver has."""
-        return json.dumps(
-            {
-                "pieces": [[piece.first_row, piece.rows, piece.start, piece.stop] for piece in self.pieces],
-                "header": self.pieces[0].header if self.pieces else (),
-                "schema": encode_schema(self.schema) if self.schema is not None else None,
-                "kinds": [[name, sorted(kinds)] for name, kinds in self.kinds.items()],
-            }
-        )
-
-    @classmethod
-    def from_json(cls, text: str, file: ManifestFile) -> "Scan":
-        """Decodes what `to_json` gave.
-
-        Args:
-            text: JSON text.
-            file: The scanned file.
-
-        Returns:
-            The scan.
-        """
-        values = json.loads(text)
-        header = tuple(values["header"])
-        return cls(
-            [Piece(file, first, rows, start, stop, header) for first, rows, start, stop in values["pieces"]],
-            decode_schema(values["schema"]) if values["schema"] else None,
-            {name: set(kinds) for name, kinds in values["kinds"]},
-        )
 
 
 def encode_schema(schema: pa.Schema) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +14,10 @@ import pyarrow.compute as pc
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.manifests.types import (
-    decode_schema,
-)
+from wallaroo.workflows.manifests.types import encode_schema
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER, part_name
 from wallaroo.workflows.plans.layout import split_into_shards, write_shards
-from wallaroo.workflows.plans.passes import considered_rows
+from wallaroo.workflows.plans.passes import PieceRows
 from wallaroo.workflows.plans.rows import plan_rows, sample_counts
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.storage.checkpoints import Checkpoint, read_checkpoint
@@ -28,15 +26,56 @@ PLANNED_ROWS = 16_384
 """Planned rows that a task holds at most, but for the samples of one row."""
 
 
+class PieceWork(NamedTuple):
+    """What a part plans of a piece."""
+
+    source: PieceRows
+    """The rows of the piece that give planned rows."""
+    duplicates: list[int]
+    """Rows in the piece that repeat an id."""
+    versions: dict[int, int]
+    """Row in the piece -> version, for rows that are not the first of their id."""
+    skip: int
+    """Planned rows of the piece that belong to earlier parts."""
+    take: int
+    """Planned rows of the piece that belong to this part."""
+
+    def identity(self) -> dict[str, Any]:
+        """Returns JSON values that tell it from any other work. Names of files depend on them."""
+        piece, bits = self.source.piece.to_json(), base64.b64encode(self.source.bits).decode()
+        return {"piece": piece, "bits": bits} | {name: getattr(self, name) for name in self._fields[1:]}
+
+
+class PartWork(NamedTuple):
+    """A part to plan."""
+
+    part: int
+    """Number of the part."""
+    first_row_id: int
+    """Number of its first planned row."""
+    first_shard: int
+    """Number of its first shard."""
+    rows: int
+    """Number of its planned rows."""
+    pieces: list[PieceWork]
+    """What it plans of each piece, in order."""
+
+    def file_name(self, schema: pa.Schema, settings: PlanSettings, model_digest: str, shard_rows: int) -> str:
+        """Names the file of the part by all that its rows depend on. The arguments are those of its run."""
+        work = json.dumps([one.identity() for one in self.pieces])
+        place = [self.first_row_id, self.first_shard, shard_rows]
+        text = json.dumps([work, *place, encode_schema(schema), settings.meaning(), model_digest])
+        return f"{part_name(self.part)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.parquet"
+
+
 def write_part(
-    row: dict[str, Any], schema: str, settings: PlanSettings, model: str, output: str | None, shard_rows: int
+    part: PartWork, schema: pa.Schema, settings: PlanSettings, model: str, output: str | None, shard_rows: int
 ) -> dict[str, Any]:
     """Plans the rows of a part and writes its Parquet file, a row group a shard.
 
     Args:
-        row: `index`, `first_row_id`, `first_shard` and `rows` of the part, and its `work` as JSON text: the
-            pieces to read, with the rows to take of each.
-        schema: Schema of the manifest, encoded.
+        part: The part.
+        schema: Schema of the manifest.
         settings: Settings of the run.
         model: Folder of the checkpoint, local or on S3.
         output: Folder of the run; None to count only.
@@ -61,32 +100,27 @@ def write_part(
             sizes.update(f"{width}x{height}" for width, height in zip(widths, heights, strict=True))
             yield table
 
-    inputs = [row["work"], row["first_row_id"], row["first_shard"], shard_rows, schema, settings.meaning()]
-    name = hashlib.sha256(json.dumps([*inputs, read_checkpoint(model).digest]).encode()).hexdigest()[:16]
-    file = f"{part_name(row['index'])}-{name}.parquet"
-    tables = counted(_planned(json.loads(row["work"]), schema, settings, read_checkpoint(model)))
-    shards = split_into_shards(tables, row["first_row_id"], row["first_shard"], shard_rows)
+    checkpoint = read_checkpoint(model)
+    file = part.file_name(schema, settings, checkpoint.digest, shard_rows)
+    tables = counted(_planned(part.pieces, schema, settings, checkpoint))
+    shards = split_into_shards(tables, part.first_row_id, part.first_shard, shard_rows)
     if output is None:
         rows = sum(table.num_rows for table in shards)
     else:
         rows = write_shards(storage.join(output, PLAN_FOLDER, file), shards)
-    if rows != row["rows"]:
+    if rows != part.rows:
         raise InputError("The manifest changed while it was read: start again when it is complete.")
     return {"file": file, "error_rows": errors.total(), "errors": dict(errors), "sizes": dict(sizes)}
 
 
 def _planned(
-    work: list[dict[str, Any]], schema: str, settings: PlanSettings, checkpoint: Checkpoint
+    work: list[PieceWork], schema: pa.Schema, settings: PlanSettings, checkpoint: Checkpoint
 ) -> Iterator[pa.Table]:
     """Plans the rows of some pieces, in order. Each table numbers its rows from 0."""
-    names = set(decode_schema(schema).names)
-    for one in work:
-        skip, take = one["skip"], one["take"]
-        bits = {"piece": one["piece"], "bits": base64.b64decode(one["bits"])}
-        for rows in considered_rows(bits, schema, names):
-            duplicates = {rows.piece.first_row + row for row in one["duplicates"]}
-            # JSON made text of the numbers.
-            versions = {rows.piece.first_row + int(row): n for row, n in one["versions"].items()}
+    for source, repeating, later, skip, take in work:
+        for rows in source.read(schema, set(schema.names)):
+            duplicates = {rows.piece.first_row + row for row in repeating}
+            versions = {rows.piece.first_row + row: version for row, version in later.items()}
             counts = sample_counts(rows.table, settings, rows.numbers, rows.faults, duplicates)
             for start, stop in _few(counts):
                 given = int(counts[start:stop].sum())

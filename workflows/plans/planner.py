@@ -1,25 +1,22 @@
 """Planning: manifest -> plan, in three passes, before any GPU time is spent."""
 
-import base64
 import dataclasses
 import json
 import secrets
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.listing import list_pictures
-from wallaroo.workflows.manifests.types import (
-    Manifest,
-    decode_schema,
-    encode_schema,
-)
+from wallaroo.workflows.manifests.types import Manifest, encode_schema
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER
 from wallaroo.workflows.plans.checks import check_same, refuse_inside
 from wallaroo.workflows.plans.columns import carried_schema, check_columns
+from wallaroo.workflows.plans.counts import RowCounts, counted
 from wallaroo.workflows.plans.increments import (
     PAIR,
     PlannedPairs,
@@ -31,17 +28,8 @@ from wallaroo.workflows.plans.increments import (
     write_pictures,
     write_planned,
 )
-from wallaroo.workflows.plans.parts import folder_of, write_part
-from wallaroo.workflows.plans.passes import (
-    RowCounts,
-    ScannedManifest,
-    considered_rows,
-    counted,
-    each,
-    ids_of,
-    pack_bits,
-    selected_rows,
-)
+from wallaroo.workflows.plans.parts import PartWork, PieceWork, folder_of, write_part
+from wallaroo.workflows.plans.passes import PieceRows, ScannedManifest, each, ids_of, pack_bits, selected_rows
 from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_plan
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.settings import OptionError
@@ -268,7 +256,7 @@ class _Planner:
         before = [part for part in plan.parts if part.round < number]
         done = [part for part in plan.parts if part.round == number]
         constants = {
-            "schema": encode_schema(self.source.schema),
+            "schema": self.source.schema,
             "settings": self.settings,
             "model": self.model,
             "output": self.output,
@@ -277,29 +265,29 @@ class _Planner:
         first_row_id, first_shard = sum(part.rows for part in before), before[-1].end if before else 0
         first_part = before[-1].part + 1 if before else 0
         step = PART_SHARDS * now.shard_rows
-        items: list[dict[str, Any]] = []
+        items = {}
         for start in range(len(done) * step, rows, step):
             stop = min(start + step, rows)
-            work = self._work(selected, counts, ends, start, stop)
-            items.append(
-                {
-                    "index": first_part + start // step,
-                    "first_row_id": first_row_id + start,
-                    "first_shard": first_shard + start // now.shard_rows,
-                    "rows": stop - start,
-                    "work": json.dumps(work),
-                }
+            index = first_part + start // step
+            items[index] = PartWork(
+                index,
+                first_row_id + start,
+                first_shard + start // now.shard_rows,
+                stop - start,
+                self._work(selected, counts, ends, start, stop),
             )
         waiting: dict[int, PlanPart] = {}
         parts = [*before, *done]
-        for index, answer, _ in each(items, write_part, **constants):
-            item = items[index - first_part - len(done)]
+        for index, answer in each(items, write_part, **constants):
+            item = items[index]
             waiting[index] = PlanPart(
                 part=index,
                 round=number,
-                complete=item["first_row_id"] + item["rows"] == first_row_id + rows,
-                **{name: item[name] for name in ("first_row_id", "first_shard", "rows")},
-                shards=-(-item["rows"] // now.shard_rows),
+                complete=item.first_row_id + item.rows == first_row_id + rows,
+                first_row_id=item.first_row_id,
+                first_shard=item.first_shard,
+                rows=item.rows,
+                shards=-(-item.rows // now.shard_rows),
                 shard_rows=now.shard_rows,
                 **answer,
             )
@@ -311,7 +299,7 @@ class _Planner:
 
     def _work(
         self, selected: np.ndarray, counts: RowCounts, ends: np.ndarray, start: int, stop: int
-    ) -> list[dict[str, Any]]:
+    ) -> list[PieceWork]:
         """Finds the pieces of the planned rows [start, stop) of a round, and the rows to skip in each."""
         first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop)
         work = []
@@ -321,14 +309,13 @@ class _Planner:
                 bits = selected[self.source.slice(index)].copy()
                 bits[counts.joined.get(index, [])] = False
                 work.append(
-                    {
-                        "piece": self.source.pieces[index].to_json(),
-                        "bits": base64.b64encode(pack_bits(bits)).decode(),
-                        "duplicates": sorted(counts.duplicates.get(index, ())),
-                        "versions": self._versions(index),
-                        "skip": max(0, start - begin),
-                        "take": min(stop, int(ends[index])) - max(start, begin),
-                    }
+                    PieceWork(
+                        PieceRows(self.source.pieces[index], pack_bits(bits)),
+                        sorted(counts.duplicates.get(index, ())),
+                        self._versions(index),
+                        skip=max(0, start - begin),
+                        take=min(stop, int(ends[index])) - max(start, begin),
+                    )
                 )
         return work
 
@@ -415,24 +402,24 @@ class _Increment(_Planner):
         pairs = np.empty(self.source.rows, PAIR)
         every = np.ones(self.source.rows, bool)
         constants = {
-            "schema": encode_schema(self.source.schema),
+            "schema": self.source.schema,
             "settings": self.settings,
             "when": secrets.token_hex(8),
         }
-        for index, _, data in each(self.source.items(every), _pair, **constants):
-            pairs[self.source.slice(index)] = np.frombuffer(data, PAIR)
+        for index, found in each(self.source.items(every), _pair, **constants):
+            pairs[self.source.slice(index)] = found
         return pairs
 
 
-def _pair(row: dict[str, Any], schema: str, settings: PlanSettings, when: str) -> dict[str, Any]:
+def _pair(source: PieceRows, schema: pa.Schema, settings: PlanSettings, when: str) -> np.ndarray:
     """PAIR of all rows of a piece."""
     found = []
-    column = column_names(decode_schema(schema), settings)["id"]
-    for rows in considered_rows(row, schema, set(decode_schema(schema).names)):
+    column = column_names(schema, settings)["id"]
+    for rows in source.read(schema, set(schema.names)):
         faults = [rows.faults.get(number, "") for number in rows.numbers]
         folder = folder_of(rows.piece.file.path)
         found.append(row_pairs(rows.table, ids_of(rows, column), settings, folder, faults, when))
-    return {"data": np.concatenate(found).tobytes()}
+    return np.concatenate(found)
 
 
 def _joined_in_words(counts: RowCounts) -> list[str]:
