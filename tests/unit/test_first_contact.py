@@ -290,3 +290,33 @@ def test_another_encoding_says_how_to_save_the_file():
         "Row 0 of m.csv is not valid UTF-8 in column 'prompt'; save the file as UTF-8.",
         "Row 1 of m.csv is not valid CSV (x); correct it.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "code", "words"),
+    [
+        (None, [], 1, "there is no such file or folder"),
+        ("", [], 1, "gives nothing to do, it has no rows"),
+        ('{"promt": "a cat"}\n', [], 1, "no column 'prompt'; did you mean 'promt'?"),
+        ('{"prompt": "a cat"}\n', ["--where", "promt = 'x'"], 2, 'column "promt" not found'),
+        ('{"prompt": "a cat"}\n', ["--where", "prompt ="], 2, "which DuckDB refuses (Parser Error"),
+        ('{"prompt": "a cat"}\n', ["--width", "7", "--height", "7"], 2, "width is 7, but must be"),
+        ('{"prompt": "a cat"}\n', ["theirs"], 1, "it holds notes.txt; give a new or an empty folder"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused_before_ray_starts(
+    tmp_path, monkeypatch, capsys, text, options, code, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.txt").write_text("mine")
+    if text is not None:
+        (tmp_path / "m.jsonl").write_text(text)
+    # No Ray is at this address, so a connection would end in another sentence.
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["plan", "generate", "m.jsonl", *options])
+    out, err = capsys.readouterr()
+    assert (left.value.code, out) == (code, "")
+    assert words in err
+    assert "onnecting to Ray" not in err

@@ -13,7 +13,8 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.listing import in_words
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
-from wallaroo.workflows.manifests.types import Manifest, Piece
+from wallaroo.workflows.manifests.streams import is_compressed
+from wallaroo.workflows.manifests.types import Manifest, Piece, Scan
 from wallaroo.workflows.manifests.where import Filter
 from wallaroo.workflows.plans.increments import joined_schema
 from wallaroo.workflows.plans.plan import Round
@@ -24,6 +25,11 @@ MAX_BLOCKS = 256
 """Most Ray tasks of one pass."""
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+QUICK_FILES = 16
+"""Most files of a manifest that is scanned without Ray."""
+QUICK_BYTES = 4 << 20
+"""Most bytes of their text. Of Parquet files only the footers are read."""
+_TABLES = frozenset(("parquet", "csv", "tsv", "jsonl", "json", "lines"))
 
 
 def each(
@@ -111,10 +117,29 @@ class ScannedManifest:
     def _scanned(self) -> tuple[list[Piece], pa.Schema]:
         files = self.manifest.files
         columns, pieces = Columns(), {}
-        for index, found in each(dict(enumerate(files)), scan):
+        for index, found in self._scans():
             columns.add(index, files[index].path, found)
             pieces[index] = found.pieces
         return [piece for index in range(len(files)) for piece in pieces[index]], columns.schema()
+
+    def _scans(self) -> Iterator[tuple[int, Scan]]:
+        """Number of a file, and what was found in it; in any order."""
+        files = self.manifest.files
+        if self.quick:
+            yield from enumerate(map(scan, files))
+        else:
+            yield from each(dict(enumerate(files)), scan)
+
+    @property
+    def quick(self) -> bool:
+        """Whether the files are so few and small that this process scans them sooner than Ray starts."""
+        files = self.manifest.files
+        text = sum(file.size for file in files if file.format != "parquet")
+        return (
+            len(files) <= QUICK_FILES
+            and text <= QUICK_BYTES
+            and all(file.format in _TABLES and not is_compressed(file) for file in files)
+        )
 
     @property
     def pieces(self) -> list[Piece]:
@@ -246,7 +271,7 @@ def selected_rows(source: ScannedManifest, settings: PlanSettings) -> np.ndarray
     """
     selected = np.ones(source.rows, bool)
     if settings.where is not None:
-        Filter(settings.where, source.schema)  # refuses a wrong expression before any task starts
+        Filter(settings.where, source.schema)  # refuses a wrong expression before any row is read
         pieces = {index: source.pieces[index] for index in source.items(selected)}
         for index, bits in each(pieces, _match, schema=source.schema, where=settings.where):
             selected[source.slice(index)] = unpack_bits(bits, source.pieces[index].rows)

@@ -13,6 +13,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.listing import list_pictures
 from wallaroo.workflows.manifests.types import Manifest, encode_schema
+from wallaroo.workflows.manifests.where import Filter
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER
 from wallaroo.workflows.plans.checks import check_same, refuse_inside
 from wallaroo.workflows.plans.columns import carried_schema, check_columns
@@ -105,8 +106,39 @@ def is_complete(plan: Plan, found: Manifest, settings: PlanSettings) -> bool:
     return bool(taken[: settings.limit].all())
 
 
+def scan_early(plan: Plan, found: Manifest, settings: PlanSettings) -> ScannedManifest:
+    """Scans a small manifest before Ray starts, and refuses it if its columns or their lack require that.
+
+    Args:
+        plan: The plan so far.
+        found: The manifest.
+        settings: What the plan depends on.
+
+    Returns:
+        The manifest for `extend_plan`. A large one is scanned by that, in Ray tasks.
+
+    Raises:
+        InputError: A file cannot be read, a column that the task needs is missing, or there is no row.
+        OptionError: `where` does not fit the columns.
+    """
+    source = ScannedManifest(found)
+    if source.quick and not settings.incremental:
+        if source.rows:
+            check_columns(source.schema, settings)
+        if settings.where is not None:
+            Filter(settings.where, source.schema)
+        if not source.rows and not plan.parts:
+            raise _nothing_to_do(found.path, "has no rows")
+    return source
+
+
 def extend_plan(
-    plan: Plan, found: Manifest, settings: PlanSettings, model: str, output: str | None = None
+    plan: Plan,
+    found: Manifest,
+    settings: PlanSettings,
+    model: str,
+    output: str | None = None,
+    source: ScannedManifest | None = None,
 ) -> Plan:
     """Plans the rows that a plan from `open_plan` lacks. Ray must be connected.
 
@@ -116,6 +148,7 @@ def extend_plan(
         settings: What the plan depends on.
         model: Folder of the checkpoint, local or on S3.
         output: Folder of the run; None to count only and write nothing.
+        source: The manifest from `scan_early`; None to scan it here.
 
     Returns:
         The whole plan.
@@ -126,7 +159,7 @@ def extend_plan(
     """
     if settings.incremental:
         return _make_increment(plan, found, settings, model, output)
-    source = ScannedManifest(found)
+    source = source or ScannedManifest(found)
     while not is_complete(plan, found, settings):
         try:
             return _Planner(source, settings, model, output).extended(plan)
@@ -164,7 +197,7 @@ def _make_increment(
                 continue
         if added is None:
             if not plan.parts:
-                raise InputError(f"The manifest {found.path} has no rows: correct it.")
+                raise _nothing_to_do(found.path, "has no rows")
             return plan
         plan = added
 
@@ -215,7 +248,7 @@ class _Planner:
             why = "has no rows"
             if source.rows:
                 why = f"has no row that matches --where '{self.settings.where}'"
-            raise InputError(f"The manifest {source.manifest.path} {why}: correct it.")
+            raise _nothing_to_do(source.manifest.path, why)
         return plan
 
     def _with_round(self, plan: Plan, selected: np.ndarray, old: Round | None = None) -> Plan:
@@ -427,6 +460,10 @@ def _joined_in_words(counts: RowCounts) -> list[str]:
     if not joined:
         return []
     return [f"Rows with the id and prompt of an earlier row are joined with it: {joined:,}."]
+
+
+def _nothing_to_do(path: str, why: str) -> InputError:
+    return InputError(f"The manifest {path} {why}: correct it.")
 
 
 def _changed(path: str) -> InputError:

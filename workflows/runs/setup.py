@@ -26,7 +26,7 @@ from wallaroo.workflows.outputs.values import digest
 from wallaroo.workflows.plans.checks import refuse_inside
 from wallaroo.workflows.plans.finished import finished
 from wallaroo.workflows.plans.plan import Plan
-from wallaroo.workflows.plans.planner import extend_plan, is_complete, make_plan, open_plan
+from wallaroo.workflows.plans.planner import extend_plan, is_complete, make_plan, open_plan, scan_early
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.progress import Progress, RunSummary
 from wallaroo.workflows.runs.stages import StageContext
@@ -146,9 +146,11 @@ def with_plan(
     found = discover(config.manifest, config.task, config.image_column)
     plan = open_plan(found, settings, model_digest, output)
     if not is_complete(plan, found, settings):
+        with storage.retries_enabled():
+            source = scan_early(plan, found, settings)
         connect(config, stack, report, stop)
         report(Progress(waiting="planning"))
-        plan = extend_plan(plan, found, settings, config.model, output)
+        plan = extend_plan(plan, found, settings, config.model, output, source)
         for warning in plan.warnings:
             log.warning(warning)
     if output and run is None:
