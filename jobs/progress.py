@@ -80,6 +80,7 @@ class Display:
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         self._phase = ""
+        self._stopping = False
 
     def __enter__(self) -> "Display":
         if self._stream.isatty():
@@ -116,6 +117,7 @@ class Display:
             self._bar.update(
                 self._task, total=progress.rows or None, completed=progress.done, description=text
             )
-        elif now - self._last_line >= LINE_SECONDS:
+        elif now - self._last_line >= LINE_SECONDS or (progress.stopping and not self._stopping):
             self._last_line = now
+            self._stopping = progress.stopping
             print(text, file=self._stream, flush=True)

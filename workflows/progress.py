@@ -22,6 +22,8 @@ class Progress:
     """What the run waits for (`waiting for 1 GPU: 0 of 4 up, 3 min`), or empty."""
     phase: str = ""
     """The present pass of a command that passes over the rows several times (`comparing`), or empty."""
+    stopping: bool = False
+    """Whether the run drains its shards in flight, which whoever waits should know at once."""
     seconds: float = 0.0
     """Seconds since the command or its present phase began; 0 if whoever shows the progress measures them."""
 

@@ -62,9 +62,17 @@ class Stop:
         """Seconds of the drain timeout that are left after a request."""
         return max(0.0, self._grace - (time.monotonic() - self._asked))
 
-    def stopped(self) -> RunStopped:
-        """What to raise."""
-        return RunStopped(f"stopped by {self.why}. {self._kept}; re-run the same command to resume.")
+    def stopped(self, counts: str = "") -> RunStopped:
+        """What to raise.
+
+        Args:
+            counts: How much is kept, in words; empty if that is not known.
+
+        Returns:
+            The exception, with a message for people.
+        """
+        kept = f"{self._kept}, {counts}" if counts else self._kept
+        return RunStopped(f"stopped by {self.why}. {kept}; re-run the same command to resume.")
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -81,7 +89,7 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         self._listens = True
         self.listen()
         try:
@@ -94,11 +102,12 @@ class Stop:
     def listen(self) -> None:
         """Where `signals` is in effect: puts it in place again, since Ray takes SIGTERM when it starts."""
         if self._listens:
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 signal.signal(number, self._heard)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
-        self.ask(_SIGNALS[number])
+        self.ask(SIGNALS[number])
 
 
-_SIGNALS = {int(signal.SIGINT): "Ctrl-C", int(signal.SIGTERM): "SIGTERM"}
+SIGNALS = {int(signal.SIGINT): "Ctrl-C", int(signal.SIGTERM): "SIGTERM"}
+"""Signals that ask a run to stop, and what people call them."""

@@ -1,6 +1,7 @@
 """Runs that are stopped on purpose finish what they have begun, and the same command goes on."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e.test_generate import write_jsonl
@@ -37,9 +39,13 @@ def test_shards_in_flight_are_finished_and_no_others_begun(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == 5, said
-    assert "Finished shards are kept; re-run the same command to resume." in said
+    assert re.search(r"finishing \d+ shards? in flight, for at most \S+.*; SIGTERM again stops now\n", said)
     assert "Traceback" not in said
-    done, shards = list_done(str(output)), set(read_plan(str(output)).shards)
+    plan = read_plan(str(output))
+    done, shards = list_done(str(output)), set(plan.shards)
+    kept = sum(pq.read_metadata(path).num_rows for path in (output / "data").glob("*.parquet"))
+    words = f"Finished shards are kept, {kept} of {plan.rows} rows; re-run the same command to resume."
+    assert said.splitlines()[-1] == f"wallaroo: stopped by SIGTERM. {words}"
     assert done < shards
     # That which was there, and what the replica had.
     assert 1 < len(done) <= 6
@@ -77,7 +83,7 @@ def test_a_wish_that_is_repeated_is_not_made_to_wait(tmp_path):
             one.suspend()  # so that it cannot finish what it has
         process.send_signal(signal.SIGTERM)
         said = iter(process.stderr.readline, "")
-        assert any("stopping: " in line for line in said)
+        assert any("SIGTERM again stops now" in line for line in said)
         process.send_signal(signal.SIGTERM)
         last = "".join(said)
         assert process.wait() == 5, last

@@ -75,6 +75,22 @@ def test_elsewhere_than_on_a_terminal_a_line_every_ten_seconds():
     ]
 
 
+def test_a_drain_is_told_at_once_and_then_every_ten_seconds():
+    now = [0.0]
+    stream = io.StringIO()
+    with Display(stream, clock=lambda: now[0]) as display:
+        display(Progress(rows=4, done=1))
+        for second in range(1, 13):
+            now[0] = float(second)
+            waiting = f"finishing 2 shards in flight, for at most {60 - second} s"
+            display(Progress(rows=4, done=1, waiting=waiting, stopping=True))
+    assert stream.getvalue().splitlines() == [
+        "1 of 4 rows (25 %), 0.0 rows/s, 0 errors",
+        "1 of 4 rows (25 %), finishing 2 shards in flight, for at most 59 s",
+        "1 of 4 rows (25 %), finishing 2 shards in flight, for at most 49 s",
+    ]
+
+
 def test_a_bar_on_a_terminal():
     class Terminal(io.StringIO):
         def isatty(self):

@@ -19,8 +19,8 @@ from wallaroo.workflows.runs.resume import Remaining
 from wallaroo.workflows.runs.setup import Resolved
 from wallaroo.workflows.runs.streaming import TICK_SECONDS
 from wallaroo.workflows.settings import RunConfig
-from wallaroo.workflows.stopping import Stop
-from wallaroo.workflows.text import duration
+from wallaroo.workflows.stopping import SIGNALS, RunStopped, Stop
+from wallaroo.workflows.text import counted, duration
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Monitor:
                 looked = time.monotonic()
         self._look(watch)
         if self._total.rows < self._plan.rows and self._stopping:
-            raise self._stop.stopped()
+            raise self._stopped()
         if len(self._total.environments) > 1:
             log.warning(
                 "The rows were made in %d environments, which may round differently; the report counts them.",
@@ -139,14 +139,21 @@ class Monitor:
         check_health(self._config, counts, self._made)
         unfinished = self._total.rows < self._plan.rows
         if self._stopping and unfinished and (self._stop.over() or not in_flight):
-            raise self._stop.stopped()
+            raise self._stopped()
+
+    def _stopped(self) -> RunStopped:
+        return self._stop.stopped(f"{self._total.rows:,} of {counted(self._plan.rows, 'row')}")
 
     def _show(self, counts: WatchCounts, in_flight: int) -> None:
         """Reports the progress to the caller and to the metrics."""
         waiting = ""
-        if self._stopping:
-            shards = "1 shard is" if in_flight == 1 else f"{in_flight} shards are"
-            waiting = f"stopping: {shards} being finished, for {duration(self._stop.left())} at most"
+        if self._stopping and not in_flight:
+            waiting = "stopping, no shard is in flight"
+        elif self._stopping:
+            shards = counted(in_flight, "shard")
+            waiting = f"finishing {shards} in flight, for at most {duration(self._stop.left())}"
+            if self._stop.why in SIGNALS.values():
+                waiting += f"; {self._stop.why} again stops now"
         elif not (counts.replicas or self._made.rows):
             waiting = waiting_for(self._config, self._pool, time.monotonic() - self._started)
         done = self._before + self._made.refused + counts.rows
@@ -158,6 +165,7 @@ class Monitor:
                 before=self._before,
                 errors=errors - sum(self._made.errors.values()) + self._made.refused + counts.errors,
                 waiting=waiting,
+                stopping=self._stopping,
             )
         )
         for name, number in (
