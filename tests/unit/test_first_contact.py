@@ -296,7 +296,7 @@ def test_another_encoding_says_how_to_save_the_file():
     ("text", "options", "code", "words"),
     [
         (None, [], 1, "there is no such file or folder"),
-        ("", [], 1, "gives nothing to do, it has no rows"),
+        ("", [], 1, "has no rows"),
         ('{"promt": "a cat"}\n', [], 1, "no column 'prompt'; did you mean 'promt'?"),
         ('{"prompt": "a cat"}\n', ["--where", "promt = 'x'"], 2, 'column "promt" not found'),
         ('{"prompt": "a cat"}\n', ["--where", "prompt ="], 2, "which DuckDB refuses (Parser Error"),
