@@ -1,5 +1,6 @@
 """A Ray head as somebody starts one on a machine: `ray start`, with ports and folders of its own."""
 
+import json
 import os
 import secrets
 import signal
@@ -9,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,90 @@ def started_head(
         finally:
             _end(process, folder)
 
+
+def _alone() -> list[str]:
+    """The beginning of a command whose mounts nobody else sees."""
+    return ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+
+
+def may_mount() -> bool:
+    """Tells whether `started_node` works: containers may lack the right to mount."""
+    try:
+        command = [*_alone(), "mount", "-t", "tmpfs", "none", tempfile.gettempdir()]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def started_node(head: Head, hidden: Sequence[Path] = (), cpus: int = 1) -> Iterator[Callable[[], None]]:
+    """A node of a head's cluster that shares no folder with others, like another machine; ended after it.
+
+    Its home and temporary folder lie on a file system that its own processes alone see. Needs the right to
+    mount, or user namespaces.
+
+    Args:
+        head: Which has an address on this machine, as all nodes have.
+        hidden: Folders that are empty for the node, besides the head's.
+        cpus: That the node counts.
+
+    Yields:
+        A function that ends it at once, as a machine that is lost.
+    """
+    agent, grpc, metrics, runtime = _free_ports(4)
+    with tempfile.TemporaryDirectory(prefix="node-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        # Short, since paths of sockets are, and known to `_end`.
+        mounts = " && ".join(f'mount -t tmpfs none "{one}"' for one in (folder, head.folder.parent, *hidden))
+        script = f'{mounts} && mkdir "$HOME" "$TMPDIR" && cd "$HOME" && exec "$@"'
+        command = [
+            *_alone(),
+            "sh",
+            "-c",
+            script,
+            "sh",
+            sys.executable,
+            "-c",
+            _NODE,
+            json.dumps(
+                {
+                    "gcs_address": head.gcs,
+                    "node_ip_address": "127.0.0.1",
+                    "num_cpus": cpus,
+                    "object_store_memory": 100_000_000,
+                    "min_worker_port": 0,
+                    "max_worker_port": 0,
+                    "dashboard_agent_listen_port": agent,
+                    "metrics_agent_port": grpc,
+                    "metrics_export_port": metrics,
+                    "runtime_env_agent_port": runtime,
+                    "temp_dir": f"{folder}/ray",
+                }
+            ),
+        ]
+        variables = {**head.environment, "HOME": f"{folder}/home", "TMPDIR": f"{folder}/tmp"}
+        with open(Path(folder) / "log", "wb") as stream:
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, env=variables, start_new_session=True
+            )
+
+        def end() -> None:
+            if process.returncode is None:
+                _end(process, folder)
+
+        try:
+            yield end
+        finally:
+            end()
+
+
+_NODE = """
+import json, signal, sys
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+Node(RayParams(**json.loads(sys.argv[1])), head=False, shutdown_at_exit=False, spawn_reaper=False)
+signal.pause()
+"""
+"""Starts a node; `ray start` refuses one whose address is of this machine alone."""
 
 HEAD_NODE = "f" * 51 + "00000"
 """The id that Ray's provider of nodes on one machine gives its head."""

@@ -3,8 +3,12 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import psutil
 import pyarrow as pa
@@ -13,6 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.clusters import may_mount, started_head, started_node
 from wallaroo.jobs import cli
 from wallaroo.model.checkpoint import TINY, load, load_config, load_tokenizer
 from wallaroo.model.config import Size
@@ -217,38 +222,52 @@ def put(folder, where):
         storage.write_atomic(f"{where}/{file.name}", file.read_bytes())
 
 
-def test_a_stage_with_all_it_needs_on_s3_is_killed_and_goes_on(tmp_path, data, undisturbed, s3, monkeypatch):
-    """Its state, log and checkpoint are on S3 alone, and losses are those of a run on the disk."""
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount: root, or user namespaces")
+def test_a_stage_on_two_nodes_that_share_no_disk_loses_one_and_goes_on(tmp_path, data, undisturbed, s3):
+    """All that it reads and writes is on S3 alone, and losses are those of a run on one disk."""
     put(TINY, f"{s3}/base")
     put(data, f"{s3}/data")
     path, out = tmp_path / "s3.toml", f"{s3}/out"
     text = RECIPES.replace("{base}", f"{s3}/base").replace("{data}", f"{s3}/data").replace("{folder}", out)
     path.write_text(text.replace("{steps}", str(STEPS)), encoding="utf-8")
-    killed = []
-
-    def kill():
-        while not any(name.endswith("/.metadata") for name in states()):
-            time.sleep(0.1)
-        for process in psutil.Process().children(recursive=True):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append(process.pid)
-                return
 
     def states():
         return [file.relative for file in storage.list_files(f"{out}/state")]
 
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    assert command(path, "--workers", "2", "--device", "cpu", "--shard", "full") == 0
-    killer.join(60)
-    assert killed
+    for name in ("home", "tmp"):
+        (tmp_path / name).mkdir()
+    program = [str(Path(sys.executable).with_name("wallaroo")), "train", "stage", "--config", str(path)]
+    options = ["--workers", "2", "--device", "cpu", "--shard", "full"]
+    with started_head(["--num-cpus=0"]) as head, ExitStack() as nodes:
+        end, _ = (nodes.enter_context(started_node(head, [tmp_path])) for _ in range(2))
+        variables = {**head.environment, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
+        with subprocess.Popen(
+            [*program, *options, "--address", head.gcs],
+            env=variables,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            watchdog = threading.Timer(240, process.kill)
+            watchdog.start()
+            try:
+                while process.poll() is None and not any(name.endswith("/.metadata") for name in states()):
+                    time.sleep(0.1)
+                end()
+                nodes.enter_context(started_node(head, [tmp_path]))
+                said, _ = process.communicate()
+            finally:
+                watchdog.cancel()
+                process.kill()
+    assert process.returncode == 0, said
     lines = [json.loads(line) for line in storage.read_bytes(f"{out}/metrics.jsonl").splitlines()]
     found = {line["step"]: line["loss"] for line in lines}
     wanted = {step: line["loss"] for step, line in losses(undisturbed).items()}
     assert found == pytest.approx(wanted, rel=1e-3)
     assert {name.partition("/")[0] for name in states()} == {"step-00000008", "step-00000010"}
+    # Each start of the workers writes a file of its own.
+    assert sum("tfevents" in file.relative for file in storage.list_files(out)) == 2
     ours = load(fetch_folder(f"{out}/checkpoint", cache=tmp_path / "fetched")).state_dict()
     theirs = load(undisturbed / "checkpoint").state_dict()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
