@@ -10,12 +10,14 @@ import tarfile
 import duckdb
 import pandas as pd
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from tests.unit.test_benchmark_manifests import planned
 from wallaroo.model.errors import InputError
-from wallaroo.workflows.manifests import text_files
+from wallaroo.workflows.manifests import parquet_files, streams, text_files
 from wallaroo.workflows.manifests.discover import discover
 
 PROMPTS = ["a cat, 猫", 'a "dog"\non two lines']
@@ -36,16 +38,21 @@ def test_text_that_pandas_compresses(tmp_path, suffix):
     assert prompts(tmp_path) == PROMPTS * 2
 
 
-@pytest.mark.parametrize(("pack", "suffix"), [(bz2.compress, ".bz2"), (lzma.compress, ".xz")])
-def test_a_broken_archive_is_one_sentence(tmp_path, pack, suffix):
-    (tmp_path / f"m.csv{suffix}").write_bytes(pack(b"prompt\n" + b"x\n" * 9000)[:-20])
-    with pytest.raises(InputError, match=r"is not a readable csv file .*: repair it, or move it") as caught:
-        prompts(tmp_path)
+@pytest.mark.parametrize(
+    ("pack", "suffix"), [(bz2.compress, ".bz2"), (lzma.compress, ".xz"), (gzip.compress, ".gz")]
+)
+@pytest.mark.parametrize("kind", ["csv", "txt"])
+def test_a_broken_archive_is_one_sentence(tmp_path, pack, suffix, kind):
+    (tmp_path / f"m.{kind}{suffix}").write_bytes(pack(b"prompt\n" + b"x\n" * 9000)[:-20])
+    with pytest.raises(
+        InputError, match=r"is not a readable (csv|lines) file .*: repair it, or move it"
+    ) as caught:
+        prompts(tmp_path / f"m.{kind}{suffix}")
     assert "\n" not in str(caught.value)
-    (tmp_path / f"m.csv{suffix}").rename(tmp_path / "n.csv")
+    (tmp_path / f"m.{kind}{suffix}").rename(tmp_path / "n.csv")
     (tmp_path / "n.csv").write_bytes(pack(b"prompt\nx\n"))
     with pytest.raises(InputError, match=f"is compressed, but its name does not end in {suffix}"):
-        prompts(tmp_path)
+        prompts(tmp_path / "n.csv")
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
@@ -215,3 +222,123 @@ def test_the_tars_of_img2dataset_are_named_with_a_remedy(tmp_path):
     with tarfile.open(tmp_path / "00000.tar") as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
     assert [row["id"] for row in planned(tmp_path / "unpacked", "understand")[0]] == ["000000000.jpg"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".txt", ".jsonl"])
+def test_a_long_window_of_zstd_is_named(tmp_path, suffix):
+    # A frame whose window is 2 GiB, as `zstd --long=31` writes it, with one block that is not compressed.
+    text = b"prompt\nx\n"
+    frame = (
+        b"\x28\xb5\x2f\xfd\x00" + bytes([(31 - 10) << 3]) + (len(text) << 3 | 1).to_bytes(3, "little") + text
+    )
+    (tmp_path / f"m{suffix}.zst").write_bytes(frame)
+    with pytest.raises(InputError, match=r"longer window than is read \(128 MiB\): compress it anew"):
+        prompts(tmp_path / f"m{suffix}.zst")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["m.parquet", "m.csv", "m.tsv", "m.jsonl", "m.json", "m.txt"])
+def test_a_table_that_is_not_downloaded_or_a_page_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(InputError, match=rf"{name} is a pointer of Git LFS, .* `git lfs pull`"):
+        prompts(tmp_path / name)
+    (tmp_path / name).write_bytes(b"\n<!DOCTYPE html>\n<html><body>Not found</body></html>\n")
+    words = "is not a readable parquet file" if name == "m.parquet" else "holds HTML"
+    with pytest.raises(InputError, match=words):
+        prompts(tmp_path / name)
+
+
+def test_a_prompt_or_caption_that_is_not_downloaded_is_an_error_row(tmp_path):
+    (tmp_path / "a.txt").write_bytes(POINTER)
+    (tmp_path / "b.txt").write_bytes(b"a cat")
+    rows, _ = planned(tmp_path, "generate")
+    assert [row["status"] for row in rows] == ["error", "planned"]
+    assert "is a pointer of Git LFS" in rows[0]["error_message"]
+
+
+def test_pages_of_duckdb_v2_and_of_spark_v2(tmp_path, monkeypatch):
+    """Text as lengths or as differences, which Arrow does not read as a dictionary."""
+    rows = [{"prompt": f"a cat, number {n}", "tags": [f"t{n}"], "seed": n} for n in range(200)]
+    pl.DataFrame(rows).write_ndjson(tmp_path / "rows.jsonl")
+    duckdb.sql(
+        f"COPY (FROM '{tmp_path}/rows.jsonl') TO '{tmp_path}/a.parquet' (FORMAT parquet, PARQUET_VERSION v2)"
+    )
+    table = pa.Table.from_pylist(rows)
+    assert set(pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0).encodings) == {
+        "DELTA_LENGTH_BYTE_ARRAY"
+    }
+    differences = {"column_encoding": {"prompt": "DELTA_BYTE_ARRAY"}, "data_page_version": "2.0"}
+    # Spark begins with a dictionary and goes on with differences.
+    for name, options in (("b", {}), ("c", {"row_group_size": 70})):
+        pq.write_table(table, tmp_path / f"{name}.parquet", use_dictionary=["seed"], **options, **differences)
+    for name in "abc":
+        assert prompts(tmp_path / f"{name}.parquet") == [row["prompt"] for row in rows]
+    (tmp_path / "rows.jsonl").unlink()
+    assert prompts(tmp_path) == [row["prompt"] for row in rows] * 3
+    monkeypatch.setattr(parquet_files, "BATCH_ROWS", 70)
+    found, _ = planned(tmp_path / "b.parquet", "generate")
+    assert [row["tags"] for row in found] == [row["tags"] for row in rows]
+
+
+def test_differences_that_repeat_a_long_text_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_files, "REPEATED_BYTES", 1 << 20)
+    text = "".join(map(chr, range(33, 127))) * 100
+    pq.write_table(
+        pa.table({"prompt": [text] * 4000}),
+        tmp_path / "m.parquet",
+        use_dictionary=False,
+        column_encoding={"prompt": "DELTA_BYTE_ARRAY"},
+    )
+    with pytest.raises(
+        InputError, match=r"Column 'prompt' of .*m\.parquet has \d+ MiB in \d+ rows from row 0"
+    ):
+        prompts(tmp_path)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_line_ends_that_windows_and_old_excel_write(tmp_path, monkeypatch, pack):
+    """CRCRLF comes from Python's csv on Windows; Excel for Mac ends rows by CR, and lines in cells by LF."""
+    monkeypatch.setattr(streams, "CHUNK_BYTES", 7)
+    name = "m.csv" if pack is bytes else "m.csv.gz"
+    (tmp_path / name).write_bytes(pack(b'prompt,x\r\r\n"a\r\nb",1\r\r\nc,2\r\r\n'))
+    assert prompts(tmp_path) == ["a\r\nb", "c"]
+    (tmp_path / name).write_bytes(pack(b'prompt,x\ra,1\r"q\nr",2\rb,3\r'))
+    assert prompts(tmp_path) == ["a", "q\nr", "b"]
+    (tmp_path / name).write_bytes(pack(b'prompt,"x\ry"\n"a\rb",1\n'))
+    assert prompts(tmp_path) == ["a\rb"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompt": "a, {b}"},\n{"prompt": "c"},\n',
+        '{"prompt": "a, {b}"}{"prompt": "c"}',
+        '{"prompt": "a, {b}"} {"prompt":\n "c"}',
+    ],
+)
+def test_objects_with_commas_or_on_one_line(tmp_path, text):
+    (tmp_path / "m.jsonl").write_text(text)
+    assert prompts(tmp_path) == ["a, {b}", "c"]
+    # Anything else behind an object is a fault of its row alone.
+    (tmp_path / "m.jsonl").write_text('{"prompt": "a"} x\n{"prompt": "c"}\n')
+    rows, _ = planned(tmp_path, "generate")
+    assert [row["status"] for row in rows] == ["error", "planned"]
+
+
+def test_texts_whose_names_differ_in_case_and_compressed_ones(tmp_path):
+    for name in ("a.txt", "a.TXT", "b.Txt"):
+        (tmp_path / name).write_text(f"prompt {name}")
+    rows, _ = planned(tmp_path, "generate")
+    assert {row["id"]: row["prompt"] for row in rows} == {
+        "a.txt": "prompt a.txt",
+        "a.TXT": "prompt a.TXT",
+        "b": "prompt b.Txt",
+    }
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"x"))
+    assert discover(str(tmp_path)).passed_over == {".gz": (1, "c.txt.gz")}
+    for name in ("a.txt", "a.TXT", "b.Txt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=r"only such as 'c\.txt\.gz': give that file itself"):
+        discover(str(tmp_path))

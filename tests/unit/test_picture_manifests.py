@@ -117,7 +117,14 @@ def test_a_folder_of_pictures_is_a_manifest(tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])],
+    [
+        pa.binary(),
+        pa.large_binary(),
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        pa.struct([("bytes", pa.null()), ("path", pa.string())]),
+        pa.struct([("path", pa.large_string())]),
+        pa.list_(pa.field("element", pa.struct([("bytes", pa.binary())]))),
+    ],
 )
 def test_bytes_in_parquet_are_given_as_references(tmp_path, kind):
     path = tmp_path / "a.parquet"
@@ -136,9 +143,10 @@ def test_paths_in_parquet_stay_paths_and_other_types_are_refused(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image": pa.array(["a.png"]).dictionary_encode()}), path)
     assert load(path)[1] == [{"image": "a.png"}]
-    pq.write_table(pa.table({"image": [1]}), path)
-    with pytest.raises(InputError, match=r"Column 'image' of .* is int64, but must hold paths, bytes"):
-        load(path)
+    for value, kind in ((1, "int64"), ({"file": "a.png"}, "struct<file: string>"), ({"path": 1}, "struct")):
+        pq.write_table(pa.table({"image": [value]}), path)
+        with pytest.raises(InputError, match=f"Column 'image' of .* is {kind}.*, but must hold paths, bytes"):
+            load(path)
 
 
 def test_the_json_of_imgedit_is_a_manifest_of_edit_alone(tmp_path):

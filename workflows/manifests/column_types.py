@@ -178,9 +178,26 @@ def _is_list_view(kind: pa.DataType) -> bool:
     return bool(types.is_list_view(kind) or types.is_large_list_view(kind))
 
 
-def _has_list_view(kind: pa.DataType) -> bool:
+def _is_read_as_values(kind: pa.DataType) -> bool:
+    """Whether a type has one within that Arrow casts wrongly, or not at all, to its plain type.
+
+    The cast of a view of a list has too few offsets, and that of an extension type inside another type
+    keeps the bytes of a UUID.
+    """
     inner = [kind.field(index).type for index in range(kind.num_fields)]
-    return _is_list_view(kind) or any(_has_list_view(one) for one in inner)
+    wrong = _is_list_view(kind) or isinstance(kind, pa.BaseExtensionType)
+    return wrong or any(_is_read_as_values(one) for one in inner)
+
+
+def _plain_value(value: Any) -> Any:
+    """A value with its UUIDs as text."""
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: _plain_value(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain_value, value))
+    return value
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -211,9 +228,8 @@ def converted(column: Any, name: str, kind: pa.DataType) -> Any:
     if plain_type(column.type) == pa.bool_() and pa.types.is_int8(column.type):
         return column.cast(pa.bool_())
     try:
-        if _has_list_view(column.type):
-            # Arrow's cast of a view gives a list whose offsets are too few.
-            return pa.array(column.to_pylist(), kind)
+        if _is_read_as_values(column.type):
+            return pa.array(_plain_value(column.to_pylist()), kind)
         return column.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise Unfit(name, str(error).strip().split("\n", 1)[0]) from error

@@ -3,9 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import lzma
 import os
 import re
+import zlib
 from collections.abc import Sequence
+
+import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
@@ -17,6 +21,7 @@ from wallaroo.workflows.manifests.listing import (
     captions,
     is_pattern,
     is_picture,
+    is_small_text,
     list_manifest,
     suffix_kind,
     visible,
@@ -130,9 +135,9 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
     if not chosen and texts and not pictures and not any(is_picture(file.relative) for file in files):
         if all(_SPARK_PART.fullmatch(file.relative) for file in texts):
             chosen, taken = texts, set(texts)
-        else:
-            _count(files, set(texts), passed)
-            return _prompts_manifest(path, texts, passed)
+        elif small := [file for file in texts if is_small_text(file.relative)]:
+            _count(files, set(small), passed)
+            return _prompts_manifest(path, small, passed)
     if not chosen:
         _count(files, set(), passed)
         kind = min(passed.kinds.values(), key=lambda entry: entry[1], default=(0, ""))
@@ -163,6 +168,8 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
 
 def _folder_remedy(example: str) -> str:
     words = _remedy(example)
+    if format_of(example, OTHER_FORMATS) == "lines":
+        return "give that file itself if each line of it is a prompt, or decompress it"
     return words if words != "convert it" else "give a file, a folder or a pattern"
 
 
@@ -358,8 +365,16 @@ def _manifest_file(
         task=task if task in PICTURE_TASKS and form in _TEXT_FORMATS else "",
         partition=partition,
     )
-    if form == "lines" and has_header(made):
+    if form == "lines" and _is_table(made):
         return dataclasses.replace(made, format="tsv", task=task if task in PICTURE_TASKS else "")
     if task == "edit" and file.path.lower().endswith(".json") and is_object_of_objects(made):
         return ManifestFile(file.path, file.relative, "imgedit", file.size, etag)
     return made
+
+
+def _is_table(file: ManifestFile) -> bool:
+    """Whether a .txt file has a header. False if it cannot be read, which is reported when it is scanned."""
+    try:
+        return has_header(file)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException):
+        return False

@@ -265,6 +265,11 @@ def list_pictures(path: str) -> list[storage.FileInfo]:
     return [file for file in visible(list_manifest(path))[0] if is_picture(file.relative)]
 
 
+def is_small_text(name: str) -> bool:
+    """Whether the suffix of a name is that of a caption or a prompt."""
+    return name.lower().endswith(".txt")
+
+
 def captions(files: Sequence[storage.FileInfo]) -> dict[str, storage.FileInfo]:
     """Maps what precedes `.txt` in the relative path of text files to the files."""
-    return {file.relative[:-4]: file for file in files if file.relative.lower().endswith(".txt")}
+    return {file.relative[:-4]: file for file in files if is_small_text(file.relative)}

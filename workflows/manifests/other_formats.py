@@ -3,7 +3,8 @@
 import codecs
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,9 +13,17 @@ import pyarrow.parquet as pq
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.layouts import CAPTION
-from wallaroo.workflows.manifests.listing import captions, is_picture, list_manifest, list_pictures, visible
+from wallaroo.workflows.manifests.listing import (
+    captions,
+    is_picture,
+    is_small_text,
+    list_manifest,
+    list_pictures,
+    visible,
+)
 from wallaroo.workflows.manifests.parquet_files import open_parquet, parquet_batches
 from wallaroo.workflows.manifests.schema import is_text, kind_of, mended, text_table, to_table
+from wallaroo.workflows.manifests.streams import GIT_LFS
 from wallaroo.workflows.manifests.text_files import is_deep
 from wallaroo.workflows.manifests.types import (
     BATCH_ROWS,
@@ -135,6 +144,8 @@ def _text_of(file: storage.FileInfo) -> tuple[str, str]:
     if file.size > TEXT_BYTES:
         return "", f"has {file.size:,} bytes, more than {TEXT_BYTES:,}"
     data = storage.read_bytes(file.path)
+    if data.startswith(GIT_LFS):
+        return "", "is a pointer of Git LFS, not the text itself; fetch it with `git lfs pull`"
     encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     try:
         return data.decode(encoding).strip(), ""
@@ -149,8 +160,16 @@ def scan_prompts(file: ManifestFile) -> Scan:
 
 
 def _texts(file: ManifestFile) -> list[storage.FileInfo]:
-    files = visible(list_manifest(file.path))[0]
-    return sorted(captions(files).values(), key=lambda one: one.relative)
+    return [one for one in visible(list_manifest(file.path))[0] if is_small_text(one.relative)]
+
+
+def _ids(files: Sequence[storage.FileInfo]) -> list[str]:
+    """The names of texts without suffix; with it where two differ by its case."""
+    stems = [os.path.splitext(one.relative)[0] for one in files]
+    counts = Counter(stems)
+    return [
+        mended(stem if counts[stem] == 1 else one.relative) for stem, one in zip(stems, files, strict=True)
+    ]
 
 
 def read_prompts(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
@@ -163,19 +182,20 @@ def read_prompts(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
     Yields:
         Batches of rows with `id` and `prompt`, as far as the schema has them.
     """
-    files = _texts(piece.file)[piece.first_row : piece.first_row + piece.rows]
-    for start in range(0, len(files), BATCH_ROWS):
-        few = files[start : start + BATCH_ROWS]
-        faults, columns = {}, {"id": [mended(os.path.splitext(one.relative)[0]) for one in few]}
+    files = _texts(piece.file)
+    ids = _ids(files)
+    for start in range(piece.first_row, piece.first_row + piece.rows, BATCH_ROWS):
+        stop = min(start + BATCH_ROWS, piece.first_row + piece.rows)
+        faults, columns = {}, {"id": ids[start:stop]}
         if "prompt" in schema.names:
             columns["prompt"] = []
-            for row, one in enumerate(few, piece.first_row + start):
+            for row, one in enumerate(files[start:stop], start):
                 text, fault = _text_of(one)
                 columns["prompt"].append(text)
                 if fault:
                     faults[row] = fault
         arrays = [pa.array(columns[field.name], field.type) for field in schema]
-        yield Batch(piece.first_row + start, to_table(arrays, schema, len(few)), faults)
+        yield Batch(start, to_table(arrays, schema, len(columns["id"])), faults)
 
 
 def scan_results(file: ManifestFile) -> Scan:

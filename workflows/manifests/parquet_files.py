@@ -13,6 +13,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.column_types import converted, is_json, plain_type
 from wallaroo.workflows.manifests.layouts import picture_column
 from wallaroo.workflows.manifests.schema import is_text, mended, to_table
+from wallaroo.workflows.manifests.streams import GIT_LFS, pointer
 from wallaroo.workflows.manifests.types import (
     BATCH_ROWS,
     PIECE_BYTES,
@@ -33,6 +34,8 @@ REPEATED_TIMES = 100
 
 A file of a few kilobytes can repeat a long text very often, and would fill the memory.
 """
+DELTA_ROWS = 64
+"""Rows that are read at once of a column in which a value may refer to the one before it."""
 
 
 def open_parquet(file: ManifestFile, **options: Any) -> pq.ParquetFile:
@@ -47,12 +50,17 @@ def open_parquet(file: ManifestFile, **options: Any) -> pq.ParquetFile:
 
     Raises:
         FileNotFoundError: There is no such file.
-        InputError: The storage does not serve.
+        InputError: The storage does not serve, or the file is a pointer of Git LFS.
     """
     with storage.explained(file.path):
         filesystem, inner = storage.parquet_filesystem(file.path)
         source = filesystem.open_input_file(inner)
-    return pq.ParquetFile(source, page_checksum_verification=True, **options)
+    try:
+        return pq.ParquetFile(source, page_checksum_verification=True, **options)
+    except pa.ArrowInvalid:
+        if not source.closed and source.size() < 1024 and source.read_at(len(GIT_LFS), 0) == GIT_LFS:
+            raise pointer(file) from None
+        raise
 
 
 def parquet_batches(
@@ -77,10 +85,21 @@ def parquet_batches(
     Raises:
         InputError: A column repeats few long values. Raised before these are written out for each row.
     """
-    schema = parquet.schema_arrow
+    schema, metadata = parquet.schema_arrow, parquet.metadata
+    groups = range(metadata.num_row_groups) if groups is None else groups
     texts = [name for name in names if _is_long(schema.field(name).type)]
-    with open_parquet(file, metadata=parquet.metadata, read_dictionary=texts) as compact:
-        for chunk in compact.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
+    encodings = _encodings(metadata, texts, groups)
+    # Arrow reads no column with differences as a dictionary.
+    plain = {name for name, found in encodings.items() if any(one.startswith("DELTA_") for one in found)}
+    options = {"row_groups": groups, "columns": names, "use_threads": False}
+    with open_parquet(
+        file, metadata=metadata, read_dictionary=[name for name in texts if name not in plain]
+    ) as compact:
+        if bounds := {name: _encoded(metadata, name, groups) for name in plain}:
+            chunks = _bounded(compact.iter_batches(DELTA_ROWS, **options), bounds, file.path, first_row)
+        else:
+            chunks = compact.iter_batches(BATCH_ROWS, **options)
+        for chunk in chunks:
             for index, name in enumerate(chunk.schema.names):
                 column, field = chunk.column(index), schema.field(name)
                 if pa.types.is_dictionary(column.type):
@@ -88,6 +107,59 @@ def parquet_batches(
                     chunk = chunk.set_column(index, field, column.cast(field.type))
             yield chunk
             first_row += chunk.num_rows
+
+
+def _chunks(metadata: pq.FileMetaData, groups: Sequence[int]) -> Iterator[pq.ColumnChunkMetaData]:
+    for group in map(metadata.row_group, groups):
+        yield from map(group.column, range(group.num_columns))
+
+
+def _encodings(metadata: pq.FileMetaData, names: list[str], groups: Sequence[int]) -> dict[str, set[str]]:
+    """Column -> the encodings of its pages."""
+    found: dict[str, set[str]] = {name: set() for name in names}
+    for chunk in _chunks(metadata, groups):
+        if chunk.path_in_schema in found:
+            found[chunk.path_in_schema].update(chunk.encodings)
+    return found
+
+
+def _encoded(metadata: pq.FileMetaData, name: str, groups: Sequence[int]) -> int:
+    """Bytes of a column before it is decoded."""
+    chunks = _chunks(metadata, groups)
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == name)
+
+
+def _bounded(
+    chunks: Iterator[pa.RecordBatch], bounds: dict[str, int], path: str, first_row: int
+) -> Iterator[pa.RecordBatch]:
+    """Joins small batches to batches of BATCH_ROWS.
+
+    Args:
+        chunks: The small batches.
+        bounds: Column of differences -> its bytes before it is decoded.
+        path: Path of the file, for the error.
+        first_row: Number of the first row, for the error.
+
+    Raises:
+        InputError: A column has very many bytes for what is stored of it.
+    """
+    held, sizes = list[pa.RecordBatch](), dict.fromkeys(bounds, 0)
+    for chunk in chunks:
+        held.append(chunk)
+        for name, bound in bounds.items():
+            sizes[name] += chunk.column(name).nbytes
+            if sizes[name] > max(REPEATED_BYTES, REPEATED_TIMES * bound):
+                raise InputError(
+                    f"Column '{name}' of {path} has {sizes[name] >> 20:,} MiB in "
+                    f"{sum(map(len, held)):,} rows from row {first_row} on, which repeat {bound:,} bytes: "
+                    f"shorten its values."
+                )
+        if sum(map(len, held)) >= BATCH_ROWS:
+            yield from pa.Table.from_batches(held).combine_chunks().to_batches()
+            first_row += sum(map(len, held))
+            held, sizes = [], dict.fromkeys(bounds, 0)
+    if held:
+        yield from pa.Table.from_batches(held).combine_chunks().to_batches()
 
 
 def _is_long(kind: pa.DataType) -> bool:
@@ -148,7 +220,10 @@ def _with_references(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
         return schema
     kind = _inner(schema.field(index).type)
     if pa.types.is_struct(kind):
-        kind = next((field.type for field in kind if field.name == "bytes"), kind)
+        fields = {field.name: field.type for field in kind}
+        kind = fields.get("bytes", pa.null())
+        if pa.types.is_null(kind) and "path" in fields and _is_named(fields["path"]):
+            kind = pa.binary()  # paths alone, as pandas writes them
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)):
         raise InputError(
             f"Column '{name}' of {file.path} is {schema.field(index).type}, but must hold paths, bytes or "
@@ -172,6 +247,7 @@ def _inner(kind: pa.DataType) -> pa.DataType:
         or pa.types.is_large_list(kind)
         or pa.types.is_fixed_size_list(kind)
         or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
     )
     return kind.value_type if listed else kind
 

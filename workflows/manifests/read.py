@@ -109,6 +109,11 @@ class _readable:
                 raise InputError(
                     f"{self.file.path} has something that pyarrow does not read ({words}): convert it."
                 ) from error
+            if "too much memory for decoding" in words:
+                raise InputError(
+                    f"{self.file.path} is compressed with a longer window than is read (128 MiB): "
+                    f"compress it anew with a shorter one."
+                ) from error
             raise InputError(
                 f"{self.file.path} is not a readable {self.file.format} file ({words}): "
                 f"repair it, or move it elsewhere."

@@ -31,6 +31,9 @@ _HEAD_BYTES = 64 << 10
 _COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
 """Suffix of a compressed file -> its first bytes."""
 _BINARY = (b"PK\x03\x04", b"PAR1")
+_HTML = (b"<!doctype html", b"<html")
+GIT_LFS = b"version https://git-lfs"
+"""How a pointer of Git LFS begins, which stands for a file that is not downloaded."""
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{}]', re.DOTALL)
 """A text, a bracket, or the quote of a text whose end is not read yet."""
@@ -103,9 +106,13 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
         raise InputError(
             f"{file.path} has NUL bytes, as UTF-16 without a mark at its start has: save it as UTF-8."
         )
-    if b"\r" in head and b"\n" not in head:
-        steps.append(lambda raw: _stream(_with_newlines(raw)))
-        head = head.replace(b"\r", b"\n")
+    if line_end := _other_line_end(head, file.format):
+        steps.append(lambda raw: _stream(_with_newlines(raw, line_end)))
+        head = head.replace(line_end, b"\n")
+    if head.startswith(GIT_LFS):
+        raise pointer(file)
+    if head.lstrip()[:15].lower().startswith(_HTML):
+        raise InputError(f"{file.path} holds HTML, not {file.format}: check where it was copied from.")
     if head.startswith(_BINARY):
         raise InputError(
             f"{file.path} is not text, but Parquet, or a ZIP archive as Excel writes: save it as Parquet or "
@@ -119,6 +126,23 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
     if file.format in ("jsonl", "json") and _is_document(head, file.format):
         steps.append(lambda raw: _stream(_flat(raw, file.path)))
     return head, steps
+
+
+def pointer(file: ManifestFile) -> InputError:
+    """Makes the error for a file that is a pointer of Git LFS."""
+    return InputError(
+        f"{file.path} is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`."
+    )
+
+
+def _other_line_end(head: bytes, form: str) -> bytes:
+    """The line end of a text if it is CR, or what Windows makes of CRLF in CSV; empty for LF and CRLF."""
+    if b"\r" in head and b"\n" not in head:
+        return b"\r"
+    if form in ("csv", "tsv") and (match := re.search(rb"\r\r\n|\r\n|\r|\n", head)):
+        quoted = head.count(b'"', 0, match.start()) % 2
+        return match[0] if match[0] in (b"\r", b"\r\r\n") and not quoted else b""
+    return b""
 
 
 def _is_bare_array(head: bytes) -> bool:
@@ -159,13 +183,25 @@ def _is_document(head: bytes, form: str) -> bool:
     line = head.partition(b"\n")[0].strip()
     if line in (b"{", b"[") or re.match(rb"\[\s*\{", head):
         return True
-    if form == "jsonl" or not line.startswith(b"{"):
-        return form == "json"
+    if form == "jsonl":
+        return _is_followed(line)
+    if not line.startswith(b"{"):
+        return True
     try:
         json.loads(line)
     except ValueError:
         return True  # an object over several lines, or broken
     return False
+
+
+def _is_followed(line: bytes) -> bool:
+    """Whether a comma or another object follows the object on a line."""
+    text = line.decode(errors="replace")
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return line.startswith(b"{") and bool(re.match(r"\s*(,?\s*\{|,\s*$)", text[end:]))
 
 
 def _decoded(raw: IO[bytes], encoding: str) -> Iterator[bytes]:
@@ -176,9 +212,15 @@ def _decoded(raw: IO[bytes], encoding: str) -> Iterator[bytes]:
     yield decoder.decode(b"", True).encode("utf-8", "replace")
 
 
-def _with_newlines(raw: IO[bytes]) -> Iterator[bytes]:
+def _with_newlines(raw: IO[bytes], line_end: bytes) -> Iterator[bytes]:
+    rest = b""
     while data := raw.read(CHUNK_BYTES):
-        yield data.replace(b"\r", b"\n")
+        data = rest + data
+        # A line end of several bytes may go on in the next chunk.
+        stop = len(data.rstrip(b"\r")) if len(line_end) > 1 else len(data)
+        rest = data[stop:]
+        yield data[:stop].replace(line_end, b"\n")
+    yield rest.replace(line_end, b"\n")
 
 
 def _flat(raw: IO[bytes], path: str) -> Iterator[bytes]:

@@ -164,6 +164,13 @@ _OF_A_FILE = {
 }
 
 
+def _remedy(path: str) -> str:
+    """What to do about a path that leads nowhere."""
+    if "\\" in path:
+        return "write / in place of \\, and no drive"
+    return "correct the path or the file"
+
+
 def _read_file(path: str, most: int) -> bytes:
     try:
         # A plain open of a pipe without a writer would block forever.
@@ -178,7 +185,7 @@ def _read_file(path: str, most: int) -> bytes:
     except OSError as error:
         words = _OF_A_FILE.get(error.errno or 0)
         if words:
-            raise RowError("image", f"{shown(path)} {words}: correct the path or the file.") from None
+            raise RowError("image", f"{shown(path)} {words}: {_remedy(path)}.") from None
         reason = os.strerror(error.errno) if error.errno else type(error).__name__
         message = f"{shown(path)} cannot be read, the system says '{reason}': check its file system."
         raise _Outage(InputError(message)) from error
@@ -195,7 +202,7 @@ def _read_object(path: str, most: int) -> bytes:
     try:
         return storage.read_object(path, most)
     except FileNotFoundError:
-        raise RowError("image", f"{shown(path)} does not exist: correct the path.") from None
+        raise RowError("image", f"{shown(path)} does not exist: {_remedy(path)}.") from None
     except storage.TooLarge:
         raise _too_many_bytes(shown(path), most) from None
     except InputError as error:
