@@ -131,6 +131,28 @@ def test_uuid_and_json_of_duckdb(tmp_path):
     assert json_columns(schema) == frozenset() and rows[-1]["tag"] == "12" and rows[-1]["id"] == str(one)
 
 
+def test_uuid_and_json_inside_other_types(tmp_path):
+    one = uuid.UUID(int=255)
+    duckdb.sql(
+        f"COPY (SELECT {{'a': [{{'id': '{one}'::UUID, 'tag': '{{\"k\": 1}}'::JSON, 'n': 7}}]}} AS x, "
+        f"['{one}'::UUID, NULL] AS y, map {{'k': '{one}'::UUID}} AS z, 'a cat' AS prompt) "
+        f"TO '{tmp_path}/a.parquet'"
+    )
+    texts = pa.array([["text"]])
+    pq.write_table(pa.table({"y": texts}), tmp_path / "b.parquet")
+    schema, rows = load(tmp_path)
+    assert schema.field("y").type == pa.list_(pa.field("element", pa.string()))
+    assert rows == [
+        {
+            "x": {"a": [{"id": str(one), "tag": '{"k": 1}', "n": 7}]},
+            "y": [str(one), None],
+            "z": [("k", str(one))],
+            "prompt": "a cat",
+        },
+        {"x": None, "y": ["text"], "z": None, "prompt": None},
+    ]
+
+
 def test_bool8_is_a_truth_value(tmp_path):
     column = pa.ExtensionArray.from_storage(pa.bool8(), pa.array([0, 1, -1, None], pa.int8()))
     assert both(tmp_path, column, pa.array([True])) == (pa.bool_(), [False, True, True, None, True])
