@@ -243,3 +243,31 @@ def test_partitions_of_duckdb_and_polars(tmp_path):
     (tmp_path / "own" / "year=2023").mkdir(parents=True)
     frame[:1].write_parquet(tmp_path / "own" / "year=2023" / "a.parquet")
     assert load(tmp_path / "own")[0] == frame[:1].to_dicts()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kept"),
+    [
+        (
+            "m.jsonl",
+            b'\xef\xbb\xbf{"prompt": a cat}\r\n{"prompt": "b"}\n[1]\n',
+            {0: '{"prompt": a cat}', 2: "[1]"},
+        ),
+        ("m.jsonl", b'{"prompt": "b"}\n{"prompt": "\xff"}\n{"prompt": \xff}\n', {2: '{"prompt": \ufffd}'}),
+        ("m.csv", b'id,prompt\r\n1,a,b\r\n2,"c\nd"\r\n3\r\n', {0: "1,a,b", 2: "3"}),
+        ("m.csv", b'id,prompt\n1,"a"b\n2,c\n', {0: '1,"a"b'}),
+        ("m.jsonl", b"{" + b"\xc3\xa9" * 5000 + b'\n{"prompt": "b"}\n', None),
+    ],
+)
+def test_a_row_that_cannot_be_read_keeps_its_text(tmp_path, name, text, kept):
+    (tmp_path / name).write_bytes(text)
+    (file,) = discover(str(tmp_path / name)).files
+    columns = Columns()
+    found = scan(file)
+    columns.add(0, file.path, found)
+    raw = {}
+    for piece in found.pieces:
+        for batch in read(piece, columns.schema()):
+            assert batch.raw.keys() <= batch.faults.keys()
+            raw |= batch.raw
+    assert raw == (kept or {0: "{" + "\u00e9" * 3999 + "... (cut after 4,000 characters)"})

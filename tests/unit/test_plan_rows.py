@@ -28,7 +28,7 @@ def settings_of(**options):
 
 def plan(table, *, origin="m.csv", **arguments):
     """Planned rows as dicts; settings and arguments of `plan_rows` by name."""
-    names = ("numbers", "faults", "duplicates")
+    names = ("numbers", "faults", "raw", "duplicates")
     given_arguments = {name: arguments.pop(name) for name in names if name in arguments}
     if isinstance(table, dict):
         table = pa.table({"prompt": ["a cat"] * max(map(len, table.values()), default=1)} | table)
@@ -156,6 +156,64 @@ def test_a_bad_value_is_an_error_row(values, kind, words):
     assert (row["status"], row["error_type"]) == ("error", kind)
     assert re.search(words, row["error_message"]), row["error_message"]
     assert len(row["error_message"]) < 300 and "\n" not in row["error_message"]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "words"),
+    [
+        (
+            {"width": "wide", "height": 64, "cfg": -1, "top_p": 2, "language": "fr", "seed": -1},
+            "size",
+            [
+                "width is 'wide', but must be a whole number from -2147483648 to 2147483647",
+                "language is 'fr', but must be one of en, zh",
+                "seed is -1, but must be a whole number from 0 to 2^63 - 1",
+                "cfg is -1.0, but must be a finite number of at least 0",
+                "top_p is 2.0, but must be above 0 and at most 1 (1 keeps all tokens)",
+            ],
+        ),
+        # A number that cannot be read is not missing beside the other one.
+        ({"width": 64, "height": "x"}, "size", ["height is 'x', but must be a whole number from -2"]),
+        (
+            {"prompt": None, "id": None},
+            "id",
+            [
+                "id is missing; give every row an id, or leave the column out",
+                "prompt is missing; give every row a text",
+            ],
+        ),
+    ],
+)
+def test_all_faults_of_a_row_are_told_in_one_sentence(values, kind, words):
+    row = one(**values)
+    assert (row["status"], row["error_type"]) == ("error", kind)
+    told = row["error_message"].split("; also, ")
+    assert len(told) == len(words)
+    assert all(got.startswith(wanted) for got, wanted in zip(told, words, strict=True)), told
+    assert row["error_message"].endswith(".") and ".;" not in row["error_message"]
+
+
+def test_a_row_that_cannot_be_read_has_no_other_fault():
+    (row,) = plan({"prompt": [None]}, faults={0: "is not valid JSON (x)"}, raw={0: '{"prompt": a}'})
+    assert row["error_message"] == "Row 0 of m.csv is not valid JSON (x); correct it."
+    assert json.loads(row[GIVEN])["raw_line"] == '{"prompt": a}'
+
+
+def test_a_line_that_could_not_be_read_is_to_be_corrected():
+    lines = ['{"prompt": a}', '{"prompt": a}', None, "mine"]
+    rows = plan(
+        {
+            "kind": ["manifest", "manifest", "prompt", None],
+            "raw_line": lines,
+            "prompt": [None, "a", None, "a cat"],
+        }
+    )
+    assert [row["error_type"] for row in rows] == ["manifest", "", "prompt", ""]
+    assert rows[0]["error_message"] == (
+        "Row 0 of m.csv is a line that could not be read, as raw_line has it; correct that text, and put the "
+        "row that it is in place of this one."
+    )
+    assert [row["raw_line"] for row in rows] == lines
 
 
 def test_an_error_row_keeps_what_could_be_read():

@@ -16,6 +16,8 @@ from wallaroo.workflows.sources.references import MAX_INLINE_CHARACTERS
 
 FIELD_CHARACTERS = 1 << 20
 """Most characters of a CSV field. It may be longer for tasks that read pictures, which may be in base64."""
+RAW_CHARACTERS = 4_000
+"""Most characters that are kept of a row that cannot be read."""
 
 
 class Row(NamedTuple):
@@ -29,6 +31,24 @@ class Row(NamedTuple):
     """Its values: a list of fields, or a dict."""
     fault: str
     """What is wrong with it; empty if nothing is."""
+    raw: str = ""
+    """Its text if no value of it can be read, cut as `raw_text` does; else empty."""
+
+
+def raw_text(line: bytes) -> str:
+    """The text of a row, for people who repair it.
+
+    Args:
+        line: Its bytes.
+
+    Returns:
+        The text without its line end. After RAW_CHARACTERS it is cut, and says so.
+    """
+    # A character has at most 4 bytes.
+    text = line[: 4 * RAW_CHARACTERS + 4].decode(errors="replace").strip("\ufeff\r\n")
+    if len(text) <= RAW_CHARACTERS:
+        return text
+    return f"{text[:RAW_CHARACTERS]}... (cut after {RAW_CHARACTERS:,} characters)"
 
 
 class _Lines:
@@ -126,6 +146,7 @@ def csv_rows(stream: IO[bytes], file: ManifestFile, start: int, width: int = 0) 
     while True:
         begin = lines.position
         lines.mark()
+        fields: list[str] | None
         try:
             fields = next(reader)
         except StopIteration:
@@ -134,10 +155,13 @@ def csv_rows(stream: IO[bytes], file: ManifestFile, start: int, width: int = 0) 
             other = _other_quotes(lines, delimiter, width)
             fault = "" if other else f"is not valid {file.format.upper()} ({error})"
             reader = csv.reader(lines, strict=True, delimiter=delimiter)
-            yield Row(begin, lines.position, other, fault)
-            continue
-        if fields:
-            yield Row(begin, lines.position, fields, "")
+            fields = other
+        else:
+            fault = ""
+        if fields or fault:
+            whole = not fault and (not width or len(fields or ()) == width)
+            raw = "" if whole else raw_text(b"".join(lines.held))
+            yield Row(begin, lines.position, fields, fault, raw)
 
 
 def _other_quotes(lines: _Lines, delimiter: str, width: int) -> list[str] | None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.manifests import questions
 from wallaroo.workflows.manifests.batch_requests import is_request, row_of
-from wallaroo.workflows.manifests.csv_rows import Row, csv_header, csv_rows, csv_values, read_line
+from wallaroo.workflows.manifests.csv_rows import Row, csv_header, csv_rows, csv_values, raw_text, read_line
 from wallaroo.workflows.manifests.schema import is_text, kind_of, mended, text_table
 from wallaroo.workflows.manifests.streams import is_compressed, open_text
 from wallaroo.workflows.manifests.types import (
@@ -73,7 +73,7 @@ def _line_rows(stream: IO[bytes], file: ManifestFile, start: int) -> Iterator[Ro
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.isspace() and line:
             values = _text(line, file.task) if file.format == "lines" else _json_object(line, file.task)
-            yield Row(begin, start, *values)
+            yield Row(begin, start, *values, "" if values[0] or not values[1] else raw_text(line))
 
 
 def _text(line: bytes, task: str) -> tuple[dict[str, Any], str]:
@@ -217,20 +217,23 @@ def read_text(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
         Unfit: The type of a column cannot hold a value.
     """
     marked = json_columns(schema)
-    row, values, faults = piece.first_row, [], {}
+    row, values, faults, raw = piece.first_row, [], {}, {}
     with open_text(piece.file, piece.start) as stream:
-        for number, (found, fault) in enumerate(_text_values(piece, stream), piece.first_row):
+        for number, (found, fault, text) in enumerate(_text_values(piece, stream), piece.first_row):
             values.append(found)
             if fault:
                 faults[number] = fault
+            if text:
+                raw[number] = text
             if len(values) == BATCH_ROWS:
-                yield Batch(row, text_table(values, schema, marked), faults)
-                row, values, faults = number + 1, [], {}
+                yield Batch(row, text_table(values, schema, marked), faults, raw)
+                row, values, faults, raw = number + 1, [], {}, {}
     if values:
-        yield Batch(row, text_table(values, schema, marked), faults)
+        yield Batch(row, text_table(values, schema, marked), faults, raw)
 
 
-def _text_values(piece: Piece, stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], str]]:
+def _text_values(piece: Piece, stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """The values of the rows of a piece, what is wrong with each, and the text of one without values."""
     if piece.file.format in ("csv", "tsv"):
         asks = questions.is_questions(piece.header, piece.file)
         shared = functools.partial(_shared_pictures, piece.file)
@@ -240,12 +243,12 @@ def _text_values(piece: Piece, stream: IO[bytes]) -> Iterator[tuple[dict[str, An
             values, fault = csv_values(row, piece.header)
             if asks and not fault:
                 values, fault = questions.question_row(values, shared)
-            yield values, fault
+            yield values, fault, row.raw
     else:
         for row in _line_rows(stream, piece.file, piece.start):
             if row.start >= piece.stop:
                 return
-            yield row.values, row.fault
+            yield row.values, row.fault, row.raw
 
 
 @functools.lru_cache(maxsize=2)

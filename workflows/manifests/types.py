@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -144,6 +145,8 @@ class Batch(NamedTuple):
     """The rows."""
     faults: dict[int, str]
     """Number of a row in the file -> what is wrong with it."""
+    raw: Mapping[int, str] = MappingProxyType({})
+    """Number of a row in the file -> its text, if no value of it can be read."""
 
 
 def check_width(file: ManifestFile, names: Sequence[str]) -> None:

@@ -24,6 +24,8 @@ GIVEN = "__wallaroo_given"
 
 Its name is one that no column of a manifest has. Outputs of version 0.1.0 lack it.
 """
+RAW = "raw_line"
+"""Name in `errors.jsonl` of the text of a row of which no value can be read."""
 PLAN_FIELDS = (
     pa.field("row_id", pa.int64()),
     pa.field("shard", pa.int64()),

@@ -135,6 +135,7 @@ def _planned(
                         folder=folder_of(rows.piece.file.path),
                         numbers=few.numbers,
                         faults=rows.faults,
+                        raw=rows.raw,
                         duplicates=duplicates,
                         versions=versions,
                     ).slice(skip, take)

@@ -219,7 +219,7 @@ class PieceRows(NamedTuple):
             rows = start + np.flatnonzero(bits[start : start + batch.table.num_rows])
             if len(rows):
                 table = batch.table if len(rows) == batch.table.num_rows else batch.table.take(rows - start)
-                yield Rows(self.piece, rows, table, batch.faults)
+                yield Rows(self.piece, rows, table, batch.faults, batch.raw)
 
 
 class Rows(NamedTuple):
@@ -233,6 +233,8 @@ class Rows(NamedTuple):
     """Their values."""
     faults: dict[int, str]
     """Number in the file -> what is wrong with the row."""
+    raw: Mapping[int, str]
+    """Number in the file -> text of the row, if no value of it can be read."""
 
     @property
     def numbers(self) -> list[int]:

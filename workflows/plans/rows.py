@@ -19,6 +19,7 @@ from wallaroo.workflows.outputs.values import jsonable
 from wallaroo.workflows.plans.columns import (
     GIVEN,
     PLAN_FIELDS,
+    RAW,
     carried_names,
     carried_schema,
     plan_schema,
@@ -156,6 +157,7 @@ def plan_rows(
     origin: str = "row",
     numbers: Sequence[int] | None = None,
     faults: Mapping[int, str] | None = None,
+    raw: Mapping[int, str] | None = None,
     duplicates: Collection[int] = (),
     versions: Mapping[int, int] | None = None,
     folder: str = "",
@@ -170,6 +172,7 @@ def plan_rows(
         origin: The file that the rows are from, for ids and messages.
         numbers: Numbers of the rows in the file; 0, 1, ... if None.
         faults: Number -> why the row cannot be read.
+        raw: Number -> text of a row of which no value can be read.
         duplicates: Numbers of rows whose id belongs to an earlier one.
         versions: Number -> version of the row; a row that it lacks has version 0.
         folder: Where relative paths of pictures start, unless the settings name a folder.
@@ -179,13 +182,14 @@ def plan_rows(
         `shard` is 0; whoever joins tables numbers them.
     """
     numbers = range(table.num_rows) if numbers is None else numbers
-    faults = faults or {}
+    faults, raw = faults or {}, raw or {}
     names = column_names(table.schema, settings)
     ids, errors = row_ids(table, origin, numbers, names["id"])
     counts = sample_counts(table, settings, numbers, faults, duplicates)
     given = {name: _column(table, column) for name, column in names.items()}
     present = {name: values for name, values in given.items() if values is not None and name != "id"}
     allowed = SourceOptions(settings.image_root or folder, https=settings.allow_https)
+    kept = _kept_lines(table)
     rows = []
     for index, number in enumerate(numbers):
         error = errors.get(number)
@@ -198,7 +202,13 @@ def plan_rows(
                 f"id {in_words(ids[index])} repeats that of an earlier row; give every row an id of its own.",
             )
         values = {name: column[index] for name, column in present.items()}
-        rows.append(_resolved(values, settings, config, tokenizer, allowed, error))
+        if kept[index] and all(is_absent(values.get(name)) for name in ("prompt", COLUMN)):
+            error = RowError(
+                "manifest",
+                f"Row {number} of {origin} is a line that could not be read, as {RAW} has it; correct that "
+                f"text, and put the row that it is in place of this one.",
+            )
+        rows.append(_resolved(values, settings, config, tokenizer, allowed, error, raw.get(number)))
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
     take = np.repeat(np.arange(table.num_rows), counts)
     samples = np.arange(len(take)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -228,6 +238,12 @@ def plan_rows(
     for name in carried_names(table.schema, settings):
         arrays.append(table.column(name).take(pa.array(take)))
     return pa.Table.from_arrays(arrays, schema=plan_schema(carried, settings.task))
+
+
+def _kept_lines(table: pa.Table) -> list[bool]:
+    """Tells which rows of an `errors.jsonl` are lines of a manifest that could not be read."""
+    lines, kinds = (_column(table, name) or [None] * table.num_rows for name in (RAW, "kind"))
+    return [isinstance(line, str) and kind == "manifest" for line, kind in zip(lines, kinds, strict=True)]
 
 
 def _seed(row: dict[str, Any], run_seed: int, row_id: str, version: int, sample: int) -> int:
@@ -260,13 +276,17 @@ def _resolved(
     tokenizer: Tokenizer,
     allowed: SourceOptions,
     error: RowError | None,
+    raw: str | None = None,
 ) -> dict[str, Any]:
-    """Resolves the parameters of a row. The first of several faults is reported; readable values are kept."""
+    """Resolves the parameters of a row. All of its faults are reported; readable values are kept.
+
+    The first fault gives the kind. Of a row that cannot be read it is the only one, as others follow from it.
+    """
     faults = [error] if error else []
 
-    def attempt(function: Any, *arguments: Any) -> Any:
+    def attempt(function: Any, *arguments: Any, **named: Any) -> Any:
         try:
-            return function(*arguments)
+            return function(*arguments, **named)
         except RowError as fault:
             faults.append(fault)
             return None
@@ -290,7 +310,10 @@ def _resolved(
         ratio = values.get("aspect_ratio")
         if width is None and height is None and is_absent(ratio):
             width, height = settings.width, settings.height
-        size = attempt(size_of, width, height, ratio, config)
+        size = None
+        if (width is None) == (height is None) or not any(fault.kind == "size" for fault in faults):
+            # That one of two numbers is missing is no fault where it could not be read.
+            size = attempt(size_of, width, height, ratio, config)
         if size is not None:
             height, width = size
     language = attempt(language_of, values.get("language"), prompt, settings)
@@ -302,18 +325,24 @@ def _resolved(
     top_k = sampling["top_k"]
     if top_k is not None and math.isfinite(top_k) and top_k == int(top_k):
         sampling["top_k"] = int(top_k)
-    if None not in sampling.values():
-        attempt(check_sampling, *sampling.values())
+    for name, value in sampling.items():
+        if value is not None:
+            # Each alone, so that every wrong one is reported.
+            attempt(check_sampling, **{name: value})
     if settings.task == "understand" and (sampling["cfg"] or 0) > 1:
         words = f"cfg is {sampling['cfg']:g}, but answers have no guidance; give at most 1."
         faults.append(RowError("sampling", words))
     # `in` would compare a float with each of the 2^32 numbers of the range.
     if not (isinstance(sampling["top_k"], int) and sampling["top_k"] in INT32):
         sampling["top_k"] = None
+    if error and error.kind == "manifest":
+        faults = [error]
     resolved = {
         "status": "error" if faults else "planned",
         "error_type": faults[0].kind if faults else "",
-        "error_message": str(faults[0]) if faults else "",
+        "error_message": "; also, ".join(str(fault).removesuffix(".") for fault in faults) + "."
+        if faults
+        else "",
         "prompt": prompt if isinstance(prompt, str) else None,
         "width": width,
         "height": height,
@@ -323,13 +352,14 @@ def _resolved(
         # JSON has no NaN, so a plan has none either.
         **{name: is_finite(value) for name, value in sampling.items()},
     }
-    return resolved | {GIVEN: _given(values, resolved, settings.task) if faults else None}
+    return resolved | {GIVEN: _given(values, resolved, settings.task, raw) if faults else None}
 
 
-def _given(values: dict[str, Any], resolved: dict[str, Any], task: str) -> str:
+def _given(values: dict[str, Any], resolved: dict[str, Any], task: str, raw: str | None) -> str:
     """Encodes the values of a refused row as JSON text.
 
-    Absent values are null. Values that the plan has unchanged are left out.
+    Absent values are null. Values that the plan has unchanged are left out. `raw` is the text of a row that
+    has no values.
     """
     # The readable part of a damaged row is not what was given.
     readable = values if resolved["error_type"] != "manifest" else {}
@@ -338,6 +368,8 @@ def _given(values: dict[str, Any], resolved: dict[str, Any], task: str) -> str:
         del given["prompt"]
     if COLUMN in given and (isinstance(values[COLUMN], Mapping | bytes) or resolved["source"]["uri"]):
         del given[COLUMN]
+    if raw is not None:
+        given[RAW] = raw
     return json.dumps(given)
 
 

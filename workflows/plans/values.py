@@ -90,8 +90,8 @@ def _ratio(value: Any) -> tuple[float, float]:
 
 
 @functools.lru_cache(maxsize=4096)
-def check_sampling(cfg: float, temperature: float, top_k: float, top_p: float) -> None:
-    """Checks the sampling parameters of a row.
+def check_sampling(cfg: float = 1, temperature: float = 1, top_k: float = 0, top_p: float = 1) -> None:
+    """Checks sampling parameters of a row; those that are not given have values that are valid.
 
     Args:
         cfg: Scale of classifier-free guidance.
