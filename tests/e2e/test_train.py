@@ -254,8 +254,9 @@ def test_a_stage_on_two_nodes_that_share_no_disk_loses_one_and_goes_on(tmp_path,
             try:
                 while process.poll() is None and not any(name.endswith("/.metadata") for name in states()):
                     time.sleep(0.1)
-                end()
-                nodes.enter_context(started_node(head, [tmp_path]))
+                if process.poll() is None:
+                    end()
+                    nodes.enter_context(started_node(head, [tmp_path]))
                 said, _ = process.communicate()
             finally:
                 watchdog.cancel()
