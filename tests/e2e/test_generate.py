@@ -395,7 +395,7 @@ with connected():
     try:
         stranger = subprocess.run(
             [sys.executable, "-c", STRANGER, ray.get_runtime_context().gcs_address],
-            env=environment, capture_output=True, text=True, timeout=120,
+            env=environment, capture_output=True, text=True, timeout=45,
         )
         code, words = stranger.returncode, stranger.stderr
     except subprocess.TimeoutExpired:
