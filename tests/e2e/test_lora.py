@@ -105,7 +105,7 @@ def test_a_checkpoint_is_merged_over_only_if_told(recipe, merged, tmp_path, caps
     output.mkdir()
     (output / "thesis.tex").write_text("mine")
     assert command("merge", recipe.folder, output, "--dtype", "float32") == 1
-    assert "it holds thesis.tex; name a new folder, or --overwrite" in capsys.readouterr().err
+    assert "it holds thesis.tex: name a new folder, or --overwrite" in capsys.readouterr().err
     assert [file.name for file in output.iterdir()] == ["thesis.tex"]
     assert command("merge", recipe.folder, output, "--dtype", "float32", "--overwrite") == 0
     assert (output / "thesis.tex").read_text() == "mine"
