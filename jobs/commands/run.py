@@ -240,16 +240,16 @@ def _run(task: str, manifest: str, output: str, scheduled: bool, on_finish: str 
 
 
 def _print_summary(config: "RunConfig", summary: "RunSummary") -> None:
-    from wallaroo.workflows.outputs.layout import DATA_FOLDER
+    from wallaroo.workflows.outputs.layout import DATA_FOLDER, ERRORS_FILE, REPORT_FILE
     from wallaroo.workflows.storage import join
 
     counts = f"{summary.ok:,} ok, {counted(summary.errors, 'error')}"
     click.echo(f"{counted(summary.rows, 'row')}: {counts}; {_made(config.task, summary)}")
     made_of = "texts   " if config.task == "understand" else "images  "
     click.echo(f"  {made_of}  {join(config.output, DATA_FOLDER)}")
-    click.echo(f"  report    {join(config.output, 'report.html')}")
+    click.echo(f"  report    {join(config.output, REPORT_FILE)}")
     if summary.errors:
-        click.echo(f"  errors    {join(config.output, 'errors.jsonl')} (a manifest for a second try)")
+        click.echo(f"  errors    {join(config.output, ERRORS_FILE)} (a manifest for a second try)")
     if config.model == "tiny":
         click.echo("The tiny model handles only coloured shapes on plain backgrounds (model/tiny/README.md).")
 
