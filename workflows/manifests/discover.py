@@ -30,7 +30,7 @@ from wallaroo.workflows.manifests.parquet_files import open_parquet
 from wallaroo.workflows.manifests.streams import has_header, is_object_of_objects
 from wallaroo.workflows.manifests.text_files import first_columns
 from wallaroo.workflows.manifests.types import COMPRESSED, FORMATS, OTHER_FORMATS, Manifest, ManifestFile
-from wallaroo.workflows.outputs.layout import DATA_FOLDER, RUN_FILE, shard_number
+from wallaroo.workflows.outputs.layout import DATA_FOLDER, ERRORS_FILE, RUN_FILE, SUCCESS_FILE, shard_number
 from wallaroo.workflows.storage.paths import hub_remedy
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
@@ -278,10 +278,10 @@ def _results(path: str, files: Sequence[storage.FileInfo], task: str) -> Manifes
     if task not in PICTURE_TASKS:
         raise InputError(
             f"{path} is the output of a run, not a manifest: for a second try of its errors give "
-            f"{storage.join(path, 'errors.jsonl')}, for its rows {storage.join(path, DATA_FOLDER)}."
+            f"{storage.join(path, ERRORS_FILE)}, for its rows {storage.join(path, DATA_FOLDER)}."
         )
     parts = sorted(file.relative for file in files if re.fullmatch(r"plan/part-\d+\.json", file.relative))
-    done = next((file for file in files if file.relative == "_SUCCESS"), None)
+    done = next((file for file in files if file.relative == SUCCESS_FILE), None)
     try:
         finished = json.loads(storage.read_bytes(done.path))["parts"] if done else None
     except (ValueError, TypeError, KeyError, RecursionError):
