@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import boto3
 import pyarrow as pa
@@ -15,7 +17,7 @@ from wallaroo.model.checkpoint import TINY, load_config, model_digest
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.plans import passes
-from wallaroo.workflows.storage import checkpoints, retries
+from wallaroo.workflows.storage import checkpoints, clients, retries
 
 
 def test_a_file_is_written_read_listed_and_deleted(s3):
@@ -67,6 +69,38 @@ def test_each_client_counts_what_it_retries(read, s3, s3_server, monkeypatch):
         assert read(f"{s3}/file") == b"one"
         assert between.faults == {"throttle": 1} and storage.take_retries() == 1
     storage.forget_clients()
+
+
+def test_threads_that_begin_together_share_a_client(s3):
+    together = threading.Barrier(8)
+
+    def take(_):
+        together.wait()
+        return clients.s3_client()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len({id(one) for one in pool.map(take, range(8))}) == 1
+
+
+def test_a_client_that_another_thread_is_making_is_forgotten_too(s3, monkeypatch):
+    storage.forget_clients()
+    begun, make = threading.Event(), boto3.session.Session.client
+
+    def slow(*args, **options):
+        made = make(*args, **options)
+        begun.set()
+        time.sleep(0.5)
+        return made
+
+    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        patch.setattr(boto3.session.Session, "client", slow)
+        old = pool.submit(clients.s3_client)
+        begun.wait()
+        patch.undo()
+        storage.forget_clients()
+        old.result()
+        storage.write_atomic(f"{s3}/one", b"one")
 
 
 def test_one_of_many_writers_puts_what_is_absent(s3):

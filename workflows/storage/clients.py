@@ -24,6 +24,8 @@ ATTEMPTS = 4
 """Attempts of one request. An endpoint that does not answer is thus given up within half a minute."""
 _retries = 0
 _guard = threading.Lock()
+# Sessions of boto3 may not be used by two threads at once, and each thread would make a client of its own.
+_making = threading.RLock()
 
 
 def take_retries() -> int:
@@ -44,17 +46,27 @@ def count_retries(count: int) -> None:
         _retries += count
 
 
-@functools.cache
 def session() -> Any:
     """boto3's session of this process."""
+    with _making:
+        return _session()
+
+
+@functools.cache
+def _session() -> Any:
     import boto3.session
 
     return boto3.session.Session()
 
 
-@functools.cache
 def s3_client() -> Any:
     """boto3's client of this process. It may be used from many threads."""
+    with _making:
+        return _s3_client()
+
+
+@functools.cache
+def _s3_client() -> Any:
     import botocore.config
 
     config = botocore.config.Config(
@@ -74,9 +86,14 @@ def _note_attempts(parsed: dict[str, Any], **_: Any) -> None:
     count_retries(parsed.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
-@functools.cache
 def s3_filesystem() -> Any:
     """s3fs's file system of this process, for streams and globs. It caches no listing."""
+    with _making:
+        return _s3_filesystem()
+
+
+@functools.cache
+def _s3_filesystem() -> Any:
     import aiobotocore.session
     import s3fs
 
@@ -96,8 +113,9 @@ def s3_filesystem() -> Any:
 
 def forget_clients() -> None:
     """Drops the clients, so that the next use of S3 reads the AWS variables again."""
-    for cached in (session, s3_client, s3_filesystem, _region):
-        cached.cache_clear()
+    with _making:  # a client that another thread is making now is dropped too
+        for cached in (_session, _s3_client, _s3_filesystem, _region):
+            cached.cache_clear()
 
 
 def _custom_endpoint() -> urllib.parse.SplitResult | None:
