@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from tests.conftest import _free_ports
+from tests.conftest import free_ports
 
-START_SECONDS = 180
+START_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def started_head(
     """
     token = secrets.token_hex(32)
     with tempfile.TemporaryDirectory(prefix="head-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        gcs, dashboard, client, agent, grpc, metrics, runtime = _free_ports(7)
+        gcs, dashboard, client, agent, grpc, metrics, runtime = free_ports(7)
         bin_folder = str(Path(sys.executable).parent)
         variables = {
             **os.environ,
@@ -138,7 +138,7 @@ def started_node(head: Head, hidden: Sequence[Path] = (), cpus: int = 1) -> Iter
     Yields:
         A function that ends it at once, as a machine that is lost.
     """
-    agent, grpc, metrics, runtime = _free_ports(4)
+    agent, grpc, metrics, runtime = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="node-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         # Short, since paths of sockets are, and known to `_end`.
         mounts = " && ".join(f'mount -t tmpfs none "{one}"' for one in (folder, head.folder.parent, *hidden))
@@ -205,10 +205,10 @@ _AUTOSCALER = {
     "RAY_CLOUD_INSTANCE_ID": HEAD_NODE,
     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE,
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-    # A lost node is given up in a second or two.
+    # A lost node refuses connections and is given up in a second or two. A busy one is only slow to answer.
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_timeout_ms": "30000",
 }
 
 
@@ -259,7 +259,7 @@ def _wait(process: subprocess.Popen, url: str, token: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(request, timeout=5):
+            with urllib.request.urlopen(request, timeout=30):
                 return
         except OSError:
             time.sleep(0.5)
@@ -286,4 +286,4 @@ def _end(process: subprocess.Popen, folder: str) -> None:
             one.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(mine, timeout=10)
+    psutil.wait_procs(mine, timeout=60)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -9,14 +10,28 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
-SERVER_START_SECONDS = 60
+SERVER_START_SECONDS = 120
+PORTS = range(20_000, 32_768)
+"""Linux and Ray give none of them away by themselves, so nobody takes one between our look and its use."""
+
+# A loaded machine takes any time for an example, and a gate has the same examples each time. Chance is for
+# `make fuzz`, and for pytest's --hypothesis-profile=default.
+hypothesis.settings.register_profile(
+    "steady",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("steady")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,7 +79,7 @@ def s3_server() -> Iterator[S3Server]:
         tempfile.TemporaryDirectory(prefix="weed-", dir="/tmp") as folder,
         pytest.MonkeyPatch.context() as patch,
     ):
-        # Another process may take a port between our look and the server's start.
+        # Another process may have taken a port nevertheless.
         for attempt in range(3):
             server = _start(program, Path(folder) / str(attempt))
             if server is not None:
@@ -95,7 +110,7 @@ def _start(program: str, folder: Path) -> S3Server | None:
         for name, one, actions in (("owner", key, everything), ("stranger", stranger, ["Read:nowhere"]))
     ]
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-    master, volume, filer, s3, *grpc = _free_ports(8)
+    master, volume, filer, s3, *grpc = free_ports(8)
     with open(folder / "log", "wb") as log:
         command = (
             program,
@@ -147,15 +162,19 @@ def _start(program: str, folder: Path) -> S3Server | None:
     return None
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on, and that nobody is given who asks for any port."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as one:
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"fewer than {count} ports are free from {PORTS.start} to {PORTS.stop - 1}")
 
 
 def _log(folder: Path) -> str:
@@ -174,6 +193,10 @@ def s3(s3_server: S3Server) -> Iterator[str]:
     bucket = f"test-{secrets.token_hex(6)}"
     boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
+    # Downloads that nobody waits for any more have their clients, and their retries, from this test.
+    for thread in threading.enumerate():
+        if thread.name.startswith("fetch"):
+            thread.join(SERVER_START_SECONDS)
     storage.forget_clients()
 
 

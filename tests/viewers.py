@@ -33,6 +33,10 @@ FLAGS = (
 )
 
 
+LONGEST = 300_000
+"""Milliseconds after which a browser that does not start, or a page that does not change, is given up."""
+
+
 class Answer:
     """What a server said. status: HTTP's. text: the body, as UTF-8."""
 
@@ -56,7 +60,7 @@ class Served:
         if data is not None:
             request.data = urllib.parse.urlencode(data).encode()
         try:
-            with urllib.request.build_opener(_Stay).open(request, timeout=60) as answer:
+            with urllib.request.build_opener(_Stay).open(request, timeout=300) as answer:
                 return Answer(answer.status, answer.headers, answer.read())
         except urllib.error.HTTPError as error:
             with error:
@@ -93,7 +97,7 @@ def serving(*outputs, votes=None, hosts=LOOPBACK, token=None) -> Iterator[Served
         bound.close()
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     """Returns when a condition holds; fails where it never does."""
     end = time.monotonic() + seconds
     while not condition():
@@ -115,10 +119,11 @@ def browsing(folder, width=1280, height=900, scripts=True):
             args=list(FLAGS),
             viewport={"width": width, "height": height},
             java_script_enabled=scripts,
+            timeout=LONGEST,
         )
         try:
             page = context.pages[0]
-            page.set_default_timeout(30_000)
+            page.set_default_timeout(LONGEST)
             page.on("request", lambda request: asked.append(request.url))
             page.on("pageerror", lambda error: asked.append(f"error: {error}"))
             page.on("console", lambda line: line.type == "error" and asked.append(f"error: {line.text}"))

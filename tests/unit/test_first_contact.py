@@ -216,6 +216,7 @@ class Dashboard(BaseHTTPRequestHandler):
 )
 def test_the_dashboard_of_a_cluster_here_is_found(monkeypatch, tmp_path, address, environment):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(submit, "DASHBOARD_TIMEOUT", 300.0)
     with answering(Dashboard) as port:
         monkeypatch.setattr(submit, "DASHBOARD_PORT", port)
         assert submit.connect(address, environment).get_address() == f"http://127.0.0.1:{port}"
@@ -223,16 +224,17 @@ def test_the_dashboard_of_a_cluster_here_is_found(monkeypatch, tmp_path, address
 
 def test_without_a_dashboard_the_variable_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setattr(submit, "DASHBOARD_PORT", port)
-    with pytest.raises(
-        InputError, match=rf"answers at http://127\.0\.0\.1:{port} .*\$RAY_API_SERVER_ADDRESS"
-    ):
-        submit.connect(None, {})
-    with pytest.raises(InputError, match="check address and port, or the port-forward"):
-        submit.connect(f"http://127.0.0.1:{port}", {})
+    with socket.socket() as silent:
+        # Taken, so that nobody else answers there, and not listened on.
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        monkeypatch.setattr(submit, "DASHBOARD_PORT", port)
+        with pytest.raises(
+            InputError, match=rf"answers at http://127\.0\.0\.1:{port} .*\$RAY_API_SERVER_ADDRESS"
+        ):
+            submit.connect(None, {})
+        with pytest.raises(InputError, match="check address and port, or the port-forward"):
+            submit.connect(f"http://127.0.0.1:{port}", {})
 
 
 def test_recipes_begin_with_the_tiny_model(tmp_path, monkeypatch, capsys):

@@ -14,11 +14,13 @@ import pytest
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+from wallaroo.workflows.outputs import lock as lock_module
 from wallaroo.workflows.outputs.lock import LockLost, OutputLock, Owner, RunInProgress
+from wallaroo.workflows.storage.local import folder_locked
 
 LEASE = 0.5
-STEADY = 4.0
-"""A lease long enough for an owner on a busy machine to beat several times in it."""
+STEADY = 60.0
+"""A lease in which an owner on a busy machine surely beats once; see `brisk`."""
 LONG = 3600.0
 """A lease that no test waits for: who gets the lock under it got it at once."""
 
@@ -26,8 +28,10 @@ LONG = 3600.0
 def holder(output, lease=STEADY):
     """Another process that holds the lock until it is killed."""
     code = (
-        "import sys, time; from wallaroo.workflows.outputs.lock import OutputLock\n"
-        f"with OutputLock(sys.argv[1], 'other', lease={lease}): print('held', flush=True); time.sleep(600)"
+        "import sys, time; from wallaroo.workflows.outputs import lock\n"
+        f"lock.BEATS_PER_LEASE = {max(1, round(lease / 0.1))}\n"
+        f"with lock.OutputLock(sys.argv[1], 'other', lease={lease}):\n"
+        "    print('held', flush=True); time.sleep(900)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, output],
@@ -41,6 +45,13 @@ def holder(output, lease=STEADY):
 @pytest.fixture
 def output(tmp_path):
     return str(tmp_path / "out")
+
+
+@pytest.fixture
+def brisk(monkeypatch):
+    """Ten beats and looks a second under the lease STEADY."""
+    for name in ("BEATS_PER_LEASE", "POLLS_PER_LEASE"):
+        monkeypatch.setattr(lock_module, name, 10 * STEADY)
 
 
 def write(output, **values):
@@ -60,7 +71,7 @@ def test_a_free_lock_is_taken_beats_and_is_given_back(output):
     assert not os.path.exists(output)
 
 
-def test_a_living_owner_is_named_and_left_alone(output):
+def test_a_living_owner_is_named_and_left_alone(output, brisk):
     process = holder(output)
     try:
         with pytest.raises(
@@ -105,8 +116,8 @@ def test_a_silent_owner_is_taken_over_after_a_lease(output, left):
     assert time.monotonic() - began >= LEASE
 
 
-def test_of_many_watchers_of_a_dead_owner_one_wins(output):
-    write(output, machine="another")
+def test_of_many_watchers_of_a_dead_owner_one_wins(output, brisk):
+    write(output, started=Owner.myself("").started - 1)
     barrier, outcomes, over = threading.Barrier(6), [], threading.Event()
 
     def watch(number):
@@ -133,7 +144,9 @@ def test_of_many_watchers_of_a_dead_owner_one_wins(output):
 def test_an_owner_notices_that_its_lock_was_taken(output):
     told = threading.Event()
     with OutputLock(output, "mine", lease=LEASE, on_lost=told.set) as lock:
-        write(output, token="thief", run="thief")
+        # Between two beats, as one who takes it over writes.
+        with folder_locked(lock.path):
+            write(output, token="thief", run="thief")
         assert told.wait(60)
         with pytest.raises(LockLost, match="took over"):
             lock.check()
@@ -142,7 +155,8 @@ def test_an_owner_notices_that_its_lock_was_taken(output):
 
 def test_an_owner_notices_that_its_lock_is_gone(output):
     with OutputLock(output, "mine", lease=LEASE) as lock:
-        storage.delete(lock.path)
+        with folder_locked(lock.path):
+            storage.delete(lock.path)
         assert lock.lost.wait(60)
     assert os.listdir(output) == []
 
@@ -150,7 +164,10 @@ def test_an_owner_notices_that_its_lock_is_gone(output):
 def test_a_halted_owner_loses_its_lock_and_notices_when_it_goes_on(output):
     process = holder(output, LEASE)
     try:
-        process.send_signal(signal.SIGSTOP)
+        # Not within a beat, in which it would keep others from the folder.
+        with folder_locked(f"{output}/lock.json"):
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         with OutputLock(output, "mine", lease=LEASE) as lock:
             process.send_signal(signal.SIGCONT)
             owner = Owner.from_json(storage.read_bytes(lock.path))

@@ -7,14 +7,16 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from wallaroo.jobs import notify as notify_module
 from wallaroo.jobs.notify import notify
 
 NEWS = {"task": "generate", "output": "out/first", "state": "finished", "rows": 3, "message": ""}
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     """Its address, and what it was sent."""
+    monkeypatch.setattr(notify_module, "URL_TIMEOUT", 300.0)
     heard = []
 
     class Handler(BaseHTTPRequestHandler):

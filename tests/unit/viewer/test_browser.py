@@ -10,6 +10,7 @@ import pytest
 from tests.viewers import CHROMIUM, browsing, only_from, serving, wait_for
 from wallaroo.workflows.outputs import layout, shards
 from wallaroo.workflows.outputs.run_log import RunLog
+from wallaroo.workflows.reports import status
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="there is no chromium: apt-get install chromium, for the tests of wallaroo view"
@@ -46,10 +47,12 @@ def two(tmp_path, outputs):
 
 
 def marks(page):
+    page.wait_for_load_state()  # a click waits until a page begins, not until it is whole
     return page.eval_on_selector_all("#tiles li", "list => list.map(li => li.dataset.mark)")
 
 
 def count(page):
+    page.wait_for_load_state()
     return " ".join(page.inner_text("#count").split())
 
 
@@ -229,7 +232,8 @@ def test_comparison_of_edits_and_answers_shows_their_sources(tmp_path, outputs):
             assert only_from(served.base, asked)
 
 
-def test_live_run_shows_rows_as_they_come(tmp_path, outputs):
+def test_live_run_shows_rows_as_they_come(tmp_path, outputs, monkeypatch):
+    monkeypatch.setattr(status, "SILENT_SECONDS", 3600.0)
     output = str(tmp_path / "live")
     tables = [outputs.plan_table(4, 4 * i, i) for i in range(3)]
     outputs.make_output(output, tables, skip=(1, 2))
