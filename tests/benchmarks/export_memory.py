@@ -22,10 +22,11 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.export import FORMATS
 from wallaroo.workflows.outputs import run_file, shards
 from wallaroo.workflows.outputs import values as outputs_values
-from wallaroo.workflows.outputs.layout import PLAN_FOLDER
+from wallaroo.workflows.outputs.layout import PLAN_FOLDER, part_name
 from wallaroo.workflows.outputs.rows import Producer, RunConstants, build_result_table
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.plans.columns import plan_schema
+from wallaroo.workflows.plans.increments import PAIR, write_planned
 from wallaroo.workflows.plans.plan import PlanPart, Round, read_plan
 from wallaroo.workflows.reports.finish import finish
 
@@ -55,8 +56,17 @@ print(max(peak, anonymous()), summary.exported, summary.files)
 """
 
 
-def write_output(output: str, rows: int = ROWS, shard_rows: int = SHARD_ROWS, side: int = SIDE) -> None:
-    """A finished output (local or S3) of noise; pictures are those of the first shard in another order."""
+def write_output(
+    output: str,
+    rows: int = ROWS,
+    shard_rows: int = SHARD_ROWS,
+    side: int = SIDE,
+    increment_rows: int | None = None,
+) -> None:
+    """A finished output (local or S3) of noise; pictures are those of the first shard in another order.
+
+    increment_rows: rows that each of many incremental runs has added; None for a single run.
+    """
     fields = {"task": "generate", "save_tokens": False}
     run_file.put_run(output, fields)
     run = RunConstants("generate", "m" * 64, outputs_values.digest(fields))
@@ -67,28 +77,41 @@ def write_output(output: str, rows: int = ROWS, shard_rows: int = SHARD_ROWS, si
         Outcome(row=i, pixels=one, tokens=np.arange(4, dtype=np.int32), started_at=started, seconds=1.0)
         for i, one in enumerate(noise)
     ]
-    plans = [
-        _planned(shard, range(start, min(rows, start + shard_rows)), side, plan_schema(carried))
-        for shard, start in enumerate(range(0, rows, shard_rows))
-    ]
-    first = build_result_table(plans[0], outcomes, run, Producer(), result_schema(carried))
-    name = "part-00000-test.parquet"
-    with (
-        storage.write_stream(storage.join(output, PLAN_FOLDER, name)) as stream,
-        pq.ParquetWriter(stream, plans[0].schema) as writer,
-    ):
-        for shard, plan in enumerate(plans):
-            writer.write_table(plan)
-            table = first.take((np.arange(len(plan)) + shard) % shard_rows)
-            for column in ("row_id", "shard", "id", "sample", "prompt", "seed"):
-                place = table.schema.get_field_index(column)
-                table = table.set_column(place, table.schema.field(place), plan.column(column))
-            shards.write_shard(output, shard, table)
-    part = PlanPart(0, name, 0, 0, rows, 0, len(plans), shard_rows, 0, {}, {}, True)
-    selected = np.ones(-(-rows // SAMPLES), bool)
-    opening = Round(rows, shard_rows, selected, {}, "m" * 64, [], carried, [])
-    values = vars(part) | {"format": 1, "opening": opening.to_values()}
-    storage.write_atomic(storage.join(output, PLAN_FOLDER, "part-00000.json"), json.dumps(values).encode())
+    schema = plan_schema(carried)
+    first = build_result_table(
+        _planned(0, range(shard_rows), side, schema), outcomes, run, Producer(), result_schema(carried)
+    )
+    shard = 0
+    for number, begin in enumerate(range(0, rows, increment_rows or rows)):
+        end = min(rows, begin + (increment_rows or rows))
+        name, first_shard = f"{part_name(number)}-{number:016x}.parquet", shard
+        with (
+            storage.write_stream(storage.join(output, PLAN_FOLDER, name)) as stream,
+            pq.ParquetWriter(stream, schema) as writer,
+        ):
+            for start in range(begin, end, shard_rows):
+                plan = _planned(shard, range(start, min(end, start + shard_rows)), side, schema)
+                writer.write_table(plan)
+                table = first.take((np.arange(len(plan)) + shard) % shard_rows)
+                for column in ("row_id", "shard", "id", "sample", "prompt", "seed"):
+                    place = table.schema.get_field_index(column)
+                    table = table.set_column(place, table.schema.field(place), plan.column(column))
+                shards.write_shard(output, shard, table)
+                shard += 1
+        count, known = end - begin, ""
+        if increment_rows is not None:
+            pairs = np.zeros(count, PAIR)
+            pairs["id_low"] = np.arange(begin, end)
+            known = write_planned(output, pairs, np.zeros(count, np.int32))
+        part = PlanPart(
+            number, name, number, begin, count, first_shard, shard - first_shard, shard_rows, 0, {}, {}, True
+        )
+        opening = Round(
+            count, shard_rows, np.ones(-(-count // SAMPLES), bool), {}, "m" * 64, [], carried, [], known
+        )
+        values = vars(part) | {"format": 1, "opening": opening.to_values()}
+        path = storage.join(output, PLAN_FOLDER, f"{part_name(number)}.json")
+        storage.write_atomic(path, json.dumps(values).encode())
     finish(output, read_plan(output))
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.benchmarks.export_memory import write_output
+from tests.s3_proxy import proxy
 from wallaroo.jobs import cli
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
@@ -136,7 +139,7 @@ def test_five_scheduled_runs_of_a_growing_source(s3, local_ray, tmp_path):
         )
 
     def finish(process: subprocess.Popen) -> str:
-        said, _ = process.communicate(timeout=300)
+        said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said
         return said
 
@@ -243,8 +246,13 @@ def increments(four_increments, tmp_path):
 
 def contents(output: str) -> list[dict]:
     """All rows but for the shard that they are in, in their order."""
+    return contents_of(output, sorted(list_done(output)))
+
+
+def contents_of(output: str, shards: Iterable[int]) -> list[dict]:
+    """The same of some shards."""
     rows: list[dict] = []
-    for shard in sorted(list_done(output)):
+    for shard in shards:
         with open_shard(output, shard) as parquet:
             rows += parquet.read().drop_columns(["shard"]).to_pylist()
     return rows
@@ -278,6 +286,38 @@ def test_increments_are_compacted(increments):
     assert is_complete(output)
     assert compact(output) == Compacted(2, 1)
     assert is_complete(output) and contents(output) == rows
+
+
+def test_a_compaction_on_s3_reads_each_shard_once(s3, s3_server, monkeypatch):
+    output = f"{s3}/grown"
+    write_output(output, rows=120, shard_rows=2, side=16, increment_rows=12)
+    before = contents(output)
+    assert (len(list_done(output)), len(read_plan(output).parts)) == (60, 10)
+    with proxy(s3_server.endpoint, share=0) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
+        storage.forget_clients()
+        assert compact(output) == Compacted(60, 1)
+        asked = between.take()
+    # One for a shard, and some for a part: its JSON (twice), its rows and what it planned.
+    assert asked["GET"] <= 60 + 5 * 10 + 30, asked
+    # Of the old files none is asked for or deleted by itself.
+    assert asked["HEAD"] <= 30 and asked["POST"] + asked.get("DELETE", 0) <= 5, asked
+    assert contents(output) == before
+    assert verify(output, lambda line: None).state == "complete"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1 nothing PAR1")])
+def test_a_compaction_names_a_shard_that_cannot_be_read(tmp_path, damage):
+    output = str(tmp_path / "grown")
+    write_output(output, rows=24, shard_rows=2, side=16, increment_rows=12)
+    left = contents(output)[:8]
+    damage(tmp_path / "grown" / "data" / "shard-00000004.parquet")
+    with pytest.raises(
+        InputError, match=r"shard-00000004\.parquet.*: (move it elsewhere, )?re-run"
+    ) as caught:
+        compact(output)
+    assert "\n" not in str(caught.value)
+    assert len(list_done(output)) >= 11 and contents_of(output, range(4)) == left
 
 
 @pytest.mark.parametrize("moment", ["_replace_plan", "finish", "_remove_others"])

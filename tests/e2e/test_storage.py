@@ -17,7 +17,7 @@ from wallaroo.model.checkpoint import TINY, load_config, model_digest
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.plans import passes
-from wallaroo.workflows.storage import checkpoints, clients, retries
+from wallaroo.workflows.storage import checkpoints, clients, files, retries
 
 
 def test_a_file_is_written_read_listed_and_deleted(s3):
@@ -101,6 +101,23 @@ def test_a_client_that_another_thread_is_making_is_forgotten_too(s3, monkeypatch
         storage.forget_clients()
         old.result()
         storage.write_atomic(f"{s3}/one", b"one")
+
+
+def test_many_files_are_deleted_by_few_requests(s3, s3_server, monkeypatch):
+    for name in "abcde":
+        storage.write_atomic(f"{s3}/{name}", b"")
+    monkeypatch.setattr(files, "DELETED_AT_ONCE", 2)
+    with proxy(s3_server.endpoint, share=0) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
+        storage.forget_clients()
+        storage.delete_all(f"{s3}/{name}" for name in ("a", "b", "absent", "d", "e"))
+        assert between.kinds == {"POST": 3}
+        assert [file.relative for file in storage.list_files(s3)] == ["c"]
+        storage.delete_all([])
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.stranger)
+        storage.forget_clients()
+        with pytest.raises(InputError, match="c cannot be used, access is denied"):
+            storage.delete_all([f"{s3}/c"])
 
 
 def test_one_of_many_writers_puts_what_is_absent(s3):

@@ -121,6 +121,13 @@ def test_a_file_is_replaced_only_as_it_was_read(tmp_path):
     assert not storage.exists(path)
 
 
+def test_those_of_many_that_are_there_are_deleted(tmp_path):
+    for name in "abc":
+        storage.write_atomic(str(tmp_path / name), b"")
+    storage.delete_all(str(tmp_path / name) for name in ("a", "absent", "c"))
+    assert names(tmp_path) == ["b"]
+
+
 def test_one_of_many_replaces(tmp_path):
     path, barrier, won = str(tmp_path / "file"), threading.Barrier(16), []
     storage.write_atomic(path, b"before")

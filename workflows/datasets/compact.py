@@ -11,6 +11,7 @@ Knows nothing of Ray.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -19,25 +20,30 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.progress import Phase, Report, silent
-from wallaroo.workflows.outputs.layout import DATA_FOLDER, PLAN_FOLDER, part_name, shard_number, shard_path
+from wallaroo.workflows.outputs.layout import PLAN_FOLDER, list_stamps, part_name, shard_name, shard_path
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
-from wallaroo.workflows.outputs.shards import open_shard, write_shard
+from wallaroo.workflows.outputs.shards import map_shards, open_shard, write_shard
 from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.plans.columns import with_given
 from wallaroo.workflows.plans.increments import read_planned, write_planned
 from wallaroo.workflows.plans.layout import SHARD_ROWS, SHARD_TEXTS, write_shards
-from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_plan, read_shard
+from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_plan
 from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.page import write_report
+from wallaroo.workflows.reports.planned import planned_shards
+from wallaroo.workflows.reports.tally import tally_of_table
 
 MAX_BYTES = 256 << 20
 """Most bytes of a merged shard, which is held in memory."""
+READERS = 8
+"""Shards that are read at once, all for one merged shard."""
 
 _PLAN_FILE = re.compile(r"part-\d{5,}(\.json|-[0-9a-f]{16}\.parquet)|(known|pictures)-[0-9a-f]{16,}\.\w+")
 """Names of a plan's files; others are not ours."""
@@ -85,16 +91,16 @@ def compact(output: str, on_progress: Report = silent) -> Compacted:
         _remove_others(output, plan)
         if success["parts"] != names:
             finish(output, plan)  # an earlier try was cut off after its plan had become the plan
-        reading = Phase(on_progress, "reading", plan.rows)
-        groups = list(_groups(output, plan, reading, SHARD_TEXTS if task in TEXT_TASKS else SHARD_ROWS[1]))
+        sizes = {shard: storage.stamp_size(stamp) for shard, stamp in list_stamps(output).items()}
+        groups = list(_groups(output, plan, sizes, SHARD_TEXTS if task in TEXT_TASKS else SHARD_ROWS[1]))
         if len(groups) == len(plan.shards):
             return Compacted(len(groups), len(groups))
         first = (plan.shards.stop // NUMBERS + 1) * NUMBERS
         phase = Phase(on_progress, "merging", plan.rows)
         for shard, group in enumerate(groups, first):
             lock.check()
-            table = pa.concat_tables(_numbered(_data(output, one), shard) for one in group)
-            write_shard(output, shard, table)
+            table = _merged(output, group, sizes, shard)
+            write_shard(output, shard, table, tally_of_table(table, shard).to_json())
             phase.count(len(table))
         lock.check()
         _replace_plan(output, plan, groups, first)
@@ -105,16 +111,17 @@ def compact(output: str, on_progress: Report = silent) -> Compacted:
         return Compacted(len(plan.shards), len(groups))
 
 
-def _groups(output: str, plan: Plan, phase: Phase, most_rows: int) -> Iterator[list[int]]:
-    """Groups consecutive shards that become one, by rows and bytes."""
+def _groups(output: str, plan: Plan, sizes: dict[int, int], most_rows: int) -> Iterator[list[int]]:
+    """Groups consecutive shards that become one, by rows and bytes. Opens no file of `data/`."""
     group: list[int] = []
     rows = size = 0
-    for shard in plan.shards:
-        with open_shard(output, shard) as parquet:
-            more = parquet.metadata.num_rows
-        phase.count(more)
-        found = storage.info(shard_path(output, shard))
-        bytes_more = found.size if found else 0
+    counts = itertools.chain.from_iterable(_rows_of_shards(output, part) for part in plan.parts)
+    for shard, more in zip(plan.shards, counts, strict=True):
+        if shard not in sizes:
+            raise InputError(
+                f"{output} lacks {shard_name(shard)}: re-run its command to resume, then compact it."
+            )
+        bytes_more = sizes[shard]
         if group and (rows + more > most_rows or size + bytes_more > MAX_BYTES):
             yield group
             group, rows, size = [], 0, 0
@@ -123,9 +130,35 @@ def _groups(output: str, plan: Plan, phase: Phase, most_rows: int) -> Iterator[l
     yield group
 
 
-def _data(output: str, shard: int) -> pa.Table:
-    with open_shard(output, shard) as parquet:
-        return parquet.read()
+def _rows_of_shards(output: str, part: PlanPart) -> Iterator[int]:
+    """Rows of each shard of a part. Those of merged shards vary, so that its file says them."""
+    if not part.compacted:
+        for shard in range(part.shards):
+            yield min(part.shard_rows, part.rows - shard * part.shard_rows)
+        return
+    path = storage.join(output, PLAN_FOLDER, part.file)
+    filesystem, inner = storage.parquet_filesystem(path)
+    with storage.explained(path):
+        metadata = pq.read_metadata(inner, filesystem=filesystem)
+    for group in range(metadata.num_row_groups):
+        yield metadata.row_group(group).num_rows
+
+
+def _merged(output: str, group: list[int], sizes: dict[int, int], shard: int) -> pa.Table:
+    """The rows of a group of shards under the number of the merged one; several shards are read at once."""
+
+    def read(one: int) -> pa.Table:
+        try:
+            with open_shard(output, one, size=sizes[one]) as parquet:
+                return _numbered(parquet.read(use_threads=False), shard)
+        except (FileNotFoundError, pa.ArrowException) as error:
+            words = str(error).strip().split("\n", 1)[0][:200]
+            raise InputError(
+                f"{shard_path(output, one)} cannot be read ({words}): move it elsewhere, re-run the "
+                f"command of the output, then compact it."
+            ) from error
+
+    return pa.concat_tables(map_shards(read, group, READERS))
 
 
 def _numbered(table: pa.Table, shard: int) -> pa.Table:
@@ -141,8 +174,11 @@ def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) 
     etag = storage.read_with_etag(path)[1]
     name = hashlib.sha256(json.dumps([part.file for part in plan.parts]).encode()).hexdigest()[:16]
     file = f"{part_name(last.part)}-{name}.parquet"
+    planned = _planned(output, plan)
     tables = (
-        pa.concat_tables(_numbered(with_given(read_shard(output, one)), shard) for one in group)
+        pa.concat_tables(
+            _numbered(with_given(table), shard) for table in itertools.islice(planned, len(group))
+        )
         for shard, group in enumerate(groups, first)
     )
     rows = write_shards(storage.join(output, PLAN_FOLDER, file), tables)
@@ -182,14 +218,22 @@ def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) 
         raise InputError(f"{path} changed during the compaction: compact {output} again.")
 
 
+def _planned(output: str, plan: Plan) -> Iterator[pa.Table]:
+    """The planned rows of each shard, from one pass over the file of each part."""
+    stamps = storage.list_stamps(storage.join(output, PLAN_FOLDER), str)
+    for part in plan.parts:
+        numbers = range(part.first_shard, part.end)
+        for _, table in planned_shards(output, part, stamps.get(part.file), numbers):
+            yield table
+
+
 def _remove_others(output: str, plan: Plan) -> None:
     """Removes files of plan and data that the plan does not name: old ones, or of an interrupted call."""
     kept = {part.file for part in plan.parts} | {one.known for one in plan.rounds}
     kept |= {f"{part.name}.json" for part in plan.parts}
-    for file in storage.list_files(storage.join(output, PLAN_FOLDER)):
-        if file.relative not in kept and _PLAN_FILE.fullmatch(file.relative):
-            storage.delete(file.path)
-    for file in storage.list_files(storage.join(output, DATA_FOLDER)):
-        shard = shard_number(file.relative)
-        if shard is not None and shard not in plan.shards:
-            storage.delete(file.path)
+    storage.delete_all(
+        file.path
+        for file in storage.list_files(storage.join(output, PLAN_FOLDER))
+        if file.relative not in kept and _PLAN_FILE.fullmatch(file.relative)
+    )
+    storage.delete_all(shard_path(output, shard) for shard in list_stamps(output) if shard not in plan.shards)

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import pyarrow as pa
@@ -86,13 +86,17 @@ def without_tally(schema: pa.Schema) -> pa.Schema:
 
 
 @contextmanager
-def open_shard(output: str, shard: int, data: bytes | None = None) -> Iterator[pq.ParquetFile]:
+def open_shard(
+    output: str, shard: int, data: bytes | None = None, size: int | None = None
+) -> Iterator[pq.ParquetFile]:
     """Opens the file of a shard for reading row group by row group.
 
     Args:
         output: Folder of the run, local or on S3.
         shard: Number of the shard.
         data: The whole file, if it is already read.
+        size: Its size in bytes, if it is known and the file is read to its end: on S3 that takes one request
+            for a small file.
 
     Yields:
         The open file.
@@ -102,11 +106,19 @@ def open_shard(output: str, shard: int, data: bytes | None = None) -> Iterator[p
         ArrowInvalid: It is not a file of results.
     """
     path = shard_path(output, shard)
-    filesystem, inner = storage.parquet_filesystem(path)
+    opened: AbstractContextManager[pa.NativeFile]
+    if data is not None:
+        opened = pa.BufferReader(data)
+    elif size is not None:
+        opened = storage.open_ranges(path, size)
+    else:
+        filesystem, inner = storage.parquet_filesystem(path)
+        opened = filesystem.open_input_file(inner)
+    whole = data is not None or size is not None
     with (
         storage.explained(path),
-        filesystem.open_input_file(inner) if data is None else pa.BufferReader(data) as file,
-        pq.ParquetFile(file, pre_buffer=data is None, page_checksum_verification=True) as parquet,
+        opened as file,
+        pq.ParquetFile(file, pre_buffer=not whole, page_checksum_verification=True) as parquet,
     ):
         if words := lacking(parquet.schema_arrow):
             raise pa.ArrowInvalid(words)

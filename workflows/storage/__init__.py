@@ -13,6 +13,7 @@ from wallaroo.workflows.storage.clients import (
 from wallaroo.workflows.storage.errors import TooLarge, explained, refuses_path
 from wallaroo.workflows.storage.files import (
     delete,
+    delete_all,
     exists,
     info,
     move,
@@ -40,6 +41,7 @@ __all__ = [
     "absolute_path",
     "count_retries",
     "delete",
+    "delete_all",
     "enable_retries",
     "exists",
     "explained",

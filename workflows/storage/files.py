@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -309,6 +309,45 @@ def delete(path: str) -> None:
             s3_client().delete_object(Bucket=bucket, Key=key)
         else:
             Path(path).unlink(missing_ok=True)
+
+
+DELETED_AT_ONCE = 1000
+"""Objects that one request to S3 deletes at most."""
+
+
+def delete_all(paths: Iterable[str]) -> None:
+    """Deletes those of many files that are there; on S3 a request for each DELETED_AT_ONCE of them.
+
+    Args:
+        paths: Local or `s3://` paths.
+
+    Raises:
+        InputError: The storage does not serve.
+    """
+    buckets: dict[str, list[str]] = {}
+    for path in paths:
+        if is_s3(path):
+            bucket, key = bucket_and_key(path)
+            buckets.setdefault(bucket, []).append(key)
+        else:
+            delete(path)
+    for bucket, keys in buckets.items():
+        for start in range(0, len(keys), DELETED_AT_ONCE):
+            _delete_objects(f"s3://{bucket}/{keys[start]}", keys[start : start + DELETED_AT_ONCE])
+
+
+@retried
+def _delete_objects(path: str, keys: Sequence[str]) -> None:
+    """Deletes objects of the bucket of `path`, which is the first of them."""
+    import botocore.exceptions
+
+    bucket, _ = bucket_and_key(path)
+    with explained(path):
+        wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        answer = s3_client().delete_objects(Bucket=bucket, Delete=wanted)
+        # The request succeeds although an object stays.
+        for error in answer.get("Errors", []):
+            raise botocore.exceptions.ClientError({"Error": error}, "DeleteObjects")
 
 
 @retried
