@@ -21,7 +21,7 @@ from wallaroo.actors.replica import Replica
 
 GPU_NODES = 4
 ROWS = 120
-LIMIT_SECONDS = 500
+LIMIT_SECONDS = 900
 GATE = "GATE_OF_REPLICAS"
 """Variable of the cluster: the file whose presence lets replicas begin."""
 
@@ -151,7 +151,7 @@ def _ask(head: Head, path: str) -> Any:
     request = urllib.request.Request(
         f"{head.address}{path}", headers={"Authorization": f"Bearer {head.token}"}
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)
 
 

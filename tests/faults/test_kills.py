@@ -24,7 +24,7 @@ from wallaroo.workflows.reports.verify import verify
 from wallaroo.workflows.storage import write_atomic
 
 ROOT = Path(__file__).parents[2]
-LIMIT_SECONDS = 300
+LIMIT_SECONDS = 900
 MOMENTS = 2, 14
 """Seconds after a start in which it is killed. The earlier half of them is while Ray and replicas start, so
 that no machine has its rows done by then; the rest is while rows are made and written."""

@@ -1,5 +1,6 @@
 """A run in a process of its own that dies at a moment of its choosing, once; `test_kills` starts it."""
 
+import fcntl
 import functools
 import os
 import pickle
@@ -60,17 +61,20 @@ class DiesAtWork(Sick):
 
 def dying_write(row, mark, driver, least, output, retried, watch):
     """Kills everybody in the middle of writing a file, when so many are there."""
-    if mark.exists():
-        # Another writer kills us all; this one must not have its file done by then.
-        time.sleep(60)
-    if len(list_done(output)) >= least:
+    # One after the other, or a file of another writer would appear when all are thought dead.
+    with open(mark.with_suffix(".turn"), "wb") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if mark.exists():
+            # Another writer kills us all; this one must not have its file done by then.
+            time.sleep(600)
+        if len(list_done(output)) >= least:
 
-        def end(*_):
-            mark.touch()
-            kill(driver)
+            def end(*_):
+                mark.touch()
+                kill(driver)
 
-        local.sync = files.s3_client = s3.s3_client = end
-    return WRITE(row, output, retried, watch)
+            local.sync = files.s3_client = s3.s3_client = end
+        return WRITE(row, output, retried, watch)
 
 
 def main(config_file, state, folder):
