@@ -169,6 +169,16 @@ def _good(pixels: np.ndarray) -> Iterator[tuple[str, bytes, np.ndarray, float]]:
     key = struct.pack(">H", int(deep[0, 0, 0]))
     keyed = np.where(pixels[:, :, :1] == pixels[0, 0, 0], np.uint8(255), pixels[:, :, :1])
     yield "16-bit-grey-transparent.png", png(deep[:, :, :1], 0, tRNS=key), np.repeat(keyed, 3, 2), 0
+    # The colours of the right half differ from those of the left one in their lower 8 bits alone.
+    deep_colour = deep.astype(np.uint16)
+    deep_colour[:, WIDTH // 2 :] = deep_colour[:, : WIDTH // 2] ^ 1
+    upper = (deep_colour >> 8).astype(np.uint8)
+    key = struct.pack(">3H", *deep_colour[0, 0].tolist())
+    keyed = np.where((deep_colour == deep_colour[0, 0]).all(2)[:, :, None], np.uint8(255), upper)
+    yield "16-bit-rgb-transparent.png", png(deep_colour, 2, tRNS=key), keyed, 0
+    # A colour that only the lower bits of a key equal.
+    key = struct.pack(">3H", *upper[0, 0].tolist())
+    yield "16-bit-rgb-transparent-nowhere.png", png(deep_colour, 2, tRNS=key), upper, 0
 
     moving = {"save_all": True, "append_images": [inverted, image], "duration": 100, "loop": 0}
     few_moving = moving | {"append_images": [few.transpose(Image.Transpose.ROTATE_180)]}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from tests.pictures import base, real_pictures, save
+from tests.pictures import base, png, real_pictures, save
 from wallaroo.model.errors import RowError
 from wallaroo.workflows.sources.decode import MAX_PROFILE_BYTES, NOTE, decode
 
@@ -167,6 +167,41 @@ def test_a_picture_that_is_srgb_already_keeps_its_bytes():
         with Image.open(path) as one:
             if one.mode == "RGB" and not one.info.get("icc_profile"):
                 np.testing.assert_array_equal(np.array(decode(path.read_bytes())), np.array(one))
+
+
+P3_CHROMATICITY = (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+SRGB_CHROMATICITY = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "note"),
+    [
+        ({"gAMA": struct.pack(">I", 100_000)}, "its gamma of 1 (PNG chunk gAMA) was ignored"),
+        ({"gAMA": struct.pack(">I", 55_556)}, "its gamma of 0.55556 (PNG chunk gAMA) was ignored"),
+        ({"cHRM": struct.pack(">8I", *P3_CHROMATICITY)}, "its colour space (PNG chunk cHRM) was ignored"),
+        ({"cICP": bytes((12, 13, 0, 1))}, "its colour space (PNG chunk cICP) was ignored"),
+        ({"cICP": bytes((9, 16, 0, 1))}, "its colour space (PNG chunk cICP) was ignored"),
+        ({"gAMA": struct.pack(">I", 45_455), "cHRM": struct.pack(">8I", *SRGB_CHROMATICITY)}, ""),
+        ({"cICP": bytes((1, 13, 0, 1)), "gAMA": struct.pack(">I", 100_000)}, ""),
+        ({"sRGB": b"\0", "gAMA": struct.pack(">I", 100_000)}, ""),
+        ({"gAMA": bytes(4)}, ""),
+        ({}, ""),
+    ],
+)
+def test_colour_spaces_of_png_are_ignored_with_a_note(chunks, note):
+    pixels = patches()
+    found = decode(png(pixels.astype(np.uint16) * 257, 2, **chunks))
+    assert found.info.get(NOTE, "") == note
+    np.testing.assert_array_equal(np.array(found), pixels)
+
+
+def test_a_profile_precedes_other_colour_spaces_of_png():
+    data = save(Image.fromarray(patches()), "PNG", icc_profile=rgb_profile(ADOBE_RGB, ADOBE_GAMMA))
+    # After the header, of 33 bytes.
+    chunk = png(np.zeros((1, 1, 3)), 2, gAMA=struct.pack(">I", 100_000))[33 : 33 + 16]
+    found = decode(data[:33] + chunk + data[33:])
+    assert NOTE not in found.info
+    np.testing.assert_array_equal(np.array(found), np.array(decode(data)))
 
 
 @pytest.mark.parametrize(

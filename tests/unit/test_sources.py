@@ -441,6 +441,15 @@ def test_only_regular_files_that_are_there_are_read(tmp_path):
         fetch(bytes(1001), options)
 
 
+@pytest.mark.parametrize("path", [r"images\a.png", r"C:\images\a.png", r"\\host\share\a.png", "C:/a.png"])
+def test_paths_of_windows_are_told_how_they_are_written(tmp_path, path):
+    with pytest.raises(RowError, match=r"does not exist: write / in place of \\, and no drive\.$"):
+        fetch(path, SourceOptions(str(tmp_path)))
+    # A file may have such a name.
+    (tmp_path / r"images\a.png").write_bytes(b"x")
+    assert fetch(r"images\a.png", SourceOptions(str(tmp_path))).data == b"x"
+
+
 def test_each_source_of_a_shard_is_fetched_once_and_a_bad_one_harms_no_other(tmp_path):
     for name in "abc":
         (tmp_path / name).write_bytes(name.encode())

@@ -2,6 +2,8 @@
 
 import functools
 import io
+import math
+import struct
 import time
 import warnings
 
@@ -90,7 +92,7 @@ def decode(
         seconds: CPU seconds after which decoding stops.
 
     Returns:
-        The picture in mode RGB. `info[NOTE]` is set if a profile was ignored.
+        The picture in mode RGB. `info[NOTE]` is set if a profile or colour space was ignored.
 
     Raises:
         RowError: ("image") The bytes are no picture, are damaged, or break a limit.
@@ -104,9 +106,16 @@ def decode(
             if image.format in ("JPEG", "MPO"):
                 # A progressive JPEG may rewrite all of its pixels every 23 bytes.
                 image.decodermaxblock = JPEG_PIECE_BYTES
+            key = image.info.get("transparency")
+            deep = image.tile and image.tile[0].args == _DEEP
             image.load()
             turn = UPRIGHT.get(_orientation(image))
+            if deep and isinstance(key, tuple):
+                del image.info["transparency"]
+                image.putalpha(_deep_alpha(np.asarray(image), data, key, seconds))
             rgb, note = _opaque(image, name)
+            if image.format == "PNG" and not note and "icc_profile" not in image.info:
+                note = _ignored_colours(image, data)
             rgb = rgb if turn is None else rgb.transpose(turn)
             rgb.info = {NOTE: note} if note else {}
             return rgb
@@ -176,6 +185,51 @@ def _has_heif() -> bool:
         return False
     pillow_heif.register_heif_opener()
     return True
+
+
+_DEEP, _DEEP_LOWER = "RGB;16B", "RGB;16L"
+"""Pillow's names for PNG's colours of 16 bits, and for taking the lower 8 of these bits."""
+
+
+def _deep_alpha(upper: np.ndarray, data: bytes, key: tuple[int, int, int], seconds: float) -> Image.Image:
+    """Finds where a PNG picture has its transparent colour of 16 bits, of which Pillow compares 8."""
+    with Image.open(_Timed(data, seconds), formats=("PNG",)) as again:
+        again.tile = [tile._replace(args=_DEEP_LOWER) for tile in again.tile]
+        again.load()
+        colours = upper.astype(np.uint16) << 8 | np.asarray(again)
+    return Image.fromarray(np.where((colours == key).all(-1), 0, 255).astype(np.uint8))
+
+
+_SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+_SRGB_CODE = bytes((1, 13, 0, 1))
+"""What PNG's chunks cHRM and cICP hold for sRGB, whose gAMA is 1/2.2."""
+
+
+def _ignored_colours(image: Image.Image, data: bytes) -> str:
+    """Says which chunk of a PNG file names a colour space other than sRGB; empty if none does."""
+    code = _png_chunk(data, b"cICP")
+    if code is not None:
+        return "" if code == _SRGB_CODE else "its colour space (PNG chunk cICP) was ignored"
+    if "srgb" in image.info:
+        return ""
+    gamma, chromaticity = image.info.get("gamma"), image.info.get("chromaticity")
+    if gamma and abs(gamma * 2.2 - 1) > 0.05:
+        return f"its gamma of {gamma:g} (PNG chunk gAMA) was ignored"
+    same = zip(chromaticity or (), _SRGB_CHROMATICITY, strict=False)
+    if not all(math.isclose(one, other, abs_tol=0.01) for one, other in same):
+        return "its colour space (PNG chunk cHRM) was ignored"
+    return ""
+
+
+def _png_chunk(data: bytes, name: bytes) -> bytes | None:
+    """Contents of a chunk before the pixels of a PNG file; None if there is none."""
+    place = 8
+    while place + 8 <= len(data):
+        length, found = struct.unpack_from(">I4s", data, place)
+        if found in (name, b"IDAT"):
+            return data[place + 8 : place + 8 + length] if found == name else None
+        place += 12 + length
+    return None
 
 
 def _opaque(image: Image.Image, name: str) -> tuple[Image.Image, str]:

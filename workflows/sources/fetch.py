@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import random
+import re
 import stat
 import threading
 import time
@@ -166,7 +167,7 @@ _OF_A_FILE = {
 
 def _remedy(path: str) -> str:
     """What to do about a path that leads nowhere."""
-    if "\\" in path:
+    if re.search(r"\\|(^|/)[A-Za-z]:/", path):
         return "write / in place of \\, and no drive"
     return "correct the path or the file"
 
