@@ -4,6 +4,7 @@ Knows nothing of how anything is done.
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -115,6 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         complain(str(error))
         code = LOCKED
+    except UnicodeEncodeError:
+        # Bytes of an argument that are not UTF-8 stand in it as halves of surrogate pairs.
+        words = sys.argv[1:] if arguments is None else arguments
+        bad = next((word for word in words if re.search("[\ud800-\udfff]", word)), None)
+        if bad is None:
+            raise
+        complain(f"the argument {ascii(os.fsencode(bad))[2:-1][:200]} is not UTF-8: give it in UTF-8.")
+        code = USAGE
     except BrokenPipeError:
         # Whoever read our output has left, as `head` does; Python must not complain of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

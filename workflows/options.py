@@ -224,7 +224,7 @@ def place(metavar: str) -> Kind:
     """A path or an address."""
 
     def read(value: Any) -> str:
-        check_place(_text(value))
+        check_place(_text(value, "rename the folder."))
         return value
 
     return Kind(metavar, "a text that is not empty", read)
@@ -271,10 +271,13 @@ def _number(value: Any) -> float:
     raise ValueError
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, remedy: str = "check the encoding of the terminal or script.") -> str:
     if isinstance(value, str) and value.strip():
         if "\0" in value:
             raise _Refused("holds a NUL character: remove it.")
+        if re.search("[\ud800-\udfff]", value):
+            shown = ascii(value.encode(errors="surrogateescape"))[2:-1][:60]
+            raise _Refused(f"is {shown}, which is not UTF-8: {remedy}")
         return value
     raise ValueError
 

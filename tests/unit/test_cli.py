@@ -183,6 +183,40 @@ def test_what_is_no_output_of_a_run(wallaroo, tmp_path, command):
         assert "is not the output of a run" in sentence(err)
 
 
+LATIN = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            ("edit", PROMPTS, "OUT", "--image-column", LATIN),
+            r"--image-column is caf\xe9, which is not UTF-8: ",
+        ),
+        (("edit", PROMPTS, "OUT", "--prompt", LATIN), r"--prompt is caf\xe9, which is not UTF-8: check the"),
+        (("generate", PROMPTS, "OUT", "--id-column", LATIN), r"--id-column is caf\xe9, which is not UTF-8: "),
+        (
+            ("edit", PROMPTS, "OUT", "--image-root", LATIN),
+            r"is caf\xe9, which is not UTF-8: rename the folder",
+        ),
+        (("generate", PROMPTS, LATIN), r"/caf\xe9 is not UTF-8: rename the file or folder."),
+        (("plan", "generate", f"{LATIN}.jsonl"), r"/caf\xe9.jsonl is not UTF-8: rename the file or folder."),
+        (
+            ("prompts", "expand", f"{LATIN} {{c}}", "a.jsonl", "--set", "c=1"),
+            r"argument caf\xe9 {c} is not UTF",
+        ),
+        (
+            ("prompts", "expand", "a {c}", "a.jsonl", "--set", f"c={LATIN}"),
+            r"argument c=caf\xe9 is not UTF-8",
+        ),
+    ],
+)
+def test_bytes_that_are_not_utf_8(wallaroo, tmp_path, monkeypatch, command, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = wallaroo(*command)
+    assert code in (1, 2) and words in sentence(err) and not list(tmp_path.iterdir())
+
+
 def test_convert_of_files_that_are_not_there(wallaroo, tmp_path):
     arguments = ("--wallaroo", tmp_path / "w.ckpt", "--vq", tmp_path / "vq.pt", "--backbone", tmp_path)
     code, _, err = wallaroo("convert", *arguments, tmp_path / "new")

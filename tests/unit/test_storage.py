@@ -46,6 +46,19 @@ def test_a_path_never_holds_credentials_and_they_are_not_repeated(path):
     assert "hunter2" not in str(caught.value)
 
 
+def test_a_path_that_is_not_utf_8_is_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"^the path /x/caf\\xe9/a\.csv is not UTF-8: rename the file or"):
+        storage.absolute_path(os.fsdecode(b"/x/caf\xe9/a.csv"))
+    with pytest.raises(InputError, match=r"^the path s3://b/\\xff is not UTF-8"):
+        storage.absolute_path("s3://b/\udcff")
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match=r"^the path /.*/caf\\xe9/a\.csv is not UTF-8: rename"):
+        storage.absolute_path("a.csv")
+    assert storage.absolute_path("/x/é.csv") == "/x/é.csv"
+
+
 def test_a_write_replaces_all_or_nothing(tmp_path):
     path = str(tmp_path / "new" / "folder" / "file")
     storage.write_atomic(path, b"one")

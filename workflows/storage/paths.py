@@ -55,8 +55,11 @@ def is_s3(path: str) -> bool:
 
 def hub_remedy(name: str) -> str:
     """Tells how to download what the Hugging Face hub has under a name such as `datasets/ORG/NAME/...`."""
-    kind = "--repo-type dataset " if name.startswith("datasets/") else ""
-    name = "/".join(name.removeprefix("datasets/").split("@", 1)[0].split("/")[:2])
+    first, _, rest = name.partition("/")
+    if first == "buckets":
+        return "download it, then give the folder."
+    kind = f"--repo-type {first[:-1]} " if first in ("datasets", "spaces") else ""
+    name = "/".join((rest if kind else name).split("@", 1)[0].split("/")[:2])
     return f"download it with `hf download {name} {kind}--local-dir FOLDER`, then give FOLDER."
 
 
@@ -72,12 +75,13 @@ def absolute_path(path: str) -> str:
     Raises:
         InputError: It is not UTF-8.
     """
+    whole = path if is_s3(path) else os.path.abspath(path)
     try:
-        path.encode()
+        whole.encode()
     except UnicodeEncodeError:
-        shown = ascii(os.fsencode(path))[2:-1]
+        shown = ascii(os.fsencode(whole))[2:-1]
         raise InputError(f"the path {shown} is not UTF-8: rename the file or folder.") from None
-    return path if is_s3(path) else os.path.abspath(path)
+    return whole
 
 
 def join(path: str, *parts: str) -> str:
