@@ -170,6 +170,61 @@ def test_text_with_a_mark_is_read(tmp_path, kind, encoding):
     assert [row["prompt"].replace("\r\n", "") for row in rows] == ["一只猫", "😀"] and not faults
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("txt", "红色的圆\n蓝色的方块\n" * 9999),  # beyond what is looked at
+        ("txt", "😀\r\n"),
+        ("csv", "提示,数\r\n猫,1\r\n"),
+        ("csv", "prompt\r\na cat\r\n"),
+        ("tsv", "프롬프트\t수\n고양이\t1\n"),
+        ("jsonl", '{"prompt": "猫"}\n'),
+    ],
+)
+def test_utf_16_without_a_mark_is_named(tmp_path, kind, text, encoding):
+    (tmp_path / f"m.{kind}").write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match="as UTF-16 without a mark at its start has: save it as UTF-8"):
+        load(tmp_path / f"m.{kind}")
+
+
+def test_other_bytes_are_not_taken_for_utf_16(tmp_path):
+    # The second is in GBK, the third has a NUL of its own; each harms its own row at most.
+    (tmp_path / "m.txt").write_bytes("一只猫\n".encode() + "一只狗\n".encode("gbk") + b"a\0b, a cat\n" * 3)
+    rows, faults = load(tmp_path / "m.txt")
+    assert [row["prompt"] for row in rows][::2] == ["一只猫", "a\0b, a cat", "a\0b, a cat"]
+    assert faults == {1: "is not valid UTF-8"}
+
+
+def test_texts_of_a_folder_without_a_mark_are_error_rows(tmp_path):
+    for name, text, encoding in (
+        ("a", "a cat", "utf-16-le"),
+        ("b", "a cat", "utf-16"),
+        ("c", "红色的圆", "utf-16-be"),
+        ("d", "a cat", "utf-8-sig"),
+    ):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode(encoding))
+    rows, faults = load(tmp_path)
+    assert [rows[index]["prompt"] for index in (1, 3)] == ["a cat", "a cat"]
+    assert faults == {
+        0: "has NUL bytes, as UTF-16 without a mark at its start has, and is no UTF-8",
+        2: "is not valid UTF-8",
+    }
+
+
+@pytest.mark.parametrize("pack", PACK)
+@pytest.mark.parametrize("kind", ["jsonlines", "ldjson", "jl", "tab", "psv"])
+def test_other_suffixes_of_tables(tmp_path, kind, pack):
+    frame = pd.DataFrame(ROWS).rename(columns={"prompt": "a, b"})
+    if kind in ("tab", "psv"):
+        text = frame.to_csv(index=False, sep="\t" if kind == "tab" else "|")
+    else:
+        text = frame.to_json(orient="records", lines=True, force_ascii=False)
+    (tmp_path / f"m.{kind}{pack}").write_bytes(PACK[pack](text.encode()))
+    rows = frame.to_dict("records")
+    assert load(tmp_path) == load(tmp_path / f"m.{kind}{pack}") == (rows, {})
+
+
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "txt"])
 def test_lines_that_end_as_they_did_on_a_mac(tmp_path, kind):
     text = {

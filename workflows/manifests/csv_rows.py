@@ -109,7 +109,7 @@ class _Dialect(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _dialect(file: ManifestFile) -> _Dialect:
-    """Finds the delimiter: by the suffix, and in a CSV file whose header has no comma by its header.
+    """Finds the delimiter: by the suffix (.tsv, .psv), and in a CSV file by a header without commas.
 
     Excel writes semicolons in many countries, and a line `sep=;` before the header.
     """
@@ -119,7 +119,8 @@ def _dialect(file: ManifestFile) -> _Dialect:
     if separator_line := re.fullmatch(rb"(?:\xef\xbb\xbf)?\"?sep=([,;\t|])\"?\r?\n?", line):
         return _Dialect(separator_line[1].decode(), len(line))
     text = line.decode(errors="replace")
-    for delimiter in (",", ";", "\t", "|"):
+    is_psv = re.search(r"\.psv(\.\w+)?$", file.path.lower())
+    for delimiter in "|" if is_psv else (",", ";", "\t", "|"):
         try:
             if len(next(csv.reader([text], delimiter=delimiter), [])) > 1:
                 return _Dialect(delimiter, 0)

@@ -147,6 +147,8 @@ def _text_of(file: storage.FileInfo) -> tuple[str, str]:
     if data.startswith(GIT_LFS):
         return "", "is a pointer of Git LFS, not the text itself; fetch it with `git lfs pull`"
     encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    if encoding != "utf-16" and b"\0" in data:
+        return "", "has NUL bytes, as UTF-16 without a mark at its start has, and is no UTF-8"
     try:
         return data.decode(encoding).strip(), ""
     except UnicodeDecodeError:

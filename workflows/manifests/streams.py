@@ -102,7 +102,7 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
     if encoding:
         steps.append(lambda raw: _stream(_decoded(raw, encoding)))
         head = head[2 : len(head) // 2 * 2].decode(encoding, "replace").encode()
-    elif b"\0" in head[:4]:
+    elif b"\0" in head[:4] or _is_unmarked_utf16(head):
         raise InputError(
             f"{file.path} has NUL bytes, as UTF-16 without a mark at its start has: save it as UTF-8."
         )
@@ -126,6 +126,23 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
     if file.format in ("jsonl", "json") and _is_document(head, file.format):
         steps.append(lambda raw: _stream(_flat(raw, file.path)))
     return head, steps
+
+
+def _is_unmarked_utf16(head: bytes) -> bool:
+    """Whether text is UTF-16 without a mark that begins in a script without NUL bytes, such as Chinese."""
+    if b"\0" not in head or _decodes(head, "utf-8"):
+        return False
+    # Other text is letters too when read so, but with control characters or without a line end.
+    texts = [_decodes(head, encoding) for encoding in ("utf-16-le", "utf-16-be")]
+    return any(re.search("[\r\n]", text) and not re.search("[\0-\x08\x0e-\x1f]", text) for text in texts)
+
+
+def _decodes(head: bytes, encoding: str) -> str:
+    """Decodes the beginning of a text, perhaps cut inside a character; empty if it has another encoding."""
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return ""
 
 
 def pointer(file: ManifestFile) -> InputError:

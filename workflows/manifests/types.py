@@ -16,9 +16,14 @@ FORMATS = {
     ".parquet": "parquet",
     ".pq": "parquet",
     ".csv": "csv",
+    ".psv": "csv",
     ".tsv": "tsv",
+    ".tab": "tsv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
+    ".ldjson": "jsonl",
+    ".jl": "jsonl",
 }
 """Suffix -> format of the files that are always read as a manifest."""
 OTHER_FORMATS = {".json": "json", ".txt": "lines"}
