@@ -12,7 +12,10 @@ import tarfile
 import xml.etree.ElementTree
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -299,9 +302,50 @@ def test_nulls_of_json_text_and_of_maps_are_the_manifest_s_own(outputs, tmp_path
         for table in planned(outputs, ["a"], edit=lambda row: row | {"include": '[{"color": null}]'})
     ]
     make(outputs, tmp_path / "out", tables)
+    export(str(tmp_path / "out"), str(tmp_path / "dest"), "files")
+    (metadata,) = lines_of(tmp_path / "dest" / "metadata.jsonl")
+    assert json.loads(metadata["include"]) == [{"color": None}]
+    assert json.loads(metadata["pairs"]) == [["k", None]]
+
+
+def pandas_lines(rows, path):
+    pd.DataFrame(rows).to_json(path, orient="records", lines=True)
+
+
+def polars_lines(rows, path):
+    pl.DataFrame(rows, strict=False).write_ndjson(path)
+
+
+def duckdb_lines(rows, path):
+    duckdb.from_arrow(pl.DataFrame(rows).to_arrow()).query("made", f"COPY made TO '{path}' (FORMAT json)")
+
+
+def own_lines(rows, path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("write", [own_lines, pandas_lines, polars_lines, duckdb_lines])
+def test_geneval_knows_no_null_whoever_wrote_the_lines(outputs, tmp_path, write):
+    """Columns, keys of objects, and keys of objects within these."""
+    rows = [
+        {"include": [{"class": "cat"}]},
+        {"include": [{"class": "cat", "color": "red"}], "exclude": [{"class": "dog"}]},
+        {"include": [{"class": "cat", "box": {"left": 1}}, {"class": "dog", "box": {"left": 1, "top": 2}}]},
+    ]
+    write(rows, tmp_path / "m.jsonl")
+    lines = lines_of(tmp_path / "m.jsonl")
+    assert write is own_lines or "null" in (tmp_path / "m.jsonl").read_text()
+    columns = [
+        (name, pa.string(), [json.dumps(line[name]) if line.get(name) else None for line in lines])
+        for name in ("include", "exclude")
+    ]
+    tables = with_columns(planned(outputs, ["a", "b", "c"]), columns)
+    mark = {outputs_schema.JSON_MARK: b'["include", "exclude"]'}
+    make(outputs, tmp_path / "out", [table.replace_schema_metadata(mark) for table in tables])
     export(str(tmp_path / "out"), str(tmp_path / "dest"), "geneval")
-    metadata = read_geneval(tmp_path / "dest")[0][0]
-    assert metadata["include"] == [{"color": None}] and metadata["pairs"] == [["k", None]]
+    found = read_geneval(tmp_path / "dest")
+    wanted = {"tag", "prompt", "weight", "when"}
+    assert [{k: v for k, v in found[n][0].items() if k not in wanted} for n in range(3)] == rows
 
 
 def json_members(path):

@@ -173,11 +173,13 @@ def test_seeds_survive_pandas():
     rounded = pa.Table.from_pandas(given.assign(seed=[float(2**62 + 1), np.nan]), preserve_index=False)
     one, two = plan(rounded)
     assert (one["error_type"], two["status"]) == ("seed", "planned")
-    assert "beyond 2^53" in one["error_message"] and "\n" not in one["error_message"]
+    assert "is a float of 2^53 or more" in one["error_message"] and "\n" not in one["error_message"]
     # As text too, however it is written; what is exact is taken.
-    for value in ("4.611686018427388e+18", "4611686018427387904.0", "1e17"):
+    # The last two are what 2^53 + 1 becomes.
+    texts = ("4.611686018427388e+18", "4611686018427387904.0", "1e17", "9007199254740992.0")
+    for value in (*texts, float(2**53 + 1)):
         assert plan({"prompt": ["a"], "seed": [value]})[0]["error_type"] == "seed"
-    for value in (float(2**53), "9007199254740992.0", str(2**62 + 1), 2**63 - 1):
+    for value in (float(2**53 - 1), "9007199254740991.0", str(2**62 + 1), 2**63 - 1, 2**53):
         (row,) = plan({"prompt": ["a"], "seed": [value]})
         assert row["seed"] == (int(value) if not isinstance(value, str) else int(value.split(".")[0]))
 
@@ -223,9 +225,10 @@ def test_the_file_of_a_part_is_named_by_its_rows(tmp_path):
 
 
 def test_ids_that_were_rounded_are_refused():
-    rows = plan({"prompt": ["a", "b", "c"], "id": [float(2**60), 5.0, 2.5]})
-    assert [row["error_type"] for row in rows] == ["id", "", ""]
-    assert [row["id"] for row in rows] == ["m:0", "5", "2.5"] and "beyond 2^53" in rows[0]["error_message"]
+    rows = plan({"prompt": ["a", "b", "c", "d"], "id": [float(2**60), 5.0, 2.5, float(2**53 + 1)]})
+    assert [row["error_type"] for row in rows] == ["id", "", "", "id"]
+    assert [row["id"] for row in rows] == ["m:0", "5", "2.5", "m:3"]
+    assert "is a float of 2^53 or more" in rows[0]["error_message"]
     assert plan({"prompt": ["a"], "id": [2**60 + 1]})[0]["id"] == str(2**60 + 1)
 
 

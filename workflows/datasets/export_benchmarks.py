@@ -59,13 +59,22 @@ def geneval(results: Results, sink: Sink, count: Count, options: Options) -> Non
             continue
         if row.number != described:
             described = row.number
-            # A column that a line lacked is null here, and the evaluator would trip over a null.
-            metadata = results.carried_values(row, ("prompt",), own_name)
-            metadata = {name: value for name, value in metadata.items() if value is not None}
+            metadata = _without_nulls(results.carried_values(row, ("prompt",), own_name))
             line = json_line(metadata | {"prompt": row.values["prompt"]})
             sink.put(f"{folder}/metadata.jsonl", functools.partial(bytes, line), len(line))
         sink.put(name, functools.partial(picture_of, row, options, "png"), memory_of(row))
         count.exported += 1
+
+
+def _without_nulls(value: Any) -> Any:
+    """JSON without the null values of its objects, at any depth.
+
+    A column that a line lacked is null, and polars, pandas and DuckDB write null for an absent key of an
+    object. GenEval's evaluator takes each key that is there for a condition.
+    """
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def dpg(results: Results, sink: Sink, count: Count, options: Options) -> None:

@@ -85,7 +85,7 @@ def row_ids(
         return [f"{origin}:{number}" for number in numbers], {}
     ids, errors = [], {}
     for number, value in zip(numbers, given, strict=True):
-        rounded = isinstance(value, float) and abs(value) > EXACT_FLOATS
+        rounded = isinstance(value, float) and abs(value) >= EXACT_FLOATS
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         bad = value is None or isinstance(value, (bool, bytes, list, dict)) or value != value

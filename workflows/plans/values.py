@@ -15,10 +15,10 @@ SEEDS = 2**63
 INT32 = range(-(2**31), 2**31)
 """Numbers that an int32 column can hold."""
 EXACT_FLOATS = 2**53
-"""Floats beyond it may be rounded integers."""
+"""Floats less than it stand for one integer; it may be a rounded 2^53 + 1, and larger ones are alike."""
 MOST_OFF = 1.6
 """Largest factor between an aspect ratio and that of its size: 21:9 gets 16:9, 7:1 is refused."""
-ROUNDED = "is a float beyond 2^53, so it may be rounded (as pandas does to integers beside an empty cell)"
+ROUNDED = "is a float of 2^53 or more, so it may be rounded (as pandas does to integers beside an empty cell)"
 """Ending of messages about such a float."""
 _NOTHING = frozenset({"nan", "<na>", "none", "null", "na", "n/a", "nat"})
 """Words that pandas and others write, in any case, where there is no value."""
@@ -134,7 +134,7 @@ def integer(name: str, value: Any, kind: str, allowed: range) -> int | None:
     number = None
     text = str(value).strip() if isinstance(value, (str, float)) else ""
     is_float = re.fullmatch(r"[+-]?[0-9]{1,30}(\.[0-9]*|(\.[0-9]*)?e[+-]?[0-9]{1,3})", text, re.IGNORECASE)
-    if is_float and EXACT_FLOATS < abs(float(text)) < 2 * SEEDS:
+    if is_float and EXACT_FLOATS <= abs(float(text)) < 2 * SEEDS:
         raise RowError(kind, f"{name} {text} {ROUNDED}; give it as an integer or as text.")
     if isinstance(value, str):
         if re.fullmatch(r"\s*[+-]?[0-9]{1,30}(\.0*)?\s*", value):
