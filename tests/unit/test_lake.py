@@ -228,6 +228,32 @@ def test_a_table_within_a_manifest_is_refused(tmp_path):
         discover(f"{tmp_path}/in/*/*.parquet")
 
 
+def test_a_part_or_a_subfolder_of_a_table_is_refused(tmp_path, catalog):
+    deltalake.write_deltalake(tmp_path / "delta", prompts("a", "b", n=["x", "y"]), partition_by=["n"])
+    table = catalog.create_table("n.t", schema=Schema(NestedField(1, "prompt", StringType())))
+    table.append(prompts("a"))
+    iceberg = table.location().removeprefix("file://")
+    (tmp_path / "hudi" / ".hoodie").mkdir(parents=True)
+    pq.write_table(prompts("a"), tmp_path / "hudi" / "a.parquet")
+    (part,) = (tmp_path / "delta" / "n=x").iterdir()
+    for path, kind, folder in (
+        (part, "Delta Lake", tmp_path / "delta"),
+        (tmp_path / "delta" / "n=x", "Delta Lake", tmp_path / "delta"),
+        (f"{iceberg}/data", "Iceberg", iceberg),
+        (f"{iceberg}/data/*.parquet", "Iceberg", iceberg),
+        (tmp_path / "hudi" / "a.parquet", "Hudi", tmp_path / "hudi"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"of a table of {kind}, some .* give the folder {folder} itself"
+        ):
+            discover(str(path))
+    # Beside a table, and what is no part of one.
+    pq.write_table(prompts("a"), tmp_path / "a.parquet")
+    (tmp_path / "delta" / "own.jsonl").write_text('{"prompt": "a"}')
+    for path in (tmp_path / "a.parquet", tmp_path / "delta" / "own.jsonl"):
+        assert len(discover(str(path)).files) == 1
+
+
 def test_logs_are_told_by_their_paths():
     names = ["_delta_log/00.json", "a/_delta_log/_commits/x", "metadata/00001-a.metadata.json", ".hoodie/x"]
     found = [next(kind for kind, log in lake._LOGS.items() if log.fullmatch(name)) for name in names]

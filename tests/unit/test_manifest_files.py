@@ -161,6 +161,16 @@ def test_many_kinds_are_counted_together(tmp_path):
     words = in_words(discover(str(tmp_path)).passed_over)
     assert words.startswith("41 files not read") and words.endswith("10 of 10 other kinds.")
     assert "2 .k0 (such as a.k0)" in words
+    # What may be a lost part of the manifest is always named.
+    (tmp_path / "n.csv").symlink_to("/nowhere")
+    (tmp_path / "in").symlink_to(".")
+    os.mkfifo(tmp_path / "o.csv")
+    words = in_words(discover(str(tmp_path)).passed_over)
+    assert words.startswith(
+        "44 files not read as a manifest: 1 link that leads back (in), 1 link to nowhere (n.csv), "
+        "1 pipe, socket or device (o.csv), 2 .k0 (such as a.k0), 1 .k1 (a.k1), "
+    )
+    assert words.endswith("13 of 13 other kinds.")
 
 
 # Patterns
@@ -190,6 +200,27 @@ def test_patterns_mean_what_they_meant(tmp_path):
         ("**/deep/*.csv", ["in/deep/a3.csv"]),
     ):
         assert found(f"{tmp_path}/{pattern}", "generate") == wanted, pattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "counts"),
+    [
+        (
+            "*.csv",
+            {"link to nowhere": (1, "b.csv"), "folder": (1, "c.csv"), "pipe, socket or device": (1, "d.csv")},
+        ),
+        ("**/*.csv", {"link to nowhere": (2, "b.csv"), "pipe, socket or device": (1, "d.csv")}),
+        ("i?/*", {"link to nowhere": (1, "in/b.csv"), "folder": (1, "in/deep"), ".md": (1, "in/x.md")}),
+        ("a.*", {}),
+    ],
+)
+def test_what_a_pattern_names_and_is_no_file_is_counted(tmp_path, pattern, counts):
+    files_of(tmp_path, "a.csv", "in/a.csv", "in/x.md", "in/deep/y.md", "x.md", data=b"prompt\nx\n")
+    for name in ("b.csv", "in/b.csv"):
+        (tmp_path / name).symlink_to("/nowhere")
+    (tmp_path / "c.csv").mkdir()
+    os.mkfifo(tmp_path / "d.csv")
+    assert discover(f"{tmp_path}/{pattern}").passed_over == counts
 
 
 def test_patterns_on_s3(s3):

@@ -70,35 +70,55 @@ def live_files(path: str, found: Sequence[storage.FileInfo]) -> list[LiveFile] |
     return None
 
 
-def refuse_parts(pattern: str, found: Sequence[storage.FileInfo]) -> None:
-    """Refuses a pattern of files in the folder of a table, since some of them may be stale.
+def refuse_parts(path: str, found: Sequence[storage.FileInfo]) -> None:
+    """Refuses a file, subfolder or pattern within the folder of a table, since its files may be stale.
 
     Args:
-        pattern: The manifest, local or on S3.
-        found: Files that match it.
+        path: The manifest, local or on S3.
+        found: Its files.
 
     Raises:
-        InputError: The files are of a table of Delta Lake or Hudi.
+        InputError: The files are of a table of Delta Lake, Iceberg or Hudi. On S3 only patterns are checked,
+            and not for Iceberg.
     """
-    folders = {file.path.rpartition("/")[0] for file in found}
-    if storage.is_s3(pattern):
+    parts = [file for file in found if file.path.lower().endswith((".parquet", ".pq"))]
+    if not parts:
+        return
+    if storage.is_s3(path):
         # Each folder costs a request, so only the first folder of the pattern is checked.
-        folders = {found[0].path[: -len(found[0].relative)].rstrip("/")}
+        folders = {parts[0].path[: -len(parts[0].relative)].rstrip("/")}
+        logs = {"Delta Lake": "_delta_log", "Hudi": ".hoodie"}
+        tables = [
+            (kind, folder)
+            for folder in folders
+            for kind, log in logs.items()
+            if storage.list_files(storage.join(folder, log))
+        ]
     else:
+        folders = {file.path.rpartition("/")[0] or "/" for file in parts}
         folders |= {above for folder in folders for above in _above(folder)}
-    for kind, name in (("Delta Lake", "_delta_log"), ("Hudi", ".hoodie")):
-        for folder in sorted(folders):
-            log = storage.join(folder, name) if folder else name
-            if storage.list_files(log) if storage.is_s3(pattern) else os.path.isdir(log):
-                raise InputError(
-                    f"The manifest {pattern} names files of a table of {kind}, some of which may be stale: "
-                    f"give the folder {folder or '.'} itself."
-                )
+        tables = [(kind, folder) for folder in sorted(folders) for kind in _LOGS if _has_log(kind, folder)]
+    for kind, folder in tables:
+        raise InputError(
+            f"The manifest {path} names files of a table of {kind}, some of which may be stale: "
+            f"give the folder {folder} itself."
+        )
 
 
 def _above(folder: str) -> list[str]:
-    parts = folder.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+    parts = os.path.abspath(folder).split("/")
+    return ["/".join(parts[:count]) for count in range(2, len(parts))]
+
+
+def _has_log(kind: str, folder: str) -> bool:
+    """Whether a local folder has the log of a table."""
+    if kind != "Iceberg":
+        return os.path.isdir(os.path.join(folder, "_delta_log" if kind == "Delta Lake" else ".hoodie"))
+    try:
+        names = os.listdir(os.path.join(folder, "metadata"))
+    except OSError:
+        return False
+    return any(name.endswith(".metadata.json") for name in names)
 
 
 def _needs(kind: str, path: str, library: str) -> InputError:

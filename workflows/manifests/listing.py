@@ -8,7 +8,7 @@ import functools
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from wallaroo.workflows import storage
@@ -44,10 +44,16 @@ class Listing(NamedTuple):
 
 
 class Counter:
-    """Counts skipped files by kind, and keeps the first name of each kind in order."""
+    """Counts skipped files by kind, and keeps the first name of each kind in order.
 
-    def __init__(self, earlier: PassedOver | None = None):
+    Args:
+        earlier: Counts to go on from.
+        asked: Which names count; all if None.
+    """
+
+    def __init__(self, earlier: PassedOver | None = None, asked: Callable[[str], bool] | None = None):
         self.kinds = dict(earlier or {})
+        self.asked = asked
 
     def add(self, kind: str, name: str) -> None:
         """Counts one file.
@@ -56,6 +62,8 @@ class Counter:
             kind: Kind of the file, in words.
             name: Name of the file.
         """
+        if self.asked is not None and not self.asked(name):
+            return
         count, first = self.kinds.get(kind, (0, name))
         self.kinds[kind] = (count + 1, min(first, name))
 
@@ -107,11 +115,27 @@ def _matched(pattern: str) -> Listing:
         rest.insert(0, os.path.basename(folder))
         folder = os.path.dirname(folder)
     if "**" not in rest:
-        return Listing(storage.match_files(os.path.join(glob.escape(folder), *rest)), {})
+        return _matched_once(os.path.join(glob.escape(folder), *rest), folder)
+
+    def asked(name: str) -> bool:
+        return _fits(tuple(name.split("/")), tuple(rest))
+
     # Python's glob follows links in circles, at worst forever.
-    listing = _walk(folder or ".")
-    files = [file for file in listing.files if _fits(tuple(file.relative.split("/")), tuple(rest))]
-    return Listing(files, {})
+    listing = _walk(folder or ".", asked)
+    return listing._replace(files=[file for file in listing.files if asked(file.relative)])
+
+
+def _matched_once(pattern: str, folder: str) -> Listing:
+    """The files that match a local pattern without `**`, and what else matches it."""
+    files = storage.match_files(pattern)
+    passed = Counter()
+    for path in set(glob.glob(pattern)) - {file.path for file in files}:
+        name = os.path.relpath(path, folder or ".")
+        if os.path.isdir(path):
+            passed.add("folder", name)
+        elif os.path.lexists(path):
+            passed.add("link to nowhere" if os.path.islink(path) else "pipe, socket or device", name)
+    return Listing(files, passed.kinds)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -128,10 +152,18 @@ def _fits(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
     return fnmatch.fnmatchcase(parts[0], first) and _fits(parts[1:], patterns[1:])
 
 
-def _walk(root: str) -> Listing:
-    """All files below a local folder. Linked folders come last, so that a folder keeps its own name."""
+def _walk(root: str, asked: Callable[[str], bool] | None = None) -> Listing:
+    """All files below a local folder. Linked folders come last, so that a folder keeps its own name.
+
+    Args:
+        root: The folder.
+        asked: Which links and special files to count; all if None.
+
+    Returns:
+        All files, whatever is asked, and the counts.
+    """
     found: list[storage.FileInfo] = []
-    passed = Counter()
+    passed = Counter(asked=asked)
     seen: set[tuple[int, int]] = set()
     folders, links = [""], list[str]()
     above = {_identity(root)} | {_identity(folder) for folder in _parents(root)}
@@ -241,7 +273,10 @@ def in_words(passed_over: PassedOver) -> str:
     """Describes the skipped files in one sentence; empty if there are none."""
     if not passed_over:
         return ""
-    ordered = sorted(passed_over.items(), key=lambda entry: (-entry[1][0], entry[0]))
+    # Suffixes come last, since what is not among the first is not named.
+    ordered = sorted(
+        passed_over.items(), key=lambda entry: (entry[0].startswith("."), -entry[1][0], entry[0])
+    )
     words = [
         f"{count:,} {kind} ({_shown(name)})" if count == 1 else f"{count:,} {kind} (such as {_shown(name)})"
         for kind, (count, name) in ordered[:MOST_KINDS]
