@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import importlib.util
 import re
+import tomllib
+from collections import Counter
 
 import click
 import pyarrow as pa
@@ -101,21 +103,49 @@ def test_every_flag_exists():
     assert not {(page, flag) for page, flag in named if flag.partition("=")[0] not in known}
 
 
-def test_every_flag_in_a_message_exists():
-    """Remedies in sentences of the code name flags; so do its docstrings."""
-    foreign = {"--repo-type", "--local-dir"}  # of `hf download`
-    named = {}
+def texts_of_the_code():
+    """The texts in the code, messages and docstrings among them, with their files."""
     for folder in ("wallaroo", "jobs", "workflows", "actors", "model"):
         for file in (ROOT / folder).rglob("*.py"):
             if file.name in ("bench.py", "gpu_check.py", "dry_run.py"):
                 continue  # commands of their own
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![\w{-])", node.value):
-                        named[flag] = file
+                    yield str(file), node.value
+
+
+def test_every_flag_in_a_message_exists():
+    """Remedies in sentences of the code name flags; so do its docstrings."""
+    foreign = {"--repo-type", "--local-dir"}  # of `hf download`
+    named = {
+        flag: file
+        for file, text in texts_of_the_code()
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![\w{-])", text)
+    }
     assert len(named) > 30
-    unknown = {flag: str(file) for flag, file in named.items() if flag not in all_flags() | foreign}
+    unknown = {flag: file for flag, file in named.items() if flag not in all_flags() | foreign}
     assert not unknown
+
+
+def test_every_command_setting_extra_and_page_in_a_message_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    seen, faults = Counter(), []
+    for file, text in texts_of_the_code():
+        # A command may end where a value is put in.
+        for line in re.findall(r"`wallaroo ([a-z][^`]*)", text):
+            words = [word for word in line.split() if word.islower() or word.startswith("--")]
+            seen["command"] += 1
+            faults += [f"{file}: {fault}"] if (fault := fault_of(words)) else []
+        for kind, pattern, known in (
+            ("extra", r"wallaroo-batch\[([\w,]+)\]", extras),
+            ("setting", rf"\bor ((?:{'|'.join(SECTIONS)})\.[a-z_]+)\b", KEYS),
+            ("page", r"\bdocs/([\w-]+\.md)\b", {page.name for page in PAGES}),
+        ):
+            for name in re.findall(pattern, text):
+                seen[kind] += 1
+                faults += [] if name in known else [f"{file}: {kind} {name}"]
+    assert not faults
+    assert set(seen) == {"command", "extra", "setting", "page"} and seen["command"] > 20, seen
 
 
 def test_every_key_of_a_run_file_exists():

@@ -172,7 +172,7 @@ def locate(path: str, options: SourceOptions) -> str:
             raise RowError(
                 "image",
                 f"{shown(without_query(path))} is not read, since the run does not allow https:// "
-                "sources: allow them, or copy it.",
+                "sources: allow them by --allow-https, or copy it.",
             )
         return f"https://{rest}"
     if os.path.isabs(path):
