@@ -131,6 +131,21 @@ def test_uuid_and_json_of_duckdb(tmp_path):
     assert json_columns(schema) == frozenset() and rows[-1]["tag"] == "12" and rows[-1]["id"] == str(one)
 
 
+def test_intervals_of_duckdb_are_text(tmp_path):
+    words = ["1 year 2 months", "3 days 04:00:00.5", "1 month 00:00:10", "0 days", "4 hours"]
+    rows = ", ".join(f"('a cat', INTERVAL '{one}')" for one in words) + ", ('a cat', NULL)"
+    duckdb.sql(f"COPY (FROM (VALUES {rows}) t(prompt, took)) TO '{tmp_path}/a.parquet'")
+    schema, found = load(tmp_path)
+    assert schema.types == [pa.string(), pa.string()]
+    wanted = ["P14M", "P3DT14400.5S", "P1MT10S", "PT0S", "PT14400S", None]
+    assert [row["took"] for row in found] == wanted
+    # Beside text, and beside a column of 12 bytes that means nothing.
+    (tmp_path / "b.csv").write_text("prompt,took\nx,5\n")
+    assert [row["took"] for row in load(tmp_path)[1]] == [*wanted, "5"]
+    pq.write_table(pa.table({"took": pa.array([bytes(12)], pa.binary(12))}), tmp_path / "c.parquet")
+    assert load(tmp_path / "c.parquet")[1] == [{"took": bytes(12)}]
+
+
 def test_uuid_and_json_inside_other_types(tmp_path):
     one = uuid.UUID(int=255)
     duckdb.sql(

@@ -312,6 +312,15 @@ def test_columns_of_an_earlier_output_are_no_misspelt_ones():
     assert "'sede'" in warning
 
 
+def test_a_longer_name_is_no_misspelt_one():
+    settings = PlanSettings.of(RunConfig("", "", "edit"))
+    gedit = ["key", "input_image", "input_image_raw", "instruction", "instruction_language", "seed_old"]
+    warnings = check_columns(pa.schema([(name, pa.string()) for name in gedit]), settings)
+    assert [line.split("'")[1] for line in warnings] == ["instruction", "input_image", "key"]
+    warnings = check_columns(pa.schema([(name, pa.string()) for name in [*gedit, "sede"]]), settings)
+    assert "'sede' is not a parameter and is carried through; did you mean 'seed'?" in warnings[-1]
+
+
 def test_a_misspelt_column_is_warned_of_beside_the_right_one():
     names = ["id", "prompt", "seed", "sede", "promt"]
     schema = pa.schema([(name, pa.string()) for name in names])

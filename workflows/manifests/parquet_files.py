@@ -1,6 +1,7 @@
 """Rows of Parquet files, row group by row group."""
 
 import json
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -199,7 +200,7 @@ def scan_parquet(file: ManifestFile) -> Scan:
                 raise InputError(f"{file.path} has two columns named '{name}': rename one.")
         if file.cells:
             schema = _with_references(schema, file)
-        schema = _plain(schema, file)
+        schema = _plain(_without_intervals(schema, _intervals(parquet)), file)
         pieces, first, start, rows, size = [], 0, 0, 0, 0
         for group in range(metadata.num_row_groups):
             rows += metadata.row_group(group).num_rows
@@ -210,6 +211,31 @@ def scan_parquet(file: ManifestFile) -> Scan:
                 first, start, rows, size = first + rows, group + 1, 0, 0
     check_width(file, schema.names)
     return Scan(pieces, schema)
+
+
+def _intervals(parquet: pq.ParquetFile) -> set[str]:
+    """Columns of Parquet's type INTERVAL, which Arrow reads as 12 bytes. DuckDB writes it."""
+    columns = map(parquet.schema.column, range(len(parquet.schema)))
+    return {one.path for one in columns if one.converted_type == "INTERVAL"}
+
+
+def _without_intervals(schema: pa.Schema, names: set[str]) -> pa.Schema:
+    return pa.schema(
+        [field.with_type(pa.string()) if field.name in names else field for field in schema],
+        metadata=schema.metadata,
+    )
+
+
+def _interval_text(value: bytes | None) -> str | None:
+    """An interval as ISO 8601 has it. Months, days and seconds stay apart, as they have no fixed ratio."""
+    if value is None:
+        return None
+    months, days, milliseconds = struct.unpack("<3I", value)
+    seconds = f"{milliseconds // 1000}.{milliseconds % 1000:03}".rstrip("0").rstrip(".")
+    text = f"{months}M" if months else ""
+    text += f"{days}D" if days else ""
+    text += f"T{seconds}S" if milliseconds else ""
+    return f"P{text or 'T0S'}"
 
 
 def _with_references(schema: pa.Schema, file: ManifestFile) -> pa.Schema:
@@ -291,12 +317,16 @@ def read_parquet(piece: Piece, schema: pa.Schema) -> Iterator[Batch]:
     with open_parquet(piece.file) as parquet:
         theirs = parquet.schema_arrow
         names = [name for name in schema.names if name in theirs.names]
+        intervals = _intervals(parquet)
         picture = picture_column(theirs.names, piece.file.column)
         referred = piece.file.cells and picture in names and not _is_named(theirs.field(picture).type)
         names = [name for name in names if not (referred and name == picture)]
         groups = range(piece.start, min(piece.stop, parquet.metadata.num_row_groups))
         for chunk in parquet_batches(piece.file, parquet, names, row, groups):
             table, faults = _mended_columns(pa.Table.from_batches([chunk]), row)
+            for name in intervals.intersection(names):
+                texts = pa.array(map(_interval_text, table.column(name).to_pylist()), pa.string())
+                table = table.set_column(names.index(name), name, texts)
             columns = [
                 converted(table.column(field.name), field.name, field.type)
                 if field.name in names

@@ -144,7 +144,7 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
     for name in schema.names:
         # Too many words are similar to a short name.
         near = [column for column in meant if name.lower() == column or len(column) > MAX_SHORT]
-        carried = own_name(name) != name
+        carried = own_name(name) != name or any(name.lower().startswith(f"{one}_") for one in meant)
         hint = "" if name in meant or carried else did_you_mean(name.lower(), near, MIN_COMMON)
         if hint:
             warnings.append(f"Column '{name}' is not a parameter and is carried through{hint}")
