@@ -54,11 +54,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def ended(folder, *command):
+def ended(folder, *command, **variables):
     """Output of a command in the folder that ends with 0 and imports nothing from there."""
     # Other tests put this checkout on the path of workers.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    environment |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -71,10 +71,16 @@ def ended(folder, *command):
 def generated(folder):
     """The output of the installed command, started in the folder."""
     command = Path(sys.executable).with_name("wallaroo")
-    # In a script's folder this one would break Ray itself, before Wallaroo is imported.
-    (folder / "numpy.py").write_text(HOSTILE)
-    ended(folder, command, "generate", "提示.jsonl", "输出", "--model", "模型", "--slots", "2")
-    (folder / "numpy.py").unlink()
+    # In a script's folder these would break Python or Ray itself, before Wallaroo is imported.
+    more = [
+        folder / name for name in ("numpy.py", "json.py", "ray.py", "sitecustomize.py", "yaml/__init__.py")
+    ]
+    for module in more:
+        module.parent.mkdir(exist_ok=True)
+        module.write_text(HOSTILE)
+    ended(folder, command, "generate", "提示.jsonl", "输出", "--model", "模型", "--slots", "2", LC_ALL="C")
+    for module in more:
+        module.unlink()
     return folder / "输出"
 
 
