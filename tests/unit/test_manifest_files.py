@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.discover import discover
@@ -18,6 +19,7 @@ from wallaroo.workflows.manifests.schema import Columns
 from wallaroo.workflows.manifests.types import Manifest
 from wallaroo.workflows.plans.columns import check_columns
 from wallaroo.workflows.plans.passes import ScannedManifest
+from wallaroo.workflows.plans.rows import plan_rows
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.settings import RunConfig
 
@@ -62,6 +64,32 @@ def test_pictures_of_cameras_are_rows(tmp_path):
     files_of(tmp_path, *names)
     assert pictures(tmp_path) == sorted(names)
     assert discover(str(tmp_path), "edit").passed_over == {}
+
+
+@pytest.mark.parametrize("name", [b"b\xe9.jsonl", b"d\xe9/a.csv", b"n=\xe9/a.txt.tsv"])
+def test_names_of_tables_that_are_not_utf_8_are_named(tmp_path, name):
+    files_of(tmp_path, "a.csv", os.fsdecode(name), data=b"prompt\nx\n")
+    with pytest.raises(InputError, match=r"^the path .*\\xe9.* is not UTF-8: rename the file or folder\.$"):
+        discover(str(tmp_path))
+    # Other files may have such names.
+    assert found(f"{tmp_path}/a.csv", "generate") == ["a.csv"]
+    words = in_words({".x": (1, os.fsdecode(name))})
+    assert words.encode().decode() == words
+
+
+def test_names_of_texts_and_pictures_that_are_not_utf_8_harm_no_other(tmp_path):
+    files_of(tmp_path / "t", "a.txt", os.fsdecode(b"b\xe9.txt"), data=b"a cat")
+    assert rows_of(tmp_path / "t") == [{"id": "a", "prompt": "a cat"}, {"id": "b\ufffd", "prompt": "a cat"}]
+    files_of(tmp_path / "p", "猫.png", os.fsdecode(b"b\xe9.png"))
+    (file,) = discover(str(tmp_path / "p"), "understand").files
+    (piece,) = scan(file).pieces
+    (batch,) = read(piece, scan(file).schema)
+    settings = PlanSettings.of(RunConfig("", "", "understand"))
+    tiny = load_config(TINY), load_tokenizer(TINY)
+    plan = plan_rows(batch.table, settings, *tiny, origin=file.relative, faults=batch.faults)
+    bad, good = plan.to_pylist()
+    assert (bad["id"], good["id"], good["status"]) == ("b\ufffd.png", "猫.png", "planned")
+    assert bad["error_message"] == "Row 0 of pictures has a name that is not valid UTF-8; rename the file."
 
 
 def test_only_known_markers_are_hidden(tmp_path):

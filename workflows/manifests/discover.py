@@ -352,6 +352,7 @@ def _manifest_file(
     image_column: str | None = None,
     partition: Partition = (),
 ) -> ManifestFile:
+    storage.absolute_path(file.path)  # is refused unless it is UTF-8, as ids and the plan hold it
     etag = file.etag
     if not storage.is_s3(file.path) and file.size <= HASHED_BYTES:
         # A copy or a fresh checkout is the same manifest, though its files are newer.

@@ -195,6 +195,7 @@ def plan_rows(
         error = errors.get(number)
         if number in faults:
             remedy = "save the file as UTF-8" if "UTF-8" in faults[number] else "correct it"
+            remedy = "rename the file" if faults[number].startswith("has a name") else remedy
             error = RowError("manifest", f"Row {number} of {origin} {faults[number]}; {remedy}.")
         elif number in duplicates and not error:
             error = RowError(
