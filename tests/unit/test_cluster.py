@@ -54,6 +54,7 @@ def test_another_failure_is_not_retried(attempts, monkeypatch):
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 @pytest.mark.parametrize("origin", ["$RAY_ADDRESS", "--address or cluster.address"])
 def test_a_cluster_that_is_gone_is_named_with_the_origin_of_its_address(monkeypatch, origin, scheme):
+    assert cluster.CONNECT_SECONDS == 60
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
     with socket.socket() as silent:
         # It takes connections, as a machine does whose Ray hangs, and never says a word.
