@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from wallaroo.workflows.text import counted, duration
+from wallaroo.workflows.text import counted, duration, rounded
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -56,7 +56,7 @@ def line(progress: "Progress", rate: float) -> str:
         parts.append(f"{phase}{progress.done:,} of {progress.rows:,} rows ({share} %)")
     if progress.waiting:
         return ", ".join([*parts, progress.waiting])
-    parts.append(f"{rate:.1f} rows/s")
+    parts.append(f"{rounded(rate)} rows/s")
     if progress.errors or not progress.phase:
         parts.append(counted(progress.errors, "error"))
     if rate > 0 and progress.done < progress.rows:

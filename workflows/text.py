@@ -15,6 +15,11 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def rounded(value: float) -> str:
+    """A measured number with three digits, and never with an exponent above 1: `0.0334`, `26.3`, `5,020`."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
 def counted(count: int, noun: str) -> str:
     """A count with its noun.
 

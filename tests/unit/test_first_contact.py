@@ -1,12 +1,15 @@
 """What somebody reads who does not know the commands yet."""
 
 import dataclasses
+import io
+import json
 import logging
 import math
 import os
 import re
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,8 +18,10 @@ import pyarrow as pa
 import pytest
 from safetensors import safe_open
 
+from tests.viewers import serving
 from wallaroo.jobs import cli, submit
 from wallaroo.jobs.commands import run as commands
+from wallaroo.jobs.progress import Display
 from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.recipe import Recipe
@@ -24,12 +29,14 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.cluster import check_gpus
 from wallaroo.workflows.outputs import shards
 from wallaroo.workflows.outputs.lock import OutputLock, Owner, at_work
+from wallaroo.workflows.outputs.run_log import RunLog
 from wallaroo.workflows.plans.columns import check_columns
 from wallaroo.workflows.plans.plan import read_plan
 from wallaroo.workflows.plans.rows import plan_rows
 from wallaroo.workflows.plans.settings import PlanSettings
-from wallaroo.workflows.progress import RunSummary
+from wallaroo.workflows.progress import Progress, RunSummary
 from wallaroo.workflows.reports.finish import finish
+from wallaroo.workflows.reports.status import status
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.storage.checkpoints import model_path, read_checkpoint
 
@@ -52,6 +59,45 @@ def test_the_last_lines_count_what_was_made_apart_from_what_is_ok(capsys, number
 def test_answers_are_texts(capsys):
     commands._print_summary(RunConfig("m", "out", "understand"), RunSummary("out", 2, 2, 0, 0, 2, 5.0))
     assert capsys.readouterr().out.startswith("2 rows: 2 ok, 0 errors; 2 texts made in 5 s\n")
+
+
+def test_rates_and_times_left_agree_wherever_they_are_shown(outputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    output = str(tmp_path / "out")
+    outputs.make_output(output, [outputs.plan_table(4, 4 * i, i) for i in range(3)], skip=(1, 2))
+    now = [time.time() - 150]
+    stream = io.StringIO()
+    with RunLog(output, {}, lambda: now[0]) as log, Display(stream, lambda: now[0]) as display:
+        # No replica for the first half minute, then a row every 30 s.
+        for second in range(0, 151, 10):
+            done = max(0, (second - 30) // 30)
+            display(Progress(rows=12, done=done, waiting="" if second >= 30 else "waiting for a replica"))
+            log.update(rows=12, done=done, before=0, errors={}, images=done, replicas=int(second >= 30))
+            now[0] += 10
+        log.end("running")
+        shown = "4 of 12 rows (33 %), 0.0333 rows/s, 0 errors, 4 min left"
+        assert stream.getvalue().splitlines()[-1] == shown
+        assert (
+            (tmp_path / "out" / "runs" / "0001.log")
+            .read_text()
+            .splitlines()[-2]
+            .endswith("4 of 12 rows, 0 errors, 0.0333 rows/s")
+        )
+        found = status(output)
+        assert found.line() == "4 of 12 rows, 0 errors, 0.0333 rows/s, 4 min left: running"
+        assert "  speed   0.0333 rows/s, the first row after 1 min, 4 min left\n" in found.text()
+        with serving(output) as served:
+            live = re.sub("<[^>]*>", "", json.loads(served.get("/0/live").text)["html"])
+            assert " ".join(live.split()).startswith("running 4 of 12 rows 0.0333 rows/s 4 min left")
+        log.end("stopped", "by hand")
+    # Of the whole time, once it is over: 4 rows in 160 s.
+    assert status(output).line() == "4 of 12 rows, 0 errors, 0.025 rows/s: stopped"
+    with pytest.raises(SystemExit):
+        cli.main(["report", output])
+    page = (tmp_path / "out" / "report.html").read_text()
+    (heads,) = re.findall(r"<thead><tr><th>run</th>(.*?)</thead>", page)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page.split(heads)[1].split("</tr>")[0])
+    assert dict(zip(re.findall("<th[^>]*>(.*?)</th>", heads), cells[1:], strict=True))["rows/s"] == "0.025"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import record_numbers, record_path
 from wallaroo.workflows.stopping import RunStopped
+from wallaroo.workflows.text import counted, rounded
 
 WRITE_SECONDS = 10.0
 """Time between two writes of the record."""
@@ -243,8 +244,10 @@ class RunLog:
         if now - self._written >= WRITE_SECONDS:
             self._written = now
             record = self.record
-            counts = f"{record.done:,} of {record.rows:,} rows, {sum(record.errors.values()):,} errors"
-            self._said.add(now, f"{counts}, {record.rate:.3g} rows/s")
+            counts = (
+                f"{record.done:,} of {record.rows:,} rows, {counted(sum(record.errors.values()), 'error')}"
+            )
+            self._said.add(now, f"{counts}, {rounded(record.rate)} rows/s")
             # A missed rewrite loses nothing: the next one says more. A store that is really gone stops
             # the run where it writes rows.
             with suppress(OSError, InputError):

@@ -20,7 +20,7 @@ from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.settings import RunConfig
 from wallaroo.workflows.storage.checkpoints import read_checkpoint, read_files
-from wallaroo.workflows.text import duration
+from wallaroo.workflows.text import duration, rounded
 
 PROMPT_TOKENS = 128
 """Prompts are not encoded for an estimate; most are shorter."""
@@ -68,9 +68,9 @@ class Estimate:
             assert self.replica_hours is not None and self.seconds is not None
             where = f", as in {self.rate_from}" if self.rate_from else ""
             where = f", computed, not measured ({self.computed})" if self.computed else where
-            found.append(f"  rate: {self.rate:.3g} rows/s per replica{where}")
+            found.append(f"  rate: {rounded(self.rate)} rows/s per replica{where}")
             found.append(
-                f"  time: {self.replica_hours:.3g} replica-hours, {duration(self.seconds)} with "
+                f"  time: {rounded(self.replica_hours)} replica-hours, {duration(self.seconds)} with "
                 f"{self.replicas:,} {'replica' if self.replicas == 1 else 'replicas'}"
             )
         if self.cost is not None:
@@ -239,13 +239,13 @@ def compare(output: str) -> list[dict[str, Any]]:
     return [
         line(
             "rows/s of a replica",
-            f"{found.rate:.3g}" if found.rate else None,
-            f"{made / replica_seconds:.3g}" if replica_seconds else None,
+            rounded(found.rate) if found.rate else None,
+            rounded(made / replica_seconds) if replica_seconds else None,
         ),
         line(
             "replica-hours",
-            f"{found.replica_hours:.3g}" if found.replica_hours else None,
-            f"{replica_seconds / 3600:.3g}",
+            rounded(found.replica_hours) if found.replica_hours else None,
+            rounded(replica_seconds / 3600),
         ),
         line(
             f"time, with at most {found.replicas:,} replicas",

@@ -28,7 +28,7 @@ from wallaroo.workflows.reports.gallery import (
 )
 from wallaroo.workflows.reports.survey import Place, shorten, survey_output
 from wallaroo.workflows.reports.tally import MAX_PICTURES, Stratum
-from wallaroo.workflows.text import duration
+from wallaroo.workflows.text import duration, rounded
 
 MAX_BYTES = 8_000_000
 MAX_KINDS = 40
@@ -152,6 +152,7 @@ def _render(facts: Mapping[str, Any], chosen: Mapping[Stratum, Sequence[Place]],
     )
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.filters["duration"] = duration
+    environment.filters["rounded"] = rounded
     style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     # Only this very script may run: one that came in with a prompt could not, even if it were not escaped.

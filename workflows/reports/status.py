@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from wallaroo.workflows.outputs.run_log import RunRecord, read_records
-from wallaroo.workflows.text import counted, duration
+from wallaroo.workflows.text import counted, duration, rounded
 
 if TYPE_CHECKING:
     from wallaroo.workflows.plans.plan import PlanPart
@@ -51,6 +51,13 @@ class Status:
     cost: float | None = None
     """Of all runs with a price; None if none had one."""
 
+    @property
+    def rate(self) -> float | None:
+        """Rows/s of the last run: of the last minute while it is active, else of all its time."""
+        if self.record is None:
+            return None
+        return self.record.rate if self.state == "running" else self.record.overall_rate
+
     def line(self) -> str:
         """The status in one line: `42 of 60 rows, 2 errors, 3.1 rows/s, 6 s left: running`."""
         record = self.record
@@ -58,15 +65,15 @@ class Status:
         parts = [f"{done} of {'?' if self.planned is None else f'{self.planned:,}'} rows"]
         parts.append(counted(sum(self.errors.values()), "error"))
         if record is not None:
-            parts.append(f"{record.rate if self.state == 'running' else record.overall_rate:.3g} rows/s")
-            left = self._left()
-            if left is not None:
-                parts.append(f"{duration(left)} left")
+            parts.append(f"{rounded(self.rate or 0.0)} rows/s")
+            if self.left is not None:
+                parts.append(f"{duration(self.left)} left")
         if self.cost is not None:
             parts.append(f"cost {self.cost:.2f}")
         return f"{', '.join(parts)}: {self.state}"
 
-    def _left(self) -> float | None:
+    @property
+    def left(self) -> float | None:
         """Seconds until an active run ends; None if unknown."""
         if self.record is None or self.state != "running" or not self.record.rate:
             return None
@@ -87,12 +94,11 @@ class Status:
         if record is not None:
             first = record.first_row_seconds
             lines.append(
-                f"  speed   {record.rate if self.state == 'running' else record.overall_rate:.3g} rows/s"
+                f"  speed   {rounded(self.rate or 0.0)} rows/s"
                 + (f", the first row after {duration(first)}" if first is not None else "")
             )
-            left = self._left()
-            if left is not None:
-                lines[-1] += f", {duration(left)} left"
+            if self.left is not None:
+                lines[-1] += f", {duration(self.left)} left"
             start = f"{record.started[:16].replace('T', ' ')} UTC on {record.host}"
             took = duration(record.seconds)
             lines.append(f"  run     {record.run} of {self.runs}, started {start}, took {took}")

@@ -368,19 +368,13 @@ def describe(found: Status) -> dict[str, Any]:
         `left` and `heard` (seconds), `cost`, `message`.
     """
     record = found.record
-    rate = None
-    if record is not None:
-        rate = record.rate if found.state == "running" else record.overall_rate
-    left = None
-    if found.state == "running" and record is not None and record.rate and found.planned:
-        left = max(0.0, (found.planned - record.done) / record.rate)
     return {
         "state": found.state,
         "done": found.done,
         "planned": found.planned,
         "errors": dict(sorted(found.errors.items())),
-        "rate": rate,
-        "left": left,
+        "rate": found.rate,
+        "left": found.left,
         "heard": found.heard,
         "cost": found.cost,
         "message": record.message if record is not None else "",

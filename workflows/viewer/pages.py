@@ -16,7 +16,7 @@ from starlette.responses import Response
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.shards import PICTURE_ROWS
 from wallaroo.workflows.tasks import PICTURE_TASKS
-from wallaroo.workflows.text import duration
+from wallaroo.workflows.text import duration, rounded
 from wallaroo.workflows.viewer import again, compare, votes
 from wallaroo.workflows.viewer.index import QueryError
 from wallaroo.workflows.viewer.output import Output, Page, describe
@@ -53,6 +53,7 @@ def templates() -> jinja2.Environment:
     )
     environment.filters["thousands"] = lambda number: "?" if number is None else f"{number:,}"
     environment.filters["duration"] = duration
+    environment.filters["rounded"] = rounded
     environment.filters["percent"] = lambda share: f"{100 * share:.0f} %"
     environment.globals["static"] = {name: _digest(name) for name in STATIC}
     return environment
