@@ -184,7 +184,7 @@ def make_task_output(output, task, rows=6, bad=(), failed=(), samples=2, more=No
             loaded.append(row | {"status": "error", "error_type": "image", "error_message": words})
         else:
             known = {"sha256": hashlib.sha256(image).hexdigest(), "width": 60, "height": 40}
-            loaded.append(row | {"source": row["source"] | known})
+            loaded.append(row | {"source": known | row["source"]})
     schema = plan_table(1).schema.append(pa.field("source", outputs_schema.SOURCE_TYPE))
     given = [
         Outcome(

@@ -1,6 +1,8 @@
-"""Rows of several outputs with equal id, version and sample, the differing ones first.
+"""Rows of several outputs that belong together, the differing ones first.
 
-Knows nothing of HTML, or of how votes are kept.
+An output is paired with an earlier one of the command by lineage if one was made from the other: a row with
+the row that holds its source image. Otherwise rows are paired by id, version and sample. Knows nothing of
+HTML, or of how votes are kept.
 """
 
 from collections.abc import Sequence
@@ -9,6 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from wallaroo.workflows import storage
+from wallaroo.workflows.outputs.layout import DATA_FOLDER
 from wallaroo.workflows.outputs.values import flat
 from wallaroo.workflows.viewer.index import Index
 from wallaroo.workflows.viewer.output import Output, Page
@@ -21,6 +25,7 @@ _OF_EACH = (
     "position",
     "status",
     "sha256",
+    "prompt",
     "width",
     "height",
     "text",
@@ -42,14 +47,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Rows of all outputs with one id, version and sample."""
+    """Rows of all outputs that belong together."""
 
     id: str
-    """Id of the rows."""
+    """Id of the row in the first output."""
     version: int
-    """Version of the rows."""
+    """Version of the row in the first output."""
     sample: int
-    """Number of the sample."""
+    """Sample of the row in the first output."""
     prompt: str
     """Prompt of the row in the first output."""
     language: str
@@ -62,6 +67,42 @@ class Pair:
     """The row of each output."""
 
 
+@dataclass(frozen=True)
+class Link:
+    """Two outputs of which one was made from the other."""
+
+    child: int
+    """Number of the output that was made from the other."""
+    parent: int
+    """Number of the output that holds its sources."""
+    folder: str
+    """Start of the paths of the parent's shards."""
+
+    def rows(self) -> str:
+        """Returns a join of rows `c` of the child with their sources `p` as SQL.
+
+        A source is known by row_id and digest, also after its output was moved. A source that was not read
+        has no digest; it is known by its path.
+        """
+        folder = self.folder.replace("'", "''")
+        return (
+            f"o{self.child}.rows AS c JOIN o{self.parent}.rows AS p ON c.source.row_id = p.row_id AND "
+            f"coalesce(nullif(c.source.sha256, '') = p.sha256, starts_with(c.source.uri, '{folder}'))"
+        )
+
+    def join(self, number: int) -> str:
+        """Returns the join of one of the two outputs, as `rN`, to the other one as SQL.
+
+        Of several results of one source the first is joined.
+        """
+        own, other, joined = ("c", "p", self.parent) if number == self.child else ("p", "c", self.child)
+        return (
+            f" JOIN (SELECT {other}.row_id AS other, min({own}.row_id) AS own FROM {self.rows()} GROUP BY 1)"
+            f" AS l{number} ON l{number}.other = r{joined}.row_id"
+            f" JOIN o{number}.rows AS r{number} ON r{number}.row_id = l{number}.own"
+        )
+
+
 class Comparison:
     """A comparison of all outputs of a viewer.
 
@@ -72,6 +113,7 @@ class Comparison:
 
     def __init__(self, index: Index, outputs: Sequence[Output]) -> None:
         self.index, self.outputs = index, outputs
+        self._links: tuple[list[int], list[Link | None]] = ([], [])
 
     @property
     def ready(self) -> bool:
@@ -92,6 +134,28 @@ class Comparison:
                 lines.append((name, values))
         return lines
 
+    def links(self) -> list[Link | None]:
+        """Returns how each output but the first is paired.
+
+        Returns:
+            The link to an earlier output; None if it is paired with the first one by id, version and sample.
+
+        Raises:
+            QueryError: The outputs are too large.
+        """
+        versions = list(self.index.versions)
+        if self._links[0] != versions:
+            self._links = versions, [self._link(number) for number in range(1, len(self.outputs))]
+        return self._links[1]
+
+    def _link(self, number: int) -> Link | None:
+        for earlier in range(number):
+            for child, parent in ((number, earlier), (earlier, number)):
+                link = Link(child, parent, storage.join(self.outputs[parent].path, DATA_FOLDER, ""))
+                if self.index.ask(f"SELECT 1 FROM {link.rows()} LIMIT 1").num_rows:
+                    return link
+        return None
+
     def _table(self) -> str:
         """Returns a subquery of pairs: columns of the first output, then `x0_status` and so on."""
         columns = ["r0.id AS id", "r0.version AS version", "r0.sample AS sample", "r0.prompt AS prompt"]
@@ -103,12 +167,11 @@ class Comparison:
         ]
         source = "o0.rows AS r0"
         differs = []
-        for number in range(len(self.outputs)):
+        for number, link in enumerate([None, *self.links()]):
             columns += [f"r{number}.{name} AS x{number}_{name}" for name in _OF_EACH]
             if number:
-                source += f" JOIN o{number}.rows AS r{number} ON " + " AND ".join(
-                    f"r0.{name} = r{number}.{name}" for name in _SAME
-                )
+                same = " AND ".join(f"r0.{name} = r{number}.{name}" for name in _SAME)
+                source += link.join(number) if link else f" JOIN o{number}.rows AS r{number} ON {same}"
                 differs.append(
                     f"r0.sha256 IS DISTINCT FROM r{number}.sha256 OR r0.status <> r{number}.status"
                 )

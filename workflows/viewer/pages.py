@@ -337,8 +337,10 @@ def comparison(viewer: Viewer, request: Request) -> Response:
     show = request.query_params.get("show", "all")
     show = show if show in compare.SHOWN else "all"
     page, counts, message = Page([], True, True), {"pairs": 0, "differing": 0}, ""
+    links: list[compare.Link] = []
     choices = viewer.votes.choices()
     try:
+        links = [link for link in compared.links() if link] if compared.ready else []
         page = compared.page(search, show, _place(request), PAIRS, viewer.votes.table())
         key = ("pairs", tuple(viewer.index.versions), search)
         counts = viewer.remembered(key, lambda: compared.counts(search))
@@ -350,16 +352,16 @@ def comparison(viewer: Viewer, request: Request) -> Response:
         text = urllib.parse.urlencode([(name, value) for name, value in asked.items() if value])
         return f"/compare?{text}" if text else "/compare"
 
-    links = dict.fromkeys(("first", "previous", "next"), "")
+    turns = dict.fromkeys(("first", "previous", "next"), "")
     pairs: list[compare.Pair] = page.rows
     if pairs:
         if not page.first:
-            links |= {
+            turns |= {
                 "first": at(),
                 "previous": at(before=f"{pairs[0].place.shard}.{pairs[0].place.position}"),
             }
         if not page.last:
-            links |= {"next": at(after=f"{pairs[-1].place.shard}.{pairs[-1].place.position}")}
+            turns |= {"next": at(after=f"{pairs[-1].place.shard}.{pairs[-1].place.position}")}
     keys = {output.path: chr(ord("a") + number) for number, output in enumerate(viewer.outputs)}
     values = common(viewer, request) | {
         "pairs": [(pair, choices.get(votes.Key(pair.id, pair.version, pair.sample), "")) for pair in pairs],
@@ -375,10 +377,12 @@ def comparison(viewer: Viewer, request: Request) -> Response:
         "search": search,
         "show": show,
         "shows": [(name, name == show, at(show="" if name == "all" else name)) for name in compare.SHOWN],
-        "links": links,
+        "links": turns,
+        "linked": [(link.child, link.parent) for link in links],
         "message": message,
         "here": request.url.path + (f"?{request.url.query}" if request.url.query else ""),
-        "texts": viewer.outputs[0].task in TEXT_TASKS,
-        "sourced": viewer.outputs[0].task in PICTURE_TASKS,
+        "texts": [output.task in TEXT_TASKS for output in viewer.outputs],
+        # The source of the first output, unless another output shows it.
+        "sourced": viewer.outputs[0].task in PICTURE_TASKS and not any(link.child == 0 for link in links),
     }
     return page_response("compare.html.j2", 400 if message else 200, **values)
