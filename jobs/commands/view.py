@@ -7,7 +7,13 @@ import click
 
 
 @click.command(short_help="Browse and compare outputs in a web browser, and vote.")
-@click.argument("outputs", metavar="OUTPUT...", nargs=-1, required=True)
+@click.argument(
+    "outputs",
+    metavar="OUTPUT...",
+    nargs=-1,
+    required=True,
+    help="Folders of results, local or s3://bucket/key; several are compared.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="Default: 8765, or a free port.")
 @click.option(
     "--host",
@@ -20,11 +26,11 @@ import click
     "--votes", metavar="PATH", help="Parquet file of votes (default OUTPUT.votes.parquet, beside the first)."
 )
 def view(outputs: tuple[str, ...], port: int | None, host: str, no_open: bool, votes: str | None) -> int:
-    """Show OUTPUT, local or s3://bucket/key, finished or running, as a page on this machine.
+    """Show OUTPUT, finished or running, as a page on this machine.
 
     The page has a grid with search, an SQL filter, facets and any order; each row at full size, with the
-    command that makes it again; and the progress of an active run. Several outputs of the same ids are
-    shown side by side, differing rows first, and a key press votes for one.
+    command that makes it again; and the progress of an active run. Several outputs are shown side by
+    side, by id or, if one was made from another, by source; a key press votes for one.
 
     \b
       wallaroo view out/first
@@ -34,6 +40,10 @@ def view(outputs: tuple[str, ...], port: int | None, host: str, no_open: bool, v
     Needs the extra `view`: pip install 'wallaroo-batch[view]'. Ctrl-C stops it. It writes only votes, and
     an index below ~/.cache/wallaroo/view.
     """
+    if votes is not None and len(outputs) == 1:
+        raise click.UsageError(
+            f"--votes is {votes}, but votes need two outputs: name another, or leave it out."
+        )
     from wallaroo.workflows.viewer.server import serve
 
     def ready(address: str) -> None:

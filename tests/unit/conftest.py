@@ -230,3 +230,9 @@ def outputs():
         make_output=make_output,
         make_task_output=make_task_output,
     )
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path):
+    """A folder that is not there yet, on a disk and on S3."""
+    return str(tmp_path / "place") if request.param == "local" else request.getfixturevalue("s3") + "/place"

@@ -48,11 +48,6 @@ def contents(folder):
     return {file.relative: storage.read_bytes(file.path).decode() for file in storage.list_files(str(folder))}
 
 
-@pytest.fixture(params=["local", "s3"])
-def place(request, tmp_path):
-    return str(tmp_path / "place") if request.param == "local" else request.getfixturevalue("s3") + "/place"
-
-
 @pytest.fixture
 def manifest(tmp_path):
     path = tmp_path / "prompts.jsonl"
@@ -198,25 +193,28 @@ def test_strays_and_faults_are_to_be_moved_elsewhere(outputs, tmp_path, capsys):
     assert not re.search("delete|remove", told, flags=re.IGNORECASE)
 
 
-def test_no_message_advises_to_delete_a_file():
-    """Characters of a text may be removed, files and folders not."""
+def test_no_text_advises_to_delete_a_file():
+    """Characters of a text may be removed, files and folders not. Docstrings are no messages."""
     advice = re.compile(r"\b(delete|erase|rm -\w+)\b|\bremove (it|them|the (file|folder)s?)\b", re.IGNORECASE)
-    characters = ("holds a NUL character: remove it.", "half of a surrogate pair")
+    allowed = re.compile(r"NUL character: remove it\.|surrogate pair|^DELETE FROM |^delete$")
     found = []
     root = Path(__file__).parents[2]
     for folder in ("wallaroo", "model", "actors", "workflows", "jobs"):
+        for file in (root / folder).rglob("*.j2"):
+            found += [f"{file.name}: {words[0]}" for words in advice.finditer(file.read_text())]
         for file in (root / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, (ast.Raise, ast.Call)):
-                    words = "".join(
-                        one.value
-                        for one in ast.walk(node)
-                        if isinstance(one, ast.Constant) and isinstance(one.value, str)
-                    )
-                    raised = isinstance(node, ast.Raise) or getattr(node.func, "attr", "") == "warning"
-                    if raised and advice.search(words) and not any(part in words for part in characters):
-                        found.append(f"{file.name}: {words}")
+            tree = ast.parse(file.read_text())
+            unsaid = {id(one.value) for one in ast.walk(tree) if isinstance(one, ast.Expr)}
+            for node in ast.walk(tree):
+                words = node.value if isinstance(node, ast.Constant) and id(node) not in unsaid else ""
+                if isinstance(words, str) and advice.search(words) and not allowed.search(words):
+                    found.append(f"{file.name}: {words}")
     assert not found
+    for commands in (
+        cli.cli.commands,
+        *(one.commands for one in cli.cli.commands.values() if hasattr(one, "commands")),
+    ):
+        assert not [name for name, one in commands.items() if advice.search(one.help or "")]
 
 
 # Other commands

@@ -266,7 +266,7 @@ def test_a_summary_that_counts_otherwise_is_a_fault(whole, name):
     write_lines(str(whole), name, [json.dumps(line).encode() for line in lines])
     verdict, said = judged(whole)
     assert verdict.state == "broken" and layout.summary_path(str(whole), name) in said[0]
-    assert "delete the folder summaries" in said[0]
+    assert "move the folder summaries elsewhere" in said[0]
 
 
 def test_a_fast_look_opens_no_file_that_a_summary_covers(whole, monkeypatch):

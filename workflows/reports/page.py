@@ -136,7 +136,9 @@ def _scores(output: str) -> list[dict[str, Any]]:
             for line in lines
         ]
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RecursionError):
-        raise InputError(f"{path} is not a table of scores; `wallaroo evaluate` writes it again.") from None
+        raise InputError(
+            f"{path} is not a table of scores: move it elsewhere; `wallaroo evaluate` writes one."
+        ) from None
 
 
 def _render(facts: Mapping[str, Any], chosen: Mapping[Stratum, Sequence[Place]], cards: list[Card]) -> bytes:

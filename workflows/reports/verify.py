@@ -258,7 +258,7 @@ def _check_total(
             found.fault(f"the counts of {part.name} in {summary_path(output, ALL)} are wrong: {_REMEDY}.")
 
 
-_REMEDY = f"delete the folder {SUMMARIES_FOLDER} and re-run the command, which writes it again"
+_REMEDY = f"move the folder {SUMMARIES_FOLDER} elsewhere and re-run the command, which writes it again"
 
 
 def _look(output: str, plan: Plan, found: _Found, report: Callable[[int, int], None]) -> None:

@@ -19,6 +19,7 @@ from wallaroo.model.config import VQ_FACTOR
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import EVALUATION_FILE, list_done
+from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.shards import open_shard
 from wallaroo.workflows.scenes.world import BACKGROUNDS, COLOURS, KINDS, SPANS, Scene, Thing, draw, held_out
 
@@ -293,14 +294,30 @@ def evaluate(output: str) -> list[Line]:
         The lines of the table.
 
     Raises:
-        InputError: There are no results, or they are not of drawn scenes.
+        InputError: This is no output, its rows are not of drawn scenes, or it holds an `evaluation.json` that
+            this function did not write.
     """
+    read_run(output)
+    path = storage.join(output, EVALUATION_FILE)
+    if not _may_replace(path):
+        raise InputError(f"{path} exists, and `wallaroo evaluate` did not write it: move it elsewhere.")
     done = sorted(list_done(output))
     if not done:
         raise InputError(f"{output} holds no results; give the output of a run on `wallaroo data shapes`.")
     table = tabulate(itertools.chain.from_iterable(_rows(output, shard) for shard in done))
-    storage.write_atomic(storage.join(output, EVALUATION_FILE), to_json(table).encode())
+    storage.write_atomic(path, to_json(table).encode())
     return table
+
+
+def _may_replace(path: str) -> bool:
+    """Whether a file is absent, or a table that `to_json` made."""
+    try:
+        found = json.loads(storage.read_bytes(path))
+    except FileNotFoundError:
+        return True
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == {"format", "lines"}
 
 
 def _rows(output: str, shard: int) -> list[Mapping[str, Any]]:
