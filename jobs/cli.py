@@ -40,13 +40,13 @@ def cli() -> None:
 
 
 @click.command(short_help="Print a script for shell completion.")
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="The shell that asks the script.")
 def completion(shell: str) -> int:
     """Print the script that completes commands and options in SHELL.
 
     \b
-      eval "$(wallaroo completion bash)"                                    # in ~/.bashrc
-      eval "$(wallaroo completion zsh)"                                     # in ~/.zshrc
+      eval "$(wallaroo completion bash)"    # in ~/.bashrc
+      eval "$(wallaroo completion zsh)"     # in ~/.zshrc, after compinit
       wallaroo completion fish > ~/.config/fish/completions/wallaroo.fish
     """
     kind = get_completion_class(shell)

@@ -2,11 +2,14 @@
 
 import os
 import re
+import select
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 
 from wallaroo.jobs import cli
@@ -92,12 +95,28 @@ def test_a_group_without_a_command_shows_its_help(wallaroo, group):
     assert out == wallaroo(group, "--help")[1]
 
 
-@pytest.mark.parametrize("command", ["generate", "edit", "understand", "plan"])
-def test_help_explains_the_arguments(wallaroo, command):
-    _, out, _ = wallaroo(command, "--help")
-    arguments = out[out.index("Positional arguments:") :]
-    for name in ("MANIFEST", "OUTPUT"):
-        assert re.search(rf"^  \[?{name}\]? +\w.{{20}}", arguments, flags=re.MULTILINE)
+def arguments_of(group, before=()):
+    """Each command below a group with its words and its arguments."""
+    for name, command in group.commands.items():
+        words = (*before, name)
+        if hasattr(command, "commands"):
+            yield from arguments_of(command, words)
+        else:
+            yield words, [one for one in command.params if isinstance(one, click.Argument)]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [case for case in arguments_of(cli.cli) if case[1]],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_help_explains_the_arguments(wallaroo, command, arguments):
+    _, out, _ = wallaroo(*command, "--help")
+    explained = out[out.index("Positional arguments:") :]
+    for one in arguments:
+        name = one.make_metavar(click.Context(click.Command("x"))).strip("[]{}").replace("...", "")
+        words = re.search(rf"^  [\[{{]*{re.escape(name)}[\]}}.]* +(\w.*)", explained, flags=re.MULTILINE)
+        assert words and len(words[1]) >= 12, name
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -107,21 +126,28 @@ def test_completion_prints_the_script_of_a_shell(wallaroo, shell):
     assert f"_WALLAROO_COMPLETE={shell}_complete" in out
 
 
-def test_bash_completes_commands_options_and_values():
-    """As the printed script does: bash runs it, and asks it about the words before the cursor."""
+@pytest.fixture
+def path():
+    """PATH with the installed command first."""
     command = Path(sys.executable).with_name("wallaroo")
     if not os.access(command, os.X_OK):
         pytest.skip("the project is not installed in this environment")
-    script = """
+    return f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+
+
+WORDS = ["und", "generate m o --image-f", "generate m o --image-format ", "generate m o --preset "]
+"""What is typed after `wallaroo` before the key."""
+
+
+def test_bash_completes_commands_options_and_values(path):
+    """As the printed script does: bash runs it, and asks it about the words before the cursor."""
+    asked = "\n".join(f"""ask {words}{'""' if words.endswith(" ") else ""}""" for words in WORDS)
+    script = f"""
         eval "$(wallaroo completion bash)"
-        ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _wallaroo_completion wallaroo
-                 echo "${COMPREPLY[*]}"; }
-        ask wallaroo und
-        ask wallaroo generate m o --image-f
-        ask wallaroo generate m o --image-format ""
-        ask wallaroo generate m o --preset ""
+        ask() {{ COMP_WORDS=(wallaroo "$@"); COMP_CWORD=$#; COMPREPLY=(); _wallaroo_completion wallaroo
+                 echo "${{COMPREPLY[*]}}"; }}
+        {asked}
     """
-    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PATH": path}
     )
@@ -131,6 +157,63 @@ def test_bash_completes_commands_options_and_values():
         "png webp jpeg",
         "geneval dpg",
     ], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish: apt-get install fish")
+def test_fish_completes_commands_options_and_values(path, tmp_path):
+    asked = "; ".join(f"complete --do-complete 'wallaroo {words}'; echo =" for words in WORDS)
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", f"wallaroo completion fish | source; {asked}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, "HOME": str(tmp_path), "TERM": "dumb"},
+    )
+    found = [part.split("\n")[:-1] for part in done.stdout.split("=\n")[:-1]]
+    assert [[line.partition("\t")[0] for line in lines] for lines in found] == [
+        ["understand"],
+        ["--image-format"],
+        ["jpeg", "png", "webp"],
+        ["dpg", "geneval"],
+    ], done.stderr
+
+
+@pytest.mark.skipif(
+    None in (shutil.which("zsh"), shutil.which("script")),
+    reason="there is no zsh, or no script: apt-get install zsh bsdutils",
+)
+def test_zsh_completes_commands_options_and_values(path, tmp_path):
+    """In a terminal of its own, where the tab key is pressed."""
+    (tmp_path / ".zshrc").write_text(
+        "PS1='> '; autoload -Uz compinit; compinit -u -D; eval \"$(wallaroo completion zsh)\"\n"
+    )
+    with subprocess.Popen(
+        ["script", "--quiet", "--flush", "--command", "zsh -i", "/dev/null"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PATH": path, "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "TERM": "dumb"},
+    ) as terminal:
+        seen = ""
+
+        def until(*words):
+            """Reads what the terminal shows until it has shown all of these."""
+            nonlocal seen
+            while not all(word in seen for word in words):
+                assert select.select([terminal.stdout], [], [], 60)[0], seen
+                more = os.read(terminal.stdout.fileno(), 4096)
+                assert more, seen
+                seen += more.decode(errors="replace")
+            seen = ""
+
+        try:
+            until("> ")
+            shown = (["erstand "], ["ormat "], ["png", "webp", "jpeg"], ["geneval", "dpg"])
+            for typed, words in zip(WORDS, shown, strict=True):
+                # The first key takes back what was typed before.
+                os.write(terminal.stdin.fileno(), f"\x15wallaroo {typed}\t".encode())
+                until(*words)
+        finally:
+            terminal.kill()
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def test_error_rows_count_apart_from_what_is_missing(outputs, tmp_path, capsys):
     assert code == 3
     assert said == (
         "Partial export: 2 of 3 shards and 4 of 6 rows planned are finished. 3 images exported to "
-        f"{tmp_path}/dest, 4 files; 1 error row with nothing to export.\n"
+        f"{tmp_path}/dest, 4 files; 1 error row with nothing to export. Export again "
+        "with --overwrite when more is finished.\n"
     )
 
 

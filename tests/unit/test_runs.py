@@ -186,7 +186,11 @@ def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
     assert status(output).state == "unfinished"
 
     log = RunLog(output, {}, clock)
-    clock.now += 20
+    clock.now += 4
+    found = status(output, clock)
+    assert "  speed   not measured yet\n" in found.text() and "active for 4 s" in found.text()
+    assert "rows/s" not in found.line()
+    clock.now += 16
     log.update(**counted(0, rows=12))
     clock.now += 20
     log.update(**counted(6, rows=12, errors={"engine": 1}, retries={"storage": 2}, waits={"replica": 5}))
@@ -196,6 +200,7 @@ def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
     text = found.text()
     assert text.startswith(f"{output}: running")
     for words in (
+        "active for 45 s",
         "6 of 12, 1 error (1 engine)",
         "1 of 2 shards",
         "20 s left",

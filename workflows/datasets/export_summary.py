@@ -74,7 +74,8 @@ class ExportSummary:
             parts.append(f"the evaluator will miss {names}")
         if self.unread:
             parts.append(f"{_number(self.unread, 'source')} named by digest alone, since they have changed")
-        return f"{self._partial_text()}{'; '.join(parts)}."
+        again = " Export again with --overwrite when more is finished." if self.partial else ""
+        return f"{self._partial_text()}{'; '.join(parts)}.{again}"
 
     def _partial_text(self) -> str:
         if not self.partial:

@@ -53,10 +53,16 @@ class Status:
 
     @property
     def rate(self) -> float | None:
-        """Rows/s of the last run: of the last minute while it is active, else of all its time."""
+        """Rows/s of the last run: of the last minute while it is active, else of all its time.
+
+        None if there is no run, or none was measured yet.
+        """
         if self.record is None:
             return None
-        return self.record.rate if self.state == "running" else self.record.overall_rate
+        if self.state != "running":
+            return self.record.overall_rate
+        # Rows that are there before the first measurement have no rate yet.
+        return self.record.rate if self.record.seconds else None
 
     def line(self) -> str:
         """The status in one line: `42 of 60 rows, 2 errors, 3.1 rows/s, 6 s left: running`."""
@@ -65,7 +71,7 @@ class Status:
         parts = [f"{done} of {'?' if self.planned is None else f'{self.planned:,}'} rows"]
         parts.append(counted(sum(self.errors.values()), "error"))
         if record is not None:
-            parts.append(f"{rounded(self.rate or 0.0)} rows/s")
+            parts += [f"{rounded(self.rate)} rows/s"] if self.rate is not None else []
             if self.left is not None:
                 parts.append(f"{duration(self.left)} left")
         if self.cost is not None:
@@ -92,16 +98,17 @@ class Status:
         lines.append(f"  rows    {done} of {planned}, {errors}")
         lines.append(f"  files   {self.done_shards:,} of {self.shards:,} shards in data/")
         if record is not None:
-            first = record.first_row_seconds
-            lines.append(
-                f"  speed   {rounded(self.rate or 0.0)} rows/s"
-                + (f", the first row after {duration(first)}" if first is not None else "")
-            )
+            speed = "not measured yet" if self.rate is None else f"{rounded(self.rate)} rows/s"
+            if record.first_row_seconds is not None:
+                speed += f", the first row after {duration(record.first_row_seconds)}"
             if self.left is not None:
-                lines[-1] += f", {duration(self.left)} left"
+                speed += f", {duration(self.left)} left"
+            lines.append(f"  speed   {speed}")
             start = f"{record.started[:16].replace('T', ' ')} UTC on {record.host}"
-            took = duration(record.seconds)
-            lines.append(f"  run     {record.run} of {self.runs}, started {start}, took {took}")
+            took = f"took {duration(record.seconds)}"
+            if self.state == "running":
+                took = f"active for {duration(record.seconds + (self.heard or 0.0))}"
+            lines.append(f"  run     {record.run} of {self.runs}, started {start}, {took}")
             if self.cost is not None:
                 lines.append(f"  cost    {self.cost:.2f}")
             if record.retries:
