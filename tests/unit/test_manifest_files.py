@@ -400,7 +400,7 @@ def test_one_text_of_several_lines_is_ambiguous(tmp_path):
         ("hf://datasets/org/name@main", "hf download org/name --repo-type dataset --local-dir"),
         ("hf://org/name", "hf download org/name --local-dir"),
         ("hf://spaces/org/name/a.csv", "hf download org/name --repo-type space --local-dir"),
-        ("hf://buckets/org/name/a.csv", "is not read from the hub: download it, then give the folder."),
+        ("hf://buckets/org/name/a.csv", "is neither read nor written: download it, then give the folder."),
         ("https://huggingface.co/datasets/org/name/resolve/main/a.csv", "org/name --repo-type dataset"),
         ("org/data-set.v1", "hf download org/data-set.v1 --repo-type dataset --local-dir FOLDER"),
     ],

@@ -48,7 +48,9 @@ def is_s3(path: str) -> bool:
         return False
     if scheme != "s3":
         if found := re.match(r"(?:hf://|https?://(?:huggingface\.co|hf-mirror\.com)/)(.+)", path):
-            raise InputError(f"{path} is not read from the hub: {hub_remedy(found[1])}")
+            raise InputError(
+                f"{path} is on the hub, which is neither read nor written: {hub_remedy(found[1])}"
+            )
         raise InputError(f"{scheme}:// is not known: give a local path or s3://bucket/key.")
     return True
 
