@@ -13,7 +13,7 @@ import pytest
 from wallaroo.model.checkpoint import TINY
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.plans import planner
+from wallaroo.workflows.plans import rounds
 from wallaroo.workflows.plans.plan import read_plan, read_shard
 from wallaroo.workflows.plans.planner import make_plan
 from wallaroo.workflows.plans.settings import PlanSettings
@@ -102,7 +102,7 @@ def test_every_row_is_planned_once_and_in_order(mixed, tmp_path, monkeypatch):
     assert told(found) == wanted
     assert [row["tag"] for row in found[:3]] == ["t0", "t0", "t1"] and found[-1]["tag"] is None
     # Parts that end within a file, a piece and the samples of a row change nothing but where rows lie.
-    monkeypatch.setattr(planner, "PART_SHARDS", 1)
+    monkeypatch.setattr(rounds, "PART_SHARDS", 1)
     plan = make(folder, tmp_path / "many", samples=2)
     assert len(plan.parts) == len(plan.shards) > 20
     assert rows(tmp_path / "many") == found
@@ -126,7 +126,7 @@ def test_a_second_call_does_nothing(mixed, tmp_path):
 
 def test_an_interrupted_plan_goes_on_as_it_began(mixed, tmp_path, monkeypatch):
     folder, _ = mixed
-    monkeypatch.setattr(planner, "PART_SHARDS", 5)
+    monkeypatch.setattr(rounds, "PART_SHARDS", 5)
     make(folder, tmp_path / "whole", samples=2)
     wanted = rows(tmp_path / "whole")
     parts = len(read_plan(str(tmp_path / "whole")).parts)
@@ -172,7 +172,7 @@ def test_the_first_to_be_planned_keeps_its_id(tmp_path):
 
 def test_an_interrupted_look_is_finished_before_another(mixed, tmp_path, monkeypatch):
     folder, wanted = mixed
-    monkeypatch.setattr(planner, "PART_SHARDS", 2)
+    monkeypatch.setattr(rounds, "PART_SHARDS", 2)
     # By chance, so that only what is written down tells which rows were chosen. An id that occurs twice is
     # kept by the first row of it that is planned, so those are left to the last of the three.
     make(folder, tmp_path / "out", samples=2, where="random() < 0.5 AND id NOT IN ('a5', 'b3')")
@@ -187,7 +187,7 @@ def test_an_interrupted_look_is_finished_before_another(mixed, tmp_path, monkeyp
 
 def test_planners_who_race_plan_every_row_once(mixed, tmp_path, monkeypatch):
     folder, wanted = mixed
-    monkeypatch.setattr(planner, "PART_SHARDS", 3)
+    monkeypatch.setattr(rounds, "PART_SHARDS", 3)
     looks = [{}, {"limit": 40}, {"where": "prompt LIKE 'dog%'"}]
     failures = []
 
@@ -218,7 +218,7 @@ def test_s3_and_local_plans_are_the_same(mixed, tmp_path, s3):
 
 
 def test_carried_columns_have_one_type_in_every_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(planner, "PART_SHARDS", 1)
+    monkeypatch.setattr(rounds, "PART_SHARDS", 1)
     values = [[{"position": ["right of", 0]}], [], None, [{"class": "cow", "count": 1}]]
     lines = [json.dumps({"prompt": f"p{n}", "tag": f"t{n}", "include": values[n % 4]}) for n in range(40)]
     (tmp_path / "m.jsonl").write_text("\n".join(lines))

@@ -10,7 +10,7 @@ from wallaroo.actors import watch
 from wallaroo.model import checkpoint
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import list_done, part_name
-from wallaroo.workflows.plans import planner
+from wallaroo.workflows.plans import checks, planner
 from wallaroo.workflows.plans.plan import Plan, PlanPart, read_plan
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.runs import driver, setup
@@ -45,7 +45,7 @@ def test_a_first_start_looks_up_nothing_twice(tmp_path, monkeypatch):
         (planner, "discover"),
         (setup, "read_checkpoint"),
         (checkpoint, "check"),
-        (planner, "read_plan"),
+        (checks, "read_plan"),
         (PlanSettings, "check"),
         (driver, "find_run"),
         (setup, "put_run"),

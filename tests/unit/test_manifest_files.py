@@ -180,8 +180,9 @@ def test_the_words_account_for_every_file(tmp_path):
         assert kind in words
     assert "2 pipe, socket or device (such as pipe)" in words
     # That is what a plan says.
-    assert ScannedManifest(manifest).warnings == [words]
-    assert ScannedManifest(Manifest("", ())).warnings == []
+    settings = PlanSettings.of(RunConfig("", ""))
+    assert ScannedManifest(manifest, settings).warnings == [words]
+    assert ScannedManifest(Manifest("", ()), settings).warnings == []
 
 
 def test_many_kinds_are_counted_together(tmp_path):
@@ -316,7 +317,8 @@ def test_texts_beside_pictures_are_their_captions(tmp_path):
         {"id": "in/b.jpg", "image": str(tmp_path / "in/b.jpg"), "caption": "一只狗"},
     ]
     assert manifest.passed_over == {".txt": (1, "notes.txt")}
-    assert ScannedManifest(manifest).warnings[1].endswith("used as its caption: 2, 1 have none.")
+    settings = PlanSettings.of(RunConfig("", "", "edit"))
+    assert ScannedManifest(manifest, settings).warnings[1].endswith("used as its caption: 2, 1 have none.")
     (tmp_path / "a.txt").write_text("a dog\n")
     assert discover(str(tmp_path), "edit").identity() != manifest.identity()
     (tmp_path / "a.txt").write_bytes(b"\xff\xffa")

@@ -1,4 +1,4 @@
-"""Checks before a manifest is planned into an output: another place, and the same run as before."""
+"""Checks before a manifest is planned into an output: the output is another folder, its plan fits the run."""
 
 import os
 
@@ -6,7 +6,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import Manifest
 from wallaroo.workflows.outputs.layout import ERRORS_FILE
-from wallaroo.workflows.plans.plan import Plan
+from wallaroo.workflows.plans.plan import Plan, read_plan
 from wallaroo.workflows.plans.settings import PlanSettings
 
 
@@ -26,6 +26,26 @@ def refuse_inside(manifest: str, output: str | None) -> None:
     folder, inner = (path.rstrip("/") + "/" for path in ends)
     if inner.startswith(folder):
         raise InputError(f"The output {output} is inside the manifest {manifest}: choose another folder.")
+
+
+def open_plan(found: Manifest, settings: PlanSettings, model_digest: str, output: str | None) -> Plan:
+    """Reads the valid parts of the plan of an output. Needs no Ray.
+
+    Args:
+        found: The manifest.
+        settings: What the plan depends on.
+        model_digest: Digest of the checkpoint, hexadecimal.
+        output: Folder of the run; None for a plan without parts.
+
+    Returns:
+        The plan; without parts if there is none.
+
+    Raises:
+        InputError: The plan is of another manifest, another model or other settings.
+    """
+    plan = read_plan(output) if output else Plan()
+    check_same(plan, found, settings, model_digest, output)
+    return plan
 
 
 def check_same(

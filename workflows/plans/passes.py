@@ -16,6 +16,7 @@ from wallaroo.workflows.manifests.schema import Columns
 from wallaroo.workflows.manifests.streams import is_compressed
 from wallaroo.workflows.manifests.types import Manifest, Piece, Scan
 from wallaroo.workflows.manifests.where import Filter
+from wallaroo.workflows.plans.columns import check_columns
 from wallaroo.workflows.plans.increments import joined_schema
 from wallaroo.workflows.plans.plan import Round
 from wallaroo.workflows.plans.rows import row_ids
@@ -95,19 +96,20 @@ def unpack_bits(data: bytes, count: int) -> np.ndarray:
 
 
 class ScannedManifest:
-    """A manifest with its pieces in order and one schema. Its files are scanned once, at the first use."""
+    """A manifest with its pieces in order and one schema, for the settings of a plan.
 
-    def __init__(
-        self, manifest: Manifest, rounds: Sequence[Round] = (), settings: PlanSettings | None = None
-    ):
+    Files are scanned, and columns and `where` checked, at the first use. Nothing is done twice.
+    """
+
+    def __init__(self, manifest: Manifest, settings: PlanSettings, rounds: Sequence[Round] = ()):
         """Keeps the manifest; reads nothing yet.
 
         Args:
             manifest: The manifest.
-            rounds: Rounds of the plan so far. Their schema is kept.
-            settings: Settings of the plan. Required with `rounds`.
+            settings: Settings of the plan.
+            rounds: Rounds of the plan so far, of an incremental plan. Their schema is kept.
         """
-        self.manifest, self.rounds, self.settings = manifest, rounds, settings
+        self.manifest, self.settings, self.rounds = manifest, settings, rounds
         self.warnings: list[str] = []
         if manifest.passed_over:
             self.warnings.append(in_words(manifest.passed_over))
@@ -149,8 +151,26 @@ class ScannedManifest:
     @functools.cached_property
     def schema(self) -> pa.Schema:
         """The schema in which all rows are read."""
-        found = self._scanned[1]
-        return joined_schema(found, self.rounds, self.settings) if self.settings else found
+        return joined_schema(self._scanned[1], self.rounds, self.settings)
+
+    @functools.cached_property
+    def column_warnings(self) -> list[str]:
+        """Warnings of `check_columns`. Without rows nothing is checked, as files may lack columns then."""
+        return check_columns(self.schema, self.settings) if self.rows else []
+
+    @functools.cached_property
+    def condition(self) -> Filter | None:
+        """The condition of `where`; None if all rows are taken."""
+        return None if self.settings.where is None else Filter(self.settings.where, self.schema)
+
+    def check(self) -> None:
+        """Checks the columns and `where`, before any row is read.
+
+        Raises:
+            InputError: A file cannot be read, or a column that the task needs is missing.
+            OptionError: `where` does not fit the columns.
+        """
+        _ = self.column_warnings, self.condition
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
@@ -258,24 +278,22 @@ def ids_of(rows: Rows, column: str) -> list[str]:
     return row_ids(rows.table, rows.piece.file.relative, rows.numbers, column)[0]
 
 
-def selected_rows(source: ScannedManifest, settings: PlanSettings) -> np.ndarray:
+def selected_rows(source: ScannedManifest) -> np.ndarray:
     """Finds the rows that `where` and `limit` choose.
 
     Args:
         source: The manifest.
-        settings: Settings of the run.
 
     Returns:
         bool [rows of the manifest].
 
     Raises:
-        InputError: `where` does not fit the columns.
+        OptionError: `where` does not fit the columns.
     """
-    selected = np.ones(source.rows, bool)
-    if settings.where is not None:
-        Filter(settings.where, source.schema)  # refuses a wrong expression before any row is read
+    settings, selected = source.settings, np.ones(source.rows, bool)
+    if source.condition is not None:
         pieces = {index: source.pieces[index] for index in source.items(selected)}
-        for index, bits in each(pieces, _match, schema=source.schema, where=settings.where):
+        for index, bits in each(pieces, _match, schema=source.schema, where=source.condition.expression):
             selected[source.slice(index)] = unpack_bits(bits, source.pieces[index].rows)
     if settings.limit is not None:
         selected[np.flatnonzero(selected)[settings.limit :]] = False
