@@ -40,7 +40,7 @@ MAX_CHARACTERS = 10_000_000
 Value = TypeVar("Value")
 
 
-@dataclass
+@dataclass(slots=True)
 class _Faults:
     """The faults of a row, in the order in which they are found."""
 

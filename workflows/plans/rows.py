@@ -199,14 +199,15 @@ def _planned(
     }
     carried = carried_schema(table.schema, settings)
     schema = plan_schema(carried, settings.task)
+    indices = pa.array(taken)
     arrays = []
     for one in list(schema)[: len(schema) - len(carried)]:
         if one.name in numbers:
             arrays.append(pa.array(numbers[one.name], one.type))
         else:
             values = ids if one.name == "id" else [row[one.name] for row in rows]
-            arrays.append(pa.array(values, one.type).take(pa.array(taken)))
-    arrays += [table.column(name).take(pa.array(taken)) for name in carried_names(table.schema, settings)]
+            arrays.append(pa.array(values, one.type).take(indices))
+    arrays += [table.column(name).take(indices) for name in carried_names(table.schema, settings)]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
