@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,14 @@ import pyarrow.parquet as pq
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.progress import Phase, Report, silent
-from wallaroo.workflows.outputs.layout import PLAN_FOLDER, list_stamps, part_name, shard_name, shard_path
+from wallaroo.workflows.outputs.layout import (
+    PLAN_FOLDER,
+    is_plan_file,
+    list_stamps,
+    part_rows_name,
+    shard_name,
+    shard_path,
+)
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
@@ -44,9 +50,6 @@ MAX_BYTES = 256 << 20
 """Most bytes of a merged shard, which is held in memory."""
 READERS = 8
 """Shards that are read at once, all for one merged shard."""
-
-_PLAN_FILE = re.compile(r"part-\d{5,}(\.json|-[0-9a-f]{16}\.parquet)|(known|pictures)-[0-9a-f]{16,}\.\w+")
-"""Names of a plan's files; others are not ours."""
 
 NUMBERS = 1_000_000
 """Merged shards are numbered from a multiple of this, so that no increment reuses numbers of an interrupted
@@ -170,10 +173,10 @@ def _numbered(table: pa.Table, shard: int) -> pa.Table:
 def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) -> None:
     """Makes the merged shards the plan: the moment from which they count."""
     last = plan.parts[-1]
-    path = storage.join(output, PLAN_FOLDER, f"{last.name}.json")
+    path = storage.join(output, PLAN_FOLDER, last.json_name)
     etag = storage.read_with_etag(path)[1]
     name = hashlib.sha256(json.dumps([part.file for part in plan.parts]).encode()).hexdigest()[:16]
-    file = f"{part_name(last.part)}-{name}.parquet"
+    file = part_rows_name(last.part, name)
     planned = _planned(output, plan)
     tables = (
         pa.concat_tables(
@@ -230,10 +233,10 @@ def _planned(output: str, plan: Plan) -> Iterator[pa.Table]:
 def _remove_others(output: str, plan: Plan) -> None:
     """Removes files of plan and data that the plan does not name: old ones, or of an interrupted call."""
     kept = {part.file for part in plan.parts} | {one.known for one in plan.rounds}
-    kept |= {f"{part.name}.json" for part in plan.parts}
+    kept |= {part.json_name for part in plan.parts}
     storage.delete_all(
         file.path
         for file in storage.list_files(storage.join(output, PLAN_FOLDER))
-        if file.relative not in kept and _PLAN_FILE.fullmatch(file.relative)
+        if file.relative not in kept and is_plan_file(file.relative)
     )
     storage.delete_all(shard_path(output, shard) for shard in list_stamps(output) if shard not in plan.shards)

@@ -30,7 +30,14 @@ from wallaroo.workflows.manifests.parquet_files import open_parquet
 from wallaroo.workflows.manifests.streams import has_header, is_object_of_objects
 from wallaroo.workflows.manifests.text_files import first_columns
 from wallaroo.workflows.manifests.types import COMPRESSED, FORMATS, OTHER_FORMATS, Manifest, ManifestFile
-from wallaroo.workflows.outputs.layout import DATA_FOLDER, ERRORS_FILE, RUN_FILE, SUCCESS_FILE, shard_number
+from wallaroo.workflows.outputs.layout import (
+    DATA_FOLDER,
+    ERRORS_FILE,
+    RUN_FILE,
+    SUCCESS_FILE,
+    plan_parts,
+    shard_number,
+)
 from wallaroo.workflows.storage.paths import hub_remedy
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
@@ -274,7 +281,7 @@ def _remedy(path: str) -> str:
 
 def _is_output(files: Sequence[storage.FileInfo]) -> bool:
     names = {file.relative for file in files}
-    return RUN_FILE in names or any(re.fullmatch(r"plan/part-\d+\.json", name) for name in names)
+    return RUN_FILE in names or bool(plan_parts(names))
 
 
 def _results(path: str, files: Sequence[storage.FileInfo], task: str) -> Manifest:
@@ -284,13 +291,12 @@ def _results(path: str, files: Sequence[storage.FileInfo], task: str) -> Manifes
             f"{path} is the output of a run, not a manifest: for a second try of its errors give "
             f"{storage.join(path, ERRORS_FILE)}, for its rows {storage.join(path, DATA_FOLDER)}."
         )
-    parts = sorted(file.relative for file in files if re.fullmatch(r"plan/part-\d+\.json", file.relative))
     done = next((file for file in files if file.relative == SUCCESS_FILE), None)
     try:
         finished = json.loads(storage.read_bytes(done.path))["parts"] if done else None
     except (ValueError, TypeError, KeyError, RecursionError):
         finished = None
-    if finished != [os.path.basename(part).removesuffix(".json") for part in parts]:
+    if finished != plan_parts(file.relative for file in files):
         raise InputError(f"{path} is the output of a run that is not finished: finish that run first.")
     data = (file for file in files if os.path.dirname(file.relative) == DATA_FOLDER)
     shards = (file for file in data if shard_number(os.path.basename(file.relative)) is not None)

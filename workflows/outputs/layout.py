@@ -1,6 +1,7 @@
 """The name of every file in an output."""
 
 import re
+from collections.abc import Iterable
 
 from wallaroo.workflows import storage
 
@@ -29,6 +30,8 @@ DROPPED_FILE = "_dropped.jsonl"
 """Names whose beginning keeps readers from taking them for a part of a manifest."""
 
 _SHARD_NAME = re.compile(r"shard-(\d{8,})\.parquet")
+_PART_JSON = re.compile(r"part-(\d{5,})\.json")
+_PLAN_FILE = re.compile(r"part-\d{5,}(\.json|-[0-9a-f]{16}\.parquet)|(known|pictures)-[0-9a-f]{16,}\.\w+")
 _RECORD_NAME = re.compile(r"(\d{4,})\.json")
 _EARLY = re.compile(
     rf"{LOCK_FILE}|{PLAN_FOLDER}/({ESTIMATE_FILE}|(part|known|pictures)-[\w-]+\.(json|jsonl|parquet))"
@@ -38,6 +41,51 @@ _EARLY = re.compile(
 def part_name(part: int) -> str:
     """How the files of a part begin, such as `part-00000`."""
     return f"part-{part:05d}"
+
+
+def part_json_name(part: int) -> str:
+    """File name in `plan/` of the JSON of a part, such as `part-00000.json`."""
+    return f"{part_name(part)}.json"
+
+
+def part_rows_name(part: int, digest: str) -> str:
+    """File name in `plan/` of the rows of a part. digest: 16 hexadecimal digits of what they depend on."""
+    return f"{part_name(part)}-{digest}.parquet"
+
+
+def part_number(name: str) -> int | None:
+    """Parses the file name in `plan/` of the JSON of a part; None for any other file."""
+    match = _PART_JSON.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def plan_parts(files: Iterable[str]) -> list[str]:
+    """Lists the names of the plan parts of an output, in order.
+
+    Args:
+        files: Paths of its files, relative to it.
+
+    Returns:
+        Names such as `part-00000`, of parts that have their JSON.
+    """
+    folder = f"{PLAN_FOLDER}/"
+    numbers = (part_number(file.removeprefix(folder)) for file in files if file.startswith(folder))
+    return [part_name(number) for number in sorted(number for number in numbers if number is not None)]
+
+
+def known_name(digest: str) -> str:
+    """File name in `plan/` of the rows that an incremental round has planned."""
+    return f"known-{digest}.parquet"
+
+
+def pictures_name(digest: str) -> str:
+    """File name in `plan/` of the new pictures of a folder, as a manifest."""
+    return f"pictures-{digest}.jsonl"
+
+
+def is_plan_file(name: str) -> bool:
+    """Tells whether planning writes files of this name into `plan/`."""
+    return _PLAN_FILE.fullmatch(name) is not None
 
 
 def shard_name(shard: int) -> str:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from wallaroo.model.errors import InputError, RowError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import Manifest, ManifestFile, decode_schema
-from wallaroo.workflows.outputs.layout import PLAN_FOLDER
+from wallaroo.workflows.outputs.layout import PLAN_FOLDER, known_name, pictures_name
 from wallaroo.workflows.outputs.schema import json_columns
 from wallaroo.workflows.plans.columns import carried_schema, parameter_columns
 from wallaroo.workflows.plans.plan import Round
@@ -112,7 +112,7 @@ def write_planned(output: str, pairs: np.ndarray, versions: np.ndarray) -> str:
     columns = {name: pairs[name] for name in PAIR.names or ()} | {"version": versions.astype(np.int32)}
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink, compression="zstd")
-    name = f"known-{hashlib.sha256(sink.getvalue()).hexdigest()[:16]}.parquet"
+    name = known_name(hashlib.sha256(sink.getvalue()).hexdigest()[:16])
     storage.write_atomic(storage.join(output, PLAN_FOLDER, name), sink.getvalue())
     return name
 
@@ -230,7 +230,7 @@ def write_pictures(output: str, files: Sequence[storage.FileInfo]) -> ManifestFi
     lines = [json.dumps({"id": file.relative, COLUMN: file.path}) + "\n" for file in files]
     data = "".join(lines).encode()
     digest = hashlib.sha256(data).hexdigest()[:16]
-    path = storage.join(output, PLAN_FOLDER, f"pictures-{digest}.jsonl")
+    path = storage.join(output, PLAN_FOLDER, pictures_name(digest))
     storage.write_atomic(path, data)
     return ManifestFile(path, "pictures", "jsonl", len(data), digest)
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import encode_schema
-from wallaroo.workflows.outputs.layout import PLAN_FOLDER, part_name
+from wallaroo.workflows.outputs.layout import PLAN_FOLDER, part_rows_name
 from wallaroo.workflows.plans.layout import split_into_shards, write_shards
 from wallaroo.workflows.plans.passes import PieceRows
 from wallaroo.workflows.plans.rows import plan_rows, sample_counts
@@ -65,7 +65,7 @@ class PartWork(NamedTuple):
         work = json.dumps([one.identity() for one in self.pieces])
         place = [self.first_row_id, self.first_shard, shard_rows]
         text = json.dumps([work, *place, encode_schema(schema), settings.meaning(), model_digest])
-        return f"{part_name(self.part)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.parquet"
+        return part_rows_name(self.part, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 def write_part(

@@ -19,7 +19,7 @@ from wallaroo.model.config import Size
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import decode_schema, encode_schema
-from wallaroo.workflows.outputs.layout import PLAN_FOLDER, part_name
+from wallaroo.workflows.outputs.layout import PLAN_FOLDER, part_json_name, part_name, part_number
 from wallaroo.workflows.plans.columns import GIVEN
 
 FORMAT = 1
@@ -66,6 +66,11 @@ class PlanPart:
     def name(self) -> str:
         """Its name without an ending, such as `part-00000`."""
         return part_name(self.part)
+
+    @property
+    def json_name(self) -> str:
+        """Name of its JSON in `plan/`."""
+        return part_json_name(self.part)
 
     @property
     def end(self) -> int:
@@ -231,12 +236,11 @@ def read_plan(output: str) -> Plan:
         InputError: A JSON cannot be read, or a part does not follow the one before.
     """
     names = [file.relative for file in storage.list_files(storage.join(output, PLAN_FOLDER))]
-    numbers = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"part-(\d{5,})\.json", name)))
+    numbers = sorted(number for name in names if (number := part_number(name)) is not None)
     parts: list[PlanPart] = []
     rounds: list[Round] = []
     for number in numbers:
-        name = f"{part_name(number)}.json"
-        path = storage.join(output, PLAN_FOLDER, name)
+        path = storage.join(output, PLAN_FOLDER, part_json_name(number))
         try:
             values = json.loads(storage.read_bytes(path))
             if not isinstance(values, dict):

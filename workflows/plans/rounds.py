@@ -257,7 +257,7 @@ class RoundPlanner:
         document = {"format": FORMAT, **dataclasses.asdict(part)}
         if opening is not None:
             document["opening"] = opening.to_values()
-        path = storage.join(self.output, PLAN_FOLDER, f"{part.name}.json")
+        path = storage.join(self.output, PLAN_FOLDER, part.json_name)
         if not storage.put_if_absent(path, json.dumps(document, ensure_ascii=False).encode() + b"\n"):
             raise LostRace
 

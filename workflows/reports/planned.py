@@ -36,7 +36,7 @@ def planned_shards(
     if not shards:
         return
     path = storage.join(output, PLAN_FOLDER, part.file)
-    remedy = f"but {part.name}.json names it: restore it, or give a new output"
+    remedy = f"but {part.json_name} names it: restore it, or give a new output"
     if stamp is None:
         raise InputError(f"{path} is missing, {remedy}.")
     try:
