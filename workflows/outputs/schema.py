@@ -121,6 +121,13 @@ def own_name(name: str) -> str:
     return own if own in RESULT_NAMES else name
 
 
+def first_name(name: str) -> str:
+    """The name of a column without CARRIED_PREFIX, however many runs have put it before the name."""
+    while name.startswith(CARRIED_PREFIX):
+        name = name.removeprefix(CARRIED_PREFIX)
+    return name
+
+
 def source_type(schema: pa.Schema) -> pa.DataType:
     """Type of `source` in the results, from the metadata of the plan or of its carried columns."""
     return NOTED_SOURCE_TYPE if NOTE_MARK in (schema.metadata or {}) else SOURCE_TYPE

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection, Sequence
 
 import pyarrow as pa
 
@@ -12,6 +13,7 @@ from wallaroo.workflows.outputs.schema import (
     NOTE_MARK,
     RESULT_NAMES,
     SOURCE_TYPE,
+    first_name,
     json_columns,
     own_name,
 )
@@ -94,38 +96,13 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
         InputError: A column is missing that the task needs or the run names.
     """
     names = column_names(schema, settings)
-    meant = tuple(names.values())
     needed = [names[COLUMN]] if settings.task in PICTURE_TASKS else []
     needed += [names["id"]] if settings.id_column else []
     if settings.prompt_column or (settings.task != "understand" and settings.prompt is None):
         needed.append(names["prompt"])
     for column in needed:
-        if column in schema.names:
-            continue
-        others = [name for name in schema.names if name not in meant]
-        # A column that an earlier run's output had is not a misspelt one.
-        others = [name for name in others if not re.fullmatch(f"(in_)+{re.escape(column)}", name)]
-        if joined := next((name for name in others if column in re.split("[;|\t]", name)), ""):
-            raise InputError(
-                f"The manifest has no column '{column}', but '{joined}': separate the columns of a CSV file "
-                f"by commas, semicolons or tabs, the same in all rows."
-            )
-        hint = did_you_mean(column, others)
-        if not hint and any("\t" in name or ";" in name for name in schema.names):
-            hint = "; a CSV file must be separated by commas."
-        elif not hint:
-            hint = f": it has {', '.join(schema.names[:10]) or 'none at all'}."
-            if column == "prompt" and COLUMN in schema.names and set(schema.names) <= {"id", COLUMN}:
-                raise InputError(
-                    "The manifest has images, but no instructions: give one for all rows (--prompt)."
-                )
-            if column == "prompt" and settings.task in PICTURE_TASKS:
-                hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
-        if column == "prompt" and "--prompt-column" not in hint:
-            hint += " --prompt-column selects the column of the prompts."
-        elif column == COLUMN:
-            hint += " --image-column selects the column of the images."
-        raise InputError(f"The manifest has no column '{column}'{hint}")
+        if column not in schema.names:
+            raise _missing(column, schema, settings)
     warnings = [
         f"Column '{actual}' is used as the {name} of a row; --{name}-column selects another."
         for name, actual in names.items()
@@ -141,7 +118,45 @@ def check_columns(schema: pa.Schema, settings: PlanSettings) -> list[str]:
             f"--prompt-column selects it."
             for name in questions[:1]
         ]
-    for name in schema.names:
+    return warnings + _misspelt(schema.names, tuple(names.values()))
+
+
+def _missing(column: str, schema: pa.Schema, settings: PlanSettings) -> InputError:
+    """The error for a column that a manifest needs and lacks, with the nearest remedy."""
+    # A column that an earlier run's output had is not a misspelt one.
+    others = [
+        name
+        for name in schema.names
+        if name not in parameter_columns(schema, settings)
+        and (not name.endswith(column) or first_name(name.removesuffix(column)))
+    ]
+    if joined := next((name for name in others if column in re.split("[;|\t]", name)), ""):
+        return InputError(
+            f"The manifest has no column '{column}', but '{joined}': separate the columns of a CSV file "
+            f"by commas, semicolons or tabs, the same in all rows."
+        )
+    hint = did_you_mean(column, others)
+    if not hint and any("\t" in name or ";" in name for name in schema.names):
+        hint = "; a CSV file must be separated by commas."
+    elif not hint:
+        hint = f": it has {', '.join(schema.names[:10]) or 'none at all'}."
+        if column == "prompt" and COLUMN in schema.names and set(schema.names) <= {"id", COLUMN}:
+            return InputError(
+                "The manifest has images, but no instructions: give one for all rows (--prompt)."
+            )
+        if column == "prompt" and settings.task in PICTURE_TASKS:
+            hint = "; give one instruction for all rows (--prompt), or its column (--prompt-column)."
+    if column == "prompt" and "--prompt-column" not in hint:
+        hint += " --prompt-column selects the column of the prompts."
+    elif column == COLUMN:
+        hint += " --image-column selects the column of the images."
+    return InputError(f"The manifest has no column '{column}'{hint}")
+
+
+def _misspelt(names: Sequence[str], meant: Collection[str]) -> list[str]:
+    """Warnings about columns whose names are near to one that the task reads (`meant`)."""
+    warnings = []
+    for name in names:
         # Too many words are similar to a short name.
         near = [column for column in meant if name.lower() == column or len(column) > MAX_SHORT]
         carried = own_name(name) != name or any(name.lower().startswith(f"{one}_") for one in meant)

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from wallaroo.model.errors import did_you_mean
-from wallaroo.workflows.outputs.schema import RESULT_NAMES
+from wallaroo.workflows.outputs.schema import RESULT_NAMES, first_name
 from wallaroo.workflows.viewer.index import Index, QueryError, check_expression, quoted
 
 SIZE, RANDOM = "size", "random"
@@ -374,7 +374,7 @@ class Rows:
 
 def _may_be_facet(name: str) -> bool:
     """Tells whether a column is carried, and not a number or digest of an earlier result."""
-    earlier = re.sub("^(in_)+", "", name)
+    earlier = first_name(name)
     return name not in RESULT_NAMES and (earlier not in RESULT_NAMES or earlier in EARLIER_FACETS)
 
 
