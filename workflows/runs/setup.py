@@ -5,7 +5,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +106,8 @@ def resolve(config: RunConfig, run: dict[str, Any] | None = None) -> Resolved:
         InputError: The model is no checkpoint, or does not serve the task.
         OptionError: The checkpoint lacks the size that the options ask for.
     """
-    config = _as_begun(with_absolute_paths(config), run)
+    config = with_absolute_paths(config)
+    config = _as_new(config) if run is None else _as_begun(config, run["config"])
     found = read_checkpoint(config.model)
     found.config.require_task(config.task)
     if not storage.is_s3(config.model):
@@ -234,24 +235,41 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     )
 
 
-def _as_begun(config: RunConfig, run: dict[str, Any] | None) -> RunConfig:
-    """Fills options that depend on how the output began, by `before` and `at_start` of their declaration."""
-    stored = None if run is None else run["config"]
+def _as_new(config: RunConfig) -> RunConfig:
+    """Chooses the options that a new output keeps from then on, by `at_start` of their declaration."""
+    values = {
+        one.name: one.at_start(config)
+        for one in OPTIONS.values()
+        if one.at_start is not None and one.serves(config.task) and getattr(config, one.name) is None
+    }
+    return dataclasses.replace(config, **values)
+
+
+def _as_begun(config: RunConfig, stored: Mapping[str, Any]) -> RunConfig:
+    """Gives options the values with which an output began.
+
+    Args:
+        config: Options of this run.
+        stored: Options of the output. It lacks those that are newer than it.
+
+    Returns:
+        The options, with `at_start` ones from the output, and newer ones by `before` of their declaration.
+    """
     by_preset = PRESETS[config.preset].others if config.preset else {}
     values = {}
     for one in OPTIONS.values():
         value = getattr(config, one.name)
         if not one.serves(config.task):
             continue
-        if stored is None:
-            if value is None and one.at_start is not None:
-                values[one.name] = one.at_start(config)
-        elif one.name in stored:
-            if value is None and one.at_start is not None:
+        if one.name in stored:
+            if one.at_start is not None and value is None:
                 values[one.name] = stored[one.name]
-        elif one.before is not None and (value == one.before or one.name in by_preset):
-            # None is absent, as in the digest of that output; but a preset would fill it again.
-            values[one.name] = one.before if one.name in by_preset else None
+        elif one.before is not None:
+            if one.name in by_preset:
+                values[one.name] = one.before
+            elif value == one.before:
+                # The digest of the output has no such key, so the value is absent here too.
+                values[one.name] = None
     return dataclasses.replace(config, **values)
 
 
