@@ -188,7 +188,8 @@ def test_an_interrupted_look_is_finished_before_another(mixed, tmp_path, monkeyp
 def test_planners_who_race_plan_every_row_once(mixed, tmp_path, monkeypatch):
     folder, wanted = mixed
     monkeypatch.setattr(rounds, "PART_SHARDS", 3)
-    looks = [{}, {"limit": 40}, {"where": "prompt LIKE 'dog%'"}]
+    # Of the rows of one id, the one of the first round counts; a5 is left out where that could be either.
+    looks = [{}, {"limit": 40}, {"where": "prompt LIKE 'dog%' AND id != 'a5'"}]
     failures = []
 
     def plan(look):
