@@ -6,7 +6,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import Manifest
 from wallaroo.workflows.outputs.layout import ERRORS_FILE
-from wallaroo.workflows.plans.plan import Plan, read_plan
+from wallaroo.workflows.plans.plan import Plan, Round, read_plan
 from wallaroo.workflows.plans.settings import PlanSettings
 
 
@@ -85,8 +85,12 @@ def check_same(
         raise InputError(
             f"The plan belongs to another run: {words}; give another output, or the values of the plan."
         )
-    if plan.incremental:
-        return
+    if not plan.incremental:
+        _check_files(first, manifest, settings.task, output)
+
+
+def _check_files(first: Round, manifest: Manifest, task: str, output: str | None) -> None:
+    """Checks that the files of a manifest are those of the first round of its plan."""
     old = {name: tuple(rest) for name, *rest in first.manifest}
     new = {name: tuple(rest) for name, *rest in manifest.identity()}
     changes = [
@@ -98,14 +102,15 @@ def check_same(
         )
         if names
     ]
-    if changes:
-        remedy = "restore it or give another output"
-        errors = storage.join(output, ERRORS_FILE) if output else ""
-        if errors and storage.exists(errors):
-            remedy = (
-                f"restore it, give another output, or retry the failed rows with "
-                f"`wallaroo {settings.task} {errors} NEW_OUTPUT`"
-            )
-        raise InputError(
-            f"The manifest {manifest.path} is not the one that was planned ({'; '.join(changes)}): {remedy}."
+    if not changes:
+        return
+    remedy = "restore it or give another output"
+    errors = storage.join(output, ERRORS_FILE) if output else ""
+    if errors and storage.exists(errors):
+        remedy = (
+            f"restore it, give another output, or retry the failed rows with "
+            f"`wallaroo {task} {errors} NEW_OUTPUT`"
         )
+    raise InputError(
+        f"The manifest {manifest.path} is not the one that was planned ({'; '.join(changes)}): {remedy}."
+    )

@@ -65,6 +65,42 @@ def counted(
     doubtful = {index: (one, ranks[index]) for index, one in items.items() if len(ranks[index])}
     if not doubtful:
         return RowCounts(outputs, {}, {})
+    rows = _identified(source, doubtful, taken, settings)
+    return _without_repeated(outputs, rows)
+
+
+_IDENTITY = np.dtype(
+    [
+        ("high", np.uint64),
+        ("low", np.uint64),
+        ("row", np.int64),
+        ("count", np.int64),
+        ("content", np.uint64),
+    ]
+)
+"""What tells one id from another beyond doubt, the row in the piece, the planned rows it would give, and a
+hash of all that is planned of it, or 0 for a row that is joined with no other."""
+
+
+def _identified(
+    source: ScannedManifest,
+    doubtful: dict[int, tuple[PieceRows, np.ndarray]],
+    taken: np.ndarray,
+    settings: PlanSettings,
+) -> np.ndarray:
+    """Reads rows whose hash occurs twice (the second pass).
+
+    Args:
+        source: The manifest.
+        doubtful: Piece -> its considered rows, and the ranks of these rows among them.
+        taken: bool [rows of the manifest], rows of earlier rounds.
+        settings: Settings of the run.
+
+    Returns:
+        _IDENTITY of each row, with `piece`, `position` in the manifest, and `new`, whether it is of this
+        round. Rows of one id stand together, first those of earlier rounds, each in the order of the
+        manifest.
+    """
     found = []
     for index, rows in each(doubtful, _identify, schema=source.schema, settings=settings):
         entry = np.zeros(len(rows), [*_IDENTITY.descr, ("piece", "i8"), ("position", "i8"), ("new", "?")])
@@ -75,7 +111,19 @@ def counted(
         entry["new"] = ~taken[entry["position"]]
         found.append(entry)
     rows = np.concatenate(found)
-    rows = rows[np.lexsort((rows["position"], rows["new"], rows["low"], rows["high"]))]
+    return rows[np.lexsort((rows["position"], rows["new"], rows["low"], rows["high"]))]
+
+
+def _without_repeated(outputs: np.ndarray, rows: np.ndarray) -> RowCounts:
+    """Takes repeated rows out of the counts.
+
+    Args:
+        outputs: int64 [pieces]: planned rows of each piece; changed in place.
+        rows: From `_identified`.
+
+    Returns:
+        The counts, with the rows that repeat an id.
+    """
     same = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
     duplicates: dict[int, list[int]] = {}
     joined: dict[int, list[int]] = {}
@@ -90,19 +138,6 @@ def counted(
             duplicates.setdefault(int(row["piece"]), []).append(int(row["row"]))
             outputs[row["piece"]] -= row["count"] - 1
     return RowCounts(outputs, duplicates, joined)
-
-
-_IDENTITY = np.dtype(
-    [
-        ("high", np.uint64),
-        ("low", np.uint64),
-        ("row", np.int64),
-        ("count", np.int64),
-        ("content", np.uint64),
-    ]
-)
-"""What tells one id from another beyond doubt, the row in the piece, the planned rows it would give, and a
-hash of all that is planned of it, or 0 for a row that is joined with no other."""
 
 
 def joins_rows(schema: pa.Schema, settings: PlanSettings) -> bool:
