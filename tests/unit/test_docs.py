@@ -25,8 +25,9 @@ from tests.documents import (
 )
 from wallaroo.jobs.cli import cli
 from wallaroo.jobs.config import SECTIONS
-from wallaroo.model.config import SIZES_512
+from wallaroo.model.config import SIZES_512, TASKS
 from wallaroo.model.training.recipe import Recipe
+from wallaroo.workflows.datasets.export import FORMATS
 from wallaroo.workflows.outputs.schema import NOTED_SOURCE_TYPE, result_schema
 from wallaroo.workflows.settings import OPTIONS
 from wallaroo.workflows.tasks import PRESETS
@@ -306,6 +307,14 @@ def test_keys_of_recipes_exist():
 def test_options_of_the_python_functions_are_all_named():
     named = code_in([row[0] for row in table(DOCS / "python.md", "Signature")])
     assert set(named) == {"ds"} | {one.name for one in OPTIONS.values() if not one.run_only}
+
+
+def test_help_and_docs_name_every_export_format():
+    listed = cli.get_command(None, "export").help.partition("\b")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^ +([\w-]+) +\S", listed, re.M)) == set(FORMATS)
+    rows = {row[0].strip("`"): row[1] for row in table(DOCS / "datasets.md", "Export")}
+    wanted = {name: "all" if one.tasks == TASKS else ", ".join(one.tasks) for name, one in FORMATS.items()}
+    assert rows == wanted
 
 
 @pytest.mark.parametrize(
