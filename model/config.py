@@ -6,12 +6,12 @@ Only numbers differ between the tiny embedded model and the published 7B. Knows 
 import dataclasses
 import json
 import math
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wallaroo.model.errors import InputError, did_you_mean
+from wallaroo.model.config_values import build
+from wallaroo.model.errors import InputError
 
 VQ_FACTOR = 16
 """Pixels a side of one image token (the VQ model halves the picture four times)."""
@@ -187,7 +187,6 @@ class ModelConfig:
     """Text of a control token -> its id."""
 
     def __post_init__(self) -> None:
-        decoder = self.decoder
         for name, value, allowed in (
             ("layout", self.layout, ("eval", "train")),
             ("indicators", self.indicators, ("added", "text")),
@@ -199,40 +198,16 @@ class ModelConfig:
         for task in self.tasks:
             if task not in TASKS:
                 raise InputError(f"config.json: tasks names '{task}', but only {', '.join(TASKS)} exist.")
-        for part in (decoder, self.vision, self.vq):
+        for part in (self.decoder, self.vision, self.vq):
             _check_numbers(part)
-        if decoder.hidden_size % decoder.num_attention_heads:
-            raise InputError(
-                f"config.json: hidden_size {decoder.hidden_size} is not a multiple of "
-                f"num_attention_heads {decoder.num_attention_heads}."
-            )
-        if decoder.num_attention_heads % decoder.num_key_value_heads:
-            raise InputError(
-                f"config.json: num_attention_heads {decoder.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {decoder.num_key_value_heads}."
-            )
-        if 2 * sum(decoder.mrope_section) != decoder.head_dim:
-            raise InputError(
-                f"config.json: mrope_section {list(decoder.mrope_section)} must sum to half of the "
-                f"head dimension {decoder.head_dim}."
-            )
-        if self.vision.out_hidden_size != decoder.hidden_size:
+        _check_decoder(self.decoder)
+        if self.vision.out_hidden_size != self.decoder.hidden_size:
             raise InputError(
                 f"config.json: vision out_hidden_size {self.vision.out_hidden_size} must equal "
-                f"hidden_size {decoder.hidden_size}."
+                f"hidden_size {self.decoder.hidden_size}."
             )
         _check_vision(self.vision)
-        if len(self.vq.channel_multipliers) != 1 + int(math.log2(VQ_FACTOR)):
-            raise InputError(
-                f"config.json: channel_multipliers {list(self.vq.channel_multipliers)} must be "
-                f"{1 + int(math.log2(VQ_FACTOR))} numbers, for a token is {VQ_FACTOR} pixels a side."
-            )
-        for multiplier in self.vq.channel_multipliers:
-            if multiplier < 1 or self.vq.channels * multiplier % self.vq.norm_groups:
-                raise InputError(
-                    f"config.json: channels {self.vq.channels} times channel multiplier {multiplier} must be "
-                    f"a positive multiple of norm_groups {self.vq.norm_groups}."
-                )
+        _check_vq(self.vq)
         for name, (least, most) in (
             ("edit_pixels", self.edit_pixels),
             ("understand_pixels", self.understand_pixels),
@@ -242,29 +217,16 @@ class ModelConfig:
                     f"config.json: {name} is {least} to {most}, but must be two increasing positive numbers."
                 )
         for token, index in self.token_ids.items():
-            if index >= decoder.vocab_size:
+            if index >= self.decoder.vocab_size:
                 raise InputError(
                     f"config.json: token id {index} of '{token}' must be below vocab_size "
-                    f"{decoder.vocab_size}."
+                    f"{self.decoder.vocab_size}."
                 )
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise InputError(
                 f"config.json: tasks is {list(self.tasks)}, but must name each task once, and at least one."
             )
-        if not self.sizes:
-            raise InputError("config.json: sizes is empty, but at least one size is needed.")
-        for key, (height, width) in self.sizes.items():
-            if not _is_ratio(key):
-                raise InputError(
-                    f"config.json: sizes has the key '{key}', but keys are ratios of height to width."
-                )
-            if height % VQ_FACTOR or width % VQ_FACTOR or height <= 0 or width <= 0:
-                raise InputError(
-                    f"config.json: size {height}x{width} of ratio {key} must have sides that are "
-                    f"positive multiples of {VQ_FACTOR}."
-                )
-            if height * width > _MOST_PIXELS:
-                raise InputError(f"config.json: size {height}x{width} has more than {_MOST_PIXELS:,} pixels.")
+        _check_sizes(self.sizes)
 
     def size_list(self) -> list[Size]:
         """The sizes of the table, in its order."""
@@ -331,7 +293,7 @@ class ModelConfig:
         Raises:
             InputError: A key is unknown (the message has the nearest known one), or a value is wrong.
         """
-        return _build(cls, values, "config.json")
+        return build(cls, values, "config.json")
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
@@ -357,64 +319,10 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
 
-_NESTED = {"decoder": DecoderConfig, "vision": VisionConfig, "vq": VQConfig}
-
-_LARGEST = 2**24
-"""No number of a configuration comes near; beyond it only a broken or hostile file goes."""
-
 _MOST_PIXELS = 2**26
 
 _DEEPEST = 1024
 """Layers or blocks; no configuration comes near."""
-
-
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    made: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise InputError(f"{where}: unknown key '{name}'{did_you_mean(name, hints) or '.'}")
-        if name in _NESTED and cls is ModelConfig:
-            if not isinstance(value, dict):
-                raise InputError(f"{where}: {name} must be an object, not {value!r:.100}.")
-            made[name] = _build(_NESTED[name], value, f"{where}: {name}")
-        else:
-            made[name] = _convert(value, hints[name], f"{where}: {name}")
-    return cls(**made)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """A JSON value as the type that the field is declared with; InputError if it is another."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and isinstance(value, list):
-        if inner[-1] is Ellipsis:
-            return tuple(_convert(item, inner[0], where) for item in value)
-        if len(value) == len(inner):
-            return tuple(_convert(item, kind, where) for item, kind in zip(value, inner, strict=True))
-    elif origin is dict and isinstance(value, dict):
-        return {key: _convert(item, inner[1], f"{where}: {key}") for key, item in value.items()}
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST:
-        return value
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value) and value > 0:
-            return float(value)
-    elif hint in (str, bool) and isinstance(value, hint):
-        return value
-    raise InputError(f"{where} is {value!r:.100}, but must be {_in_words(hint)}.")
-
-
-def _in_words(hint: Any) -> str:
-    inner = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {'' if inner[-1] is Ellipsis else f'{len(inner)} times '}{_in_words(inner[0])}"
-    if typing.get_origin(hint) is dict:
-        return f"an object whose values are each {_in_words(inner[1])}"
-    return {
-        int: f"a whole number from 0 to {_LARGEST}",
-        float: "a positive number",
-        str: "a text",
-        bool: "true or false",
-    }[hint]
 
 
 def _check_numbers(part: DecoderConfig | VisionConfig | VQConfig) -> None:
@@ -423,6 +331,55 @@ def _check_numbers(part: DecoderConfig | VisionConfig | VQConfig) -> None:
             raise InputError(f"config.json: {name} is {value}, but must be at least 1.")
         if name in ("num_hidden_layers", "depth", "residual_blocks") and value > _DEEPEST:
             raise InputError(f"config.json: {name} is {value}, but must be at most {_DEEPEST}.")
+
+
+def _check_decoder(decoder: DecoderConfig) -> None:
+    if decoder.hidden_size % decoder.num_attention_heads:
+        raise InputError(
+            f"config.json: hidden_size {decoder.hidden_size} is not a multiple of "
+            f"num_attention_heads {decoder.num_attention_heads}."
+        )
+    if decoder.num_attention_heads % decoder.num_key_value_heads:
+        raise InputError(
+            f"config.json: num_attention_heads {decoder.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {decoder.num_key_value_heads}."
+        )
+    if 2 * sum(decoder.mrope_section) != decoder.head_dim:
+        raise InputError(
+            f"config.json: mrope_section {list(decoder.mrope_section)} must sum to half of the "
+            f"head dimension {decoder.head_dim}."
+        )
+
+
+def _check_vq(vq: VQConfig) -> None:
+    if len(vq.channel_multipliers) != 1 + int(math.log2(VQ_FACTOR)):
+        raise InputError(
+            f"config.json: channel_multipliers {list(vq.channel_multipliers)} must be "
+            f"{1 + int(math.log2(VQ_FACTOR))} numbers, for a token is {VQ_FACTOR} pixels a side."
+        )
+    for multiplier in vq.channel_multipliers:
+        if multiplier < 1 or vq.channels * multiplier % vq.norm_groups:
+            raise InputError(
+                f"config.json: channels {vq.channels} times channel multiplier {multiplier} must be "
+                f"a positive multiple of norm_groups {vq.norm_groups}."
+            )
+
+
+def _check_sizes(sizes: dict[str, tuple[int, int]]) -> None:
+    if not sizes:
+        raise InputError("config.json: sizes is empty, but at least one size is needed.")
+    for key, (height, width) in sizes.items():
+        if not _is_ratio(key):
+            raise InputError(
+                f"config.json: sizes has the key '{key}', but keys are ratios of height to width."
+            )
+        if height % VQ_FACTOR or width % VQ_FACTOR or height <= 0 or width <= 0:
+            raise InputError(
+                f"config.json: size {height}x{width} of ratio {key} must have sides that are "
+                f"positive multiples of {VQ_FACTOR}."
+            )
+        if height * width > _MOST_PIXELS:
+            raise InputError(f"config.json: size {height}x{width} has more than {_MOST_PIXELS:,} pixels.")
 
 
 def _check_vision(vision: VisionConfig) -> None:
