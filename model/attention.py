@@ -1,4 +1,4 @@
-"""How queries meet the keys of a cache, behind one small interface with a backend for each library.
+"""Attention of queries to a key-value cache: one small interface, a backend for each library.
 
 Knows nothing of slots, prompts or layers.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 KEY_BLOCK = 64
-"""Keys that a cache keeps together, and that `BlockAttention` takes at a time."""
+"""Keys of one block of a cache, and of one step of `BlockAttention`."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Visible:
     stops: list[int] | None
     """The last limit of each run where the host knows it (prefill), else None."""
     longest: int
-    """A bound on all limits that the host knows."""
+    """Upper bound on all limits, known to the host."""
 
     @classmethod
     def decode(cls, lengths: Tensor, longest: int) -> "Visible":
-        """What one new token per row sees.
+        """The keys that one new token per row sees.
 
         Args:
             lengths: Keys of each row, the new token's included; int64 `(rows,)`.
@@ -51,7 +51,7 @@ class Visible:
 
     @classmethod
     def prefill(cls, rows: list[int], starts: list[int], tokens: int, device: torch.device) -> "Visible":
-        """What runs of consecutive tokens see: the tokens before them and themselves, causally.
+        """The keys that runs of consecutive tokens see: earlier tokens and their own, causally.
 
         Args:
             rows: The cache row of each run.
@@ -69,7 +69,7 @@ class Visible:
 
 @functools.cache
 def _index(count: int, device: torch.device) -> Tensor:
-    """The numbers below `count`, int64 `(count,)`; made once, since steps make no tensors of their own."""
+    """The numbers below `count`, int64 `(count,)`; cached, since steps allocate no tensors."""
     return torch.arange(count, device=device)
 
 

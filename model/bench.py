@@ -1,9 +1,9 @@
-"""How fast the engine is: side by side with the plain loop and with the machine's own limits.
+"""The speed of the engine, beside the plain loop and the limits of the machine.
 
 `python -m wallaroo.model.bench --model mid --json` runs where Ray is absent. Everything is measured in one
-process, interleaved, and told as ratios and counts; seconds on a shared machine mean little.
+process, interleaved, and reported as ratios and counts, since seconds vary on a shared machine.
 
-Where the time of a step goes, and what was tried, stands in tests/benchmarks/README.md.
+tests/benchmarks/README.md shows where the time of a step goes, and what was tried.
 """
 
 import argparse
@@ -195,7 +195,7 @@ def vq_decode(model: Wallaroo, size: Size) -> Callable[[], None]:
 
 
 def bench(name: str, slots: int, rounds: int, device: torch.device, sides: Sequence[int]) -> dict[str, Any]:
-    """Everything this module measures, for pictures of the given sides.
+    """Measures the engine for pictures of the given sides.
 
     Args:
         name: Of the model, a key of MODELS.

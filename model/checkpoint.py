@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from wallaroo.model.wallaroo import Wallaroo
 
 TINY = Path(__file__).parent / "tiny"
-"""The small checkpoint that comes with the program."""
+"""The embedded checkpoint."""
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -91,7 +91,7 @@ def file_list(folder: str | Path) -> dict[str, FileEntry]:
     """
     folder = Path(folder)
     try:
-        # A pipe in its place would be waited for without end.
+        # Opening a pipe in its place would block forever.
         if not (folder / FILE_LIST).is_file():
             raise FileNotFoundError
         data = (folder / FILE_LIST).read_bytes()
@@ -173,11 +173,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def check(folder: str | Path, task: str | None = None) -> ModelConfig:
-    """Checks all of a checkpoint that can be told without reading its weights.
+    """Checks a checkpoint as far as possible without reading its weights.
 
     Args:
         folder: The checkpoint.
-        task: What the model must be able to do; None for nothing.
+        task: Task that the model must support; None for no such check.
 
     Returns:
         The configuration.
@@ -267,7 +267,7 @@ def empty_model(
 
     from wallaroo.model.wallaroo import Wallaroo
 
-    # Built without memory first: the constructors of layers would fill 7B numbers by chance, for minutes.
+    # Built on the meta device first: layers would initialise 7B weights randomly, which takes minutes.
     with torch.device("meta"):
         model = Wallaroo(config, None if task is None else (task,))
     for module_name, module in model.named_modules():
@@ -345,12 +345,12 @@ def save(
     make: "Callable[[str], torch.Tensor] | None" = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint folder, which must not exist yet or be empty, unless it may overwrite.
+    """Writes a checkpoint folder.
 
     Args:
         tensors: Tensors by their names on disk, or a model.
         tokenizer_json: Contents of `tokenizer.json`.
-        folder: The folder to write.
+        folder: The folder to write; absent or empty, unless `overwrite`.
         shard_bytes: Size of a weight file, unless one tensor alone is larger.
         dtype: Type of the written weights, by default that of each tensor.
         make: Gives a tensor by its name when it is written, for those of `tensors` on the meta device.

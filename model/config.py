@@ -25,8 +25,8 @@ CONTEXT_TOKENS = 32768
 """Tokens of the longest row that the backbone was trained on (arXiv 2502.13923)."""
 
 SLOTS = {"cpu": 32, "cuda": 128}
-"""Default number of rows that decode at once. A GPU that is busy with so many gains nothing from more, and
-takes fewer if it has less room."""
+"""Default number of rows that decode at once. More do not speed up a busy GPU. A GPU with less memory takes
+fewer."""
 
 SIZES_512 = {
     "0.5": (352, 704),
@@ -76,9 +76,9 @@ class DecoderConfig:
     vocab_size: int = 152064
     """Rows of the token table."""
     hidden_size: int = 3584
-    """Numbers of a hidden state (H)."""
+    """Size of a hidden state (H)."""
     intermediate_size: int = 18944
-    """Numbers between the projections of an MLP."""
+    """Inner size of an MLP."""
     num_hidden_layers: int = 28
     """Layers."""
     num_attention_heads: int = 28
@@ -94,7 +94,7 @@ class DecoderConfig:
 
     @property
     def head_dim(self) -> int:
-        """Numbers of a head."""
+        """Size of a head."""
         return self.hidden_size // self.num_attention_heads
 
 
@@ -105,11 +105,11 @@ class VisionConfig:
     depth: int = 32
     """Layers."""
     hidden_size: int = 1280
-    """Numbers of a hidden state."""
+    """Size of a hidden state."""
     hidden_act: str = "silu"
     """Activation of an MLP."""
     intermediate_size: int = 3420
-    """Numbers between the projections of an MLP."""
+    """Inner size of an MLP."""
     num_heads: int = 16
     """Heads of a layer."""
     in_channels: int = 3
@@ -125,7 +125,7 @@ class VisionConfig:
     window_size: int = 112
     """Side of an attention window, in pixels."""
     out_hidden_size: int = 3584
-    """Numbers of an output token: the decoder's `hidden_size`."""
+    """Size of an output token; equals the decoder's `hidden_size`."""
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     """Layers that attend to the whole picture; the others attend within windows."""
 
@@ -147,7 +147,7 @@ class VQConfig:
     codebook_size: int = 16384
     """Entries of the codebook."""
     codebook_dim: int = 8
-    """Numbers of an entry."""
+    """Size of an entry."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class ModelConfig:
     vq: VQConfig = VQConfig()
     """The image tokenizer."""
     name: str = "wallaroo"
-    """Of the checkpoint, for messages."""
+    """Name of the checkpoint, for messages."""
     layout: str = "eval"
     """`eval` or `train`: where size indicators and assistant header stand in a prompt."""
     indicators: str = "added"
@@ -172,13 +172,13 @@ class ModelConfig:
     Square checkpoints of the early stages have neither.
     """
     tasks: tuple[str, ...] = TASKS
-    """What the checkpoint can do; checkpoints of stages 1 to 3 cannot edit."""
+    """Tasks of the checkpoint; checkpoints of stages 1 to 3 cannot edit."""
     sizes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=lambda: dict(SIZES_512))
     """Ratio of height to width -> (height, width) in pixels."""
     edit_pixels: tuple[int, int] = (12544, 188160)
-    """Least and most pixels of the source of an edit, as the vision tower sees it."""
+    """Minimum and maximum pixels of the source of an edit, as input of the vision tower."""
     understand_pixels: tuple[int, int] = (12544, 188160)
-    """Least and most pixels of the picture that a question is about."""
+    """Minimum and maximum pixels of the picture of a question, as input of the vision tower."""
     trained_tokens: dict[str, int] = dataclasses.field(
         default_factory=lambda: {"generate": 1632, "edit": 2624, "understand": 1504}
     )
@@ -322,7 +322,7 @@ class ModelConfig:
 _MOST_PIXELS = 2**26
 
 _DEEPEST = 1024
-"""Layers or blocks; no configuration comes near."""
+"""Maximum of layers and of blocks, far above any real configuration."""
 
 
 def _check_numbers(part: DecoderConfig | VisionConfig | VQConfig) -> None:

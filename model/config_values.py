@@ -11,7 +11,7 @@ from typing import Any
 from wallaroo.model.errors import InputError, did_you_mean
 
 LARGEST = 2**24
-"""No number of a configuration comes near. A larger one is of a broken or hostile file."""
+"""Maximum integer, far above any real configuration. Broken or hostile files may exceed it."""
 
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:

@@ -46,7 +46,7 @@ _RENAMED = {
 _EDIT_PARTS = ("edit_image_head.", "edit_input_adapter.", "pixel_adapter.")
 
 _IMAGE_PARTS = ("gen_image_head.", "gen_input_adapter.", *_EDIT_PARTS)
-"""What a stock Qwen2.5-VL has no place for."""
+"""Names that a stock Qwen2.5-VL lacks."""
 
 _UNUSED = "quantize.codebook_used"
 """Statistics of the image tokenizer's training."""
@@ -143,7 +143,7 @@ def convert_start(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write the checkpoint that training stage 1 starts from: backbone and image tokenizer, all else new.
+    """Writes the checkpoint that training stage 1 starts from: backbone and image tokenizer, all else new.
 
     The published code does not say how it draws image heads and adapters; here they are drawn as all new
     parts of a stage are (`wallaroo.model.training.fresh.fresh_tensor`). One tensor is in memory at a time.

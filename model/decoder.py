@@ -1,7 +1,7 @@
 """The text decoder: Qwen2.5-VL's language model with fused projections (arXiv 2502.13923).
 
-One forward serves training, prefill and decode: how queries find their keys is the caller's
-(`Attend`). Knows nothing of caches, slots or sampling.
+One forward serves training, prefill and decode: the caller gives the attention (`Attend`). Knows nothing of
+caches, slots or sampling.
 """
 
 import copy
@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
 
 
 def _added(residual: Tensor, linear: nn.Module, x: Tensor) -> Tensor:
-    """residual + linear(x); a packed product is added where its numbers come to be."""
+    """residual + linear(x); a packed product is added where it is computed."""
     if isinstance(linear, PackedLinear):
         return linear(x, residual)
     return residual + linear(x)

@@ -52,7 +52,7 @@ def needed_weights(model: Wallaroo, task: str) -> float:
 
 
 def free_memory(model: Wallaroo, gpu: Gpu) -> int:
-    """GPU memory that the model leaves free.
+    """GPU memory that is free beside the model.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""The errors a user may cause, and the words that help them out.
+"""The errors that a user can cause, and suggestions for misspelt names.
 
 Knows nothing of where an error is shown: a command prints it and ends, a pipeline turns it into an
 error row.
@@ -9,11 +9,11 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something that was given breaks a rule; the message is one sentence: name, value, rule, remedy."""
+    """An input breaks a rule; the message is one sentence: name, value, rule, remedy."""
 
 
 class RowError(InputError):
-    """One row cannot be served, whatever becomes of its neighbours.
+    """One row cannot be served; other rows are unaffected.
 
     Args:
         kind: A short stable word such as `size` or `prompt`, by which reports count errors.

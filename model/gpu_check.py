@@ -1,8 +1,8 @@
-"""All that only a GPU can tell, in one run of under nine minutes: `python -m wallaroo.model.gpu_check`.
+"""All checks that need a GPU, in one run of under nine minutes: `python -m wallaroo.model.gpu_check`.
 
-It needs Python 3.11 or newer, torch and transformers; flash-attn and Triton are looked at where they are
-there, Ray is not needed. Each part runs in a process of its own until its time is over; one that fails
-leaves the others alone. Prints a table and writes one JSON file.
+It needs Python 3.11 or newer, torch and transformers; flash-attn and Triton are checked if they are
+installed. Ray is not needed. Each part runs in its own process with a time limit, so one that fails does not
+affect the others. Prints a table and writes one JSON file.
 """
 
 import argparse

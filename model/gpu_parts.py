@@ -1,6 +1,6 @@
-"""What only a GPU can tell, in parts that each run in a process of their own; `model.gpu_check` starts them.
+"""The checks that need a GPU, in parts that run in processes of their own. `model.gpu_check` starts them.
 
-Where there is no GPU the parts run too, at toy size, so that tests show that they work.
+Without a GPU the parts run at toy size, so that tests cover them.
 """
 
 import functools
@@ -145,7 +145,8 @@ def same(ours: dict[Hashable, Result], theirs: dict[Hashable, Result]) -> tuple[
 
 
 def machine(bench: Bench) -> None:
-    """What there is, and the rates that a roofline assumes: of copies, of products, and of launches."""
+    """Describes the machine, and measures the rates that a roofline assumes: of copies, of products, and of
+    launches."""
     report = bench.report
     report("python", platform.python_version())
     for name in ("torch", "transformers", "triton", "flash-attn"):

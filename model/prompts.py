@@ -1,6 +1,6 @@
 """From a row's text to the token ids and positions of a prompt, for the three tasks.
 
-Knows nothing of tensors: where embeddings of a picture go is told by index, and `Prompt` is numpy.
+Knows nothing of tensors: `Prompt` is numpy, and indices say where embeddings of a picture go.
 """
 
 import re

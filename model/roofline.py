@@ -1,4 +1,4 @@
-"""What a GPU needs at least for counted work: bytes at its memory's rate, arithmetic at that of its units.
+"""The least time of a GPU for counted work: bytes at the rate of its memory, arithmetic at that of its units.
 
 Numbers from here are computed, not measured. Knows nothing of what the work is for; needs no torch.
 """
@@ -40,7 +40,7 @@ GPUS = {
         Gpu("L40S", 0.77e12, 220e12, 48e9),
     )
 }
-"""Reached rates that are assumed: nine tenths of a memory's, 0.6 to 0.7 of data sheets' arithmetic."""
+"""Assumed rates: 0.9 of the memory rate and 0.6 to 0.7 of the arithmetic in the data sheets."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From logits to one token a row: temperature, top-k, top-p and a draw fixed by seed and position.
 
-Knows nothing of where logits come from or which row is whose. Whatever only plans rows, or loads and writes
-them, comes here too, so that torch, which each of these processes would wait for, is imported by `sample`.
+Knows nothing of where logits come from. Processes that only plan, load or write rows import this module too,
+so torch, which takes seconds to import, is imported inside the functions that need it.
 """
 
 import math
@@ -23,7 +23,7 @@ ALWAYS = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row's tokens are drawn."""
+    """Sampling parameters of one row."""
 
     cfg: float = 3.0
     """Scale of classifier-free guidance; at most 1 means that no null branch is run."""
@@ -87,7 +87,7 @@ def draws(seed: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Filters:
-    """What the host knows of a batch's filters, so that no work is done for those that nobody uses.
+    """Bounds on the filters of a batch that the host knows, so that unused filters cost nothing.
 
     A row's token is the same under any Filters that hold for it: they choose how the kept tokens are found,
     never which.

@@ -243,7 +243,7 @@ class Tokenizer:
 def _check_rules(values: dict[str, Any]) -> None:
     """Raises InputError unless a tokenizer changes and cuts text by Qwen2's rules.
 
-    A foreign rule may take for ever on a prompt, make gigabytes of it, or end the process.
+    Another rule may hang on a prompt, use gigabytes of memory, or crash the process.
     """
     rules, patterns = [values.get("normalizer"), values.get("pre_tokenizer")], []
     while rules:

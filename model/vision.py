@@ -1,6 +1,6 @@
 """The vision tower: Qwen2.5-VL's own module from transformers, built from our configuration.
 
-Knows nothing of prompts; where its embeddings go is the caller's matter.
+Knows nothing of prompts: the caller places the embeddings.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ BY_LENGTH = "flash_by_length"
 
 
 def take_many(tower: "Qwen2_5_VisionTransformerPretrainedModel") -> None:
-    """Makes the tower quick with many pictures at once; each window is one call of a kernel otherwise."""
+    """Makes the tower fast for many pictures at once. Otherwise each window is one kernel call."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(BY_LENGTH, attend_by_length)
@@ -100,9 +100,8 @@ def attend_by_length(
 
 
 def tower_plan(config: VisionConfig, grids: Tensor) -> dict[str, Tensor]:
-    """What the tower works out from the grids of its pictures, for its call.
-
-    It takes longer on the host than the tower on a GPU.
+    """Computes what the tower derives from the grids of its pictures. On the host this takes longer than the
+    tower on a GPU.
 
     Args:
         config: Of the tower.

@@ -172,7 +172,7 @@ class Group:
         streams = self.engine.streams
         with streams.phase("admit"):
             self.updates.send()
-        # Nobody needs what comes after a last token; where all rows are at theirs, it is not computed.
+        # Nothing after a last token is used. If all rows are at theirs, it is not computed.
         fed = any(row.step < row.steps for row in rows)
         with streams.phase("decode"):
             if fed and self.recorder is not None:
@@ -344,7 +344,7 @@ class Group:
         self.updates.put(self.counters, 1, row.slot, (0, 1, 1))
 
     def _stop(self, sequence: int) -> None:
-        """A sequence computes nothing that anybody needs any more."""
+        """Marks a sequence as unused: what it computes is ignored."""
         self.updates.put(self.places, 1, sequence, (0, 0, 0))
 
 

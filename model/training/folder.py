@@ -1,4 +1,4 @@
-"""Owners of a stage's folder: no stage writes beside foreign files, unless it is told to.
+"""Ownership of a stage's folder: no stage writes beside foreign files without `overwrite`.
 
 From the first start of a stage, its folder holds STAGE_FILE. Knows nothing of what a stage writes.
 """

@@ -260,7 +260,7 @@ def _padded(batch: Batch, part: Tensor) -> Tensor:
 
 
 def _following(values: Tensor, end: int) -> Tensor:
-    """At each place of `(B, T)` the value after it, `end` at the last, as `(B * T,)`."""
+    """For each place of `(B, T)` the value after it, and `end` for the last, as `(B * T,)`."""
     return F.pad(values[:, 1:], (0, 1), value=end).flatten()
 
 
@@ -339,7 +339,7 @@ class LMLearner:
             first = step * self.recipe.rows[task] + part * size
             made, bad = [], []
             for place, row in enumerate(self.source(task, first, size), first):
-                # What is drawn for a row depends on its place in the whole step, whoever has it.
+                # What is drawn for a row depends on its place in the whole step, not on the process.
                 key = (self.recipe.seed, index, place)
                 for further in range(1, MAX_BAD + 1):
                     try:

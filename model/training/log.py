@@ -1,4 +1,4 @@
-"""What a stage logs: metrics as JSON lines and in TensorBoard, bad rows, samples, a line for people."""
+"""What a stage logs: metrics as JSON lines and in TensorBoard, bad rows, samples, and a progress line."""
 
 import importlib.util
 import json

@@ -1,4 +1,5 @@
-"""Low-rank updates of the decoder's matrices (LoRA, Hu et al. 2021): few numbers learn, the rest stays.
+"""Low-rank updates of the decoder's matrices (LoRA, Hu et al. 2021): few parameters learn, the others stay
+fixed.
 
     FOLDER/lora/lora.json             the recipe, and the digest of the weights that the updates belong to
     FOLDER/lora/config.json           configuration of the checkpoint that `merge` writes

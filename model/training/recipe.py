@@ -37,7 +37,7 @@ class Recipe:
     part: str
     """What learns: `vq` (image tokenizer) or `lm` (everything else)."""
     folder: str
-    """Gets states, metrics, samples and the result."""
+    """Folder of states, metrics, samples and the result."""
     base: str
     """Checkpoint folder, or `tiny`, that gives the result its configuration and tokenizer."""
     data: dict[str, str]
@@ -89,7 +89,7 @@ class Recipe:
     lora_targets: tuple[str, ...] = LORA_TARGETS
     """Matrices of a decoder layer that get updates."""
     checkpointing: bool = False
-    """Whether a layer keeps its input alone and is computed again in the backward pass."""
+    """Whether a layer keeps only its input and is computed again in the backward pass."""
     precision: str = "auto"
     """`float32`, `bfloat16` (for products), or `auto`: bfloat16 on GPUs."""
     stream: bool = False
