@@ -53,12 +53,12 @@ class Call:
         self._loop = loop
 
     def give_back(self, outcome: Outcome) -> None:
-        """Adds the outcome of a row, once for every row, from any thread."""
+        """Adds the outcome of a row. Called once for each row, from any thread."""
         self._loop.call_soon_threadsafe(self._receive, outcome)
 
     def _receive(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
-        # A call that was cancelled has nobody who waits for it.
+        # Nobody awaits a cancelled call.
         if len(self.outcomes) == len(self.rows) and not self.finished.done():
             self.finished.set_result(None)
 
@@ -83,7 +83,7 @@ class RowQueue:
     suspects: list[tuple[int, Waiting]] = field(default_factory=list)
     """How often each has killed a replica alone, and the row; the least suspicious last."""
     given_back: bool = False
-    """Whether the engine has given a row back."""
+    """Whether the engine has returned a row."""
     alone: bool = False
     """Whether the engine has a suspect, and must get no other row."""
 
@@ -154,7 +154,7 @@ class Announced:
             The rows.
 
         Raises:
-            Exception: The watch could not be told.
+            Exception: The watch could not be reached.
         """
         taken: list[Waiting] = []
         while self.notes:
@@ -188,7 +188,7 @@ class Encoders:
         self._room = most_bytes
 
     def give_back(self, call: Call, outcome: Outcome) -> None:
-        """Gives an outcome back to its call, its picture encoded if there is room.
+        """Returns an outcome to its call, with its picture encoded if there is room.
 
         Args:
             call: The call that the row belongs to.
@@ -210,7 +210,7 @@ class Encoders:
         try:
             outcome = dataclasses.replace(outcome, pixels=None, file=encode(outcome.row, pixels))
         except Exception:
-            # The pixels are passed on, and the task that encodes them says what is wrong.
+            # The pixels are passed on, and the task that encodes them reports the error.
             traceback.print_exc()
         finally:
             with self._lock:

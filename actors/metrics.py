@@ -1,7 +1,7 @@
 """The metrics of a run, each defined once: what replicas, stages and the driver count for Prometheus.
 
 Ray exports them from every node with `ray_` before the name. Dashboards and alert rules use these names
-and no others of ours. Knows nothing of who looks at them.
+and no others of ours. Knows nothing of dashboards.
 """
 
 import functools

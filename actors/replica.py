@@ -90,7 +90,7 @@ class _Meter:
             self.say(queued)
 
     def finished(self, outcome: Outcome) -> None:
-        """Counts a row that the engine gave back."""
+        """Counts a row that the engine returned."""
         self._sums["wallaroo_images_total", ""] += outcome.pixels is not None
         self._sums["wallaroo_prompt_tokens_total", ""] += outcome.prompt_tokens
         self._sums["wallaroo_output_tokens_total", ""] += len(
@@ -300,7 +300,7 @@ class Replica:
                 self._encoders.give_back(call, outcome)
             done = []
             if not (taken or held):
-                meter.say(0)  # it waits for rows now, and would say nothing until they come
+                meter.say(0)  # it waits for rows now, and would report nothing until they arrive
                 waiting.put(*self._inbox.get())
                 continue
             for one in announced.take(block=not engine.pending):
@@ -324,12 +324,12 @@ class Replica:
     def _note(
         self, done: list[tuple[Call, Outcome]], taken: list[Waiting], alone: bool
     ) -> "Future[None] | None":
-        """Tells the watch which rows were given back and which the engine gets next, without waiting.
+        """Tells the watch which rows are done and which the engine gets next, without waiting.
 
         Args:
             done: Outcomes of the last round, with their calls.
             taken: Rows that the engine is to get.
-            alone: Whether they are one suspect, which gets no company.
+            alone: Whether they are one suspect, which runs alone.
 
         Returns:
             The reply, if the engine is to get rows and there is a watch.

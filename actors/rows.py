@@ -1,4 +1,4 @@
-"""What crosses into and out of a replica: the rows of one shard as one Arrow IPC buffer.
+"""What enters and leaves a replica: the rows of one shard as one Arrow IPC buffer.
 
 Ray Data may split or join blocks but never a row, so a whole shard travels as one Ray row, its
 tables as bytes. Knows nothing of plans and results: a request is named by its position in its shard.
@@ -15,7 +15,7 @@ import pyarrow as pa
 from wallaroo.model.config import Size
 from wallaroo.model.prompts import Prompt
 
-# Who only makes requests or reads outcomes has no use for torch, which the engine brings.
+# The engine imports torch, which code that only makes requests or reads outcomes does not need.
 if TYPE_CHECKING:
     from wallaroo.model.engine.requests import Request, Result
 
@@ -63,7 +63,7 @@ OUTCOMES = pa.schema(
         pa.field("seconds", pa.float64(), nullable=False),
     ]
 )
-"""What became of the requests of one shard, each exactly once; `error_type` is empty for an ok row. A
+"""The outcomes of the requests of one shard, each exactly once; `error_type` is empty for an ok row. A
 picture is in `picture` as its pixels or in `file` as an encoded file."""
 
 
@@ -105,11 +105,11 @@ class Outcome:
 
     @classmethod
     def of_result(cls, row: int, result: "Result", started_at: datetime, seconds: float) -> "Outcome":
-        """The outcome of a row that the engine gave back.
+        """The outcome of a row that the engine returned.
 
         Args:
             row: Position of the row in the shard.
-            result: What the engine gave.
+            result: The result of the engine.
             started_at: When the engine got the request, with a time zone.
             seconds: Time from then to the result.
 

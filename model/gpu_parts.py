@@ -145,8 +145,7 @@ def same(ours: dict[Hashable, Result], theirs: dict[Hashable, Result]) -> tuple[
 
 
 def machine(bench: Bench) -> None:
-    """Describes the machine, and measures the rates that a roofline assumes: of copies, of products, and of
-    launches."""
+    """Describes the machine, and measures what a roofline assumes: copies, products and launches."""
     report = bench.report
     report("python", platform.python_version())
     for name in ("torch", "transformers", "triton", "flash-attn"):

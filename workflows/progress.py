@@ -1,4 +1,4 @@
-"""What a run tells its caller: its progress while it is at work, and its summary at the end.
+"""What a run reports to its caller: its progress, and a summary at the end.
 
 Knows nothing of options, files or terminals.
 """

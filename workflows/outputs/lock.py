@@ -39,7 +39,7 @@ class RunInProgress(RuntimeError):
 
 
 class LockLost(RuntimeError):
-    """Another run took the lock over, and the unfinished work with it."""
+    """Another run took over the lock and the unfinished work."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Owner:
     started: int
     """Start of the process in clock ticks since boot. A later process of the same number has another."""
     heartbeat: int = 0
-    """Counts up while the owner lives."""
+    """Number of heartbeats; grows while the owner is alive."""
     format: int = FORMAT
     """Version of the file."""
 
     @classmethod
     def myself(cls, run: str) -> "Owner":
-        """Describes this process as the owner; run: what it runs, for people."""
+        """Describes this process as the owner. run: what it runs, such as `generate`."""
         pid = os.getpid()
         return cls(secrets.token_hex(8), run, socket.gethostname(), _machine(), pid, _process_start(pid) or 0)
 
@@ -75,7 +75,7 @@ class Owner:
 
     @classmethod
     def from_json(cls, data: bytes) -> "Owner | None":
-        """Parses `lock.json`; None if it is no lock of this version, such as half a file of a broken disk."""
+        """Parses `lock.json`; None if it is no lock of this version, such as a truncated file."""
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError, RecursionError):
@@ -155,7 +155,7 @@ class OutputLock:
         if self._thread is not None:
             self._thread.join()
         if error is None:
-            # A finished run must not fail because the storage is out of order at its end.
+            # A finished run must not fail because the storage fails at its end.
             with storage.retries_enabled():
                 self._give_back()
             return

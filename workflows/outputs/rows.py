@@ -27,8 +27,8 @@ def restore_size(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Scales the result of an edit to the size of its source.
 
     One factor scales the picture until it covers that size, and the overhang is cut off evenly on both sides.
-    So nothing is distorted and no border is added. The model saw the middle of the source. Result and source
-    thus agree but for a margin of a few per cent, if the table of sizes has one near the source's ratio. A
+    So nothing is distorted and no border is added. The model saw the middle of the source. So result and
+    source differ by a margin of a few per cent, if the table of sizes has one near the source's ratio. A
     source far longer than any size of the table loses much more.
 
     Args:
@@ -109,7 +109,7 @@ class RunConstants:
 
 @dataclass(frozen=True)
 class Producer:
-    """Who made the rows of a shard."""
+    """The replica and environment that made the rows of a shard."""
 
     replica: str = ""
     """Name of the replica for people."""
@@ -160,7 +160,7 @@ def encode_image(
 
 
 def image_path(row_id: int, image_format: str) -> str:
-    """Names the picture of a row inside the data set, by its number and never by a user's words.
+    """Names the picture of a row inside the data set by its number, never by text of a user.
 
     Args:
         row_id: Number of the row.

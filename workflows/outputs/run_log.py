@@ -214,7 +214,7 @@ class RunLog:
         retries: Mapping[str, int] | None = None,
         waits: Mapping[str, float] | None = None,
     ) -> None:
-        """Takes the present numbers. It is cheap, so call it as often as they change.
+        """Takes the current numbers. It is cheap, so it may be called whenever they change.
 
         Args:
             rows: Planned rows; 0 while unknown.
@@ -248,8 +248,8 @@ class RunLog:
                 f"{record.done:,} of {record.rows:,} rows, {counted(sum(record.errors.values()), 'error')}"
             )
             self._said.add(now, f"{counts}, {rounded(record.rate)} rows/s")
-            # A missed rewrite loses nothing: the next one says more. A store that is really gone stops
-            # the run where it writes rows.
+            # A missed write loses nothing: the next one has newer counts. If the storage stays unavailable,
+            # the run stops where it writes rows.
             with suppress(OSError, InputError):
                 storage.write_atomic(self._path, self._stamped(now))
                 self._write_log()
@@ -277,7 +277,7 @@ class RunLog:
         self._write_log()
 
     def _count_retries(self) -> None:
-        """Adds the requests that this process has retried since `update` was told."""
+        """Adds the requests that this process has retried since the last `update`."""
         if more := storage.take_retries():
             self.record.retries[S3_RETRIES] = self.record.retries.get(S3_RETRIES, 0) + more
 
@@ -306,7 +306,7 @@ class RunLog:
         message = (
             words[0] if isinstance(error, InputError | RunStopped) else f"{type(error).__name__}: {words[0]}"
         )
-        # The error that ended the run must be shown, not that the storage failed to note it.
+        # The error that ended the run must be shown, not that of writing the record.
         with suppress(OSError, InputError):
             self.end(state, message[:500])
 

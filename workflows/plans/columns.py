@@ -22,9 +22,9 @@ from wallaroo.workflows.sources.embedded import COLUMN
 from wallaroo.workflows.tasks import PICTURE_TASKS
 
 GIVEN = "__wallaroo_given"
-"""Column with the values that a refused row has in its manifest, as JSON text; null in all other rows.
+"""Column with the manifest values of a refused row, as JSON text; null in all other rows.
 
-Its name is one that no column of a manifest has. Outputs of version 0.1.0 lack it.
+No column of a manifest has this name. Outputs of version 0.1.0 lack it.
 """
 RAW = "raw_line"
 """Name in `errors.jsonl` of the text of a row of which no value can be read."""

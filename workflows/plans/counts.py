@@ -78,8 +78,8 @@ _IDENTITY = np.dtype(
         ("content", np.uint64),
     ]
 )
-"""What tells one id from another beyond doubt, the row in the piece, the planned rows it would give, and a
-hash of all that is planned of it, or 0 for a row that is joined with no other."""
+"""128 bits of the id, the row in the piece, its number of planned rows, and a hash of all that is planned of
+it, or 0 for a row that is joined with no other."""
 
 
 def _identified(

@@ -29,7 +29,7 @@ from wallaroo.workflows.sources.embedded import COLUMN, parse_cell, split_column
 from wallaroo.workflows.sources.references import SourceOptions, locate, parts_of
 
 PAIR = np.dtype([("id_high", "u8"), ("id_low", "u8"), ("row_high", "u8"), ("row_low", "u8")])
-"""Digests of a row's id and of all that it says, 128 bits each."""
+"""Digests of a row's id and of all its values, 128 bits each."""
 
 _ID = ["id_high", "id_low"]
 
@@ -123,7 +123,7 @@ def write_planned(output: str, pairs: np.ndarray, versions: np.ndarray) -> str:
 def row_pairs(
     table: pa.Table, ids: Sequence[str], settings: PlanSettings, folder: str, faults: Sequence[str], when: str
 ) -> np.ndarray:
-    """Digests manifest rows, and what a listing tells of the pictures that they name.
+    """Digests manifest rows, and the listed size and etag of the pictures that they name.
 
     Args:
         table: Some rows of a manifest.

@@ -24,7 +24,7 @@ SHARD_PIXEL_BYTES = 64 << 20
 SHARD_FILE_BYTES = 128 << 20
 """Most bytes of result files in a shard. Replicas encode them."""
 FILE_BYTES_PER_PIXEL = 2
-"""A little more than PNG takes for a photograph."""
+"""Slightly more than PNG needs for a photograph."""
 
 
 def shard_rows(rows: int, config: ModelConfig, task: str = "generate", restored: bool = False) -> int:

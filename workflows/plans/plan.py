@@ -206,10 +206,8 @@ class Plan:
 
 
 def _check(part: PlanPart) -> None:
-    """Raises ValueError for a part that no run has written.
-
-    It must not lead to another folder. It must not have more shards than rows, since these are counted one by
-    one.
+    """Raises ValueError for a part that no run has written. Its file must be inside `plan/`, and it must not
+    have more shards than rows, since shards are counted one by one.
     """
     whole = (part.part, part.first_row_id, part.rows, part.first_shard, part.shards, part.shard_rows)
     if not all(type(number) is int and 0 <= number < 2**62 for number in whole):
@@ -224,7 +222,7 @@ def _check(part: PlanPart) -> None:
 def read_plan(output: str) -> Plan:
     """Reads the valid parts of the plan of an output.
 
-    A part without its JSON does not exist.
+    A part without its JSON is not valid, and is left out.
 
     Args:
         output: Folder of the run, local or on S3.

@@ -21,7 +21,7 @@ MOST_OFF = 1.6
 ROUNDED = "is a float of 2^53 or more, so it may be rounded (as pandas does to integers beside an empty cell)"
 """Ending of messages about such a float."""
 _NOTHING = frozenset({"nan", "<na>", "none", "null", "na", "n/a", "nat"})
-"""Words that pandas and others write, in any case, where there is no value."""
+"""Words that pandas and other tools write for a missing value; case does not matter."""
 
 
 def is_finite(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The shards of a run on their way into its pipeline: their numbers enter as there is room.
+"""The queue of shards before the pipeline: numbers of shards enter as there is room.
 
 A waiting shard is eight bytes. As a block of Ray Data it would cost the driver 1.6 ms and 6 KB before the
 first shard starts. So a task yields the numbers one by one, and lets only a window of shards into the

@@ -1,4 +1,4 @@
-"""The driver's work while its pipeline runs: it counts shards, reports, and ends a run that fails."""
+"""The driver while its pipeline runs: it counts shards, reports progress, and ends a run that fails."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from wallaroo.workflows.text import counted, duration
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 6
-"""Most replicas that may die without showing which row is to blame.
+"""Most deaths of replicas that do not show which row is at fault.
 
 Above it the run stops, since it would never end.
 """
@@ -86,7 +86,7 @@ class Monitor:
             Number of rows that this start made ok.
 
         Raises:
-            InputError: A shard is begun over and over, or too many rows are errors.
+            InputError: Replicas die on a shard again and again, or too many rows are errors.
             LockLost: Another run took over the output.
             RunStopped: The run was stopped on purpose.
         """
@@ -225,7 +225,7 @@ def check_health(config: RunConfig, counts: WatchCounts, made: Tally) -> None:
         made: Rows that this start has made.
 
     Raises:
-        InputError: A shard is begun over and over, or too many rows are errors.
+        InputError: Replicas die on a shard again and again, or too many rows are errors.
     """
     if counts.fruitless > MAX_DEATHS:
         words = f"; the last one said '{counts.last_death}'" if counts.last_death else ""

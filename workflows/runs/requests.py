@@ -130,7 +130,7 @@ def _null(
 
 
 def _loaded(plan: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """Adds to the plan what was learnt of its rows, and drops the pictures of a Dataset."""
+    """Adds digest, size and errors of the sources to the plan, and drops the pictures of a Dataset."""
     for name in ("status", "error_type", "error_message", "width", "height", "source"):
         index = plan.schema.get_field_index(name)
         field = plan.schema.field(index)

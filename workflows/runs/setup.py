@@ -1,4 +1,4 @@
-"""What a run resolves once at its start: paths, model, meaning and plan; and its connection to Ray."""
+"""What a run resolves once at its start: paths, model, meaning and plan. Also connects to Ray."""
 
 import dataclasses
 import logging
@@ -45,7 +45,7 @@ MAX_LOOKED_AT = 1_000_000
 
 @dataclass(frozen=True)
 class Resolved:
-    """A run as it was found at its start. Nothing of it is looked up twice."""
+    """Everything that a run has resolved at its start. Nothing is looked up twice."""
 
     config: RunConfig
     """The options, with absolute paths."""
