@@ -206,7 +206,7 @@ def submit(
             except RuntimeError as error:
                 if "already exists" not in str(error):
                     raise InputError(f"the cluster rejects the job: {_line(error)}") from None
-                # Somebody else has just submitted the same run; the list has it now.
+                # Another process has just submitted the same run; the list has it now.
                 time.sleep(POLL_SECONDS)
 
 
@@ -235,7 +235,7 @@ def _send(
             f"{_MARK}task": config.task,
             f"{_MARK}output": config.output,
         },
-        # A driver that requests nothing stays on the head node.
+        # A driver that requests no resources stays on the head node.
         entrypoint_num_cpus=0,
         entrypoint_num_gpus=0,
     )

@@ -36,13 +36,13 @@ def tell_run(output: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Text of files that are not ours, for a terminal: no control characters, and not without end."""
+    """Text of foreign files for a terminal: without control characters, and of limited length."""
     text = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
 
 
 class Group(click.Group):
-    """Lists its commands in the order in which a person needs them; without arguments it prints its help."""
+    """Lists its commands in the order of their declaration. Without arguments it prints its help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order of their declaration."""

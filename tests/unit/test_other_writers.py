@@ -232,7 +232,7 @@ def test_a_long_window_of_zstd_is_named(tmp_path, suffix):
         b"\x28\xb5\x2f\xfd\x00" + bytes([(31 - 10) << 3]) + (len(text) << 3 | 1).to_bytes(3, "little") + text
     )
     (tmp_path / f"m{suffix}.zst").write_bytes(frame)
-    with pytest.raises(InputError, match=r"longer window than is read \(128 MiB\): compress it anew"):
+    with pytest.raises(InputError, match=r"longer window than is read \(128 MiB\): compress it again"):
         prompts(tmp_path / f"m{suffix}.zst")
 
 

@@ -171,7 +171,7 @@ def _numbered(table: pa.Table, shard: int) -> pa.Table:
 
 
 def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) -> None:
-    """Makes the merged shards the plan: the moment from which they count."""
+    """Makes the merged shards the plan. From then on they are valid, and the old ones are not."""
     last = plan.parts[-1]
     path = storage.join(output, PLAN_FOLDER, last.json_name)
     etag = storage.read_with_etag(path)[1]

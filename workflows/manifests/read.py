@@ -112,7 +112,7 @@ class _readable:
             if "too much memory for decoding" in words:
                 raise InputError(
                     f"{self.file.path} is compressed with a longer window than is read (128 MiB): "
-                    f"compress it anew with a shorter one."
+                    f"compress it again with a shorter one."
                 ) from error
             raise InputError(
                 f"{self.file.path} is not a readable {self.file.format} file ({words}): "

@@ -149,7 +149,7 @@ def _with_sources(cards: dict[Place, Card], read_source: ReadSource, budget: int
         return read_source(named[number][0]) if time.monotonic() < end else None
 
     for name, data in zip(named, map_shards(read, range(len(named)), threads=4), strict=True):
-        # What lies there now may not be what the model was shown.
+        # The file there now may differ from what the model was given.
         same = data is not None and hashlib.sha256(data).hexdigest() == name[1]
         # One after the other, since a decoded source may be a hundred times as large as its file.
         small[name] = source_thumbnail(data, budget) if data and same and time.monotonic() < end else ""

@@ -208,7 +208,7 @@ def _rows_in(part: "PlanPart", done: set[int]) -> int:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process of this machine lives; also true for one that is not ours to signal."""
+    """Whether a process of this machine is alive. Also true for one that this user may not signal."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

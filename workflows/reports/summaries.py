@@ -148,7 +148,7 @@ class Summaries:
         return total
 
     def _total_of(self, part: Part, key: str) -> Tally | None:
-        """What `all` says of a part whose stamps have this digest; None if it says nothing that can be so."""
+        """The tally in `all` of a part whose stamps have this digest; None if there is no valid one."""
         cached = self._totals.get(part.name)
         if cached is None or cached[0] != key:
             return None
@@ -278,7 +278,7 @@ class Summaries:
         return found
 
     def _read_part(self, part: Part) -> dict[int, Entry]:
-        """What the summary of a part says, without what cannot be so."""
+        """The valid entries in the summary of a part."""
         found: dict[int, Entry] = {}
         if summary_name(part.name) not in self._names:
             return found

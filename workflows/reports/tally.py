@@ -294,7 +294,7 @@ def tally_of_file(parquet: pq.ParquetFile, shard: int, trusted: bool = True) -> 
 
 
 def footer_tally(parquet: pq.ParquetFile) -> ShardTally | None:
-    """What the footer of a shard's file says of its rows; None if it says nothing that can be so."""
+    """The tally in the footer of a shard's file; None if there is no valid one."""
     text = (parquet.metadata.metadata or {}).get(TALLY_KEY)
     try:
         found = None if text is None else ShardTally.from_values(json.loads(text))

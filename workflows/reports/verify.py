@@ -71,7 +71,7 @@ class Verdict:
 
 @dataclass
 class _Found:
-    """What all files hold. faults: how many, of which the first MAX_FAULTS were told by `say`."""
+    """What all files hold. faults: how many, of which the first MAX_FAULTS were passed to `say`."""
 
     say: Callable[[str], None]
     rows: int = 0
@@ -91,7 +91,7 @@ def verify(
     on_progress: Callable[[Progress], None] | None = None,
     fast: bool = False,
 ) -> Verdict:
-    """Reads all of an output and says in sentences what it finds.
+    """Reads all of an output and reports what it finds in sentences.
 
     Each file of `data/` and each plan part is read once; a few files are in memory at a time.
 
@@ -142,7 +142,7 @@ def verify(
 
 
 def _listed(output: str, plan: Plan, found: _Found) -> dict[int, str]:
-    """The stamps of the plan's shards that are there; tells of all other files."""
+    """The stamps of the plan's shards that exist. Reports all other files."""
     others: set[str] = set()
 
     def key(relative: str) -> int | None:
@@ -316,7 +316,8 @@ def _sentence(output: str, verdict: Verdict, plan: Plan, fast: bool) -> str:
 def _success_faults(
     output: str, plan: Plan, success: Mapping[str, Any] | None, found: _Found | None, missing: list[int]
 ) -> Iterator[str]:
-    """What `_SUCCESS` claims and is not so; its counts only where all files could be counted (`found`)."""
+    """Wrong statements of `_SUCCESS`. Its counts are compared only if all files could be counted
+    (`found`)."""
     if success is None:
         return
     path = storage.join(output, SUCCESS_FILE)

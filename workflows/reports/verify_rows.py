@@ -89,8 +89,8 @@ class Check:
             contents.faults.append(f"{contents.path} vanished while it was read.")
             return contents
         try:
-            # Arrow's own threads stay out of it: one that lets go of Python's bytes as the process ends
-            # aborts it, and files are read side by side anyway.
+            # Without Arrow's threads: one that releases Python's bytes while the process ends would abort the
+            # process. Files are read in parallel anyway.
             with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
                 self._check(planned, parquet, contents)
         except (pa.ArrowException, OSError) as error:

@@ -25,7 +25,7 @@ from wallaroo.workflows.text import counted, duration
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 6
-"""Most deaths of replicas that do not show which row is at fault.
+"""Most deaths of replicas on one shard without progress.
 
 Above it the run stops, since it would never end.
 """

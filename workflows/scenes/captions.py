@@ -172,7 +172,7 @@ def _edit(generator: np.random.Generator, size: Size, kind: str, language: str) 
     count = {"move": 1, "add": 2, "remove": 2}.get(kind, 1 + int(generator.integers(2)))
     source = random_scene(generator, size, count)
     which = int(generator.integers(count))
-    # Of a new object nobody says how large it is.
+    # The size of a new object is not given.
     while kind == "add" and source.things[which].size != "small":
         source = random_scene(generator, size, count)
     thing = source.things[which]

@@ -1,4 +1,4 @@
-"""Source pictures: where a manifest says they lie, their bytes, and upright RGB within bounds.
+"""Source pictures: their places in a manifest, their bytes, and upright RGB within bounds.
 
 A picture that cannot be used raises RowError. Knows the files of an output only as `storage` paths, and
 no manifest format, plan or Ray.

@@ -248,7 +248,7 @@ class _Endpoint:
     def failed(self, started: float, retry_seconds: float) -> bool:
         """Begins a pause, twice as long as the last one; False if it would outlast `retry_seconds`.
 
-        Patience counts from the endpoint's first failure in a row, so that the many sources of a dead
+        The time counts from the endpoint's first failure in a row, so that the many sources of a dead
         one are not each waited for, and from `started`, in case only one source fails while others do not.
         """
         with self.lock:

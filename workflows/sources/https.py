@@ -42,7 +42,7 @@ _NOT_PUBLIC = tuple(
         "fec0::/10",
     )
 )
-"""What `ipaddress` calls global and is not for strangers to ask."""
+"""Networks that `ipaddress` calls global, but that are not public."""
 
 
 class Unavailable(Exception):

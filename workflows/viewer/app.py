@@ -102,7 +102,8 @@ def make_app(viewer: Viewer, hosts: Sequence[str] | None = LOOPBACK, token: str 
         digest = (found.get("source") or {}).get("sha256")
         with viewer.sources:
             data = fetch_source(reference) if reference else None
-            # What lies there now may not be what the model was shown, or what this output may name.
+            # The file there now may differ from what the model was given, or be one that this output may not
+            # name.
             if data is None or hashlib.sha256(data).hexdigest() != digest:
                 raise HTTPException(404, "The source is missing, or has changed.")
             return _picture(data, request, always=True)
@@ -144,7 +145,7 @@ def make_app(viewer: Viewer, hosts: Sequence[str] | None = LOOPBACK, token: str 
             Route("/votes", vote, methods=["POST"]),
             Route("/static/{name}", static),
             Route("/{output:int}/", touched(grid)),
-            # It is asked for again and again, so it does not count as somebody who waits for pictures.
+            # It is asked for again and again, so it does not count as a request that waits for pictures.
             Route("/{output:int}/live", live),
             Route("/{output:int}/rows" + place, touched(row)),
             Route("/{output:int}/pictures" + place, touched(picture)),
@@ -184,7 +185,7 @@ def _picture(data: bytes, request: Request, always: bool = False) -> Response:
     if most:
         image.thumbnail((most, most))
     sink = io.BytesIO()
-    # Lossless at full size: a source is looked at beside what was made of it.
+    # Lossless at full size: a source is compared with its result.
     image.save(sink, "WEBP", **({"quality": 88} if most else {"lossless": True, "quality": 0, "method": 0}))
     return Response(sink.getvalue(), media_type="image/webp", headers=headers)
 

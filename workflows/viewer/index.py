@@ -118,7 +118,7 @@ class Index:
                     path.unlink(missing_ok=True)
                     Path(f"{path}.wal").unlink(missing_ok=True)
         except OSError:
-            pass  # a home that cannot be written needs no index that lasts
+            pass  # if the home folder cannot be written, the index is temporary
         self._open(number, self._private / f"{number}.duckdb")
 
     def _open(self, number: int, path: Path) -> None:

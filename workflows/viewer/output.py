@@ -351,7 +351,7 @@ class Keeper:
                 # A storage that does not answer now may do so later; pages say what it was.
                 self.trouble = str(error)
             except Exception as error:
-                # Without this thread nothing would ever be new, so it goes on and pages say why.
+                # Without this thread pages would never be updated, so it continues, and pages show the error.
                 self.trouble = f"The index cannot be made ({type(error).__name__}: {error})."
             self._wake.wait(0.5 if self.trouble == "" else 5)
             self._wake.clear()

@@ -391,7 +391,7 @@ def keyset(table: str, order: str, descending: bool, place: Place) -> tuple[Clau
         A subquery for FROM that looks up the order's value at that row, and the condition that holds for rows
         after it (before it, if `place.backwards`).
     """
-    # Names that no column of a manifest has by chance, since a user's filter stands beside them.
+    # Names that no column of a manifest has, since a user's filter is in the same statement.
     value = "wallaroo_place.wallaroo_value"
     key = Clause(
         f"(SELECT {order} AS wallaroo_value FROM {table} WHERE shard = ? AND position = ?) AS wallaroo_place",

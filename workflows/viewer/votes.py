@@ -179,7 +179,7 @@ class Votes:
                 if self._write(rows):
                     self._rows = rows
                     return
-                # Somebody else voted meanwhile; theirs stay.
+                # Another viewer has written votes meanwhile; they stay.
                 self._read()
         raise InputError(f"{self.path} is changed by others constantly: give another --votes PATH.")
 
