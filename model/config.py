@@ -18,6 +18,12 @@ VQ_FACTOR = 16
 
 TASKS = ("generate", "edit", "understand")
 
+LANGUAGES = ("en", "zh")
+"""Languages of prompts; each has its templates."""
+
+MAX_NEW_TOKENS = 256
+"""Tokens of an answer where nothing else says how many."""
+
 TOKEN_PIXELS = 28 * 28
 """Pixels of one token of the vision tower."""
 

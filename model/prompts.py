@@ -15,7 +15,6 @@ from wallaroo.model.tokenizer import Control, Tokenizer, indicator
 
 SYSTEM = "You are a helpful assistant."
 
-LANGUAGES = ("en", "zh")
 
 TEMPLATES = {
     ("generate", "en"): (

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wallaroo.model.config import CONTEXT_TOKENS, TASKS, TOKEN_PIXELS, VQ_FACTOR
+from wallaroo.model.config import CONTEXT_TOKENS, LANGUAGES, MAX_NEW_TOKENS, TASKS, TOKEN_PIXELS, VQ_FACTOR
 from wallaroo.model.errors import InputError, did_you_mean
 from wallaroo.workflows.options import (
     INT64_MAX,
@@ -31,10 +31,7 @@ from wallaroo.workflows.tasks import DRAWING_TASKS, EXACT, PICTURE_TASKS, PRESET
 if TYPE_CHECKING:
     from wallaroo.model.sampling import Sampling
 
-LANGUAGES = ("en", "zh")
 MAX_SAMPLES = 10_000
-MAX_NEW_TOKENS = 256
-"""Tokens of an answer where neither an option nor a preset says how many."""
 
 ALL_STEPS = (0.0, 1.0)
 """A `cfg_interval` that leaves no step out."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from wallaroo.model.attention import KEY_BLOCK
-from wallaroo.model.config import SLOTS, DecoderConfig, ModelConfig, Size
+from wallaroo.model.config import MAX_NEW_TOKENS, SLOTS, DecoderConfig, ModelConfig, Size
 from wallaroo.model.engine.backends import default_backend
 from wallaroo.model.engine.requests import steps_of
 from wallaroo.model.prompts import TEMPLATE_TOKENS, source_tokens
@@ -60,7 +60,7 @@ class EngineOptions:
     With `max_new_tokens`, `pixels` and the largest size it bounds the keys of a row. On CUDA memory for so
     many is taken once; a longer row takes more and makes the recordings again.
     """
-    max_new_tokens: int = 256
+    max_new_tokens: int = MAX_NEW_TOKENS
     """Most tokens of a text."""
     pixels: tuple[int | None, int | None] = (None, None)
     """Least and most pixels of a picture to be understood, as the vision tower sees it; None for the limits

@@ -373,7 +373,6 @@ def watch(folder: Path, shards: Sequence[int]) -> dict[str, float]:
 ROWS, RATE = 10**8, 832
 """Rows of a large data set, and rows/s of 64 GPUs at 13 each."""
 SHARD_ROWS = 256
-PART_SHARDS = 1024
 
 
 def print_needs(numbers: dict[str, float], shards: int) -> None:
@@ -383,6 +382,8 @@ def print_needs(numbers: dict[str, float], shards: int) -> None:
         numbers: Of the parts.
         shards: The largest number of shards that was measured, whose CPU time a shard is taken.
     """
+    from wallaroo.workflows.plans.rounds import PART_SHARDS
+
     count, per_second = math.ceil(ROWS / SHARD_ROWS), RATE / SHARD_ROWS
     parts = math.ceil(count / PART_SHARDS)
     needs = []

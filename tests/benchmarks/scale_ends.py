@@ -29,6 +29,7 @@ from wallaroo.workflows.outputs.shards import shard_bytes
 from wallaroo.workflows.outputs.values import digest
 from wallaroo.workflows.plans.layout import write_shards
 from wallaroo.workflows.plans.plan import PlanPart, Round, read_plan
+from wallaroo.workflows.plans.rounds import PART_SHARDS
 from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.page import render_report
 from wallaroo.workflows.reports.summaries import Summaries
@@ -36,7 +37,6 @@ from wallaroo.workflows.reports.tally import tally_of_table
 from wallaroo.workflows.reports.verify import verify
 from wallaroo.workflows.runs.resume import find_remaining
 
-PART_SHARDS = 1024
 MISSING = 4
 LINKS = 10_000
 """Names of one file; file systems allow few more."""

@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wallaroo.model.checkpoint import TINY, load_config
-from wallaroo.model.config import ModelConfig, Size
+from wallaroo.model.config import LANGUAGES, ModelConfig, Size
 from wallaroo.model.errors import InputError
 from wallaroo.model.prompts import (
     DEFAULT_QUESTION,
-    LANGUAGES,
     SYSTEM,
     TEMPLATES,
     Prompt,

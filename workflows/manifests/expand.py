@@ -19,8 +19,9 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wallaroo.model.config import LANGUAGES
 from wallaroo.model.errors import InputError, did_you_mean
-from wallaroo.model.prompts import LANGUAGES, detect_language
+from wallaroo.model.prompts import detect_language
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
 from wallaroo.workflows.outputs.schema import RESULT_NAMES

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from wallaroo.model.config import MAX_NEW_TOKENS
 from wallaroo.workflows.outputs.schema import MIME_TYPES, RESULT_NAMES, TEXT_TASKS
 from wallaroo.workflows.outputs.values import digest
 from wallaroo.workflows.outputs.xmp import embed, xmp_packet
@@ -97,7 +98,7 @@ class RunConstants:
     """Language -> prompt template that replaces the built-in one."""
     restore_size: bool = False
     """Whether a picture gets the size of its source."""
-    max_new_tokens: int = 256
+    max_new_tokens: int = MAX_NEW_TOKENS
     """Most tokens of a text."""
     min_pixels: int | None = None
     """Fewest pixels of a picture to understand; None for the limit of the checkpoint."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from wallaroo.model.config import ModelConfig
+from wallaroo.model.config import LANGUAGES, ModelConfig
 from wallaroo.model.errors import RowError, did_you_mean
-from wallaroo.model.prompts import DEFAULT_QUESTION, LANGUAGES, detect_language
+from wallaroo.model.prompts import DEFAULT_QUESTION, detect_language
 from wallaroo.model.tokenizer import Tokenizer
 from wallaroo.workflows.manifests.types import KNOWN_COLUMNS
 from wallaroo.workflows.outputs.values import jsonable

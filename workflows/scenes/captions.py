@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from wallaroo.model.config import Size
+from wallaroo.model.config import LANGUAGES, Size
 from wallaroo.model.prompts import DEFAULT_QUESTION
 from wallaroo.workflows.scenes.world import (
     BACKGROUNDS,
     COLOURS,
     HARD,
     KINDS,
-    LANGUAGES,
     OPPOSITE,
     SHAPES,
     SPANS,

@@ -32,7 +32,6 @@ SPANS = {"small": 2, "large": 3}
 """Side of an object's cell, in image tokens; the object keeps MARGIN pixels free on each side."""
 MARGIN = 3
 RELATIONS = ("left", "right", "above", "below")
-LANGUAGES = ("en", "zh")
 KINDS = {
     "generate": ("single", "pair", "three"),
     "edit": ("recolour", "reshape", "move", "remove", "add", "background"),
