@@ -153,23 +153,6 @@ def kept_logits(
     return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
 
 
-def filtered_probabilities(
-    logits: "Tensor", temperature: "Tensor", top_k: "Tensor", top_p: "Tensor"
-) -> "Tensor":
-    """Probabilities from which one token per row is drawn.
-
-    Args:
-        logits: float32 `(rows, vocabulary)`.
-        temperature: Of each row, as `kept_logits` takes it.
-        top_k: Of each row.
-        top_p: Of each row.
-
-    Returns:
-        float32 `(rows, vocabulary)`; each row sums to 1.
-    """
-    return kept_logits(logits, temperature, top_k, top_p).softmax(-1)
-
-
 def sample(
     logits: "Tensor",
     temperature: "Tensor",

@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from wallaroo.model.errors import RowError
-from wallaroo.model.sampling import Filters, Sampling, draws, filtered_probabilities, kept_logits, sample
+from wallaroo.model.sampling import Filters, Sampling, draws, kept_logits, sample
 
 pytestmark = pytest.mark.numerics
 
 VOCABULARY = 24
+
+
+def filtered_probabilities(logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    """Probabilities that a token is drawn from; the parameters are those of `kept_logits`."""
+    return kept_logits(logits, *parameters).softmax(-1)
+
+
 SETTINGS = [
     (1.0, 0, 1.0),
     (1.0, 5, 1.0),
