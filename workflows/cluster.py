@@ -194,9 +194,10 @@ def check_gpus(address: str | None, wanted: int, gpus: int, what: str = "replica
     """
     if address is None and gpus < wanted:
         need = "needs a GPU" if wanted == 1 else "need a GPU each"
+        fewer = "use fewer, " if gpus else ""
         raise InputError(
-            f"{counted(wanted, what)} {need}, but this machine has {gpus}: use fewer, choose the "
-            f"device cpu, or give the address of a cluster."
+            f"{counted(wanted, what)} {need}, but this machine has {gpus}: {fewer}give --device cpu, or the "
+            f"--address of a cluster with GPUs."
         )
     if gpus == 0:
         log.warning(

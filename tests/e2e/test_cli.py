@@ -285,6 +285,32 @@ def test_a_second_run_on_the_same_output(wallaroo, finished):
     assert "of this test" in complaint
 
 
+def test_a_gpu_that_is_not_there_says_what_to_do(wallaroo, local_ray, manifest, tmp_path):
+    code, _, complaint = wallaroo("generate", manifest, tmp_path / "out", "--device", "cuda")
+    assert (code, complaint) == (
+        1,
+        "1 replica needs a GPU, but this machine has 0: give --device cpu, or the --address of a cluster "
+        "with GPUs.",
+    )
+    assert nothing_was_made(tmp_path / "out")
+
+
+def test_a_run_on_a_cluster_without_gpus_waits_for_one_and_says_so(local_ray, manifest, tmp_path, caplog):
+    """This process is connected already, so that any address of a cluster is that of its Ray."""
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit) as left:
+        cli.main(
+            [
+                *("generate", str(manifest), str(output), "--address", "10.0.0.1:6379"),
+                *("--device", "cuda", "--deadline", "4s", "--grace", "0s"),
+            ]
+        )
+    assert left.value.code == 5
+    words = "The cluster at 10.0.0.1:6379 has no GPU now, so this run waits for one."
+    assert words in caplog.text and "stop the run and give --device cpu." in caplog.text
+    assert not (output / "data").exists()
+
+
 def test_a_plan_is_what_the_run_goes_on_with(wallaroo, local_ray, manifest, tmp_path):
     code, out, _ = wallaroo("plan", "generate", manifest, "--samples", 2)
     assert code == 0

@@ -286,6 +286,14 @@ def test_a_plan_counts_rows_and_memory_and_starts_nothing(tmp_path, data, capsys
     assert not (folder / "state").exists()
 
 
+def test_a_gpu_that_is_not_there_says_what_to_do(local_ray, tmp_path, data, capsys):
+    assert command(recipes(tmp_path / "gpu", data), "--device", "cuda", "--workers", "2") == 1
+    assert capsys.readouterr().err == (
+        "wallaroo: 2 workers need a GPU each, but this machine has 0: give --device cpu, or the --address of "
+        "a cluster with GPUs.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -3,15 +3,12 @@
 import dataclasses
 import io
 import json
-import logging
 import math
 import os
 import re
 import socket
 import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,14 +16,13 @@ import pytest
 from safetensors import safe_open
 
 from tests.viewers import serving
-from wallaroo.jobs import cli, submit
+from wallaroo.jobs import cli
 from wallaroo.jobs.commands import run as commands
 from wallaroo.jobs.progress import Display
 from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.errors import InputError
 from wallaroo.model.training.recipe import Recipe
 from wallaroo.workflows import storage
-from wallaroo.workflows.cluster import check_gpus
 from wallaroo.workflows.outputs import shards
 from wallaroo.workflows.outputs.lock import OutputLock, Owner, at_work
 from wallaroo.workflows.outputs.run_log import RunLog
@@ -121,28 +117,21 @@ def test_a_model_that_is_not_there_says_how_to_get_one(tmp_path, monkeypatch, na
         read_checkpoint(model_path(name))
 
 
-def test_gpus_that_are_not_there_are_told_with_what_to_do(caplog):
-    with pytest.raises(InputError, match="2 replicas need a GPU each, but this machine has 1: use fewer"):
-        check_gpus(None, 2, 1)
-    with pytest.raises(InputError, match="1 worker needs a GPU, but this machine has 0: use fewer"):
-        check_gpus(None, 1, 0, "worker")
-    check_gpus(None, 2, 2)
-    check_gpus("10.0.0.1:6379", 2, 1)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        check_gpus("10.0.0.1:6379", 2, 0)
-    assert "The cluster at 10.0.0.1:6379 has no GPU now" in caplog.text and "--device cpu" in caplog.text
-
-
-def test_a_model_is_shown_from_its_folder(capsys):
+@pytest.mark.parametrize("model", ["tiny", str(TINY)])
+def test_a_model_is_shown_by_name_and_from_its_folder(capsys, model):
     with pytest.raises(SystemExit) as left:
-        cli.main(["models", "show", "tiny"])
+        cli.main(["models", "show", model])
     lines = capsys.readouterr().out.splitlines()
     with safe_open(TINY / "model.safetensors", "np") as file:
         names = list(file.keys())
         numbers = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     assert left.value.code == 0
-    assert lines[0] == "tiny: tiny, for generate, edit, understand"
+    assert lines[0] == f"{model}: tiny, for generate, edit, understand"
+    assert lines[1:3] == [f"  folder      {TINY}", f"  digest      {read_checkpoint(str(TINY)).digest}"]
+    config = load_config(TINY)
+    assert lines[5].startswith(
+        f"  prompts     layout {config.layout}, indicators {config.indicators}, rows of"
+    )
     assert f"  parameters  {numbers:,} in {len(names)} tensors" in lines[3]
     assert (
         lines[6].startswith("  sizes       64x96, 64x128, 96x64, ") and "128x112 (width x height" in lines[6]
@@ -224,65 +213,6 @@ def test_commands_say_that_a_run_is_at_work(outputs, tmp_path, capsys):
         assert whole.err.splitlines()[0] == words and whole.err.splitlines()[-1] == complete
 
 
-@contextmanager
-def answering(handler):
-    """A server on a free port of this machine; yields the port."""
-    with HTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-class Dashboard(BaseHTTPRequestHandler):
-    """Says that it is Ray's, and nothing else."""
-
-    def do_GET(self):
-        found = self.path == "/api/version"
-        self.send_response(200 if found else 404)
-        self.end_headers()
-        if found:
-            self.wfile.write(b'{"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}')
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("address", "environment"),
-    [
-        (None, {}),
-        (None, {"RAY_ADDRESS": "auto"}),
-        (None, {"RAY_ADDRESS": "127.0.0.1:6379"}),
-        ("ray://127.0.0.1:10001", {"RAY_API_SERVER_ADDRESS": "http://192.0.2.1:8265"}),
-    ],
-)
-def test_the_dashboard_of_a_cluster_here_is_found(monkeypatch, tmp_path, address, environment):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(submit, "DASHBOARD_TIMEOUT", 300.0)
-    with answering(Dashboard) as port:
-        monkeypatch.setattr(submit, "DASHBOARD_PORT", port)
-        assert submit.connect(address, environment).get_address() == f"http://127.0.0.1:{port}"
-
-
-def test_without_a_dashboard_the_variable_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with socket.socket() as silent:
-        # Taken, so that nobody else answers there, and not listened on.
-        silent.bind(("127.0.0.1", 0))
-        port = silent.getsockname()[1]
-        monkeypatch.setattr(submit, "DASHBOARD_PORT", port)
-        with pytest.raises(
-            InputError, match=rf"answers at http://127\.0\.0\.1:{port} .*\$RAY_API_SERVER_ADDRESS"
-        ):
-            submit.connect(None, {})
-        with pytest.raises(InputError, match="check address and port, or the port-forward"):
-            submit.connect(f"http://127.0.0.1:{port}", {})
-
-
 def test_recipes_begin_with_the_tiny_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
@@ -345,7 +275,12 @@ def test_another_encoding_says_how_to_save_the_file():
     [
         (None, [], 1, "there is no such file or folder"),
         ("", [], 1, "has no rows"),
-        ('{"promt": "a cat"}\n', [], 1, "no column 'prompt'; did you mean 'promt'?"),
+        (
+            '{"promt": "a cat"}\n',
+            [],
+            1,
+            "no column 'prompt'; did you mean 'promt'? --prompt-column selects the column",
+        ),
         ('{"prompt": "a cat"}\n', ["--where", "promt = 'x'"], 2, 'column "promt" not found'),
         ('{"prompt": "a cat"}\n', ["--where", "prompt ="], 2, "which DuckDB refuses (Parser Error"),
         ('{"prompt": "a cat"}\n', ["--width", "7", "--height", "7"], 2, "width is 7, but must be"),
@@ -368,3 +303,35 @@ def test_a_plan_that_cannot_be_made_is_refused_before_ray_starts(
     assert (left.value.code, out) == (code, "")
     assert words in err
     assert "onnecting to Ray" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("m.csv", "prompt,标签\nx,y\n".encode("gbk"), "m.csv is not valid UTF-8: save the file as UTF-8."),
+        (
+            "m.csv",
+            "prompt\nx\n".encode("utf-16-le"),
+            "m.csv has NUL bytes, as UTF-16 without a mark at its start has: save it as UTF-8.",
+        ),
+        (
+            "m.csv",
+            b"id;words\n1;a cat\n",
+            "no column 'prompt': it has id, words. --prompt-column selects the column of the prompts.",
+        ),
+        (
+            "m.json",
+            b'["a cat", "a dog"]\n',
+            "is a JSON array of values without names: write each row as an object, such as "
+            '{"prompt": "a cat"}.',
+        ),
+        ("m.xlsx", b"PK\x03\x04", "save the sheet as CSV in UTF-8."),
+    ],
+)
+def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path, monkeypatch, capsys, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["plan", "generate", str(tmp_path / name)])
+    err = capsys.readouterr().err
+    assert left.value.code == 1 and err.count("\n") == 1 and err.endswith(f"{words}\n")

@@ -181,6 +181,7 @@ def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
         status(output)
     run_file.put_run(output, outputs.FIELDS)
     assert status(output).state == "empty"
+    assert "  rows    0 of ?, 0 errors\n" in status(output).text()
     tables = [outputs.plan_table(rows=6, first_row=6 * n, shard=n) for n in range(2)]
     plan = outputs.make_output(tmp_path, tables, failed={0: (1,)}, skip={1})
     assert status(output).state == "unfinished"
@@ -188,7 +189,7 @@ def test_status_of_an_output_from_plan_to_end(outputs, tmp_path):
     log = RunLog(output, {}, clock)
     clock.now += 4
     found = status(output, clock)
-    assert "  speed   not measured yet\n" in found.text() and "active for 4 s" in found.text()
+    assert "  speed   not measured\n" in found.text() and "active for 4 s" in found.text()
     assert "rows/s" not in found.line()
     clock.now += 16
     log.update(**counted(0, rows=12))

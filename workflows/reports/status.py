@@ -37,7 +37,10 @@ class Status:
     done_shards: int
     """Files that are written."""
     done: int | None
-    """Rows in these files, or those that the last run counted if they are more; None if there was no run."""
+    """Rows in these files, or those that the last run counted if they are more.
+
+    None if there are files and no record of a run.
+    """
     errors: dict[str, int]
     """Kind -> error rows."""
     record: RunRecord | None
@@ -55,13 +58,12 @@ class Status:
     def rate(self) -> float | None:
         """Rows/s of the last run: of the last minute while it is active, else of all its time.
 
-        None if there is no run, or none was measured yet.
+        None if there is no run, or it ended or began before a row was counted.
         """
         if self.record is None:
             return None
         if self.state != "running":
-            return self.record.overall_rate
-        # Rows that are there before the first measurement have no rate yet.
+            return self.record.overall_rate or None
         return self.record.rate if self.record.seconds else None
 
     def line(self) -> str:
@@ -98,7 +100,7 @@ class Status:
         lines.append(f"  rows    {done} of {planned}, {errors}")
         lines.append(f"  files   {self.done_shards:,} of {self.shards:,} shards in data/")
         if record is not None:
-            speed = "not measured yet" if self.rate is None else f"{rounded(self.rate)} rows/s"
+            speed = "not measured" if self.rate is None else f"{rounded(self.rate)} rows/s"
             if record.first_row_seconds is not None:
                 speed += f", the first row after {duration(record.first_row_seconds)}"
             if self.left is not None:
@@ -178,7 +180,7 @@ def status(output: str, clock: Callable[[], float] = time.time) -> Status:
         state = "unfinished"
     else:
         state = last.state
-    rows = last.done if last else None
+    rows = last.done if last else None if done else 0
     if last is not None and not last.options.get("retry_errors"):
         # The listing is newer than the heartbeat. A run that retries rows writes over files that are there.
         rows = max(last.done, sum(_rows_in(part, done) for part in plan.parts))
