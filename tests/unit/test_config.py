@@ -469,9 +469,18 @@ def test_python_functions_take_the_options_of_their_task_by_name():
         wanted = {one.name for one in OPTIONS.values() if one.serves(task) and not one.run_only}
         assert set(named) == {"ds"} | wanted
         assert wanted >= {"model", "replicas", "samples", "seed", "cfg", "slots", "device"}
+        types = {name: named[name].annotation for name in ("model", "samples", "cfg", "slots", "device")}
+        assert types == {
+            "model": str,
+            "samples": int | None,
+            "cfg": float | None,
+            "slots": int | None,
+            "device": str,
+        }
         assert not wanted & {"limit", "grace", "address", "incremental"}
         for name in wanted:
             assert named[name].default == OPTIONS[name].default
+            assert named[name].annotation is not inspect.Parameter.empty
             assert f"{name}: {OPTIONS[name].help_text}" in function.__doc__
 
 

@@ -121,12 +121,17 @@ class Comparison:
         return all(self.index.kinds[output.number] for output in self.outputs)
 
     def settings(self) -> list[tuple[str, list[str]]]:
-        """Returns the settings that differ: name and one value an output."""
+        """Returns the settings that differ: name and one value an output.
+
+        Of different tasks only those are compared that each of them has.
+        """
         found = []
         for output in self.outputs:
             options, config = output.run["options"], output.run["config"]
             found.append(flat({**config, "model": options.get("model", "")}))
         names = sorted({name for one in found for name in one})
+        if len({output.task for output in self.outputs}) > 1:
+            names = [name for name in names if name == "prompt" or all(name in one for one in found)]
         lines = []
         for name in names:
             values = [str(one.get(name, "")) for one in found]

@@ -1,6 +1,7 @@
 """Outputs side by side: which rows belong together."""
 
 import html
+import json
 import re
 
 import pyarrow.parquet as pq
@@ -64,6 +65,23 @@ def test_a_result_is_beside_the_row_that_it_was_made_from(lineage):
         assert "/0/sources/" not in page  # the second output shows them
         # The row that was edited twice is the source of both.
         assert pairs(served, "?after=0.11")[0] == [("p5/1", (0, 12), (1, 5))]
+
+
+def test_settings_of_another_task_are_not_compared(lineage):
+    first, edited = lineage
+    for folder, more in ((first, {"width": 64}), (edited, {"allow_https": False, "prompt": "make it red"})):
+        document = json.loads((folder / "run.json").read_text())
+        document["config"] |= more | {"seed": len(more)}
+        (folder / "run.json").write_text(json.dumps(document))
+    with serving(first, edited) as served:
+        page = served.indexed().get("/compare").text
+        rows = re.findall(r'<tr><th scope="row">(\w+)</th>((?:<td><code>.*?</code></td>)+)</tr>', page)
+        shown = {name: re.findall("<code>(.*?)</code>", cells) for name, cells in rows}
+        assert shown == {
+            "prompt": ["", "make it red"],
+            "seed": ["1", "2"],
+            "task": ["generate", "edit"],
+        }
 
 
 def test_an_output_is_paired_with_its_source_after_both_were_moved(lineage, tmp_path):
