@@ -8,6 +8,7 @@ run in a read-only transaction without access to files, with a time limit. Knows
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -36,6 +37,10 @@ SECONDS = 10.0
 
 KEPT_DAYS = 30
 """Indexes that were not opened for so long are deleted."""
+
+
+_OURS = re.compile(r"[0-9a-f]{32}-\d+\.duckdb(\.wal)?")
+"""Names of index files of any version."""
 
 
 class QueryError(InputError):
@@ -330,5 +335,5 @@ def _forget_old(folder: Path) -> None:
     oldest = time.time() - KEPT_DAYS * 86400
     for path in folder.glob("*.duckdb*"):
         with suppress(OSError):
-            if path.stat().st_mtime < oldest:
+            if _OURS.fullmatch(path.name) and path.stat().st_mtime < oldest:
                 path.unlink()

@@ -73,6 +73,19 @@ def test_two_viewers_and_a_damaged_index(three, opened):
     assert opened(three).rows.count(Query()) == 120
 
 
+def test_old_indexes_go_and_other_files_of_the_folder_stay(three, opened):
+    folder = index.cache_folder()
+    folder.mkdir(parents=True)
+    old = [folder / name for name in (f"{'a' * 32}-0.duckdb", f"{'b' * 32}-1.duckdb.wal", "mine.duckdb")]
+    for path in (*old, folder / f"{'c' * 32}-1.duckdb"):
+        path.write_text("x")
+    for path in old:
+        os.utime(path, (0, 0))
+    opened(three, fill=False)
+    assert [path.exists() for path in old] == [False, False, True]
+    assert (folder / f"{'c' * 32}-1.duckdb").exists()
+
+
 def test_shard_that_cannot_be_read_harms_no_other(three, opened):
     Path(layout.shard_path(str(three), 0)).write_bytes(b"PAR1 nothing PAR1")
     before = opened(three, fill=False)
