@@ -28,11 +28,9 @@ THEIRS = {
 }
 
 
-@pytest.fixture
-def out(outputs, tmp_path):
-    """The folder of a finished output of six rows."""
-    finish(str(tmp_path / "out"), outputs.make_output(tmp_path / "out", [outputs.plan_table()]))
-    return tmp_path / "out"
+def finished(outputs, folder):
+    """Makes an output of six rows."""
+    finish(str(folder), outputs.make_output(folder, [outputs.plan_table()]))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +55,7 @@ def out(outputs, tmp_path):
             "export files {out} {theirs} --partial",
             ", which no export of the format 'files' writes: choose an",
         ),
-        ("view {out} {out}2 --votes {theirs}/mine.parquet", "is not a file of votes: give another --votes P"),
+        ("view {out} {out2} --votes {theirs}/mine.parquet", "is not a file of votes: give another --votes P"),
         ("compact {theirs}", "is not the output of a run, since it has no run.json"),
         ("report {theirs}", "is not the output of a run, since it has no run.json"),
         ("evaluate shapes {theirs}", "is not the output of a run, since it has no run.json"),
@@ -65,11 +63,14 @@ def out(outputs, tmp_path):
         ("status {theirs}", "is not the output of a run, since it has no run.json"),
     ],
 )
-def test_a_command_refuses_and_changes_nothing(out, outputs, place, tmp_path, capsys, command, words):
-    finish(f"{out}2", outputs.make_output(f"{out}2", [outputs.plan_table()]))
+def test_a_command_refuses_and_changes_nothing(outputs, place, tmp_path, capsys, command, words):
+    for name in ("out", "out2"):
+        if f"{{{name}}}" in command:
+            finished(outputs, tmp_path / name)
     (tmp_path / "own.jsonl").write_text('{"prompt": ""}\n')
     fill(place, THEIRS)
-    places = {"own": tmp_path / "own.jsonl", "out": out, "theirs": place}
+    places = {name: tmp_path / name for name in ("out", "out2")}
+    places |= {"own": tmp_path / "own.jsonl", "theirs": place}
     code = run(*(word.format(**places) for word in command.split()))
     err = capsys.readouterr().err.splitlines()
     assert code in (1, 2) and err[0].startswith("wallaroo: ") and words in err[0]
@@ -103,8 +104,8 @@ def test_files_beside_drawn_scenes_stay(tmp_path, capsys):
     assert pq.read_metadata(tmp_path / "place" / "train" / "generate.parquet").num_rows == 1
 
 
-def test_votes_of_one_output_are_refused(out, tmp_path, capsys):
-    assert run("view", out, "--no-open", "--votes", tmp_path / "v.parquet") == 2
+def test_votes_of_one_output_are_refused(tmp_path, capsys):
+    assert run("view", tmp_path / "out", "--no-open", "--votes", tmp_path / "v.parquet") == 2
     assert "v.parquet, but votes need two outputs" in capsys.readouterr().err
 
 
