@@ -196,13 +196,17 @@ def test_commands_say_that_a_run_is_at_work(outputs, tmp_path, capsys):
     assert "incomplete: 1 of 2 files are missing; 6 of 12 rows, 6 ok. No run is active. Re-run" in (
         said("verify", output).out
     )
-    assert "A run is active" not in said("export", "files", output, tmp_path / "files").err
+    for command in (("export", "files"), ("select",)):
+        err = said(*command, output, tmp_path / "files").err
+        assert "A run is active" not in err and ": re-run its command to resume" in err
     with OutputLock(str(output), "mine"):
         assert said("status", output).out.startswith(f"{output}: running\n")
         assert f"6 ok. {words} Verify again when it has ended." in said("verify", output).out
         for command in (("export", "files"), ("select",)):
             err = said(*command, output, tmp_path / "new").err.splitlines()
-            assert err[0] == words and f"{output} is not finished" in err[1]
+            assert (
+                err[0] == words and f"{output} is not finished" in err[1] and ": wait for its run" in err[1]
+            )
         complete = "The output is finished by now: the export is complete."
         some = said("export", "files", output, tmp_path / "some", "--partial")
         assert some.out.startswith("Partial export: 1 of 2 shards ") and complete not in some.err

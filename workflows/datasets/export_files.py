@@ -106,9 +106,9 @@ class Results:
             what = "its last round did not end"
             if missing:
                 what = f"{missing:,} of its {len(self.plan.shards):,} shards are missing"
+            remedy = "wait for its run" if at_work(output) else "re-run its command to resume"
             raise InputError(
-                f"{output} is not finished, {what}: re-run its command to resume, or export "
-                f"what is finished with --partial."
+                f"{output} is not finished, {what}: {remedy}, or export what is finished with --partial."
             )
         if self.partial and not self._done:
             remedy = "try again when its run has finished the first"

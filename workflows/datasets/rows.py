@@ -13,6 +13,7 @@ from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
 from wallaroo.workflows.outputs.layout import list_done, shard_name
+from wallaroo.workflows.outputs.lock import at_work
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.shards import open_shard, shard_bytes, without_tally
@@ -54,7 +55,8 @@ class OutputRows:
     def __init__(self, path: str):
         success = finished(path)
         if success is None:
-            raise InputError(f"{path} is not finished: re-run its command to resume.")
+            remedy = "wait for its run" if at_work(path) else "re-run its command to resume"
+            raise InputError(f"{path} is not finished: {remedy}.")
         self.path, self.rows = path, int(success["rows"])
         self.task = str(read_run(path)["config"].get("task", "generate"))
         self.shards = sorted(list_done(path))
