@@ -182,6 +182,15 @@ def _log(folder: Path) -> str:
     return logs[-1].read_text(errors="replace")[-2000:] if logs else "it left no log"
 
 
+@pytest.fixture(autouse=True)
+def own_retries() -> Iterator[None]:
+    """What a stage enables for its whole process ends with the test, whichever test is the next one here."""
+    yield
+    retries = sys.modules.get("wallaroo.workflows.storage.retries")
+    if retries is not None:
+        retries._enabled = 0
+
+
 @pytest.fixture
 def s3(s3_server: S3Server) -> Iterator[str]:
     """A bucket of the test's own, as `s3://bucket`."""

@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, headers, data, cut=fault == "truncate" and len(data) > 1)
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(self.server.target, timeout=60)
+        connection = http.client.HTTPConnection(self.server.target, timeout=300)
         try:
             headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
