@@ -254,6 +254,48 @@ def test_a_part_or_a_subfolder_of_a_table_is_refused(tmp_path, catalog):
         assert len(discover(str(path)).files) == 1
 
 
+def test_a_part_or_a_subfolder_of_a_table_on_s3_is_refused(tmp_path, catalog, s3):
+    deltalake.write_deltalake(tmp_path / "delta", prompts("a", "b", n=["x", "y"]), partition_by=["n"])
+    deltalake.write_deltalake(tmp_path / "flat", prompts("a"))
+    table = catalog.create_table("n.t", schema=Schema(NestedField(1, "prompt", StringType())))
+    table.append(prompts("a"))
+    places = {
+        table.location().removeprefix("file://"): "ice",
+        tmp_path / "delta": "delta",
+        tmp_path / "flat": "flat",
+    }
+    for place, name in places.items():
+        for file in storage.list_files(str(place)):
+            storage.write_atomic(f"{s3}/{name}/{file.relative}", storage.read_bytes(file.path))
+    part, flat, ice = (
+        next(file.path for file in storage.list_files(f"{s3}/{name}") if file.path.endswith(".parquet"))
+        for name in ("delta/n=x", "flat", "ice/data")
+    )
+    for path, kind, folder in (
+        (part, "Delta Lake", "delta"),
+        (f"{s3}/delta/n=x", "Delta Lake", "delta"),
+        (f"{s3}/delta/n=*/*.parquet", "Delta Lake", "delta"),
+        (flat, "Delta Lake", "flat"),
+        (f"{s3}/flat/*.parquet", "Delta Lake", "flat"),
+        (f"{s3}/ice/data", "Iceberg", "ice"),
+        (f"{s3}/ice/data/*", "Iceberg", "ice"),
+        (ice, "Iceberg", "ice"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"of a table of {kind}, some .* give the folder {s3}/{folder} it"
+        ):
+            discover(path)
+    # Other files in such places.
+    for name in (
+        "own/data/a.parquet",
+        "own/n=x/a.parquet",
+        "own/part-00000-5a58ba2e-85b0-4810-b7f3-339286306ed5.pq",
+    ):
+        storage.write_atomic(f"{s3}/{name}", storage.read_bytes(flat))
+        assert len(discover(f"{s3}/{name}").files) == 1
+    assert len(discover(f"{s3}/own").files) == 3
+
+
 def test_logs_are_told_by_their_paths():
     names = ["_delta_log/00.json", "a/_delta_log/_commits/x", "metadata/00001-a.metadata.json", ".hoodie/x"]
     found = [next(kind for kind, log in lake._LOGS.items() if log.fullmatch(name)) for name in names]

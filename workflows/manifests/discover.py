@@ -73,8 +73,7 @@ def discover(path: str, task: str = "generate", image_column: str | None = None)
     if single is not None:
         if pictures and is_picture(path):
             return _picture_manifest(path, [single], [])
-        if not storage.is_s3(path):
-            refuse_parts(path, [single])
+        refuse_parts(path, [single])
         return Manifest(path, (_manifest_file(single, _format(path), task, image_column),))
     listing = list_manifest(path)
     if not listing.files:
@@ -87,7 +86,7 @@ def discover(path: str, task: str = "generate", image_column: str | None = None)
         return _results(path, listing.files, task)
     elif (live := live_files(path, listing.files)) is not None:
         return _table(path, listing, [(one.file, one.partition) for one in live], task, image_column)
-    elif not storage.is_s3(path):
+    else:
         refuse_parts(path, listing.files)
     return _folder(path, listing, task, image_column)
 

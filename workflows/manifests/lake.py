@@ -5,7 +5,7 @@ The table's own library reads its log, if it is installed. The rows are read as 
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -78,22 +78,14 @@ def refuse_parts(path: str, found: Sequence[storage.FileInfo]) -> None:
         found: Its files.
 
     Raises:
-        InputError: The files are of a table of Delta Lake, Iceberg or Hudi. On S3 only patterns are checked,
-            and not for Iceberg.
+        InputError: The files are of a table of Delta Lake, Iceberg or Hudi. On S3 this is told by the place
+            and name of the first one.
     """
     parts = [file for file in found if file.path.lower().endswith((".parquet", ".pq"))]
     if not parts:
         return
     if storage.is_s3(path):
-        # Each folder costs a request, so only the first folder of the pattern is checked.
-        folders = {parts[0].path[: -len(parts[0].relative)].rstrip("/")}
-        logs = {"Delta Lake": "_delta_log", "Hudi": ".hoodie"}
-        tables = [
-            (kind, folder)
-            for folder in folders
-            for kind, log in logs.items()
-            if storage.list_files(storage.join(folder, log))
-        ]
+        tables = [(kind, folder) for kind, folder in _suspects(path, parts[0].path) if _has_log(kind, folder)]
     else:
         folders = {file.path.rpartition("/")[0] or "/" for file in parts}
         folders |= {above for folder in folders for above in _above(folder)}
@@ -110,15 +102,33 @@ def _above(folder: str) -> list[str]:
     return ["/".join(parts[:count]) for count in range(2, len(parts))]
 
 
+def _suspects(path: str, part: str) -> Iterator[tuple[str, str]]:
+    """Tables on S3 that a file of the manifest may be of: kind and folder. To check one costs a request."""
+    folder, _, name = part.rpartition("/")
+    while "=" in folder.rpartition("/")[2]:
+        folder = folder.rpartition("/")[0]
+    above, _, last = folder.rpartition("/")
+    if last == "data":
+        yield "Iceberg", above
+    # A folder that was listed has no log, and Spark names files that are in no table alike.
+    listed = f"{folder}/".startswith(f"{path.rstrip('/')}/")
+    if not listed and (part != path or _UUID.search(name) or part.count("/") > folder.count("/") + 1):
+        yield from (("Delta Lake", folder), ("Hudi", folder))
+
+
+_UUID = re.compile(r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}")
+"""What names of files of tables have."""
+
+
 def _has_log(kind: str, folder: str) -> bool:
-    """Whether a local folder has the log of a table."""
-    if kind != "Iceberg":
-        return os.path.isdir(os.path.join(folder, "_delta_log" if kind == "Delta Lake" else ".hoodie"))
-    try:
-        names = os.listdir(os.path.join(folder, "metadata"))
-    except OSError:
-        return False
-    return any(name.endswith(".metadata.json") for name in names)
+    """Whether a folder has the log of a table."""
+    if kind == "Iceberg":
+        found = storage.find_files(
+            storage.join(folder, "metadata"), lambda name: name.endswith(".metadata.json"), 1
+        )
+        return bool(found)
+    log = storage.join(folder, "_delta_log" if kind == "Delta Lake" else ".hoodie")
+    return bool(storage.find_files(log, lambda name: True, 1)) if storage.is_s3(log) else os.path.isdir(log)
 
 
 def _needs(kind: str, path: str, library: str) -> InputError:
