@@ -18,7 +18,7 @@ from wallaroo.model.engine.requests import Request, Result
 from wallaroo.model.images import patchify
 from wallaroo.model.prompts import Prompt
 from wallaroo.model.sampling import MIN_TEMPERATURE, Sampling
-from wallaroo.model.vision import encode_image
+from wallaroo.model.vision import embed_picture
 from wallaroo.model.vq import to_float, to_uint8
 from wallaroo.model.wallaroo import Wallaroo
 
@@ -275,7 +275,7 @@ class Reference:
         if prompt.semantic is not None:
             assert model.visual is not None and semantic is not None
             patches, grid = patchify(semantic)
-            seen = encode_image(model.visual, torch.from_numpy(patches).to(device), grid)
+            seen = embed_picture(model.visual, torch.from_numpy(patches).to(device), grid)
             embedded[slice(*prompt.semantic)] = seen
         if prompt.pixel is not None:
             assert model.vq is not None and model.pixel_adapter is not None and pixels is not None

@@ -36,10 +36,10 @@ def vision_tower(config: VisionConfig) -> "Qwen2_5_VisionTransformerPretrainedMo
     return tower.eval()
 
 
-def encode_image(
+def embed_picture(
     tower: "Qwen2_5_VisionTransformerPretrainedModel", patches: Tensor, grid: tuple[int, int]
 ) -> Tensor:
-    """Embeds one picture.
+    """Embeds one picture with the vision tower.
 
     Args:
         tower: The vision tower.

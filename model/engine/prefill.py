@@ -21,7 +21,7 @@ from wallaroo.model.engine.requests import Row
 from wallaroo.model.images import patchify
 from wallaroo.model.kv_cache import KVCache, Prefix
 from wallaroo.model.prompts import Prompt
-from wallaroo.model.vision import encode_image
+from wallaroo.model.vision import embed_picture
 from wallaroo.model.vq import precision, to_float
 from wallaroo.model.wallaroo import Wallaroo
 
@@ -217,7 +217,7 @@ class Prefill:
         if prompt.semantic is not None:
             assert model.visual is not None and pending.semantic is not None
             patches, grid = patchify(pending.semantic)
-            seen = encode_image(model.visual, to_device(patches, model.device).to(model.dtype), grid)
+            seen = embed_picture(model.visual, to_device(patches, model.device).to(model.dtype), grid)
             features.append((np.arange(*prompt.semantic), seen))
         if prompt.pixel is not None:
             assert model.vq is not None and model.pixel_adapter is not None and pending.pixels is not None

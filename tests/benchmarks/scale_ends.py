@@ -27,7 +27,7 @@ from wallaroo.workflows.outputs.rows import Producer, RunConstants, build_result
 from wallaroo.workflows.outputs.schema import RESULT_FIELDS, result_schema
 from wallaroo.workflows.outputs.shards import shard_bytes
 from wallaroo.workflows.outputs.values import digest
-from wallaroo.workflows.plans.layout import write_shards
+from wallaroo.workflows.plans.layout import write_planned_shards
 from wallaroo.workflows.plans.plan import PlanPart, Round, read_plan
 from wallaroo.workflows.plans.rounds import PART_SHARDS
 from wallaroo.workflows.reports.finish import finish
@@ -59,7 +59,9 @@ def planned(shard: int) -> pa.Table:
 def put_part(output: str, part: int, first: int, shards: int, total: int) -> None:
     """A part of the plan with its shards, as a run leaves them, but for the syncs."""
     file = f"{layout.part_name(part)}-made.parquet"
-    write_shards(storage.join(output, layout.PLAN_FOLDER, file), map(planned, range(first, first + shards)))
+    write_planned_shards(
+        storage.join(output, layout.PLAN_FOLDER, file), map(planned, range(first, first + shards))
+    )
     values = PlanPart(
         part, file, 0, first, shards, first, shards, 1, 0, {}, {"1x1": shards}, first + shards == total
     )

@@ -13,13 +13,13 @@ from wallaroo.model.checkpoint import TINY, load_config, load_tokenizer
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.discover import discover
-from wallaroo.workflows.manifests.listing import in_words, list_pictures
+from wallaroo.workflows.manifests.listing import list_pictures, skipped_in_words
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
 from wallaroo.workflows.manifests.types import Manifest
 from wallaroo.workflows.plans.columns import check_columns
-from wallaroo.workflows.plans.passes import ScannedManifest
 from wallaroo.workflows.plans.rows import plan_rows
+from wallaroo.workflows.plans.scanned import ScannedManifest
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.settings import RunConfig
 
@@ -73,7 +73,7 @@ def test_names_of_tables_that_are_not_utf_8_are_named(tmp_path, name):
         discover(str(tmp_path))
     # Other files may have such names.
     assert found(f"{tmp_path}/a.csv", "generate") == ["a.csv"]
-    words = in_words({".x": (1, os.fsdecode(name))})
+    words = skipped_in_words({".x": (1, os.fsdecode(name))})
     assert words.encode().decode() == words
 
 
@@ -164,7 +164,7 @@ def test_the_words_account_for_every_file(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         manifest = discover(str(tmp_path))
-        words = in_words(manifest.passed_over)
+        words = skipped_in_words(manifest.passed_over)
         entries = sum(len(names) for _, _, names in os.walk(tmp_path))
     assert [file.relative for file in manifest.files] == ["m.csv"]
     counts = [
@@ -187,14 +187,14 @@ def test_the_words_account_for_every_file(tmp_path):
 
 def test_many_kinds_are_counted_together(tmp_path):
     files_of(tmp_path, "m.csv", *(f"a.k{number}" for number in range(40)), "b.k0")
-    words = in_words(discover(str(tmp_path)).passed_over)
+    words = skipped_in_words(discover(str(tmp_path)).passed_over)
     assert words.startswith("41 files not read") and words.endswith("10 of 10 other kinds.")
     assert "2 .k0 (such as a.k0)" in words
     # What may be a lost part of the manifest is always named.
     (tmp_path / "n.csv").symlink_to("/nowhere")
     (tmp_path / "in").symlink_to(".")
     os.mkfifo(tmp_path / "o.csv")
-    words = in_words(discover(str(tmp_path)).passed_over)
+    words = skipped_in_words(discover(str(tmp_path)).passed_over)
     assert words.startswith(
         "44 files not read as a manifest: 1 link that leads back (in), 1 link to nowhere (n.csv), "
         "1 pipe, socket or device (o.csv), 2 .k0 (such as a.k0), 1 .k1 (a.k1), "
@@ -297,7 +297,7 @@ def test_a_stray_table_among_pictures_is_no_manifest(tmp_path, name):
         (tmp_path / name).write_text('{"n": 1}\n' if name.endswith("jsonl") else "n\n1\n")
     manifest = discover(str(tmp_path), "understand")
     assert pictures(tmp_path) == ["a.png", "b/c.jpg"]
-    assert name in in_words(manifest.passed_over)
+    assert name in skipped_in_words(manifest.passed_over)
     # Unless the run says which of its columns has pictures.
     assert found(tmp_path, image_column="n") == [name]
     # One that cannot be read is not thought to be a stray one.
@@ -339,7 +339,7 @@ def test_the_folders_of_img2dataset(tmp_path):
         ("00000/000000001.jpg", "a cat"),
         ("00000/000000002.jpg", "a cat"),
     ]
-    words = in_words(discover(str(tmp_path), "edit").passed_over)
+    words = skipped_in_words(discover(str(tmp_path), "edit").passed_over)
     assert "3 .json" in words and "1 .parquet that names no images (00000.parquet)" in words
 
 

@@ -16,9 +16,9 @@ from wallaroo.workflows.manifests.types import ManifestFile, Piece, encode_schem
 from wallaroo.workflows.plans.columns import GIVEN, carried_schema, check_columns, plan_schema, with_given
 from wallaroo.workflows.plans.increments import check_carried, joined_schema, row_pairs
 from wallaroo.workflows.plans.parts import PartWork, PieceWork, write_part
-from wallaroo.workflows.plans.passes import PieceRows, ids_of
 from wallaroo.workflows.plans.plan import Round
 from wallaroo.workflows.plans.rows import derived_seed, plan_rows
+from wallaroo.workflows.plans.scanned import PieceRows, ids_of
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.plans.values import is_absent
 from wallaroo.workflows.settings import RunConfig

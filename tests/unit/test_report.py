@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from wallaroo.model.errors import InputError
-from wallaroo.workflows.manifests.listing import in_words
+from wallaroo.workflows.manifests.listing import skipped_in_words
 from wallaroo.workflows.outputs import rows as outputs_rows
 from wallaroo.workflows.outputs import run_file
 from wallaroo.workflows.outputs import shards as outputs_shards
@@ -317,7 +317,7 @@ def test_what_was_passed_over_is_in_the_report(outputs, tmp_path):
     part = tmp_path / "plan" / "part-00000.json"
     document = json.loads(part.read_text())
     kinds = {f".k{number}": (number + 1, f"<b>{number}.k") for number in range(20)}
-    document["opening"]["warnings"] = [in_words(kinds)]
+    document["opening"]["warnings"] = [skipped_in_words(kinds)]
     part.write_text(json.dumps(document))
     page = write(tmp_path)
     assert "Manifest: 210 files not read as a manifest: 20 .k19 (such as <b>19.k)" in page.text

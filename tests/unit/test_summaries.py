@@ -97,7 +97,7 @@ def test_summaries_say_what_the_columns_say(made, outputs):
     finish(str(made), read_plan(str(made)))
     for part in range(PARTS):
         for shard, stamp, values in read_lines(str(made), f"part-{part:05d}"):
-            assert stamp == layout.list_stamps(str(made))[shard]
+            assert stamp == layout.list_shards(str(made))[shard]
             with open_shard(str(made), shard) as parquet:
                 assert tally_of_file(parquet, shard, trusted=False).says(values)
                 assert tally_of_file(parquet, shard).says(values)

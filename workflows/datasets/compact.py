@@ -27,7 +27,7 @@ from wallaroo.workflows.datasets.progress import Phase, Report, silent
 from wallaroo.workflows.outputs.layout import (
     PLAN_FOLDER,
     is_plan_file,
-    list_stamps,
+    list_shards,
     part_rows_name,
     shard_name,
     shard_path,
@@ -39,7 +39,7 @@ from wallaroo.workflows.outputs.shards import map_shards, open_shard, write_shar
 from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.plans.columns import with_given
 from wallaroo.workflows.plans.increments import read_planned, write_planned
-from wallaroo.workflows.plans.layout import SHARD_ROWS, SHARD_TEXTS, write_shards
+from wallaroo.workflows.plans.layout import SHARD_ROWS, SHARD_TEXTS, write_planned_shards
 from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round, read_plan
 from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.page import write_report
@@ -94,7 +94,7 @@ def compact(output: str, on_progress: Report = silent) -> Compacted:
         _remove_others(output, plan)
         if success["parts"] != names:
             finish(output, plan)  # an earlier try was cut off after its plan had become the plan
-        sizes = {shard: storage.stamp_size(stamp) for shard, stamp in list_stamps(output).items()}
+        sizes = {shard: storage.stamp_size(stamp) for shard, stamp in list_shards(output).items()}
         groups = list(_groups(output, plan, sizes, SHARD_TEXTS if task in TEXT_TASKS else SHARD_ROWS[1]))
         if len(groups) == len(plan.shards):
             return Compacted(len(groups), len(groups))
@@ -184,7 +184,7 @@ def _replace_plan(output: str, plan: Plan, groups: list[list[int]], first: int) 
         )
         for shard, group in enumerate(groups, first)
     )
-    rows = write_shards(storage.join(output, PLAN_FOLDER, file), tables)
+    rows = write_planned_shards(storage.join(output, PLAN_FOLDER, file), tables)
     known = read_planned(output, plan.rounds)
     start = plan.rounds[0]
     identities = {tuple(one): one for round_ in plan.rounds for one in round_.manifest}
@@ -239,4 +239,4 @@ def _remove_others(output: str, plan: Plan) -> None:
         for file in storage.list_files(storage.join(output, PLAN_FOLDER))
         if file.relative not in kept and is_plan_file(file.relative)
     )
-    storage.delete_all(shard_path(output, shard) for shard in list_stamps(output) if shard not in plan.shards)
+    storage.delete_all(shard_path(output, shard) for shard in list_shards(output) if shard not in plan.shards)

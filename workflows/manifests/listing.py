@@ -269,7 +269,7 @@ def suffix_kind(name: str) -> str:
     return suffix if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
 
 
-def in_words(passed_over: PassedOver) -> str:
+def skipped_in_words(passed_over: PassedOver) -> str:
     """Describes the skipped files in one sentence; empty if there are none."""
     if not passed_over:
         return ""

@@ -113,14 +113,14 @@ def shard_number(name: str) -> int | None:
     return number if number is not None and shard_name(number) == name else None
 
 
-def list_stamps(output: str) -> dict[int, str]:
+def list_shards(output: str) -> dict[int, str]:
     """Lists the shards of an output: number -> stamp. One listing; no file is opened."""
     return storage.list_stamps(storage.join(output, DATA_FOLDER), shard_number)
 
 
 def list_done(output: str) -> set[int]:
     """Lists the numbers of the shards of an output. One listing; no file is opened."""
-    return set(list_stamps(output))
+    return set(list_shards(output))
 
 
 def summary_name(part: str) -> str:

@@ -1,4 +1,4 @@
-"""How many planned rows a manifest gives, and which of its rows repeat the id of an earlier one."""
+"""The planned rows that a manifest gives are counted, and rows that repeat an earlier id are found."""
 
 import hashlib
 from typing import NamedTuple
@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from wallaroo.workflows.manifests.layouts import has_questions
-from wallaroo.workflows.plans.passes import PieceRows, ScannedManifest, each, ids_of, pack_bits, unpack_bits
+from wallaroo.workflows.plans.passes import each, pack_bits, unpack_bits
 from wallaroo.workflows.plans.rows import sample_counts
+from wallaroo.workflows.plans.scanned import PieceRows, ScannedManifest, ids_of
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
 
 
@@ -23,7 +24,7 @@ class RowCounts(NamedTuple):
     """Piece -> its rows that repeat an id and all else that is planned. They give no row."""
 
 
-def counted(
+def count_rows(
     source: ScannedManifest, selected: np.ndarray, taken: np.ndarray, settings: PlanSettings
 ) -> RowCounts:
     """Counts planned rows, and finds rows that repeat the id of an earlier one.

@@ -10,7 +10,7 @@ import pyarrow as pa
 from wallaroo.workflows.manifests.listing import list_pictures
 from wallaroo.workflows.manifests.types import Manifest, encode_schema
 from wallaroo.workflows.plans.checks import open_plan
-from wallaroo.workflows.plans.counts import counted
+from wallaroo.workflows.plans.counts import count_rows
 from wallaroo.workflows.plans.increments import (
     PAIR,
     PlannedPairs,
@@ -22,9 +22,10 @@ from wallaroo.workflows.plans.increments import (
     write_planned,
 )
 from wallaroo.workflows.plans.parts import folder_of
-from wallaroo.workflows.plans.passes import PieceRows, ScannedManifest, each, ids_of
+from wallaroo.workflows.plans.passes import each
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.plans.rounds import LostRace, RoundPlanner, nothing_to_plan
+from wallaroo.workflows.plans.scanned import PieceRows, ScannedManifest, ids_of
 from wallaroo.workflows.plans.settings import PlanSettings, column_names
 from wallaroo.workflows.settings import OptionError
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
@@ -130,7 +131,7 @@ class _NewRowsPlanner(RoundPlanner):
         if not whole:
             return None
         while True:
-            counts = counted(source, selected, np.zeros_like(selected), self.settings)
+            counts = count_rows(source, selected, np.zeros_like(selected), self.settings)
             rows = int(counts.outputs.sum())
             most = self.part_rows(rows)
             if rows <= most:

@@ -59,7 +59,7 @@ def shard_rows(rows: int, config: ModelConfig, task: str = "generate", restored:
     return max(1, wanted)
 
 
-def write_shards(path: str, shards: Iterator[pa.Table]) -> int:
+def write_planned_shards(path: str, shards: Iterator[pa.Table]) -> int:
     """Writes the Parquet file of a part, a row group a shard.
 
     Args:

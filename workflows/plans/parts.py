@@ -16,9 +16,9 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.manifests.types import encode_schema
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER, part_rows_name
-from wallaroo.workflows.plans.layout import split_into_shards, write_shards
-from wallaroo.workflows.plans.passes import PieceRows
+from wallaroo.workflows.plans.layout import split_into_shards, write_planned_shards
 from wallaroo.workflows.plans.rows import plan_rows, sample_counts
+from wallaroo.workflows.plans.scanned import PieceRows
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.storage.checkpoints import Checkpoint, read_checkpoint
 
@@ -107,7 +107,7 @@ def write_part(
     if output is None:
         rows = sum(table.num_rows for table in shards)
     else:
-        rows = write_shards(storage.join(output, PLAN_FOLDER, file), shards)
+        rows = write_planned_shards(storage.join(output, PLAN_FOLDER, file), shards)
     if rows != part.rows:
         raise InputError("The manifest changed while it was read: start again when it is complete.")
     return {"file": file, "error_rows": errors.total(), "errors": dict(errors), "sizes": dict(sizes)}

@@ -265,7 +265,7 @@ def read_plan(output: str) -> Plan:
     return Plan(_PARTS[output], tuple(rounds))
 
 
-class Place(NamedTuple):
+class PlanRowGroup(NamedTuple):
     """Where the planned rows of a shard are."""
 
     file: str
@@ -275,7 +275,7 @@ class Place(NamedTuple):
 
 
 def read_shard(
-    output: str, shard: int, place: Place | None = None, columns: Sequence[str] | None = None
+    output: str, shard: int, place: PlanRowGroup | None = None, columns: Sequence[str] | None = None
 ) -> pa.Table:
     """Reads the planned rows of one shard with their carried columns: one row group.
 
@@ -335,11 +335,11 @@ _PARTS: dict[str, tuple[PlanPart, ...]] = {}
 """Parts that this process read last, by output. A valid part never changes."""
 
 
-def _place_of(output: str, shard: int) -> Place:
+def _place_of(output: str, shard: int) -> PlanRowGroup:
     for fresh in (False, True):
         if fresh:
             read_plan(output)
         for part in _PARTS.get(output, ()):
             if part.first_shard <= shard < part.end:
-                return Place(part.file, shard - part.first_shard)
+                return PlanRowGroup(part.file, shard - part.first_shard)
     raise InputError(f"{output} has no plan for shard {shard}: plan it first.")

@@ -7,9 +7,9 @@ from wallaroo.workflows.manifests.types import Manifest
 from wallaroo.workflows.plans.checks import open_plan, refuse_inside
 from wallaroo.workflows.plans.growing import plan_new_rows
 from wallaroo.workflows.plans.increments import unseen
-from wallaroo.workflows.plans.passes import ScannedManifest
 from wallaroo.workflows.plans.plan import Plan
 from wallaroo.workflows.plans.rounds import LostRace, RoundPlanner, nothing_to_plan
+from wallaroo.workflows.plans.scanned import ScannedManifest
 from wallaroo.workflows.plans.settings import PlanSettings
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
 

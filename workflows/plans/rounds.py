@@ -15,11 +15,12 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import PLAN_FOLDER
 from wallaroo.workflows.plans.columns import carried_schema
-from wallaroo.workflows.plans.counts import RowCounts, counted
+from wallaroo.workflows.plans.counts import RowCounts, count_rows
 from wallaroo.workflows.plans.increments import check_carried
 from wallaroo.workflows.plans.parts import PartWork, PieceWork, write_part
-from wallaroo.workflows.plans.passes import PieceRows, ScannedManifest, each, pack_bits, selected_rows
+from wallaroo.workflows.plans.passes import each, pack_bits
 from wallaroo.workflows.plans.plan import FORMAT, Plan, PlanPart, Round
+from wallaroo.workflows.plans.scanned import PieceRows, ScannedManifest, selected_rows
 from wallaroo.workflows.storage.checkpoints import read_checkpoint
 
 PART_SHARDS = 1024
@@ -95,7 +96,7 @@ class RoundPlanner:
         # Rounds of a growing manifest have a manifest each, so their bits do not compare.
         same = [one.selected for one in earlier if not one.known]
         taken = np.logical_or.reduce(same or [np.zeros_like(selected)])
-        counts = counted(self.source, selected, taken, self.settings)
+        counts = count_rows(self.source, selected, taken, self.settings)
         rows = int(counts.outputs.sum())
         if not rows and plan.parts:
             return plan

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.outputs.layout import list_stamps, list_summaries, shard_path, summary_name
+from wallaroo.workflows.outputs.layout import list_shards, list_summaries, shard_path, summary_name
 from wallaroo.workflows.outputs.shards import map_shards, open_shard
 from wallaroo.workflows.outputs.summary_files import read_lines, read_texts, write_lines
 from wallaroo.workflows.reports.tally import ShardTally, Tally, tally_of_file
@@ -97,7 +97,7 @@ class Summaries:
             renew: Whether summaries are written. Several may do so at once: each is right or passed over.
         """
         self.output, self.parts, self._renew = output, parts, renew
-        self.stamps = list_stamps(output)
+        self.stamps = list_shards(output)
         self.opened = 0
         self.unreadable: dict[int, str] = {}
         self._names = list_summaries(output)

@@ -27,7 +27,7 @@ from wallaroo.workflows.outputs.rows import (
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
 from wallaroo.workflows.outputs.shards import open_shard, write_shard
 from wallaroo.workflows.outputs.values import digest
-from wallaroo.workflows.plans.plan import Place, read_shard
+from wallaroo.workflows.plans.plan import PlanRowGroup, read_shard
 from wallaroo.workflows.reports.tally import tally_of_table
 from wallaroo.workflows.runs.requests import load_requests
 from wallaroo.workflows.sources.references import SourceOptions
@@ -68,7 +68,7 @@ def load(
     shard = row["shard"]
 
     def read() -> pa.Table:
-        plan = read_shard(output, shard, Place(row["plan_file"], row["row_group"]))
+        plan = read_shard(output, shard, PlanRowGroup(row["plan_file"], row["row_group"]))
         return plan.filter(rows_to_retry(output, shard, plan)) if shard in retried else plan
 
     plan = storage.with_retries(output, read)

@@ -21,7 +21,7 @@ from wallaroo.model.training.data import from_memory
 from wallaroo.model.training.lm import Batch, LMLearner, LMLosses
 from wallaroo.model.training.loop import batches
 from wallaroo.model.training.rows import Rows
-from wallaroo.model.vision import encode_image, take_many, tower_plan
+from wallaroo.model.vision import embed_picture, take_many, tower_plan
 
 
 def forced(engine, request):
@@ -90,7 +90,7 @@ def test_many_pictures_at_once_are_seen_as_each_alone(tokenizer):
     patches = torch.randn(int(grids.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         alone = [
-            encode_image(tower, part, (int(grid[1]), int(grid[2])))
+            embed_picture(tower, part, (int(grid[1]), int(grid[2])))
             for part, grid in zip(patches.split(grids.prod(1).tolist()), grids, strict=True)
         ]
         take_many(tower)
