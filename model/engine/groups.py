@@ -5,7 +5,7 @@ Knows nothing of prefill, pixels and waiting rows.
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ from wallaroo.model.cuda.graphs import Recorder
 from wallaroo.model.cuda.transfer import to_host
 from wallaroo.model.decoder import Layer, packed, product_in_float32, rope
 from wallaroo.model.engine.requests import Row
+from wallaroo.model.engine.shared import Shared
 from wallaroo.model.engine.updates import Updates
 from wallaroo.model.kv_cache import KVCache
 from wallaroo.model.sampling import Filters, draws, sample
-
-if TYPE_CHECKING:
-    from wallaroo.model.engine.engine import Engine
 
 Ended = tuple[Row, Tensor, np.ndarray | None]
 """A finished row; its tokens, int64 `(steps or more,)` on the device, one a step; its logits if traced."""
@@ -52,7 +50,7 @@ class Group:
     STOP_CHECK = 4
     """Steps between two looks at the stop flags of texts."""
 
-    def __init__(self, engine: "Engine", guided: bool):
+    def __init__(self, engine: Shared, guided: bool):
         model, options = engine.model, engine.options
         self.engine, self.guided = engine, guided
         sequences = 2 * options.group_rows
@@ -358,7 +356,7 @@ class MixedGroup(Group):
         engine: The engine that the group belongs to.
     """
 
-    def __init__(self, engine: "Engine"):
+    def __init__(self, engine: Shared):
         super().__init__(engine, guided=False)
 
     def _free(self) -> list[int]:

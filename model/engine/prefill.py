@@ -6,7 +6,6 @@ Knows nothing of slots and steps.
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,37 +16,14 @@ from wallaroo.model.cuda import ops
 from wallaroo.model.cuda.transfer import to_device
 from wallaroo.model.decoder import packed, rope, rope_frequencies
 from wallaroo.model.engine.options import EngineOptions
+from wallaroo.model.engine.prefixes import PendingPrefix
 from wallaroo.model.engine.requests import Row
 from wallaroo.model.images import patchify
-from wallaroo.model.kv_cache import KVCache, Prefix
+from wallaroo.model.kv_cache import KVCache
 from wallaroo.model.prompts import Prompt
 from wallaroo.model.vision import embed_picture
 from wallaroo.model.vq import precision, to_float
 from wallaroo.model.wallaroo import Wallaroo
-
-
-@dataclass(eq=False)
-class PendingPrefix:
-    """A prompt that waits for prefill, or is done (`prefix` is set)."""
-
-    key: Hashable
-    """Equal prompts with equal sources have equal keys."""
-    prompt: Prompt
-    """The prompt."""
-    semantic: np.ndarray | None
-    """Source for the vision tower, as in `Request`."""
-    pixels: np.ndarray | None
-    """Source for the image tokenizer, as in `Request`."""
-    waiting: int = 0
-    """Rows that need it."""
-    done: int = 0
-    """Tokens that have been through."""
-    scratch: int = -1
-    """Its row in the scratch cache; -1 before the first piece."""
-    features: list[tuple[np.ndarray, Tensor]] | None = None
-    """See `Prefill._features`."""
-    prefix: Prefix | None = None
-    """Set when the prompt is through the decoder."""
 
 
 class Prefill:

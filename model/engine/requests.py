@@ -11,7 +11,7 @@ from wallaroo.model.prompts import Prompt
 from wallaroo.model.sampling import Sampling
 
 if TYPE_CHECKING:
-    from wallaroo.model.engine.prefill import PendingPrefix
+    from wallaroo.model.engine.prefixes import PendingPrefix
 
 
 @dataclass(frozen=True)
