@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from wallaroo.workflows import storage
-from wallaroo.workflows.outputs.layout import CARD_FILE, DATA_FOLDER
+from wallaroo.workflows.outputs.layout import CARD_FILE, DATA_FOLDER, ERRORS_FILE
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.values import flat
 
@@ -126,7 +126,7 @@ def render_card(output: str, plan: "Plan", counts: "RowTotals") -> str:
         "```",
         "",
         "A row is an error row where `status` is `error`; `error_type` and `error_message` say why. "
-        "`errors.jsonl` holds these rows as a manifest for a second try.",
+        f"`{ERRORS_FILE}` holds these rows as a manifest for a second try.",
         "",
         "## Provenance",
         "",

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wallaroo.workflows import storage
-from wallaroo.workflows.outputs.layout import shard_path
+from wallaroo.workflows.outputs.layout import RUN_FILE, shard_path
 from wallaroo.workflows.outputs.schema import MIME_TYPES, RESULT_NAMES, TEXT_TASKS
 from wallaroo.workflows.outputs.shards import TALLY_KEY, without_tally
 from wallaroo.workflows.reports.tally import ShardTally, footer_tally, tally_of_file
@@ -152,9 +152,9 @@ class Check:
             if origin != wanted:
                 yield f"source.row_id is {short(origin)}, but {short(wanted)} was planned"
         if row["task"] != self.run["config"].get("task", row["task"]):
-            yield f"task is {short(row['task'])}, which is not that of run.json"
+            yield f"task is {short(row['task'])}, which is not that of {RUN_FILE}"
         if row["config_digest"] != self.run["config_digest"]:
-            yield "config_digest is not that of run.json"
+            yield f"config_digest is not that of {RUN_FILE}"
         if row["status"] == "ok":
             if plan["status"] != "planned":
                 yield "it is ok, but was planned as an error row"
