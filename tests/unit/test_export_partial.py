@@ -76,7 +76,7 @@ def test_what_is_finished_is_exported_and_later_made_whole(outputs, tmp_path, ca
     first = contents(dest)
 
     complete()
-    code, said = run(capsys, form, output, dest, "--overwrite")
+    code, said = run(capsys, form, output, dest)
     assert code == (3 if form == "dpg" else 0) and "Partial" not in said
     whole = contents(dest)
     export(str(output), str(tmp_path / "other"), form)
@@ -85,6 +85,28 @@ def test_what_is_finished_is_exported_and_later_made_whole(outputs, tmp_path, ca
     for name, data in first.items():
         if name.endswith(".png"):
             assert whole[name] == data
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [("files", "metadata.jsonl"), ("webdataset", "shard-00000000.tar")]
+)
+def test_a_list_that_somebody_changed_is_not_replaced(outputs, tmp_path, form, name):
+    complete = stopped(outputs, tmp_path / "out", [1])
+    export(str(tmp_path / "out"), str(tmp_path / "dest"), form, partial=True)
+    # The same again changes nothing, and what it wrote stays known.
+    again = export(str(tmp_path / "out"), str(tmp_path / "dest"), form, partial=True)
+    assert again.unchanged == again.files
+    ours = (tmp_path / "dest" / name).read_bytes()
+    complete()
+    (tmp_path / "dest" / name).write_bytes(ours + b"mine")
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"{re.escape(name)} exists with other content .* --overwrite"):
+            export(str(tmp_path / "out"), str(tmp_path / "dest"), form)
+        assert (tmp_path / "dest" / name).read_bytes() == ours + b"mine"
+    (tmp_path / "dest" / name).write_bytes(ours)
+    assert not export(str(tmp_path / "out"), str(tmp_path / "dest"), form).partial
+    export(str(tmp_path / "out"), str(tmp_path / "other"), form)
+    assert contents(tmp_path / "dest") == contents(tmp_path / "other")
 
 
 def test_names_and_numbers_are_those_of_the_whole(outputs, tmp_path):
@@ -109,7 +131,7 @@ def test_error_rows_count_apart_from_what_is_missing(outputs, tmp_path, capsys):
     assert said == (
         "Partial export: 2 of 3 shards and 4 of 6 rows planned are finished. 3 images exported to "
         f"{tmp_path}/dest, 4 files; 1 error row with nothing to export. Export again "
-        "with --overwrite when more is finished.\n"
+        "when more is finished.\n"
     )
 
 

@@ -212,7 +212,7 @@ def test_commands_say_that_a_run_is_at_work(outputs, tmp_path, capsys):
         assert some.out.startswith("Partial export: 1 of 2 shards ") and complete not in some.err
         shards.write_shard(str(output), 1, outputs.result_table(outputs.plan_table(6, 6, 1)))
         finish(str(output), read_plan(str(output)))
-        whole = said("export", "files", output, tmp_path / "some", "--partial", "--overwrite")
+        whole = said("export", "files", output, tmp_path / "some", "--partial")
         assert whole.out.startswith("12 images exported to ")
         assert whole.err.splitlines()[0] == words and whole.err.splitlines()[-1] == complete
 

@@ -21,7 +21,7 @@ from wallaroo.workflows import storage
 from wallaroo.workflows.datasets import export_benchmarks
 from wallaroo.workflows.datasets.content_credentials import CredentialSigner
 from wallaroo.workflows.datasets.export_batch import openai_batch
-from wallaroo.workflows.datasets.export_files import Results, Row, Sink
+from wallaroo.workflows.datasets.export_files import Results, Row
 from wallaroo.workflows.datasets.export_rows import (
     SUFFIXES,
     Count,
@@ -33,10 +33,12 @@ from wallaroo.workflows.datasets.export_rows import (
     stem_of,
 )
 from wallaroo.workflows.datasets.export_signed import signed_pictures
+from wallaroo.workflows.datasets.export_sink import Sink
 from wallaroo.workflows.datasets.export_summary import (
     PARTIAL_FILE,
     ExportSummary,
     put_mark,
+    read_growing,
     refuse_foreign_mark,
     remove_mark,
 )
@@ -124,10 +126,13 @@ def export(
         refuse_foreign_mark(dest)
     signer = CredentialSigner(*c2pa) if c2pa is not None else None
     count = Count()
-    with Sink(dest, overwrite, (lambda: put_mark(dest, results)) if results.partial else None) as sink:
+    growing = read_growing(dest)
+    begin = functools.partial(put_mark, dest, results, growing) if results.partial else None
+    with Sink(dest, overwrite, begin, growing) as sink:
         chosen.write(results, sink, count, Options(embed_metadata or results.embedded, image_urls, signer))
     if results.partial:
-        put_mark(dest, results, exported=count.exported, errors=results.errors, missing_rows=results.missing)
+        counts = {"exported": count.exported, "errors": results.errors, "missing_rows": results.missing}
+        put_mark(dest, results, sink.growing, **counts)
     else:
         remove_mark(dest)
     return ExportSummary(
@@ -258,7 +263,7 @@ def _tars(
                 inner += 1
         if inner:
             data = buffer.getvalue()
-            sink.put(name.format(tars), functools.partial(bytes, data), len(data))
+            sink.put(name.format(tars), functools.partial(bytes, data), len(data), grows=True)
             tars += 1
 
 

@@ -8,8 +8,9 @@ import urllib.parse
 from typing import Any
 
 from wallaroo.model.errors import InputError
-from wallaroo.workflows.datasets.export_files import Results, Row, Sink, place
+from wallaroo.workflows.datasets.export_files import Results, Row, place
 from wallaroo.workflows.datasets.export_rows import SUFFIXES, Count, Options, picture_of, stem_of
+from wallaroo.workflows.datasets.export_sink import Sink
 from wallaroo.workflows.outputs.schema import MIME_TYPES, TEXT_TASKS
 from wallaroo.workflows.outputs.values import json_line
 

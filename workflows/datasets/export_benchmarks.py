@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from wallaroo.model.errors import InputError, RowError
-from wallaroo.workflows.datasets.export_files import Results, Row, Sink
+from wallaroo.workflows.datasets.export_files import Results, Row
 from wallaroo.workflows.datasets.export_rows import (
     Count,
     Options,
@@ -24,6 +24,7 @@ from wallaroo.workflows.datasets.export_rows import (
     picture_of,
     pixels_of,
 )
+from wallaroo.workflows.datasets.export_sink import Sink
 from wallaroo.workflows.outputs.rows import encode_image
 from wallaroo.workflows.outputs.schema import own_name
 from wallaroo.workflows.outputs.values import json_line
@@ -61,7 +62,7 @@ def geneval(results: Results, sink: Sink, count: Count, options: Options) -> Non
             described = row.number
             metadata = _without_nulls(results.carried_values(row, ("prompt",), own_name))
             line = json_line(metadata | {"prompt": row.values["prompt"]})
-            sink.put(f"{folder}/metadata.jsonl", functools.partial(bytes, line), len(line))
+            sink.put(f"{folder}/metadata.jsonl", functools.partial(bytes, line), len(line), grows=True)
         sink.put(name, functools.partial(picture_of, row, options, "png"), memory_of(row))
         count.exported += 1
 

@@ -1,24 +1,19 @@
-"""What every export format needs: the rows of an output, safe names, a place to write files.
+"""What every export format needs of an output: its rows, and safe names for them.
 
-Rows are read in order, a row group at a time. Files are written atomically, several at a time, and only if
-they are missing. Knows nothing of any format.
+Rows are read in order, a row group at a time. Knows nothing of any format.
 """
 
 import base64
-import contextlib
 import hashlib
 import json
 import re
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from wallaroo.model.errors import InputError
-from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.progress import Phase, Report, silent
 from wallaroo.workflows.outputs.layout import list_done, shard_path
 from wallaroo.workflows.outputs.lock import at_work
@@ -40,10 +35,6 @@ if TYPE_CHECKING:
 
 MISSING = "missing"
 """Status of a planned row whose shard is not written yet."""
-
-WRITERS = 8
-WAITING_BYTES = 32 << 20
-"""Most memory of files that wait for a writer; a larger file is written before the next is made."""
 
 
 # Reading
@@ -274,123 +265,6 @@ def _nested(kind: pa.DataType) -> bool:
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         kind = kind.value_type
     return pa.types.is_nested(kind)
-
-
-# Writing
-
-
-class Sink:
-    """Writes files below a folder, several at once. Files that have the right bytes are left alone.
-
-    Args:
-        dest: The folder, local or `s3://`.
-        overwrite: Replace files that have other bytes.
-        begin: Called before the first file.
-
-    Raises:
-        InputError: A file has other bytes, and `overwrite` is not set.
-    """
-
-    def __init__(self, dest: str, overwrite: bool = False, begin: Callable[[], None] | None = None):
-        self._begin = begin
-        self.dest, self.overwrite, self.files, self.unchanged = dest, overwrite, 0, 0
-        # The first look at a place must not be that of several threads, which would share a half-made client.
-        storage.info(storage.join(dest, "metadata.jsonl"))
-        self._pool = ThreadPoolExecutor(WRITERS)
-        self._waiting: deque[tuple[int, Future[bool]]] = deque()
-
-    def __enter__(self) -> "Sink":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            while self._waiting and kind is None:
-                self._take()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
-
-    def read(self, relative: str) -> bytes | None:
-        """The bytes of a file below the folder; None if there is none."""
-        path = storage.join(self.dest, relative)
-        return storage.read_bytes(path) if storage.info(path) is not None else None
-
-    def put(self, relative: str, make: Callable[[], bytes], size: int) -> None:
-        """Writes a file in a thread.
-
-        Args:
-            relative: Path of the file below the folder.
-            make: Returns the bytes; called in the thread.
-            size: Memory that this takes until it is written, in bytes.
-        """
-        self._start()
-        path = storage.join(self.dest, relative)
-        self._waiting.append((size, self._pool.submit(_write, path, make, self.overwrite)))
-        while len(self._waiting) > 2 * WRITERS or sum(taken for taken, _ in self._waiting) > WAITING_BYTES:
-            self._take()
-
-    def _start(self) -> None:
-        if self._begin is not None:
-            self._begin()
-            self._begin = None
-
-    def _take(self) -> None:
-        written = self._waiting.popleft()[1].result()
-        self.files += 1
-        self.unchanged += not written
-
-    @contextlib.contextmanager
-    def stream(self, relative: str) -> Iterator[Any]:
-        """A file that is written in pieces, and appears after all others."""
-        self._start()
-        path = storage.join(self.dest, relative)
-        if not self.overwrite and storage.exists(path):
-            with storage.open_source(path) as existing:
-                yield _Same(path, existing)
-                if existing.read(1):
-                    raise _other_bytes(path)
-                while self._waiting:
-                    self._take()
-            self.unchanged += 1
-        else:
-            with storage.write_stream(path) as stream:
-                yield stream
-                while self._waiting:
-                    self._take()
-        self.files += 1
-
-
-class _Same:
-    """A file that exists already: each piece is compared with its bytes."""
-
-    def __init__(self, path: str, existing: IO[bytes]):
-        self._path, self._existing = path, existing
-
-    def write(self, data: bytes) -> None:
-        if self._existing.read(len(data)) != data:
-            raise _other_bytes(self._path)
-
-
-def _write(path: str, make: Callable[[], bytes], overwrite: bool) -> bool:
-    """Writes a file unless it has these bytes already. Returns whether it wrote."""
-    data = make()
-    found = storage.info(path)
-    if found is not None:
-        # The etag of an object that came in one piece spares its reading.
-        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        same = found.size == len(data) and (found.etag == md5 or storage.read_bytes(path) == data)
-        if same:
-            return False
-        if not overwrite:
-            raise _other_bytes(path)
-    storage.write_atomic(path, data)
-    return True
-
-
-def _other_bytes(path: str) -> InputError:
-    return InputError(
-        f"{path} exists with other content than this export gives it: "
-        f"choose another DEST, or --overwrite to replace it."
-    )
 
 
 # Names

@@ -11,7 +11,8 @@ import numpy as np
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.datasets.content_credentials import CredentialSigner
-from wallaroo.workflows.datasets.export_files import MARK, Results, Row, Sink, file_stem, place
+from wallaroo.workflows.datasets.export_files import MARK, Results, Row, file_stem, place
+from wallaroo.workflows.datasets.export_sink import Sink
 from wallaroo.workflows.outputs.rows import encode_image
 from wallaroo.workflows.outputs.schema import MIME_TYPES
 from wallaroo.workflows.outputs.values import jsonable

@@ -6,8 +6,9 @@ from typing import Any
 
 from wallaroo.model.errors import RowError
 from wallaroo.workflows.datasets.content_credentials import CredentialSigner
-from wallaroo.workflows.datasets.export_files import Row, Sink
+from wallaroo.workflows.datasets.export_files import Row
 from wallaroo.workflows.datasets.export_rows import Count, Options, picture_of
+from wallaroo.workflows.datasets.export_sink import Sink
 from wallaroo.workflows.datasets.look import fetch_all
 from wallaroo.workflows.sources.embedded import Cell
 from wallaroo.workflows.sources.references import SourceOptions

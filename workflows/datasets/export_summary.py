@@ -1,6 +1,7 @@
 """The summary of an export, and the mark of a partial one."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ class ExportSummary:
             parts.append(f"the evaluator will miss {names}")
         if self.unread:
             parts.append(f"{_number(self.unread, 'source')} named by digest alone, since they have changed")
-        again = " Export again with --overwrite when more is finished." if self.partial else ""
+        again = " Export again when more is finished." if self.partial else ""
         return f"{self._partial_text()}{'; '.join(parts)}.{again}"
 
     def _partial_text(self) -> str:
@@ -105,12 +106,28 @@ def refuse_foreign_mark(dest: str) -> None:
         )
 
 
-def put_mark(dest: str, results: Results, **counts: int) -> None:
+def read_growing(dest: str) -> dict[str, str]:
+    """Returns the files that a partial export wrote and that a later one may replace.
+
+    Args:
+        dest: The folder of the export.
+
+    Returns:
+        Path below the folder -> sha256; empty without a mark.
+    """
+    found = (_read_mark(dest) or {}).get("growing")
+    if not isinstance(found, dict):
+        return {}
+    return {name: digest for name, digest in found.items() if isinstance(digest, str)}
+
+
+def put_mark(dest: str, results: Results, growing: Mapping[str, str], **counts: int) -> None:
     """Writes the mark of a partial export.
 
     Args:
         dest: The folder of the export.
         results: Of the output.
+        growing: Path below the folder -> sha256 of each file that grows with the rows.
         **counts: Numbers of rows, as far as they are known.
     """
     document = {
@@ -121,6 +138,7 @@ def put_mark(dest: str, results: Results, **counts: int) -> None:
         "shards": len(results.plan.shards),
         "plan_complete": results.plan.complete,
         **counts,
+        "growing": dict(growing),
     }
     storage.write_atomic(storage.join(dest, PARTIAL_FILE), json.dumps(document, indent=2).encode() + b"\n")
 
