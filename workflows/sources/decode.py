@@ -196,8 +196,12 @@ def _deep_alpha(upper: np.ndarray, data: bytes, key: tuple[int, int, int], secon
     with Image.open(_Timed(data, seconds), formats=("PNG",)) as again:
         again.tile = [tile._replace(args=_DEEP_LOWER) for tile in again.tile]
         again.load()
-        colours = upper.astype(np.uint16) << 8 | np.asarray(again)
-    return Image.fromarray(np.where((colours == key).all(-1), 0, 255).astype(np.uint8))
+        lower = np.asarray(again)
+    # Band by band, since numbers of 16 bits would take twice the memory of the picture.
+    same = np.ones(upper.shape[:2], bool)
+    for band, value in enumerate(key):
+        same &= (upper[..., band] == value >> 8) & (lower[..., band] == value & 255)
+    return Image.fromarray(np.where(same, np.uint8(0), np.uint8(255)))
 
 
 _SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
