@@ -191,62 +191,74 @@ class Recipe:
             if made.get(name) == "tiny":
                 made[name] = str(TINY)
         recipe = cls(**made)
-        if recipe.part not in ("vq", "lm"):
-            raise InputError(f"The recipe's part is '{recipe.part}', but must be vq or lm.")
-        for task in recipe.lengths:
+        recipe._check_names()
+        recipe._check_options()
+        recipe._check_rows()
+        recipe.share(1)
+        return recipe
+
+    def _check_names(self) -> None:
+        """Checks the part, and keys that are names of tasks, prompts and matrices."""
+        if self.part not in ("vq", "lm"):
+            raise InputError(f"The recipe's part is '{self.part}', but must be vq or lm.")
+        for task in self.lengths:
             if task not in _PARTS:
                 near = did_you_mean(task, _PARTS) or f"; tasks are {', '.join(_PARTS)}."
                 raise InputError(f"The recipe's lengths has '{task}', which is not a task{near}")
-        for name in recipe.templates:
+        for name in self.templates:
             if name not in _TEMPLATES:
                 near = did_you_mean(name, _TEMPLATES) or f"; they are {', '.join(_TEMPLATES)}."
                 raise InputError(f"The recipe's templates has '{name}', which no prompt has{near}")
-        for target in recipe.lora_targets:
+        for target in self.lora_targets:
             if target not in LORA_TARGETS:
                 near = did_you_mean(target, LORA_TARGETS) or f"; they are {', '.join(LORA_TARGETS)}."
                 raise InputError(f"The recipe's lora_targets has '{target}', which no layer has{near}")
-        if recipe.sample_prompts and (recipe.part == "vq" or "generate" not in recipe.rows):
+
+    def _check_options(self) -> None:
+        """Checks options against the part, and their bounds."""
+        if self.sample_prompts and (self.part == "vq" or "generate" not in self.rows):
             raise InputError(
                 "The recipe has sample_prompts, but draws from prompts only if it trains generate; "
                 "leave them out."
             )
-        if recipe.lora and recipe.part == "vq":
+        if self.lora and self.part == "vq":
             raise InputError("The recipe has lora, but the image tokenizer has no such layers; leave it out.")
-        if recipe.size % VQ_FACTOR:
+        if self.size % VQ_FACTOR:
             raise InputError(
-                f"The recipe's size is {recipe.size}, but must be a multiple of {VQ_FACTOR}, the side of an "
+                f"The recipe's size is {self.size}, but must be a multiple of {VQ_FACTOR}, the side of an "
                 f"image token in pixels."
             )
-        if recipe.stream and recipe.part == "vq":
+        if self.stream and self.part == "vq":
             raise InputError("The recipe streams rows, but the image tokenizer needs them all; leave it out.")
-        if recipe.precision not in PRECISIONS:
+        if self.precision not in PRECISIONS:
             raise InputError(
-                f"The recipe's precision is '{recipe.precision}', but must be one of {', '.join(PRECISIONS)}."
+                f"The recipe's precision is '{self.precision}', but must be one of {', '.join(PRECISIONS)}."
             )
         for name in ("drop", "masked", "smoothing", "null_smoothing"):
-            if getattr(recipe, name) > 1:
-                raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but a share is at most 1.")
-        if bool(recipe.held_out) != bool(recipe.validate_every):
+            if getattr(self, name) > 1:
+                raise InputError(f"The recipe's {name} is {getattr(self, name)}, but a share is at most 1.")
+
+    def _check_rows(self) -> None:
+        """Checks rows, their data and the steps."""
+        if bool(self.held_out) != bool(self.validate_every):
             raise InputError(
-                f"The recipe has held_out = {recipe.held_out} and validate_every = {recipe.validate_every}; "
+                f"The recipe has held_out = {self.held_out} and validate_every = {self.validate_every}; "
                 f"losses of held-out rows need both, so give both or neither."
             )
-        for task in recipe.held_out:
-            if task not in recipe.rows or recipe.part == "vq":
+        for task in self.held_out:
+            if task not in self.rows or self.part == "vq":
                 raise InputError(
                     f"The recipe's held_out names '{task}', but must name tasks that the stage trains: "
-                    f"{', '.join(recipe.rows) if recipe.part == 'lm' else 'none of part vq'}."
+                    f"{', '.join(self.rows) if self.part == 'lm' else 'none of part vq'}."
                 )
         for name in ("steps", "accumulate", "log_every", "save_every", "validate_steps"):
-            if getattr(recipe, name) < 1:
-                raise InputError(f"The recipe's {name} is {getattr(recipe, name)}, but must be at least 1.")
-        if set(recipe.rows) != set(recipe.data):
+            if getattr(self, name) < 1:
+                raise InputError(f"The recipe's {name} is {getattr(self, name)}, but must be at least 1.")
+        if set(self.rows) != set(self.data):
             raise InputError(
-                f"The recipe has rows for {', '.join(recipe.rows) or 'nothing'} and data for "
-                f"{', '.join(recipe.data) or 'nothing'}; both must name the same tasks."
+                f"The recipe has rows for {', '.join(self.rows) or 'nothing'} and data for "
+                f"{', '.join(self.data) or 'nothing'}; both must name the same tasks."
             )
-        recipe.share(1)
-        return recipe
 
     def share(self, world: int) -> dict[str, int]:
         """Divides the rows of a step.
