@@ -1,6 +1,6 @@
 """A Ray to run on: a local one that this module starts and ends, or an existing cluster.
 
-A terminal belongs to whoever shows the progress of a run, so Ray writes to its log files only. Knows
+The terminal shows the progress of a run, so Ray writes to its log files only. Knows
 nothing of what is run. The environment variables it sets are for Ray's own processes and go again.
 """
 

@@ -23,9 +23,9 @@ class Progress:
     phase: str = ""
     """The present pass of a command that passes over the rows several times (`comparing`), or empty."""
     stopping: bool = False
-    """Whether the run drains its shards in flight, which whoever waits should know at once."""
+    """Whether the run drains its shards in flight. A display shows this at once."""
     seconds: float = 0.0
-    """Seconds since the command or its present phase began; 0 if whoever shows the progress measures them."""
+    """Seconds since the command or its phase began; 0 if the display is to measure them."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from types import FrameType
 class RunStopped(BaseException):
     """The run was stopped on purpose; the message says how to resume.
 
-    Like KeyboardInterrupt it may arise anywhere, and only whoever started the run should catch it.
+    Like KeyboardInterrupt it may arise anywhere, and only the caller of the run should catch it.
     """
 
 

@@ -67,7 +67,7 @@ class Group:
             sequences, model.config.decoder.hidden_size, device=device, dtype=model.dtype
         )
         self.updates = Updates(device)
-        # By sequence. An empty slot goes on computing; its length and position stand still.
+        # By sequence. An empty slot computes too, but its length and position do not change.
         self.places = torch.zeros(3, sequences, dtype=torch.int64, device=device)
         self.length, self.position, self.advance = self.places
         self.sequence = torch.arange(sequences, device=device)

@@ -126,7 +126,7 @@ class LMLosses(nn.Module):
 
     Label smoothing (Szegedy et al. 2016, section 7) serves guidance (Ho and Salimans 2022), which at scale s
     draws by s log p(token | prompt) - (s - 1) log p(token). Both terms of an unlikely token are large
-    negative numbers that no loss bounds, so by chance such a token can win; smoothing bounds them. With
+    negative numbers that no loss bounds, so such a token can win at random; smoothing bounds them. With
     shares e after a prompt and n after a dropped one, guidance leaves e^s / n^(s - 1).
 
     Args:

@@ -189,7 +189,7 @@ def _join(
             )
     if not cuda and world > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
-    # Nobody from outside may join: processes find each other by a file, and talk over the loopback device.
+    # No other machine can join: processes find each other by a file, and talk over the loopback device.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = torch.distributed.FileStore(f"{meeting}/store", world)
     torch.distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)

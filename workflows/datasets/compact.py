@@ -1,8 +1,8 @@
 """Compaction: merges the many small shards that incremental runs leave behind.
 
 1. The merged shards are written, under numbers that no plan has used.
-2. The JSON of the last part is replaced, if nobody else did, by one that stands for all parts. From then on
-   the merged shards are the plan.
+2. The JSON of the last part is replaced, unless another process did so, by one that stands for all parts.
+   From then on the merged shards are the plan.
 3. The old files are removed.
 
 An interruption leaves either the old output or the new one; the next `compact` removes files of the other.

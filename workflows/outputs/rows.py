@@ -185,7 +185,7 @@ def build_result_table(
 
     Args:
         plan: Planned rows of the shard with their carried columns. For tasks that read pictures it has the
-            column `source`. Whoever loads the pictures fills in what is known then: `sha256`, `width` and
+            column `source`. The load stage fills in what it learns: `sha256`, `width` and
             `height` of `source`, and error rows of kind `image`.
         outcomes: One of every row that the plan does not refuse, in any order.
         run: What is the same in every row of the run.

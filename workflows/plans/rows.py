@@ -137,7 +137,7 @@ def plan_rows(
 
     Returns:
         The planned rows in the schema `plan_schema(carried_schema(table.schema))`. `row_id` counts from 0 and
-        `shard` is 0; whoever joins tables numbers them.
+        `shard` is 0; the caller, which joins tables, numbers them.
     """
     numbers = range(table.num_rows) if numbers is None else numbers
     faults, raw, versions = faults or {}, raw or {}, versions or {}

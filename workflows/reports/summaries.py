@@ -24,9 +24,9 @@ from wallaroo.workflows.reports.tally import ShardTally, Tally, tally_of_file
 
 ALL = "all"
 WRITE_SHARDS = 64
-"""So many new shards of a part are there before its summary is written while a run goes on."""
+"""New shards of a part after which an active run writes its summary."""
 WRITE_PARTS = 16
-"""So many parts are complete before `all` is written while a run goes on."""
+"""Complete parts after which an active run writes `all`."""
 MAX_BYTES = 64 << 10
 """Of a part's tally in `all`; a longer one is only in the part's own summary."""
 
@@ -229,7 +229,7 @@ class Summaries:
         if now.new < WRITE_SHARDS and not complete:
             return
         now.new = 0
-        # What could not be written is made again by whoever needs it.
+        # A summary that could not be written is made again when it is needed.
         with suppress(InputError, OSError):
             self._write_part(part, dict(sorted(now.entries.items())))
         if complete:

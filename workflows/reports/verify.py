@@ -253,7 +253,7 @@ def _check_total(
         try:
             same = Tally.from_values(values).counts() == total.counts()
         except (ValueError, TypeError, KeyError, AttributeError):
-            same = True  # whoever reads it passes it over
+            same = True  # a tally that cannot be parsed is ignored by its readers
         if not same:
             found.fault(f"the counts of {part.name} in {summary_path(output, ALL)} are wrong: {_REMEDY}.")
 
