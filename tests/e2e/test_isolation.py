@@ -60,7 +60,7 @@ def ended(folder, *command, **variables):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(folder.rglob("*.imported"))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -95,6 +95,24 @@ def losses(folder):
     return {line.pop("step"): {k: v for k, v in line.items() if k not in MEASURED} for line in lines}
 
 
+def workers(but=()):
+    """The processes of Ray Train's workers, but for some."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()) and process not in but:
+                found.append(process)
+    return found
+
+
+def last_step(folder):
+    """The last step of the log so far, of which a line may be half written; 0 before the first."""
+    with suppress(FileNotFoundError):
+        whole = (folder / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
+        return max((json.loads(line)["step"] for line in whole), default=0)
+    return 0
+
+
 def events(folder):
     return sorted(folder.glob("events.out.tfevents.*"))
 
@@ -141,22 +159,22 @@ def test_two_workers_do_what_one_process_does(tmp_path, data, undisturbed):
 
 
 def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(tmp_path, data, undisturbed):
-    folder, killed = tmp_path / "killed", []
+    folder, killed, earlier = tmp_path / "killed", [], workers()
 
     def kill():
+        # Found while they start, since steps are short.
+        while not (found := workers(but=earlier)):
+            time.sleep(0.1)
         # In the middle: after a step that was saved, and one that was not.
-        while not (folder / "metrics.jsonl").exists() or max(losses(folder), default=0) < 3:
+        while last_step(folder) < 3:
             time.sleep(0.02)
-        for process in psutil.Process().children(recursive=True):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append(process.pid)
-                return
+        found[0].kill()
+        killed.append(found[0].pid)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     assert command(recipes(folder, data), "--workers", "2", "--device", "cpu") == 0
-    killer.join(60)
+    killer.join(300)
     # Each start of the workers writes a file of its own.
     assert killed and (len(events(folder)), len(events(undisturbed))) == (2, 1)
     assert losses(folder) == losses(undisturbed)
@@ -192,19 +210,26 @@ def test_streamed_rows_give_the_same_losses_with_any_number_of_workers(tmp_path,
     text = RECIPES.replace("threads = 1", "threads = 1\nstream = true")
     two = tmp_path / "two"
     assert command(recipes(two, data, text), "--workers", "2", "--device", "cpu") == 0
-    one, stopped = tmp_path / "one", []
+    one, stopped, earlier = tmp_path / "one", [], workers()
 
     def stop():
-        while not (one / "metrics.jsonl").exists() or max(losses(one), default=0) < 3:
+        while not (found := workers(but=earlier)):
+            time.sleep(0.1)
+        while last_step(one) < 3:
             time.sleep(0.02)
+        # Held until it can be told, or it would be through on a machine that is slow to tell it.
+        found[0].suspend()
         os.kill(os.getpid(), signal.SIGTERM)
+        while not (one / "stop").exists():
+            time.sleep(0.02)
+        found[0].resume()
         stopped.append(True)
 
     stopper = threading.Thread(target=stop, daemon=True)
     stopper.start()
     path = recipes(one, data, text.replace("save_every = 2", "save_every = 100"))
     assert command(path, "--workers", "1", "--device", "cpu", "--grace", "300") == 5
-    stopper.join(60)
+    stopper.join(300)
     assert stopped and "saved state is kept; re-run the same command to resume" in capsys.readouterr().err
     [state] = [folder.name for folder in (one / "state").iterdir()]
     assert 3 <= int(state.removeprefix("step-")) < STEPS
@@ -249,7 +274,7 @@ def test_a_stage_on_two_nodes_that_share_no_disk_loses_one_and_goes_on(tmp_path,
             stderr=subprocess.STDOUT,
             text=True,
         ) as process:
-            watchdog = threading.Timer(240, process.kill)
+            watchdog = threading.Timer(900, process.kill)
             watchdog.start()
             try:
                 while process.poll() is None and not any(name.endswith("/.metadata") for name in states()):
