@@ -9,6 +9,7 @@ Knows nothing of manifests, plans, output folders or image formats.
 
 import asyncio
 import json
+import math
 import os
 import queue
 import socket
@@ -49,6 +50,11 @@ ENCODERS = 2
 
 AHEAD = 16
 """Rows beyond its slots that an engine prepares. Fewer rows mean fewer suspects after a death."""
+
+NOTE_ROWS, NOTE_SECONDS = AHEAD // 2, 0.25
+"""A note to the watch waits for so many rows, but no longer than so many seconds: of several hundred replicas
+with a note for each row the watch would be the bottleneck. Nobody sees the difference, since the driver looks
+twice a second."""
 
 
 def joined(before: str, after: str) -> str:
@@ -281,27 +287,53 @@ class Replica:
 
         The engine gets a row only when the watch has replied to its note, since the row may be the last
         thing this process does. Notes go out while the engine works on the rows it has, so that only an
-        engine without any waits for a reply.
+        engine without any waits for a reply. The watch hears of all rows of a shard before the shard is given
+        back.
         """
         in_flight: dict[Hashable, tuple[Waiting, datetime, float]] = {}
         waiting, announced = RowQueue(), Announced()
+        left: Counter[Call] = Counter()
         done: list[tuple[Call, Outcome]] = []
+        untold: list[tuple[int, int, bool]] = []
+        told = -math.inf
         meter = _Meter(engine, self.name)
         halvings = 0
+
+        def receive() -> None:
+            one, deaths = self._inbox.get()
+            left[one.call] += 1
+            waiting.put(one, deaths)
+
         while True:
             while not self._inbox.empty():
-                waiting.put(*self._inbox.get())
-            held = engine.pending + announced.rows
-            taken, alone = waiting.take(engine.slots + AHEAD - held, not held)
-            reply = self._note(done, taken, alone)
-            if taken:
-                announced.add(taken, reply)
+                receive()
+            held, ended = engine.pending + announced.rows, False
+            for call, outcome in done:
+                untold.append((call.shard, outcome.row, not outcome.error_type))
+                left[call] -= 1
+                if not left[call]:
+                    del left[call]
+                    ended = True
+            room = engine.slots + AHEAD - held
+            taken: list[Waiting] = []
+            if (
+                ended
+                or not engine.pending
+                or len(untold) >= NOTE_ROWS
+                or (room >= NOTE_ROWS and len(waiting))
+                or time.perf_counter() - told >= NOTE_SECONDS
+            ):
+                taken, alone = waiting.take(room, not held)
+                reply = self._note(untold, taken, alone)
+                if taken:
+                    announced.add(taken, reply)
+                untold, told = [], time.perf_counter()
             for call, outcome in done:
                 self._encoders.give_back(call, outcome)
             done = []
             if not (taken or held):
                 meter.say(0)  # it waits for rows now, and would report nothing until they arrive
-                waiting.put(*self._inbox.get())
+                receive()
                 continue
             for one in announced.take(block=not engine.pending):
                 in_flight[one.request.key] = one, datetime.now(UTC), time.perf_counter()
@@ -322,12 +354,12 @@ class Replica:
                 waiting.given_back = True
 
     def _note(
-        self, done: list[tuple[Call, Outcome]], taken: list[Waiting], alone: bool
+        self, done: list[tuple[int, int, bool]], taken: list[Waiting], alone: bool
     ) -> "Future[None] | None":
         """Tells the watch which rows are done and which the engine gets next, without waiting.
 
         Args:
-            done: Outcomes of the last round, with their calls.
+            done: Rows that the engine gave back since the last note, each a (shard, row, whether ok).
             taken: Rows that the engine is to get.
             alone: Whether they are one suspect, which runs alone.
 
@@ -336,9 +368,8 @@ class Replica:
         """
         if self._watch is None or not (done or taken):
             return None
-        given_back = [(call.shard, outcome.row, not outcome.error_type) for call, outcome in done]
         keys = [(one.call.shard, one.row) for one in taken]
-        note = self._watch.note_rows.remote(self.name, given_back, keys, alone)
+        note = self._watch.note_rows.remote(self.name, done, keys, alone)
         return note.future() if taken else None
 
     def _end(self, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from wallaroo.actors import replica as replica_module
 from wallaroo.actors import watch as watch_module
 from wallaroo.actors.calls import Announced, Call, Encoders, RowQueue
 from wallaroo.actors.replica import EXIT_DEVICE, Replica, joined
@@ -420,6 +422,63 @@ def test_a_replica_gives_every_row_back_once_as_an_engine_alone_makes_it():
             np.testing.assert_array_equal(one.tokens, result.tokens)
             np.testing.assert_array_equal(one.pixels, result.pixels)
             assert one.prompt_tokens == result.prompt_tokens and not one.error_type
+
+
+class Reply:
+    """What Ray gives for a call of an actor, with the reply in it."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __await__(self):
+        return self.value
+        yield
+
+    def future(self):
+        future = Future()
+        future.set_result(self.value)
+        return future
+
+
+class Told:
+    """A watch that is called as an actor is, and its notes of rows."""
+
+    def __init__(self):
+        self.watch, self.notes, self.turn = Watch(), [], threading.Lock()
+
+    def __getattr__(self, name):
+        def remote(*arguments):
+            with self.turn:
+                if name == "note_rows":
+                    self.notes.append(arguments)
+                return Reply(getattr(self.watch, name)(*arguments))
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_a_replica_tells_of_many_rows_at_once_and_of_all_before_it_gives_their_shard_back(monkeypatch):
+    monkeypatch.setattr(replica_module, "NOTE_SECONDS", math.inf)
+    told, shards = Told(), 3
+    replica = Replica(lambda: TINY, device="cpu", options={"slots": 2}, watch=told)
+
+    async def made(number):
+        await replica(shard(number, range(1, 25, 2))[0])
+        return number, {key for key in told.watch._done}
+
+    async def ask():
+        return await asyncio.gather(*map(made, range(shards)))
+
+    for number, finished in asyncio.run(ask()):
+        assert number in finished
+    keys = {(number, row) for number in range(shards) for row in range(1, 25, 2)}
+    begun, done = [], []
+    for _, rows, in_flight, _ in told.notes:
+        done += [(number, row) for number, row, ok in rows if ok]
+        assert set(done) <= set(begun)
+        begun += in_flight
+    assert sorted(begun) == sorted(done) == sorted(keys)
+    # With a note for each row they would be as many; each end of a shard has one of its own.
+    assert len(told.notes) <= len(keys) / replica_module.NOTE_ROWS + shards + 3
 
 
 def test_a_replica_encodes_its_pictures_as_the_call_wants_them():
