@@ -41,6 +41,13 @@ _SIDE = whole(1, metavar="PIXELS")
 _SEEN = whole(TOKEN_PIXELS, CONTEXT_TOKENS * TOKEN_PIXELS, "PIXELS", f" ({TOKEN_PIXELS} pixels are a token)")
 
 
+def check_task(task: str) -> None:
+    """Raises an OptionError if a task is unknown."""
+    if task not in TASKS:
+        hint = did_you_mean(str(task), TASKS) or "."
+        raise OptionError(f"task is '{task}', but must be one of {', '.join(TASKS)}{hint}")
+
+
 @dataclass(frozen=True)
 class RunConfig(RunControl):
     """One run: its task, manifest and output, and every option.
@@ -305,9 +312,7 @@ class RunConfig(RunControl):
     )
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            hint = did_you_mean(str(self.task), TASKS) or "."
-            raise OptionError(f"task is '{self.task}', but must be one of {', '.join(TASKS)}{hint}")
+        check_task(self.task)
         for name in ("manifest", "output"):
             try:
                 check_place(getattr(self, name))

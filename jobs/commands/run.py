@@ -7,6 +7,7 @@ import click
 from wallaroo.jobs.options import RunCommand, configure, run_options
 from wallaroo.jobs.terminal import ERROR_ROWS, OK, PLAN_EXIT_CODES, RUN_EXIT_CODES, printable
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.settings import check_task
 from wallaroo.workflows.stopping import RunStopped, Stop
 from wallaroo.workflows.text import counted, duration
 
@@ -127,8 +128,19 @@ described), id, samples, seed, temperature, top_k, top_p and language. Decoding 
 TASK_COMMANDS = {"generate": generate, "edit": edit, "understand": understand}
 
 
+def _known_task(context: click.Context, parameter: click.Parameter, task: str) -> str:
+    check_task(task)
+    return task
+
+
 @click.command(cls=RunCommand, short_help="Plan a run without running it.", epilog=PLAN_EXIT_CODES)
-@click.argument("task", help="generate, edit or understand; options are those of the task.")
+@click.argument(
+    "task",
+    # Checked first: without it, a path stands in its place.
+    is_eager=True,
+    callback=_known_task,
+    help="generate, edit or understand; options are those of the task.",
+)
 @_places(required=False)
 @run_options()
 @click.option("--estimate", is_flag=True, help="Add time, memory, bytes and, with --price-per-hour, cost.")

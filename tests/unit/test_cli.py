@@ -226,6 +226,7 @@ def test_zsh_completes_commands_options_and_values(path, tmp_path):
             "--weights asks for 8-bit weights, which only version 0.1.0 had: leave it out.",
         ),
         ("generate m", "Missing argument 'OUTPUT'."),
+        ("plan m.csv", "task is 'm.csv', but must be one of generate, edit, understand."),
         ("generate m o p", "Got unexpected extra argument (p)"),
         ("generate m o --cfg", "Option '--cfg' requires an argument."),
         ("generate m o --cfg nan", "--cfg is 'nan', but must be a finite number of at least 0."),

@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,7 @@ class Filter:
         taken = {name.lower() for name in schema.names}
         free = (name for name in map("row_{}".format, itertools.count()) if name not in taken)
         self.number = next(free)
-        lower = [name.lower() for name in schema.names]
-        twins = [name for name in schema.names if lower.count(name.lower()) > 1]
-        self.aliases = dict(zip(twins, free, strict=False))
+        self.aliases = dict(zip(twins(schema.names), free, strict=False))
         self.database = duckdb.connect(
             config={
                 "enable_external_access": False,
@@ -48,7 +47,12 @@ class Filter:
                 "threads": 1,
             }
         )
-        self.condition = self._exact(expression) if twins else expression
+        self.condition = expression
+        if self.aliases:
+            try:
+                self.condition = exact_names(expression, self.aliases, self.database)
+            except ValueError as error:
+                raise self._refused(str(error)) from None
         self.matches(schema.empty_table())
 
     def matches(self, table: pa.Table) -> np.ndarray:
@@ -66,7 +70,7 @@ class Filter:
         numbers = np.arange(table.num_rows)
         table = table.rename_columns([self.aliases.get(name, name) for name in table.column_names])
         self.database.register("manifest", table.append_column(self.number, pa.array(numbers)))
-        query = self._query(self.condition)
+        query = f"SELECT {self.number} FROM manifest WHERE (\n{self.condition}\n)"
         try:
             if len(self.database.extract_statements(query)) != 1:
                 raise self.error("it is more than one expression")
@@ -77,41 +81,58 @@ class Filter:
         mask[chosen] = True
         return mask
 
-    def _query(self, condition: str) -> str:
-        return f"SELECT {self.number} FROM manifest WHERE (\n{condition}\n)"
-
     def _refused(self, words: str) -> OptionError:
         return OptionError(f"where is '{self.expression}', which DuckDB refuses ({words}): correct it.")
 
-    def _exact(self, expression: str) -> str:
-        """Replaces names of columns that differ only in case by unique ones.
 
-        DuckDB's own parser locates the names, so texts and comments stay.
-        """
-        query = self._query(expression).encode()
-        try:
-            ((tree,),) = self.database.execute("SELECT json_serialize_sql(?)", [query.decode()]).fetchall()
-        except self.error as error:
-            raise self._refused(str(error).strip().split("\n", 1)[0]) from None
-        found = json.loads(tree)
-        if found["error"]:
-            raise self._refused(str(found.get("error_message")).strip().split("\n", 1)[0])
-        lower = {name.lower() for name in self.aliases}
-        places = []
-        for node in _columns(found):
-            names = node["column_names"]
-            index = 1 if len(names) > 1 and names[0].lower() == "manifest" else 0
-            if names[index].lower() not in lower:
-                continue
-            if names[index] not in self.aliases:
-                twins = [name for name in self.aliases if name.lower() == names[index].lower()]
-                raise self._refused(f"'{names[index]}' may be {' or '.join(twins)}, which differ in case")
-            quoted = (f'"{name}"' for name in (self.aliases[names[index]], *names[index + 1 :]))
-            places.append((node["query_location"], node["query_location_length"], ".".join(quoted)))
-        for start, length, text in sorted(places, reverse=True):
-            query = query[:start] + text.encode() + query[start + length :]
-        head, tail = self._query("\0").encode().split(b"\0")
-        return query[len(head) : len(query) - len(tail)].decode()
+def exact_names(expression: str, aliases: Mapping[str, str], database: Any) -> str:
+    """Replaces names of columns that differ only in case by unique ones.
+
+    DuckDB's own parser locates the names, so texts and comments stay.
+
+    Args:
+        expression: A condition in DuckDB's SQL.
+        aliases: Name of a column that differs from another only in case -> a unique name for it.
+        database: A connection to DuckDB.
+
+    Returns:
+        The expression with unique names.
+
+    Raises:
+        ValueError: DuckDB cannot parse the expression, or a name may be any of several columns.
+    """
+    import duckdb
+
+    head, tail = "SELECT 1 FROM manifest WHERE (\n", "\n)"
+    query = f"{head}{expression}{tail}".encode()
+    try:
+        ((tree,),) = database.execute("SELECT json_serialize_sql(?)", [query.decode()]).fetchall()
+    except duckdb.Error as error:
+        raise ValueError(str(error).strip().split("\n", 1)[0]) from None
+    found = json.loads(tree)
+    if found["error"]:
+        raise ValueError(str(found.get("error_message")).strip().split("\n", 1)[0])
+    lower = {name.lower() for name in aliases}
+    places = []
+    for node in _columns(found):
+        names = node["column_names"]
+        index = 1 if len(names) > 1 and names[0].lower() == "manifest" else 0
+        if names[index].lower() not in lower:
+            continue
+        if names[index] not in aliases:
+            several = [name for name in aliases if name.lower() == names[index].lower()]
+            raise ValueError(f"'{names[index]}' may be {' or '.join(several)}, which differ in case")
+        quoted = (f'"{name}"' for name in (aliases[names[index]], *names[index + 1 :]))
+        places.append((node["query_location"], node["query_location_length"], ".".join(quoted)))
+    for start, length, text in sorted(places, reverse=True):
+        query = query[:start] + text.encode() + query[start + length :]
+    return query.decode()[len(head) : -len(tail)]
+
+
+def twins(names: Sequence[str]) -> list[str]:
+    """Returns the names that differ from another one only in case."""
+    lower = Counter(name.lower() for name in names)
+    return [name for name in names if lower[name.lower()] > 1]
 
 
 def _columns(tree: Any) -> Iterator[dict[str, Any]]:

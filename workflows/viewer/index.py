@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.manifests.where import exact_names, twins
 from wallaroo.workflows.outputs.schema import RESULT_NAMES
 from wallaroo.workflows.viewer.shards import Shard, is_indexed
 
@@ -304,19 +305,28 @@ class Index:
                 cursor.close()
 
 
-def check_expression(text: str) -> None:
+def checked_expression(text: str, names: Mapping[str, str]) -> str:
     """Checks that a text is exactly one SQL expression, but not its columns.
 
+    Args:
+        text: A condition of the user.
+        names: Name of a column -> its name in the index.
+
+    Returns:
+        The expression. Columns whose names differ only in case have their names in the index.
+
     Raises:
-        QueryError: It is not.
+        QueryError: It is no expression, or a name may be any of several columns.
     """
     try:
         duckdb.SQLExpression(text)
-    except duckdb.Error as error:
+        aliases = {name: names[name] for name in twins(list(names))}
+        return exact_names(text, aliases, duckdb.connect()) if aliases else text
+    except (duckdb.Error, ValueError) as error:
         raise QueryError(f"where is '{text}', which DuckDB refuses ({_words(error)}): correct it.") from None
 
 
-def _words(error: duckdb.Error) -> str:
+def _words(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0][:300]
 
 

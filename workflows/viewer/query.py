@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from wallaroo.model.errors import did_you_mean
 from wallaroo.workflows.outputs.schema import RESULT_NAMES, first_name
-from wallaroo.workflows.viewer.index import Index, QueryError, check_expression, quoted
+from wallaroo.workflows.viewer.index import Index, QueryError, checked_expression, quoted
 
 SIZE, RANDOM = "size", "random"
 """Names beside those of columns: the facet of width x height, and the random order."""
@@ -232,8 +232,8 @@ class Rows:
         if query.search:
             clauses.append(search_clause(query.search))
         if query.where:
-            check_expression(query.where)
-            clauses.append(Clause(f"\n{query.where}\n"))
+            expression = checked_expression(query.where, self.index.names[self.number])
+            clauses.append(Clause(f"\n{expression}\n"))
         return Clause.all_of(clauses)
 
     def chosen(self, query: Query, but: str = "") -> Clause:

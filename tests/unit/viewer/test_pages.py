@@ -229,4 +229,9 @@ def test_columns_of_any_name_and_type(tmp_path, outputs, opened):
     found = walk(output, Query(where='"a""b" AND position_1 = 4', sort='a"b', descending=True), 3)
     assert [row["position"] for row in found] == [3]
     assert dict(output.rows.facets(Query())["Prompt_1"]) == {"x": 2, "y": 2}
+    found = walk(output, Query(where="Prompt = 'x' -- not prompt"), 3)
+    assert [row["position"] for row in found] == [0, 2]
+    assert len(walk(output, Query(where="prompt != 'x' AND Prompt_1 = 'y'"), 3)) == 2
+    with pytest.raises(QueryError, match="'PROMPT' may be prompt or Prompt, which differ in case"):
+        output.page(Query(where="PROMPT = 'x'"), None, 10)
     assert output.row(0, 1)["list"] == [] and output.row(0, 1)["bytes"] == b"2"
