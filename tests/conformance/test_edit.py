@@ -19,7 +19,7 @@ from tests.conformance.published import (
 from tests.numerics import NORMALISED, nearest_tolerance, rounding, sums
 from wallaroo.model.config import Size
 from wallaroo.model.images import cover_size, patchify, pixel_image, semantic_image
-from wallaroo.model.vision import encode_image
+from wallaroo.model.vision import embed_picture
 from wallaroo.model.vq import to_float
 
 pytestmark = pytest.mark.numerics
@@ -50,7 +50,7 @@ def test_semantic_pathway(case: dict):
     assert (black == black[0]).all()
     for name, values in (("semantic", patches), ("null_semantic", black)):
         with torch.inference_mode():
-            seen = encode_image(tiny().visual, torch.from_numpy(values), grid)
+            seen = embed_picture(tiny().visual, torch.from_numpy(values), grid)
         assert_close(seen, arrays.where(name), arrays[name], rounding(arrays[name], sums(tiny().visual)))
 
 

@@ -17,7 +17,7 @@ from tests.conformance.published import (
 )
 from tests.numerics import NORMALISED, rounding, sums
 from wallaroo.model.images import patchify, semantic_image
-from wallaroo.model.vision import encode_image
+from wallaroo.model.vision import embed_picture
 
 pytestmark = pytest.mark.numerics
 
@@ -43,7 +43,7 @@ def test_semantic_pathway(case: dict):
     allowed = rounding(arrays["pixel_values"], NORMALISED)
     assert_close(patches, arrays.where("pixel_values"), arrays["pixel_values"], allowed)
     with torch.inference_mode():
-        seen = encode_image(tiny().visual, torch.from_numpy(patches), grid)
+        seen = embed_picture(tiny().visual, torch.from_numpy(patches), grid)
     allowed = rounding(arrays["semantic"], sums(tiny().visual))
     assert_close(seen, arrays.where("semantic"), arrays["semantic"], allowed)
 
