@@ -3,6 +3,7 @@
 All faults of a row are found, and the values that can be read are kept. Knows one row, and no table.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -36,6 +37,8 @@ from wallaroo.workflows.tasks import PICTURE_TASKS
 
 MAX_CHARACTERS = 10_000_000
 """Most characters of a prompt that are counted as tokens; a longer one is refused without counting."""
+
+_SAMPLING = ("cfg", "temperature", "top_k", "top_p")
 
 Value = TypeVar("Value")
 
@@ -145,10 +148,23 @@ class RowResolver:
 
     def _sampling(self, values: Mapping[str, Any], faults: _Faults) -> dict[str, float | int | None]:
         """`cfg`, `temperature`, `top_k` and `top_p` of a row; None for a value that a plan cannot hold."""
+        if values.keys().isdisjoint(_SAMPLING):
+            sampling, found = self._default_sampling
+            faults.found += found
+            return sampling
+        return self._checked_sampling(values, faults)
+
+    @functools.cached_property
+    def _default_sampling(self) -> tuple[dict[str, float | int | None], list[RowError]]:
+        """Sampling, and its faults, of every row of a manifest without columns of these names."""
+        faults = _Faults()
+        return self._checked_sampling({}, faults), faults.found
+
+    def _checked_sampling(self, values: Mapping[str, Any], faults: _Faults) -> dict[str, float | int | None]:
         defaults = self.settings.sampling
         sampling: dict[str, float | int | None] = {
             name: faults.attempt(real_number, name, values.get(name), getattr(defaults, name))
-            for name in ("cfg", "temperature", "top_k", "top_p")
+            for name in _SAMPLING
         }
         top_k, cfg = sampling["top_k"], sampling["cfg"]
         if top_k is not None and math.isfinite(top_k) and top_k == int(top_k):
