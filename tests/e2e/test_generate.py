@@ -271,7 +271,10 @@ def test_a_killed_run_on_s3_keeps_its_finished_shards_and_goes_on(base, folder, 
             time.sleep(0.1)
     finally:
         family = psutil.Process(process.pid).children(recursive=True)
-        agents = [one for one in family if "Agent" in one.name()]
+        agents = []
+        for one in family:
+            with suppress(psutil.NoSuchProcess):
+                agents += [one] if "Agent" in one.name() else []
         process.kill()
         process.wait()
     shards = set(read_plan(output).shards)

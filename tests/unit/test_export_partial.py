@@ -10,6 +10,7 @@ from wallaroo.jobs.cli import main
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.export import FORMATS, export
+from wallaroo.workflows.datasets.export_sink import Sink
 from wallaroo.workflows.outputs import shards
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.plans.plan import read_plan
@@ -232,3 +233,30 @@ def test_a_partial_export_is_an_imagefolder_all_the_same(outputs, tmp_path, monk
     for place in ({"path": "imagefolder", "data_dir": dest}, {"path": dest}):
         found = datasets.load_dataset(**place, cache_dir=str(tmp_path / "cache"), split="train")
         assert len(found) == 2 and found[0]["image"].size in ((64, 64), (80, 64))
+
+
+def test_what_interrupted_exports_wrote_is_known(tmp_path):
+    dest, marked = tmp_path / "dest", {}
+
+    def note(growing):
+        marked.clear()
+        marked.update(growing)
+
+    def write(data, interrupt=False):
+        with Sink(str(dest), mark=note, growing=dict(marked)) as sink:
+            sink.put("0.tar", lambda: data, len(data), grows=True)
+            with sink.stream("list") as lines:
+                lines.write(data)
+            if interrupt:
+                raise KeyboardInterrupt
+
+    for number in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            write(b"%d" % number, interrupt=True)
+        assert contents(dest) == dict.fromkeys(("0.tar", "list"), b"%d" % number)
+    write(b"whole")
+    assert contents(dest) == {"0.tar": b"whole", "list": b"whole"}
+    (dest / "0.tar").write_bytes(b"mine")
+    with pytest.raises(InputError, match="other content"):
+        write(b"more")
+    assert (dest / "0.tar").read_bytes() == b"mine"

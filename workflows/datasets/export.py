@@ -127,12 +127,12 @@ def export(
     signer = CredentialSigner(*c2pa) if c2pa is not None else None
     count = Count()
     growing = read_growing(dest)
-    begin = functools.partial(put_mark, dest, results, growing) if results.partial else None
-    with Sink(dest, overwrite, begin, growing) as sink:
+    mark = functools.partial(put_mark, dest, results) if results.partial or growing else None
+    with Sink(dest, overwrite, mark, growing) as sink:
         chosen.write(results, sink, count, Options(embed_metadata or results.embedded, image_urls, signer))
     if results.partial:
         counts = {"exported": count.exported, "errors": results.errors, "missing_rows": results.missing}
-        put_mark(dest, results, sink.growing, **counts)
+        put_mark(dest, results, {name: (digest,) for name, digest in sink.growing.items()}, **counts)
     else:
         remove_mark(dest)
     return ExportSummary(

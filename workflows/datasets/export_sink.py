@@ -6,12 +6,15 @@ Knows nothing of any format.
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+
+Growing = Mapping[str, Collection[str]]
+"""Path of a file that grows with the rows -> sha256 of each content that exports may have given it."""
 
 WRITERS = 8
 WAITING_BYTES = 32 << 20
@@ -24,12 +27,14 @@ class Sink:
     Args:
         dest: The folder, local or `s3://`.
         overwrite: Replace files that have other bytes.
-        begin: Called before the first file.
-        growing: Path below the folder -> sha256 of each file that an earlier, partial export wrote and that
-            grows with the rows. Those with these bytes are replaced.
+        mark: Writes the mark of a partial export with what `growing` holds. It is called before the first
+            file, and before a file that grows with the rows gets other bytes, so that a later export knows
+            all bytes that may be there.
+        growing: Path below the folder -> sha256 of what earlier exports may have written there, of each file
+            that grows with the rows. Files with one of these are replaced.
 
     Attributes:
-        growing: The same of the files of this export.
+        growing: Path below the folder -> sha256 of each file of this export that grows with the rows.
 
     Raises:
         InputError: A file has other bytes, and `overwrite` is not set.
@@ -39,11 +44,12 @@ class Sink:
         self,
         dest: str,
         overwrite: bool = False,
-        begin: Callable[[], None] | None = None,
-        growing: Mapping[str, str] | None = None,
+        mark: Callable[[Growing], None] | None = None,
+        growing: Growing | None = None,
     ):
-        self._begin = begin
+        self._mark, self._marked = mark, False
         self._earlier, self.growing = dict(growing or {}), dict[str, str]()
+        self._held: list[tuple[str, Callable[[], bytes], int]] = []
         self.dest, self.overwrite, self.files, self.unchanged = dest, overwrite, 0, 0
         # The first look at a place must not be that of several threads, which would share a half-made client.
         storage.info(storage.join(dest, "metadata.jsonl"))
@@ -55,8 +61,8 @@ class Sink:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         try:
-            while self._waiting and kind is None:
-                self._take()
+            if kind is None:
+                self._take_all()
         finally:
             self._pool.shutdown(cancel_futures=True)
 
@@ -74,19 +80,49 @@ class Sink:
             size: Memory that this takes until it is written, in bytes.
             grows: Whether it may have other bytes when more rows are finished.
         """
-        self._start()
+        if not grows:
+            self._start()
+            self._submit(relative, make, size)
+            return
+        self.growing[relative] = hashlib.sha256(make()).hexdigest()
+        self._held.append((relative, make, size))
+        # The mark is written anew for all that are held, so their number grows with its length.
+        many = len(self._held) > max(100, len(self.growing) // 4)
+        if many or sum(one for *_, one in self._held) > WAITING_BYTES:
+            self._release()
+
+    def _release(self) -> None:
+        """Gives the writers the files that grow, after the mark has their digests."""
+        held, self._held = self._held, []
+        if held:
+            self._note()
+        for relative, make, size in held:
+            self._submit(relative, make, size)
+
+    def _submit(self, relative: str, make: Callable[[], bytes], size: int) -> None:
         path = storage.join(self.dest, relative)
-        if grows:
-            self.growing[relative] = hashlib.sha256(make()).hexdigest()
-        replaced = "any" if self.overwrite else self._earlier.get(relative, "")
+        replaced = None if self.overwrite else self._earlier.get(relative, ())
         self._waiting.append((size, self._pool.submit(_write, path, make, replaced)))
         while len(self._waiting) > 2 * WRITERS or sum(taken for taken, _ in self._waiting) > WAITING_BYTES:
             self._take()
 
     def _start(self) -> None:
-        if self._begin is not None:
-            self._begin()
-            self._begin = None
+        if not self._marked:
+            self._note()
+
+    def _note(self) -> None:
+        """Writes the mark with the digests of earlier exports and of this one."""
+        self._marked = True
+        if self._mark is not None:
+            both = dict(self._earlier)
+            for relative, digest in self.growing.items():
+                both[relative] = tuple(dict.fromkeys((*both.get(relative, ()), digest)))
+            self._mark(both)
+
+    def _take_all(self) -> None:
+        self._release()
+        while self._waiting:
+            self._take()
 
     def _take(self) -> None:
         written = self._waiting.popleft()[1].result()
@@ -104,28 +140,28 @@ class Sink:
                 yield _Hashed(digest, _Same(path, existing))
                 if existing.read(1):
                     raise _other_bytes(path)
-                while self._waiting:
-                    self._take()
+                self._take_all()
+            self.growing[relative] = digest.hexdigest()
             self.unchanged += 1
         else:
             there = storage.exists(path)
             with storage.write_stream(path) as stream:
                 yield _Hashed(digest, stream)
-                while self._waiting:
-                    self._take()
-            self.unchanged += there and digest.hexdigest() == self._earlier.get(relative)
-        self.growing[relative] = digest.hexdigest()
+                self._take_all()
+                self.growing[relative] = digest.hexdigest()
+                self._note()
+            self.unchanged += there and self._earlier.get(relative) == (digest.hexdigest(),)
         self.files += 1
 
     def _grew(self, relative: str) -> bool:
-        """Whether a file is as an earlier, partial export wrote it."""
+        """Whether a file is as an earlier export wrote it."""
         if relative not in self._earlier:
             return False
         digest = hashlib.sha256()
         with storage.open_source(storage.join(self.dest, relative)) as file:
             while data := file.read(1 << 20):
                 digest.update(data)
-        return digest.hexdigest() == self._earlier[relative]
+        return digest.hexdigest() in self._earlier[relative]
 
 
 class _Hashed:
@@ -150,10 +186,10 @@ class _Same:
             raise _other_bytes(self._path)
 
 
-def _write(path: str, make: Callable[[], bytes], replaced: str) -> bool:
+def _write(path: str, make: Callable[[], bytes], replaced: Collection[str] | None) -> bool:
     """Writes a file unless it has these bytes already. Returns whether it wrote.
 
-    replaced: sha256 of the other bytes that it may replace, `any`, or empty.
+    replaced: sha256 of the other bytes that it may replace; None for any.
     """
     data = make()
     found = storage.info(path)
@@ -163,7 +199,7 @@ def _write(path: str, make: Callable[[], bytes], replaced: str) -> bool:
         same = found.size == len(data) and (found.etag == md5 or storage.read_bytes(path) == data)
         if same:
             return False
-        if replaced != "any" and hashlib.sha256(storage.read_bytes(path)).hexdigest() != replaced:
+        if replaced is not None and hashlib.sha256(storage.read_bytes(path)).hexdigest() not in replaced:
             raise _other_bytes(path)
     storage.write_atomic(path, data)
     return True

@@ -1,13 +1,13 @@
 """The summary of an export, and the mark of a partial one."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.export_files import Results
+from wallaroo.workflows.datasets.export_sink import Growing
 
 PARTIAL_FILE = "_partial.json"
 """Is in DEST while the export is partial."""
@@ -106,28 +106,32 @@ def refuse_foreign_mark(dest: str) -> None:
         )
 
 
-def read_growing(dest: str) -> dict[str, str]:
+def read_growing(dest: str) -> dict[str, tuple[str, ...]]:
     """Returns the files that a partial export wrote and that a later one may replace.
 
     Args:
         dest: The folder of the export.
 
     Returns:
-        Path below the folder -> sha256; empty without a mark.
+        Path below the folder -> sha256 of each content that it may have; empty without a mark.
     """
     found = (_read_mark(dest) or {}).get("growing")
     if not isinstance(found, dict):
         return {}
-    return {name: digest for name, digest in found.items() if isinstance(digest, str)}
+    return {
+        name: tuple(digest for digest in digests if isinstance(digest, str))
+        for name, digests in found.items()
+        if isinstance(digests, list)
+    }
 
 
-def put_mark(dest: str, results: Results, growing: Mapping[str, str], **counts: int) -> None:
+def put_mark(dest: str, results: Results, growing: Growing, **counts: int) -> None:
     """Writes the mark of a partial export.
 
     Args:
         dest: The folder of the export.
         results: Of the output.
-        growing: Path below the folder -> sha256 of each file that grows with the rows.
+        growing: What a later export may replace.
         **counts: Numbers of rows, as far as they are known.
     """
     document = {
@@ -138,7 +142,7 @@ def put_mark(dest: str, results: Results, growing: Mapping[str, str], **counts: 
         "shards": len(results.plan.shards),
         "plan_complete": results.plan.complete,
         **counts,
-        "growing": dict(growing),
+        "growing": {name: list(digests) for name, digests in growing.items()},
     }
     storage.write_atomic(storage.join(dest, PARTIAL_FILE), json.dumps(document, indent=2).encode() + b"\n")
 

@@ -315,7 +315,9 @@ def _may_replace(path: str) -> bool:
         found = json.loads(storage.read_bytes(path))
     except FileNotFoundError:
         return True
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):  # the storage does not serve
+            raise
         return False
     return isinstance(found, dict) and found.keys() == {"format", "lines"}
 

@@ -154,12 +154,18 @@ class Comparison:
         return self._links[1]
 
     def _link(self, number: int) -> Link | None:
-        for earlier in range(number):
-            for child, parent in ((number, earlier), (earlier, number)):
-                link = Link(child, parent, storage.join(self.outputs[parent].path, DATA_FOLDER, ""))
-                if self.index.ask(f"SELECT 1 FROM {link.rows()} LIMIT 1").num_rows:
-                    return link
-        return None
+        """Returns the link with the most rows. Several may exist, since equal seeds give equal images."""
+        links = [
+            Link(child, parent, storage.join(self.outputs[parent].path, DATA_FOLDER, ""))
+            for earlier in range(number)
+            for child, parent in ((number, earlier), (earlier, number))
+        ]
+        counts = [
+            self.index.ask(f"SELECT count(*) AS n FROM {link.rows()}").column("n")[0].as_py()
+            for link in links
+        ]
+        best = max(range(len(links)), key=counts.__getitem__)
+        return links[best] if counts[best] else None
 
     def _table(self) -> str:
         """Returns a subquery of pairs: columns of the first output, then `x0_status` and so on."""

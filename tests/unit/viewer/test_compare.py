@@ -107,6 +107,11 @@ def test_outputs_that_were_not_made_from_each_other_are_paired_by_id(lineage, tm
         assert len(found) == 12
         words = " ".join(re.sub("<[^>]*>", "", page).split())
         assert "C was made from A" in words and "B was made" not in words
+    # Every other row of the first output is equal to its source, but those of the second are the sources.
+    with serving(other, first, edited) as served:
+        found, page = pairs(served)
+        assert [one[2:] for one in found if one[1][1] % 2] == [((n // 6, n % 6), (0, n)) for n in odd]
+        assert len(found) == 12 and "C was made from B" in " ".join(re.sub("<[^>]*>", "", page).split())
 
 
 def test_outputs_of_other_ids_say_why_nothing_is_shown(tmp_path, outputs):
