@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import sys
+import uuid
+from types import SimpleNamespace
 
 import deltalake
 import pyarrow as pa
@@ -23,6 +25,7 @@ from wallaroo.workflows.manifests.discover import discover
 from wallaroo.workflows.manifests.listing import skipped_in_words
 from wallaroo.workflows.manifests.read import read, scan
 from wallaroo.workflows.manifests.schema import Columns
+from wallaroo.workflows.storage.clients import s3_client
 
 
 def load(path):
@@ -296,9 +299,118 @@ def test_a_part_or_a_subfolder_of_a_table_on_s3_is_refused(tmp_path, catalog, s3
     assert len(discover(f"{s3}/own").files) == 3
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "data/a.parquet", "data/b/a.parquet"])
+def test_metadata_that_is_not_of_iceberg_harms_no_file(tmp_path, name):
+    part = tmp_path / "x" / name
+    part.parent.mkdir(parents=True)
+    pq.write_table(prompts("a"), part)
+    metadata = tmp_path / "x" / "metadata"
+    manifests = {part, part.parent, part.parent / "*.parquet", tmp_path / "x", tmp_path}
+
+    def readable():
+        return all(len(discover(str(one)).files) == 1 for one in manifests)
+
+    metadata.write_text("a file of this name")
+    assert readable()
+    metadata.unlink()
+    # Files beside pictures, and a log further down than a table has it.
+    for one in ("photo.metadata.json", "sub/photo.metadata.json", "v1.json", "1-2.metadata.json"):
+        (metadata / one).parent.mkdir(parents=True, exist_ok=True)
+        (metadata / one).write_text("{}")
+    assert readable()
+    (metadata / "sub" / "v1.metadata.json").write_text("{}")
+    assert readable()
+    # A folder that cannot be listed, also for root.
+    shutil.rmtree(metadata)
+    metadata.symlink_to("metadata")
+    assert readable()
+
+
+@pytest.mark.parametrize(
+    "name", ["v12", "v1.gz", f"00001-{uuid.UUID(int=7)}", f"123456-{uuid.UUID(int=7)}.gz"]
+)
+def test_parts_of_iceberg_are_told_by_the_names_of_its_metadata(tmp_path, name):
+    part = tmp_path / "data" / "0101" / "n=1" / "a.parquet"
+    part.parent.mkdir(parents=True)
+    pq.write_table(prompts("a"), part)
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / f"{name}.metadata.json").write_text("{}")
+    for path in (part, part.parent, tmp_path / "data", f"{tmp_path}/data/**/*.parquet"):
+        with pytest.raises(InputError, match=rf"of a table of Iceberg, .* the folder {tmp_path} itself"):
+            discover(str(path))
+    with pytest.raises(InputError, match="is a table of Iceberg that cannot be read"):
+        discover(str(tmp_path))
+
+
+def test_a_part_of_a_table_is_refused_by_its_name_alone_and_through_a_link(tmp_path, monkeypatch):
+    deltalake.write_deltalake(tmp_path / "t", prompts("a", "b", n=["x", "y"]), partition_by=["n"])
+    deltalake.write_deltalake(tmp_path / "t", prompts("c", n=["x"]), mode="overwrite", partition_by=["n"])
+    (tmp_path / "link").symlink_to(tmp_path / "t" / "n=x")
+    monkeypatch.chdir(tmp_path / "t" / "n=x")
+    part, *_ = [file.name for file in (tmp_path / "t" / "n=x").iterdir()]
+    for path in (
+        part,
+        f"./{part}",
+        "*.parquet",
+        ".",
+        f"{tmp_path}/link/{part}",
+        f"{tmp_path}/link/*.parquet",
+    ):
+        with pytest.raises(InputError, match=rf"stale: give the folder {tmp_path}/t itself"):
+            discover(path)
+
+
+def test_metadata_on_s3_that_is_not_of_iceberg_harms_no_file(tmp_path, s3):
+    pq.write_table(prompts("a"), tmp_path / "a.parquet")
+    part = f"{s3}/set/data/sub/a.parquet"
+    storage.write_atomic(part, (tmp_path / "a.parquet").read_bytes())
+    names = ["photo.metadata.json", "sub/v1.metadata.json", "video.metadata.json", "v1/v1.metadata.json"]
+    for name in names:
+        storage.write_atomic(f"{s3}/set/metadata/{name}", b"{}")
+    for path in (part, f"{s3}/set", f"{s3}/set/data", f"{s3}/set/data/*/*.parquet", f"{s3}/set/data/sub"):
+        assert len(discover(path).files) == 1
+    storage.write_atomic(f"{s3}/set/metadata/v2.metadata.json", b"{}")
+    for path in (part, f"{s3}/set/data", f"{s3}/set/data/*/*.parquet", f"{s3}/set/data/sub"):
+        with pytest.raises(InputError, match=rf"of a table of Iceberg, .* the folder {s3}/set itself"):
+            discover(path)
+
+
+def test_what_a_check_of_a_part_on_s3_requests(tmp_path, s3):
+    pq.write_table(prompts("a"), tmp_path / "a.parquet")
+    part = f"{s3}/set/data/a.parquet"
+    storage.write_atomic(part, (tmp_path / "a.parquet").read_bytes())
+    asked, answers = [], []
+
+    def listed(params, **_):
+        asked.append((params["query_string"]["prefix"], params["query_string"].get("delimiter")))
+        return answers.pop() if answers else None
+
+    client = s3_client()
+    client.meta.events.register("before-call.s3.ListObjectsV2", listed)
+    found = [storage.info(part)]
+    lake.refuse_parts(part, found)
+    assert asked == [("set/metadata/", "/"), ("set/metadata/v", "/")]
+    # Of a folder that is listed anyway, nothing more is.
+    asked.clear()
+    lake.refuse_parts(f"{s3}/set", found)
+    assert asked == []
+    # Who may read but not list has a manifest all the same.
+    denied = {"Error": {"Code": "AccessDenied", "Message": "no"}}
+    answers.append((SimpleNamespace(status_code=403), denied))
+    assert len(discover(part).files) == 1 and not answers
+    # A bucket of this name is no folder.
+    assert not list(lake._suspects_on_s3("s3://data/a.parquet", "s3://data/a.parquet"))
+
+
 def test_logs_are_told_by_their_paths():
-    names = ["_delta_log/00.json", "a/_delta_log/_commits/x", "metadata/00001-a.metadata.json", ".hoodie/x"]
+    names = [
+        "_delta_log/00.json",
+        "a/_delta_log/_commits/x",
+        f"metadata/00001-{uuid.uuid4()}.metadata.json",
+        ".hoodie/x",
+    ]
     found = [next(kind for kind, log in lake._LOGS.items() if log.fullmatch(name)) for name in names]
     assert found == ["Delta Lake", "Delta Lake", "Iceberg", "Hudi"]
+    assert not lake._LOGS["Iceberg"].fullmatch("metadata/photo.metadata.json")
     for name in ("metadata.jsonl", "metadata/x.json", "my_delta_log/x", "a.hoodie/x", "_delta_log"):
         assert not any(log.fullmatch(name) for log in lake._LOGS.values())

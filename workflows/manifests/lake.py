@@ -19,9 +19,12 @@ HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 Partition = tuple[tuple[str, str | None, str], ...]
 """Columns whose values stand beside a file: name, value as text, Arrow type."""
 
+_UUID = r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}"
+_ICEBERG = rf"(?:v(?P<version>\d+)|(?P<number>\d+)-{_UUID})(?:\.gz)?\.metadata\.json"
+"""Names of the files in the folder `metadata` of a table of Iceberg that say what it holds."""
 _LOGS = {
     "Delta Lake": re.compile(r"(.*?)(?:^|/)_delta_log/.+"),
-    "Iceberg": re.compile(r"(.*?)(?:^|/)metadata/[^/]*\.metadata\.json"),
+    "Iceberg": re.compile(rf"(.*?)(?:^|/)metadata/{_ICEBERG}"),
     "Hudi": re.compile(r"(.*?)(?:^|/)\.hoodie/.+"),
 }
 """Kind of table -> paths of files that only such a table has; the group is the table's folder."""
@@ -73,62 +76,84 @@ def live_files(path: str, found: Sequence[storage.FileInfo]) -> list[LiveFile] |
 def refuse_parts(path: str, found: Sequence[storage.FileInfo]) -> None:
     """Refuses a file, subfolder or pattern within the folder of a table, since its files may be stale.
 
+    A part of Iceberg is known only below the folder `data` of its table. On S3 only the first file is
+    checked, by two requests for each folder `data` above it, and by two if its place or name may be that of
+    Delta Lake or Hudi. A request lists 1,000 objects at most. What may not be listed is taken for no table.
+
     Args:
         path: The manifest, local or on S3.
         found: Its files.
 
     Raises:
-        InputError: The files are of a table of Delta Lake, Iceberg or Hudi. On S3 this is told by the place
-            and name of the first one.
+        InputError: The files are of a table of Delta Lake, Iceberg or Hudi.
     """
-    parts = [file for file in found if file.path.lower().endswith((".parquet", ".pq"))]
+    parts = [file.path for file in found if file.path.lower().endswith((".parquet", ".pq"))]
     if not parts:
         return
-    if storage.is_s3(path):
-        tables = [(kind, folder) for kind, folder in _suspects(path, parts[0].path) if _has_log(kind, folder)]
-    else:
-        folders = {file.path.rpartition("/")[0] or "/" for file in parts}
-        folders |= {above for folder in folders for above in _above(folder)}
-        tables = [(kind, folder) for folder in sorted(folders) for kind in _LOGS if _has_log(kind, folder)]
-    for kind, folder in tables:
-        raise InputError(
-            f"The manifest {path} names files of a table of {kind}, some of which may be stale: "
-            f"give the folder {folder} itself."
-        )
+    for kind, folder in _suspects_on_s3(path, parts[0]) if storage.is_s3(path) else _suspects(parts):
+        if _has_log(kind, folder):
+            raise InputError(
+                f"The manifest {path} names files of a table of {kind}, some of which may be stale: "
+                f"give the folder {folder} itself."
+            )
 
 
-def _above(folder: str) -> list[str]:
-    parts = os.path.abspath(folder).split("/")
-    return ["/".join(parts[:count]) for count in range(2, len(parts))]
+def _suspects(parts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Tables that local files may be of: kind and folder, the outermost first."""
+    folders = {os.path.realpath(folder) for folder in {os.path.dirname(part) for part in parts}}
+    for folder in list(folders):
+        while folder != os.path.dirname(folder):
+            folder = os.path.dirname(folder)
+            folders.add(folder)
+    for folder in sorted(folders):
+        yield from (("Delta Lake", folder), ("Hudi", folder))
+        if os.path.basename(folder) == "data":
+            yield "Iceberg", os.path.dirname(folder)
 
 
-def _suspects(path: str, part: str) -> Iterator[tuple[str, str]]:
-    """Tables on S3 that a file of the manifest may be of: kind and folder. To check one costs a request."""
+def _suspects_on_s3(path: str, part: str) -> Iterator[tuple[str, str]]:
+    """Tables on S3 that a file of the manifest may be of: kind and folder."""
+    # A folder that was listed has no log.
+    listed = f"{path.rstrip('/')}/"
     folder, _, name = part.rpartition("/")
+    bucket, *names = folder.removeprefix("s3://").split("/")
+    for count, one in enumerate(names):
+        above = "s3://" + "/".join([bucket, *names[:count]])
+        if one == "data" and not f"{above}/".startswith(listed):
+            yield "Iceberg", above
     while "=" in folder.rpartition("/")[2]:
         folder = folder.rpartition("/")[0]
-    above, _, last = folder.rpartition("/")
-    if last == "data":
-        yield "Iceberg", above
-    # A folder that was listed has no log, and Spark names files that are in no table alike.
-    listed = f"{folder}/".startswith(f"{path.rstrip('/')}/")
-    if not listed and (part != path or _UUID.search(name) or part.count("/") > folder.count("/") + 1):
+    # Spark names files that are in no table alike.
+    if not f"{folder}/".startswith(listed) and (
+        part != path or re.search(_UUID, name) or part.count("/") > folder.count("/") + 1
+    ):
         yield from (("Delta Lake", folder), ("Hudi", folder))
 
 
-_UUID = re.compile(r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}")
-"""What names of files of tables have."""
-
-
 def _has_log(kind: str, folder: str) -> bool:
-    """Whether a folder has the log of a table."""
-    if kind == "Iceberg":
-        found = storage.find_files(
-            storage.join(folder, "metadata"), lambda name: name.endswith(".metadata.json"), 1
+    """Whether a folder has the log of a table. False if it may not be listed."""
+    log = storage.join(folder, {"Delta Lake": "_delta_log", "Iceberg": "metadata", "Hudi": ".hoodie"}[kind])
+    if not storage.is_s3(folder):
+        if kind != "Iceberg":
+            return os.path.isdir(log)
+        try:
+            with os.scandir(log) as entries:
+                return any(_LOGS[kind].fullmatch(f"metadata/{entry.name}") for entry in entries)
+        except OSError:
+            return False
+    try:
+        if kind != "Iceberg":
+            return bool(storage.find_files(log, lambda name: True, 1))
+        # Numbers precede all other names of `metadata/`. Those with a v may come after thousands.
+        return any(
+            _LOGS[kind].fullmatch(f"metadata/{name}")
+            for start in ("", "v")
+            for name in storage.object_names(log, start)
         )
-        return bool(found)
-    log = storage.join(folder, "_delta_log" if kind == "Delta Lake" else ".hoodie")
-    return bool(storage.find_files(log, lambda name: True, 1)) if storage.is_s3(log) else os.path.isdir(log)
+    except InputError as error:
+        if storage.refuses_path(error):
+            return False
+        raise
 
 
 def _needs(kind: str, path: str, library: str) -> InputError:
@@ -198,7 +223,7 @@ _PLAIN = {"string", "bool", "int8", "int16", "int32", "int64", "float", "double"
 
 def _iceberg(path: str, files: Mapping[str, storage.FileInfo]) -> list[LiveFile]:
     try:
-        from pyiceberg.exceptions import NoSuchTableError
+        from pyiceberg.exceptions import NoSuchTableError, ValidationError
         from pyiceberg.table import StaticTable
     except ImportError:
         raise _needs("Iceberg", path, "pyiceberg") from None
@@ -206,7 +231,7 @@ def _iceberg(path: str, files: Mapping[str, storage.FileInfo]) -> list[LiveFile]
         table = StaticTable.from_metadata(storage.join(path, _newest(files)))
         schemas = table.metadata.schemas
         tasks = list(table.scan().plan_files())
-    except (NoSuchTableError, OSError, ValueError) as error:
+    except (NoSuchTableError, ValidationError, OSError, ValueError) as error:
         raise _failed("Iceberg", path, error) from error
     names = {field.field_id: field.name for field in table.schema().fields}
     moved = any(names.get(field.field_id) != field.name for one in schemas for field in one.fields)
@@ -234,12 +259,8 @@ def _iceberg(path: str, files: Mapping[str, storage.FileInfo]) -> list[LiveFile]
 
 def _newest(files: Mapping[str, storage.FileInfo]) -> str:
     """The metadata of the present version: `v3.metadata.json` or `00003-UUID.metadata.json`."""
-    numbered = [
-        (int(match[1]), name)
-        for name in files
-        if (match := re.fullmatch(r"metadata/v?(\d+)(?:-[^/]*)?(?:\.gz)?\.metadata\.json", name))
-    ]
-    return max(numbered)[1] if numbered else max(name for name in files if name.endswith(".metadata.json"))
+    found = (_LOGS["Iceberg"].fullmatch(name) for name in files)
+    return max((int(one["version"] or one["number"]), one[0]) for one in found if one and not one[1])[1]
 
 
 def hive_partition(relative: str) -> Partition:

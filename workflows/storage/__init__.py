@@ -28,7 +28,7 @@ from wallaroo.workflows.storage.files import (
     write_atomic,
     write_stream,
 )
-from wallaroo.workflows.storage.listing import find_files, list_files, list_stamps, match_files
+from wallaroo.workflows.storage.listing import find_files, list_files, list_stamps, match_files, object_names
 from wallaroo.workflows.storage.local import COPY_BYTES, TEMPORARY
 from wallaroo.workflows.storage.paths import FileInfo, absolute_path, is_s3, join, stamp_size
 from wallaroo.workflows.storage.retries import enable_retries, retries_enabled, with_retries
@@ -54,6 +54,7 @@ __all__ = [
     "list_stamps",
     "match_files",
     "move",
+    "object_names",
     "open_ranges",
     "open_source",
     "parquet_filesystem",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TypeVar
 
-from wallaroo.workflows.storage.clients import s3_filesystem
+from wallaroo.workflows.storage.clients import s3_client, s3_filesystem
 from wallaroo.workflows.storage.errors import explained, raise_unless_missing
 from wallaroo.workflows.storage.files import info
 from wallaroo.workflows.storage.local import TEMPORARY, local_info, local_names
@@ -84,6 +84,23 @@ def find_files(folder: str, wanted: Callable[[str], bool], most: int) -> list[st
                 if len(found) == most:
                     break
     return found
+
+
+@retried
+def object_names(folder: str, start: str = "") -> list[str]:
+    """Lists the names of objects directly in a folder on S3, by one request.
+
+    Args:
+        folder: `s3://` path; it may be absent.
+        start: Beginning of the names.
+
+    Returns:
+        The names in order, the first 1,000 at most.
+    """
+    bucket, key = bucket_and_key(f"{folder.rstrip('/')}/")
+    with explained(folder):
+        page = s3_client().list_objects_v2(Bucket=bucket, Prefix=key + start, Delimiter="/")
+        return [item["Key"].removeprefix(key) for item in page.get("Contents", [])]
 
 
 def _names(folder: str) -> Iterator[str]:
