@@ -207,9 +207,23 @@ def test_texts_of_a_folder_without_a_mark_are_error_rows(tmp_path):
     rows, faults = load(tmp_path)
     assert [rows[index]["prompt"] for index in (1, 3)] == ["a cat", "a cat"]
     assert faults == {
-        0: "has NUL bytes, as UTF-16 without a mark at its start has, and is no UTF-8",
+        0: "is UTF-16 without a mark at its start; save it as UTF-8",
         2: "is not valid UTF-8",
     }
+
+
+@pytest.mark.parametrize("text", ["a cat\0", "cat\0", "a\0b", "a\0cat", "a cat\0\0", "一只\0猫"])
+def test_a_text_of_a_folder_with_a_nul_of_its_own_is_a_prompt(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert load(tmp_path) == ([{"id": "a", "prompt": text}], {})
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["a cat", "café crème", "中 a cat", "红色的圆\n一只 cat\n"])
+def test_a_text_of_a_folder_in_utf_16_is_named(tmp_path, text, encoding):
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "b.txt").write_text("a dog")
+    assert load(tmp_path)[1] == {0: "is UTF-16 without a mark at its start; save it as UTF-8"}
 
 
 @pytest.mark.parametrize("pack", PACK)

@@ -23,7 +23,7 @@ from wallaroo.workflows.manifests.listing import (
 )
 from wallaroo.workflows.manifests.parquet_files import open_parquet, parquet_batches
 from wallaroo.workflows.manifests.schema import is_text, kind_of, mended, text_table, to_table
-from wallaroo.workflows.manifests.streams import GIT_LFS
+from wallaroo.workflows.manifests.streams import GIT_LFS, is_unmarked_utf16
 from wallaroo.workflows.manifests.text_files import is_deep
 from wallaroo.workflows.manifests.types import (
     BATCH_ROWS,
@@ -147,8 +147,8 @@ def _text_of(file: storage.FileInfo) -> tuple[str, str]:
     if data.startswith(GIT_LFS):
         return "", "is a pointer of Git LFS, not the text itself; fetch it with `git lfs pull`"
     encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    if encoding != "utf-16" and b"\0" in data:
-        return "", "has NUL bytes, as UTF-16 without a mark at its start has, and is no UTF-8"
+    if encoding != "utf-16" and is_unmarked_utf16(data):
+        return "", "is UTF-16 without a mark at its start; save it as UTF-8"
     try:
         return data.decode(encoding).strip(), ""
     except UnicodeDecodeError:

@@ -102,7 +102,7 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
     if encoding:
         steps.append(lambda raw: _stream(_decoded(raw, encoding)))
         head = head[2 : len(head) // 2 * 2].decode(encoding, "replace").encode()
-    elif b"\0" in head[:4] or _is_unmarked_utf16(head):
+    elif b"\0" in head[:4] or is_unmarked_utf16(head):
         raise InputError(
             f"{file.path} has NUL bytes, as UTF-16 without a mark at its start has: save it as UTF-8."
         )
@@ -128,9 +128,22 @@ def _steps(file: ManifestFile) -> tuple[bytes, list[Callable[[IO[bytes]], IO[byt
     return head, steps
 
 
-def _is_unmarked_utf16(head: bytes) -> bool:
-    """Whether text is UTF-16 without a mark that begins in a script without NUL bytes, such as Chinese."""
-    if b"\0" not in head or _decodes(head, "utf-8"):
+def is_unmarked_utf16(head: bytes) -> bool:
+    """Tells whether text is UTF-16 without a mark at its start.
+
+    Args:
+        head: The text, or its beginning.
+
+    Returns:
+        True if it has NUL bytes where UTF-16 has them. A text without any is never taken for UTF-16.
+    """
+    if b"\0" not in head:
+        return False
+    # Of an ASCII letter one byte is NUL, the same one of the two throughout a text.
+    fewer, more = sorted((head[::2].count(0), head[1::2].count(0)))
+    if len(head) % 2 == 0 and not fewer and more > len(head) / 4:
+        return True
+    if _decodes(head, "utf-8"):
         return False
     # Other text is letters too when read so, but with control characters or without a line end.
     texts = [_decodes(head, encoding) for encoding in ("utf-16-le", "utf-16-be")]
