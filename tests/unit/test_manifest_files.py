@@ -288,6 +288,30 @@ def test_the_imagefolder_of_hugging_face(tmp_path):
     assert (names["image"], names["prompt"]) == ("file_name", "prompt")
 
 
+@pytest.mark.parametrize("name", ["x.jl", "x.tab", "x.psv", "x.jsonlines", "x.ldjson.gz"])
+@pytest.mark.parametrize(
+    ("part", "task"),
+    [("a.jsonl", "generate"), ("a.json", "generate"), ("a.txt", "generate"), ("a.png", "edit")],
+)
+def test_outputs_of_versions_that_skipped_a_suffix_resume(tmp_path, part, task, name):
+    """The files are those that were planned without it, and it is named."""
+    files_of(tmp_path, part, data=b'{"prompt": "a", "image": "a.png"}')
+    before = discover(str(tmp_path), task)
+    files_of(tmp_path, name, data=b'{"prompt": "b", "image": "a.png"}\n')
+    manifest = discover(str(tmp_path), task)
+    assert manifest.identity() == before.identity()
+    assert list(manifest.passed_over.values()) == [(1, name)]
+    # Asked for, it is read, and so it is where nothing else is.
+    assert found(tmp_path / name) == found(f"{tmp_path}/x*") == [name]
+    (tmp_path / part).unlink()
+    assert found(tmp_path, task) == [name]
+
+
+def test_a_pattern_reads_all_suffixes(tmp_path):
+    files_of(tmp_path, "a.jsonl", "b.jsonlines", data=b'{"prompt": "a"}\n')
+    assert found(f"{tmp_path}/*.jsonl*") == ["a.jsonl", "b.jsonlines"]
+
+
 @pytest.mark.parametrize("name", ["stray.csv", "stray.tsv", "stray.jsonl", "stray.parquet"])
 def test_a_stray_table_among_pictures_is_no_manifest(tmp_path, name):
     files_of(tmp_path, "a.png", "b/c.jpg")

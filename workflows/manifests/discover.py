@@ -29,7 +29,15 @@ from wallaroo.workflows.manifests.listing import (
 from wallaroo.workflows.manifests.parquet_files import open_parquet
 from wallaroo.workflows.manifests.streams import has_header, is_object_of_objects
 from wallaroo.workflows.manifests.text_files import first_columns
-from wallaroo.workflows.manifests.types import COMPRESSED, FORMATS, OTHER_FORMATS, Manifest, ManifestFile
+from wallaroo.workflows.manifests.types import (
+    ALL_FORMATS,
+    COMPRESSED,
+    FORMATS,
+    LAST_FORMATS,
+    OTHER_FORMATS,
+    Manifest,
+    ManifestFile,
+)
 from wallaroo.workflows.outputs.layout import (
     DATA_FOLDER,
     ERRORS_FILE,
@@ -116,13 +124,15 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
     pictures = task in PICTURE_TASKS
     files, passed = visible(listing)
     _refuse_saved(path, files)
-    chosen = [file for file in files if format_of(file.relative, FORMATS)]
+    formats = FORMATS | LAST_FORMATS if _has_pattern(path) else FORMATS
+    chosen = [file for file in files if format_of(file.relative, formats)]
     shown = [file for file in files if is_picture(file.relative)] if pictures else []
     notes: list[str] = []
     if shown and chosen:
         named = _that_name_pictures(chosen, task, image_column)
-        for file in set(chosen) - set(named):
+        for file in (strays := set(chosen) - set(named)):
             passed.add(f"{suffix_kind(file.relative)} that names no images", file.relative)
+        files = [file for file in files if file not in strays]
         chosen = named
     if not chosen and not shown:
         chosen = [file for file in files if format_of(file.relative, OTHER_FORMATS) == "json"]
@@ -149,6 +159,9 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
             _count(files, set(small), passed)
             return _prompts_manifest(path, small, passed)
     if not chosen:
+        chosen = [file for file in files if format_of(file.relative, LAST_FORMATS)]
+        taken = set(chosen)
+    if not chosen:
         _count(files, set(), passed)
         kind = min(passed.kinds.values(), key=lambda entry: entry[1], default=(0, ""))
         example = files[0].relative if files else kind[1]
@@ -160,7 +173,7 @@ def _folder(path: str, listing: Listing, task: str, image_column: str | None) ->
     tables = [
         _manifest_file(
             file,
-            format_of(file.relative, FORMATS | OTHER_FORMATS),
+            format_of(file.relative, ALL_FORMATS),
             task,
             image_column,
             hive_partition(file.relative),
@@ -204,9 +217,9 @@ def _refuse_tars(path: str, files: Sequence[storage.FileInfo], tables: Sequence[
 
 
 def _count(files: Sequence[storage.FileInfo], taken: set[storage.FileInfo], passed: Counter) -> None:
-    """Counts the files that are neither taken nor counted yet, by their suffix."""
+    """Counts the files that are not taken, by their suffix."""
     for file in files:
-        if file not in taken and not format_of(file.relative, FORMATS):
+        if file not in taken:
             passed.add(suffix_kind(file.relative), file.relative)
 
 
@@ -216,11 +229,8 @@ def _that_name_pictures(
     """Selects the tables in a folder of pictures that name them: those of Hugging Face alone, if any."""
     if len(tables) > PEEKED_FILES:
         return list(tables)
-    named = [
-        file
-        for file in tables
-        if has_pictures(_columns(_manifest_file(file, format_of(file.relative, FORMATS), task)), image_column)
-    ]
+    made = {file: _manifest_file(file, format_of(file.relative, ALL_FORMATS), task) for file in tables}
+    named = [file for file in tables if has_pictures(_columns(made[file]), image_column)]
     metadata = [file for file in named if re.match(r"(.*/)?metadata\.\w+$", file.relative)]
     return metadata or named
 
@@ -254,10 +264,10 @@ def format_of(name: str, formats: dict[str, str]) -> str:
 
 
 def _format(path: str) -> str:
-    if form := format_of(path, FORMATS | OTHER_FORMATS):
+    if form := format_of(path, ALL_FORMATS):
         return form
     suffix = os.path.splitext(path)[1].lower()
-    suffixes = ", ".join([*FORMATS, *OTHER_FORMATS])
+    suffixes = ", ".join(ALL_FORMATS)
     raise InputError(
         f"The manifest {path} has the suffix '{suffix}', but only {suffixes} are read (text also with "
         f"{', '.join(COMPRESSED)} behind): {_remedy(path)}."

@@ -16,18 +16,20 @@ FORMATS = {
     ".parquet": "parquet",
     ".pq": "parquet",
     ".csv": "csv",
-    ".psv": "csv",
     ".tsv": "tsv",
-    ".tab": "tsv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".jsonlines": "jsonl",
-    ".ldjson": "jsonl",
-    ".jl": "jsonl",
 }
 """Suffix -> format of the files that are always read as a manifest."""
 OTHER_FORMATS = {".json": "json", ".txt": "lines"}
 """Suffix -> format of the files that are read if they are given by name, or if a folder has no others."""
+LAST_FORMATS = {".psv": "csv", ".tab": "tsv", ".jsonlines": "jsonl", ".ldjson": "jsonl", ".jl": "jsonl"}
+"""Suffix -> format of the files that are read by name or pattern, or if a folder has nothing else to read.
+
+Older versions skip them in folders, and their outputs must resume. A .jl file may also be source of Julia.
+"""
+ALL_FORMATS = FORMATS | OTHER_FORMATS | LAST_FORMATS
+"""Suffix -> format of all files that are read."""
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 """Suffixes that may follow those of text files."""
 PIECE_ROWS = 65_536
@@ -49,7 +51,7 @@ class ManifestFile:
     relative: str
     """Path below the manifest."""
     format: str
-    """One of FORMATS or OTHER_FORMATS, or one of four more.
+    """One of ALL_FORMATS, or one of four more.
 
     `results` is a shard of a run's output, `pictures` a folder or pattern of pictures, `prompts` a folder of
     texts, `imgedit` the JSON of ImgEdit.
