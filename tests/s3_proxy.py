@@ -19,7 +19,8 @@ SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please r
 
 class Proxy(ThreadingHTTPServer):
     """faults: how many requests had each. share: of those that have one, drawn by `seed`. delay: seconds
-    more that every answer takes. kinds: see `take`."""
+    more that every answer takes. kinds: see `take`. sent: bytes that GET returned. A deletion of several
+    objects is answered by the error of code `refusal`, or by the body `deleted`, if that is not empty."""
 
     daemon_threads = True
 
@@ -29,7 +30,8 @@ class Proxy(ThreadingHTTPServer):
         self.share = share
         self.delay = delay
         self.faults: Counter[str] = Counter()
-        self.requests = 0
+        self.requests = self.sent = 0
+        self.refusal, self.deleted = "", b""
         self.kinds: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._guard = threading.Lock()
@@ -75,6 +77,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.note(self.command, self.path)
         fault = self.server.fault()
         time.sleep(self.server.delay)
+        deletion = self.command == "POST" and self.path.endswith("?delete")
+        if deletion and self.server.refusal:
+            refused = SLOW_DOWN.replace(b"SlowDown", self.server.refusal.encode())
+            return self._answer(400, {"Content-Type": "application/xml"}, refused)
+        if deletion and self.server.deleted:
+            return self._answer(200, {"Content-Type": "application/xml"}, self.server.deleted)
         if fault == "throttle":
             return self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
         if fault == "reset":
@@ -84,6 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "repeat":
             self._forward(body)
         status, headers, data = self._forward(body)
+        if self.command == "GET":
+            with self.server._guard:
+                self.server.sent += len(data)
         self._answer(status, headers, data, cut=fault == "truncate" and len(data) > 1)
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:

@@ -120,6 +120,32 @@ def test_many_files_are_deleted_by_few_requests(s3, s3_server, monkeypatch):
             storage.delete_all([f"{s3}/c"])
 
 
+@pytest.mark.parametrize("code", ["NotImplemented", "MethodNotAllowed", "MalformedXML", "MissingContentMD5"])
+def test_a_store_that_deletes_only_one_object_by_a_request(code, s3, s3_server, monkeypatch):
+    for name in "abc":
+        storage.write_atomic(f"{s3}/{name}", b"")
+    with proxy(s3_server.endpoint, share=0) as between:
+        between.refusal = code
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
+        storage.forget_clients()
+        storage.delete_all(f"{s3}/{name}" for name in ("a", "absent", "c"))
+        assert between.kinds == {"POST": 1, "DELETE": 3}
+    assert [file.relative for file in storage.list_files(s3)] == ["b"]
+
+
+def test_the_object_that_stays_is_the_one_that_is_named(s3, s3_server, monkeypatch):
+    storage.write_atomic(f"{s3}/first", b"")
+    stays = b"<DeleteResult><Error><Key>second</Key><Code>AccessDenied</Code></Error></DeleteResult>"
+    with proxy(s3_server.endpoint, share=0) as between:
+        between.deleted = stays
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
+        storage.forget_clients()
+        with pytest.raises(InputError, match=f"^{s3}/second cannot be used, access is denied"):
+            storage.delete_all([f"{s3}/first", f"{s3}/second"])
+        between.deleted = stays.replace(b"AccessDenied", b"NoSuchKey")  # as old stores say of an absent one
+        storage.delete_all([f"{s3}/first", f"{s3}/second"])
+
+
 def test_one_of_many_writers_puts_what_is_absent(s3):
     path, barrier, won = f"{s3}/file", threading.Barrier(8), []
 

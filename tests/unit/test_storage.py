@@ -3,14 +3,17 @@
 import os
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import boto3.session
+import botocore.session
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
-from wallaroo.workflows.storage import checkpoints
+from wallaroo.workflows.storage import checkpoints, clients
 
 
 def names(folder):
@@ -227,3 +230,39 @@ def test_a_source_is_read_from_anywhere(tmp_path):
 
 def test_a_local_checkpoint_is_used_where_it_is(tmp_path):
     assert checkpoints.fetch_folder(str(tmp_path)) == tmp_path
+
+
+def test_threads_take_turns_with_the_session(monkeypatch):
+    """boto3 allows one thread at a time in a session: while one asks it, no other gets at it."""
+    asked = []
+
+    def is_free():
+        free = clients._making.acquire(blocking=False)
+        if free:
+            clients._making.release()
+        return free
+
+    def alone(kind, name):
+        plain = getattr(kind, name)
+
+        def asking(*given, **named):
+            with ThreadPoolExecutor(1) as pool:
+                asked.append((name, pool.submit(is_free).result()))
+            return plain(*given, **named)
+
+        monkeypatch.setattr(kind, name, asking)
+
+    variables = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "a"}
+    for name, value in (variables | {"AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}).items():
+        monkeypatch.setenv(name, value)
+    storage.forget_clients()
+    clients._arrow_s3.cache_clear()
+    alone(boto3.session.Session, "get_credentials")
+    alone(botocore.session.Session, "get_config_variable")
+    try:
+        storage.parquet_filesystem("s3://bucket/key")
+    finally:
+        storage.forget_clients()
+        clients._arrow_s3.cache_clear()
+    assert {name for name, _ in asked} == {"get_credentials", "get_config_variable"}
+    assert not any(free for _, free in asked)

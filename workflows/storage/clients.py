@@ -172,18 +172,21 @@ def parquet_filesystem(path: str) -> "tuple[pyarrow.fs.FileSystem, str]":
         return pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
     bucket, key = bucket_and_key(path)
     with explained(path):
-        credentials = session().get_credentials()
+        with _making:
+            credentials = session().get_credentials()
         if credentials is None:
             raise InputError(f"{path} cannot be used, {NO_CREDENTIALS}.")
         # pyarrow knows fewer kinds of profile than botocore, so it gets what botocore found.
         found = credentials.get_frozen_credentials()
         url = _custom_endpoint()
-        filesystem = _arrow_s3(
-            found.access_key,
-            found.secret_key,
-            found.token,
-            _region(bucket),
-            url.scheme if url else "https",
-            url.netloc if url else None,
-        )
+        region = _region(bucket)
+        with _making:
+            filesystem = _arrow_s3(
+                found.access_key,
+                found.secret_key,
+                found.token,
+                region,
+                url.scheme if url else "https",
+                url.netloc if url else None,
+            )
     return filesystem, f"{bucket}/{key}"

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -313,10 +314,24 @@ def delete(path: str) -> None:
 
 DELETED_AT_ONCE = 1000
 """Objects that one request to S3 deletes at most."""
+DELETERS = 8
+"""Objects that are deleted at the same time, where a request deletes only one."""
+_NO_DELETE_OBJECTS = {
+    "NotImplemented",
+    "501",
+    "MethodNotAllowed",
+    "405",
+    "MalformedXML",
+    "MissingContentMD5",  # old stores ask for this header, which botocore no longer sends
+    "InvalidRequest",
+}
+"""Codes by which S3-compatible stores refuse to delete several objects by one request."""
 
 
 def delete_all(paths: Iterable[str]) -> None:
     """Deletes those of many files that are there; on S3 a request for each DELETED_AT_ONCE of them.
+
+    Some S3-compatible stores have no such request; there each object takes one.
 
     Args:
         paths: Local or `s3://` paths.
@@ -333,21 +348,33 @@ def delete_all(paths: Iterable[str]) -> None:
             delete(path)
     for bucket, keys in buckets.items():
         for start in range(0, len(keys), DELETED_AT_ONCE):
-            _delete_objects(f"s3://{bucket}/{keys[start]}", keys[start : start + DELETED_AT_ONCE])
+            some = keys[start : start + DELETED_AT_ONCE]
+            if not _delete_objects(f"s3://{bucket}/{some[0]}", some):
+                with ThreadPoolExecutor(DELETERS) as pool:
+                    list(pool.map(delete, [f"s3://{bucket}/{key}" for key in some]))
 
 
 @retried
-def _delete_objects(path: str, keys: Sequence[str]) -> None:
-    """Deletes objects of the bucket of `path`, which is the first of them."""
+def _delete_objects(path: str, keys: Sequence[str]) -> bool:
+    """Deletes objects of the bucket of `path`, which is the first of them; False if the store cannot."""
     import botocore.exceptions
 
     bucket, _ = bucket_and_key(path)
     with explained(path):
         wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        answer = s3_client().delete_objects(Bucket=bucket, Delete=wanted)
+        try:
+            answer = s3_client().delete_objects(Bucket=bucket, Delete=wanted)
+        except botocore.exceptions.ClientError as error:
+            if str(error.response["Error"]["Code"]) in _NO_DELETE_OBJECTS:
+                return False
+            raise
         # The request succeeds although an object stays.
-        for error in answer.get("Errors", []):
-            raise botocore.exceptions.ClientError({"Error": error}, "DeleteObjects")
+        for one in answer.get("Errors", []):
+            failed = botocore.exceptions.ClientError({"Error": one}, "DeleteObjects")
+            if not is_missing(failed):
+                with explained(f"s3://{bucket}/{one['Key']}" if one.get("Key") else path):
+                    raise failed
+    return True
 
 
 @retried
