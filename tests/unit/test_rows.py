@@ -459,6 +459,10 @@ class Told:
 def test_a_replica_tells_of_many_rows_at_once_and_of_all_before_it_gives_their_shard_back(monkeypatch):
     monkeypatch.setattr(replica_module, "NOTE_SECONDS", math.inf)
     told, shards = Told(), 3
+    keys = {(number, row) for number in range(shards) for row in range(1, 25, 2)}
+    filled, turn = threading.Event(), Replica._turn
+    # All rows are there before the engine's first step, whatever else the machine does.
+    monkeypatch.setattr(Replica, "_turn", lambda *given: (filled.wait(), turn(*given)))
     replica = Replica(lambda: TINY, device="cpu", options={"slots": 2}, watch=told)
 
     async def made(number):
@@ -466,11 +470,14 @@ def test_a_replica_tells_of_many_rows_at_once_and_of_all_before_it_gives_their_s
         return number, {key for key in told.watch._done}
 
     async def ask():
-        return await asyncio.gather(*map(made, range(shards)))
+        asked = asyncio.gather(*map(made, range(shards)))
+        while replica._inbox.qsize() < len(keys) and not asked.done():
+            await asyncio.sleep(0)
+        filled.set()
+        return await asked
 
     for number, finished in asyncio.run(ask()):
         assert number in finished
-    keys = {(number, row) for number in range(shards) for row in range(1, 25, 2)}
     begun, done = [], []
     for _, rows, in_flight, _ in told.notes:
         done += [(number, row) for number, row, ok in rows if ok]
