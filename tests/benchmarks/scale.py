@@ -359,11 +359,11 @@ def watch_load() -> dict[str, float]:
 
 @part
 def watch(folder: Path, shards: Sequence[int]) -> dict[str, float]:
-    """Notes a second of one watch, and how long engines are held up between two steps."""
+    """Rows a second of one watch, and how long engines are held up between two steps."""
     found = in_process("watch_load")
     print(
-        f"watch of {found['watch_replicas']:.0f} replicas: {found['watch_notes_per_second']:.0f} of "
-        f"{found['watch_notes_offered']:.0f} notes/s, an engine waits {found['watch_wait_median_ms']:.2f} ms "
+        f"watch of {found['watch_replicas']:.0f} replicas: {found['watch_rows_per_second']:.0f} of "
+        f"{found['watch_rows_offered']:.0f} rows/s, an engine waits {found['watch_wait_median_ms']:.2f} ms "
         f"(median), {found['watch_wait_p99_ms']:.2f} ms (p99)",
         flush=True,
     )
@@ -400,9 +400,8 @@ def print_needs(numbers: dict[str, float], shards: int) -> None:
             ("verify --fast, S3 requests", f"{numbers['verify_fast_s3_requests'] / 40 * parts:,.0f}")
         )
         needs.append(("verify, S3 requests", f"{numbers['verify_s3_requests'] / 1_000 * count:,.0f}"))
-    if "watch_notes_per_second" in numbers:
-        share = 2 * RATE / numbers["watch_notes_per_second"]
-        needs.append(("watch, two notes a row", f"{share:.2f} of what one took here"))
+    if "watch_cpu_us_per_row" in numbers:
+        needs.append(("watch while it runs", f"{numbers['watch_cpu_us_per_row'] * RATE / 1e6:.2f} cores"))
     if needs:
         print(f"\n{ROWS:,} rows in {count:,} shards at {RATE} rows/s, computed from the above, not measured:")
     for name, need in needs:

@@ -1,10 +1,10 @@
-"""The watch of a run under many replicas: notes a second, and how long engines are held up by them.
+"""The watch of a run under many replicas: rows a second, and how long engines are held up by notes of them.
 
-    python -m tests.benchmarks.watch [--replicas N] [--rate NOTES] [--seconds N] [--json]
+    python -m tests.benchmarks.watch [--replicas N] [--rate ROWS] [--seconds N] [--json]
 
-Replicas are real but for their engine, which gives a row back whenever one is due and computes nothing. Each
-row makes two notes: that it is at work, and that it is done. Several replicas share a process, so that
-the watch is loaded and not the machine.
+Replicas are real but for their engine, which gives a row back whenever one is due and computes nothing. They
+tell the watch of each row twice, that it is at work and that it is done, and of several rows in one note.
+Several replicas share a process, so that the watch is loaded and not the machine.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from wallaroo.model.prompts import Prompt
 from wallaroo.model.sampling import Sampling
 from wallaroo.workflows.cluster import connected
 
-REPLICAS, NOTES, SECONDS, WARM_UP_SECONDS = 128, 1700.0, 20.0, 5.0
+REPLICAS, ROWS, SECONDS, WARM_UP_SECONDS = 128, 850.0, 20.0, 5.0
 SLOTS, SHARD_ROWS, CALLS = 64, 256, 2
 PROCESSES = 8
 STEP_SECONDS = 0.006
@@ -126,12 +126,12 @@ class Host:
         ]
 
 
-def measure(replicas: int = REPLICAS, notes: float = NOTES, seconds: float = SECONDS) -> dict[str, float]:
+def measure(replicas: int = REPLICAS, rate: float = ROWS, seconds: float = SECONDS) -> dict[str, float]:
     """Loads a watch and returns the counts that `main` prints.
 
     Args:
         replicas: How many engines tell the watch of their rows.
-        notes: How many notes a second all of them make, if nothing holds them up.
+        rate: How many rows a second all of them make, if nothing holds them up.
         seconds: How long, the warm-up included.
     """
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # by which Ray's processes find this module
@@ -139,9 +139,9 @@ def measure(replicas: int = REPLICAS, notes: float = NOTES, seconds: float = SEC
         handle = watch.start(Limits(10**9))
         host = ray.remote(Host).options(num_cpus=0, max_concurrency=2)
         share = -(-replicas // PROCESSES)
-        rate = notes / 2 / replicas
+        each = rate / replicas
         hosts = [
-            host.remote(handle, range(first, min(first + share, replicas)), rate)
+            host.remote(handle, range(first, min(first + share, replicas)), each)
             for first in range(0, replicas, share)
         ]
         ray.get([one.__ray_ready__.remote() for one in hosts])
@@ -164,19 +164,19 @@ def measure(replicas: int = REPLICAS, notes: float = NOTES, seconds: float = SEC
         looking.join()
         counts = ray.get(handle.counts.remote())
         spent = process.cpu_times()
-        made = 2 * (counts.rows - before.rows)
+        made = counts.rows - before.rows
     used = spent.user + spent.system - cpu.user - cpu.system
     # Between the first shards and the end of the first replica.
     warm = [(when, rows) for when, _, rows in asked if WARM_UP_SECONDS < when - started < seconds]
     (first, few), (last, many) = warm[0], warm[-1]
     return {
         "watch_replicas": replicas,
-        "watch_notes_offered": notes,
-        "watch_notes_per_second": 2 * (many - few) / (last - first),
+        "watch_rows_offered": rate,
+        "watch_rows_per_second": (many - few) / (last - first),
         "watch_wait_median_ms": 1000 * float(np.median(gaps)),
         "watch_wait_p99_ms": 1000 * float(np.percentile(gaps, 99)),
         "watch_driver_wait_median_ms": 1000 * float(np.median([took for _, took, _ in asked])),
-        "watch_cpu_us_per_note": 1e6 * used / made,
+        "watch_cpu_us_per_row": 1e6 * used / made,
     }
 
 
@@ -188,7 +188,7 @@ def _process_of(actor: str) -> psutil.Process:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The watch of a run under many replicas.")
     parser.add_argument("--replicas", type=int, default=REPLICAS)
-    parser.add_argument("--rate", type=float, default=NOTES, help="notes a second")
+    parser.add_argument("--rate", type=float, default=ROWS, help="rows a second")
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
