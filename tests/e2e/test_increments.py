@@ -19,19 +19,21 @@ import pytest
 from PIL import Image
 
 from tests.benchmarks.export_memory import write_output
+from tests.damage import flip_bit
 from tests.s3_proxy import proxy
 from wallaroo.jobs import cli
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.datasets.compact import Compacted, compact
-from wallaroo.workflows.outputs.layout import list_done
-from wallaroo.workflows.outputs.shards import open_shard
+from wallaroo.workflows.outputs.layout import list_done, shard_path
+from wallaroo.workflows.outputs.shards import open_shard, read_shard
 from wallaroo.workflows.plans.plan import read_plan
 from wallaroo.workflows.reports.status import status
 from wallaroo.workflows.reports.verify import verify
 from wallaroo.workflows.runs.driver import run
 from wallaroo.workflows.runs.setup import plan
 from wallaroo.workflows.settings import RunConfig
+from wallaroo.workflows.storage.s3 import Ranges
 
 SAMPLES = 2
 
@@ -306,7 +308,28 @@ def test_a_compaction_on_s3_reads_each_shard_once(s3, s3_server, monkeypatch):
     assert verify(output, lambda line: None).state == "complete"
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1 nothing PAR1")])
+def test_a_shard_larger_than_two_windows_is_requested_once(s3, s3_server, monkeypatch):
+    output = f"{s3}/one"
+    write_output(output, rows=96, shard_rows=96, side=32)
+    path = shard_path(output, 0)
+    size = storage.info(path).size
+    monkeypatch.setattr(Ranges, "WINDOW_BYTES", size // 3)
+    with proxy(s3_server.endpoint, share=0) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
+        storage.forget_clients()
+        with open_shard(output, 0, size=size) as parquet:
+            assert len(read_shard(parquet)) == 96
+        assert size - len(b"PAR1") <= between.sent <= size and between.take()["GET"] <= 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink,
+        lambda path: path.write_bytes(b"PAR1 nothing PAR1"),
+        lambda path: flip_bit(path, "image.bytes"),
+    ],
+)
 def test_a_compaction_names_a_shard_that_cannot_be_read(tmp_path, damage):
     output = str(tmp_path / "grown")
     write_output(output, rows=24, shard_rows=2, side=16, increment_rows=12)

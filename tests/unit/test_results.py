@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.damage import flip_bit
 from wallaroo.actors.rows import Outcome, to_ipc
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.outputs import layout, run_file, shards, values
@@ -21,6 +22,8 @@ from wallaroo.workflows.outputs.rows import Producer, RunConstants, build_result
 from wallaroo.workflows.outputs.schema import result_schema
 from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.runs.stages import picture_encoder
+from wallaroo.workflows.sources.embedded import read_cells
+from wallaroo.workflows.storage.s3 import Ranges
 
 
 def test_columns_come_in_the_declared_order_with_their_types(outputs):
@@ -197,6 +200,59 @@ def test_a_shard_written_twice_is_the_same_file(outputs, tmp_path):
     assert layout.list_done(output) == {3}
     with pytest.raises(ValueError, match="rows of another shard"):
         shards.write_shard(output, 4, table)
+
+
+class Counted(Ranges):
+    """Ranges of bytes in memory, which notes what it requests."""
+
+    WINDOW_BYTES = 1 << 14
+
+    def __init__(self, data):
+        super().__init__("s3://bucket/key", len(data))
+        self.data, self.asked = data, []
+
+    def _fetch(self, start, stop):
+        self.asked.append(stop - start)
+        return self.data[start:stop]
+
+
+def test_a_shard_larger_than_two_windows_is_requested_once(outputs):
+    table = outputs.result_table(outputs.plan_table(rows=96))
+    for rows in (96, 2):
+        data = shards.shard_bytes(table[:rows]).to_pybytes()
+        file = Counted(data)
+        assert (len(data) > 3 * file.WINDOW_BYTES) == (rows == 96)
+        with pq.ParquetFile(pa.PythonFile(file, "r"), pre_buffer=False) as parquet:
+            assert shards.read_shard(parquet).equals(table[:rows])
+        assert len(data) - len(b"PAR1") <= sum(file.asked) <= len(data)
+        assert len(file.asked) <= -(-len(data) // file.WINDOW_BYTES)
+
+
+def test_ranges_give_the_bytes_of_any_place():
+    draw, data = np.random.default_rng(0), np.random.default_rng(1).bytes(100_000)
+    for _ in range(20):
+        file = Counted(data)
+        for start, count in draw.integers(0, (110_000, 40_000), (30, 2)):
+            file.seek(int(start))
+            assert file.read(int(count)) == data[start : start + count]
+            assert file.tell() == max(start, min(start + count, len(data)))
+        file.seek(-10, io.SEEK_END)
+        assert file.read() == data[-10:]
+
+
+def test_a_page_with_a_wrong_bit_is_one_sentence(outputs, tmp_path):
+    shards.write_shard(str(tmp_path), 0, outputs.result_table(outputs.plan_table()))
+    path = layout.shard_path(str(tmp_path), 0)
+    flip_bit(path, "image.bytes")
+    words = r"shard-00000000\.parquet cannot be read \(.*CRC.*\): move it"
+    with (
+        pytest.raises(InputError, match=words) as caught,
+        shards.open_finished(str(tmp_path), 0) as parquet,
+    ):
+        parquet.read()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"shard-00000000\.parquet.*which holds source images, is corrupt"):
+        list(read_cells(path, [0]))
 
 
 def test_only_the_volatile_columns_tell_two_makings_apart(outputs):

@@ -35,7 +35,7 @@ from wallaroo.workflows.outputs.layout import (
 from wallaroo.workflows.outputs.lock import OutputLock
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
-from wallaroo.workflows.outputs.shards import map_shards, open_shard, write_shard
+from wallaroo.workflows.outputs.shards import map_shards, open_shard, read_shard, write_shard
 from wallaroo.workflows.outputs.success import read_success
 from wallaroo.workflows.plans.columns import with_given
 from wallaroo.workflows.plans.increments import read_planned, write_planned
@@ -153,8 +153,8 @@ def _merged(output: str, group: list[int], sizes: dict[int, int], shard: int) ->
     def read(one: int) -> pa.Table:
         try:
             with open_shard(output, one, size=sizes[one]) as parquet:
-                return _numbered(parquet.read(use_threads=False), shard)
-        except (FileNotFoundError, pa.ArrowException) as error:
+                return _numbered(read_shard(parquet), shard)
+        except (pa.ArrowException, OSError) as error:
             words = str(error).strip().split("\n", 1)[0][:200]
             raise InputError(
                 f"{shard_path(output, one)} cannot be read ({words}): move it elsewhere, re-run the "

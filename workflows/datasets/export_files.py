@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.datasets.progress import Phase, Report, silent
-from wallaroo.workflows.outputs.layout import list_done, shard_path
+from wallaroo.workflows.outputs.layout import list_done
 from wallaroo.workflows.outputs.lock import at_work
 from wallaroo.workflows.outputs.run_file import read_run
 from wallaroo.workflows.outputs.schema import (
@@ -25,7 +25,7 @@ from wallaroo.workflows.outputs.schema import (
     own_name,
     result_schema,
 )
-from wallaroo.workflows.outputs.shards import open_shard
+from wallaroo.workflows.outputs.shards import open_finished
 from wallaroo.workflows.outputs.values import json_again, jsonable
 from wallaroo.workflows.plans.finished import finished
 from wallaroo.workflows.plans.plan import read_plan, read_shard
@@ -152,15 +152,9 @@ class Results:
         if shard not in self._done:
             yield from self._planned(shard)
             return
-        try:
-            with open_shard(self.output, shard) as parquet:
-                for group in range(parquet.num_row_groups):
-                    yield from self._group(parquet, group, pictures)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{shard_path(self.output, shard)} cannot be read ({str(error).splitlines()[0]}): "
-                f"move it elsewhere and re-run its command."
-            ) from error
+        with open_finished(self.output, shard) as parquet:
+            for group in range(parquet.num_row_groups):
+                yield from self._group(parquet, group, pictures)
 
     def _planned(self, shard: int) -> Iterator[tuple[dict[str, Any], bytes | None]]:
         """The planned rows of a shard that is not written yet.

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import shard_path
 from wallaroo.workflows.outputs.schema import lacking
@@ -95,8 +96,8 @@ def open_shard(
         output: Folder of the run, local or on S3.
         shard: Number of the shard.
         data: The whole file, if it is already read.
-        size: Its size in bytes, if it is known and the file is read to its end: on S3 that takes one request
-            for a small file.
+        size: Its size in bytes, if it is known and the file is read whole by `read_shard`: on S3 that takes
+            one request for each 8 MiB.
 
     Yields:
         The open file.
@@ -104,6 +105,7 @@ def open_shard(
     Raises:
         FileNotFoundError: There is no such file.
         ArrowInvalid: It is not a file of results.
+        OSError: A page that is read does not match its checksum.
     """
     path = shard_path(output, shard)
     opened: AbstractContextManager[pa.NativeFile]
@@ -123,6 +125,48 @@ def open_shard(
         if words := lacking(parquet.schema_arrow):
             raise pa.ArrowInvalid(words)
         yield parquet
+
+
+@contextmanager
+def open_finished(output: str, shard: int) -> Iterator[pq.ParquetFile]:
+    """Opens the file of a shard that a run has finished; what is wrong with it becomes one sentence.
+
+    Args:
+        output: Folder of the run, local or on S3.
+        shard: Number of the shard.
+
+    Yields:
+        The open file. Only read from it in the block.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    try:
+        with open_shard(output, shard) as parquet:
+            yield parquet
+    # A page that does not match its checksum is an OSError.
+    except (pa.ArrowException, OSError) as error:
+        words = str(error).strip().split("\n", 1)[0][:200]
+        raise InputError(
+            f"{shard_path(output, shard)} cannot be read ({words}): move it elsewhere and re-run its command."
+        ) from error
+
+
+def read_shard(parquet: pq.ParquetFile) -> pa.Table:
+    """Reads all rows of a shard, from the front of its file to the end.
+
+    `ParquetFile.read` takes column after column instead, each through all row groups. A file that requests
+    what it lacks would request most of its bytes again for each column.
+
+    Args:
+        parquet: The file, as `open_shard` gives it.
+
+    Returns:
+        The rows, read without threads.
+    """
+    groups = range(parquet.num_row_groups)
+    tables = [parquet.read_row_group(group, use_threads=False) for group in groups]
+    return pa.concat_tables([parquet.schema_arrow.empty_table(), *tables])
 
 
 def map_shards(function: Callable[[S], T], shards: Iterable[S], threads: int = 8) -> Iterator[T]:

@@ -86,7 +86,7 @@ def read_planned(output: str, rounds: Iterable[Round]) -> PlannedPairs:
         path = storage.join(output, PLAN_FOLDER, one.known)
         try:
             table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
-        except (FileNotFoundError, pa.ArrowException):
+        except (pa.ArrowException, OSError):
             raise InputError(
                 f"{path}, which lists the rows planned so far, is missing or corrupt: restore it."
             ) from None

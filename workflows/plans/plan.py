@@ -294,15 +294,15 @@ def read_shard(
     """
     file, row_group = place or _place_of(output, shard)
     path = storage.join(output, PLAN_FOLDER, file)
-    with storage.explained(path):
-        filesystem, inner = storage.parquet_filesystem(path)
-        try:
+    try:
+        with storage.explained(path):
+            filesystem, inner = storage.parquet_filesystem(path)
             with filesystem.open_input_file(inner) as opened:
                 parquet = pq.ParquetFile(opened, metadata=_footer(path), pre_buffer=True)
                 return parquet.read_row_group(row_group, columns=columns)
-        except (FileNotFoundError, pa.ArrowException) as error:
-            words = "is missing" if isinstance(error, FileNotFoundError) else "is corrupt"
-            raise InputError(f"{path} {words}, but a JSON file beside it names it: restore it.") from error
+    except (pa.ArrowException, OSError) as error:
+        words = "is missing" if isinstance(error, FileNotFoundError) else "is corrupt"
+        raise InputError(f"{path} {words}, but a JSON file beside it names it: restore it.") from error
 
 
 def read_given(output: str, shard: int) -> dict[int, str]:

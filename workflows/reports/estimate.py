@@ -188,12 +188,12 @@ def _computed(gpu: str, plan: Plan, config: RunConfig, model: ModelConfig) -> tu
 
 
 def _row_bytes(output: str) -> float:
-    from wallaroo.workflows.outputs.shards import open_shard
+    from wallaroo.workflows.outputs.shards import open_finished
 
     size = rows = 0
     for shard in sorted(list_done(output))[:MEASURED_SHARDS]:
         found = storage.info(shard_path(output, shard))
-        with open_shard(output, shard) as parquet:
+        with open_finished(output, shard) as parquet:
             rows += parquet.metadata.num_rows
         size += found.size if found else 0
     return size / rows if rows else 0

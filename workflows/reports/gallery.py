@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wallaroo.model.errors import InputError, RowError
-from wallaroo.workflows.outputs.shards import map_shards, open_shard
+from wallaroo.workflows.outputs.shards import map_shards, open_finished
 from wallaroo.workflows.reports.survey import Place, name_of, shorten
 from wallaroo.workflows.reports.tally import Stratum, size_of
 from wallaroo.workflows.sources.embedded import Cell, parse_cell, read_cells
@@ -102,7 +102,7 @@ _SHOWN = (
 
 def _shard_cards(output: str, places: Sequence[Place], budget: int) -> dict[Place, Card]:
     cards = {}
-    with open_shard(output, places[0].shard) as parquet:
+    with open_finished(output, places[0].shard) as parquet:
         start = 0
         for group in range(parquet.num_row_groups):
             stop = start + parquet.metadata.row_group(group).num_rows

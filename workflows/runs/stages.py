@@ -25,7 +25,7 @@ from wallaroo.workflows.outputs.rows import (
     picture_file,
 )
 from wallaroo.workflows.outputs.schema import TEXT_TASKS
-from wallaroo.workflows.outputs.shards import open_shard, write_shard
+from wallaroo.workflows.outputs.shards import open_finished, write_shard
 from wallaroo.workflows.outputs.values import digest
 from wallaroo.workflows.plans.plan import PlanRowGroup, read_shard
 from wallaroo.workflows.reports.tally import tally_of_table
@@ -91,7 +91,7 @@ def rows_to_retry(output: str, shard: int, plan: pa.Table) -> pa.Array:
 
 def _retriable(output: str, shard: int, plan: pa.Table) -> pa.Table:
     """The error rows of a finished shard that the plan did not refuse, without most columns."""
-    with open_shard(output, shard) as parquet:
+    with open_finished(output, shard) as parquet:
         data = parquet.read(columns=["row_id", "status", "error_type"])
     planned = plan.filter(pc.not_equal(plan.column("status"), "error")).column("row_id")
     failed = pc.equal(data.column("status"), "error")
@@ -237,7 +237,7 @@ def write(
 
 def _merged(output: str, shard: int, rows: pa.Table) -> pa.Table:
     """A finished shard with some of its rows replaced by those of the same numbers."""
-    with open_shard(output, shard) as parquet:
+    with open_finished(output, shard) as parquet:
         finished = parquet.read()
     same = pc.is_in(finished.column("row_id"), rows.column("row_id").combine_chunks())
     others = finished.filter(pc.invert(same))

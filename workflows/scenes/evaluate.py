@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from wallaroo.model.config import VQ_FACTOR
@@ -20,7 +19,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import EVALUATION_FILE, list_done
 from wallaroo.workflows.outputs.run_file import read_run
-from wallaroo.workflows.outputs.shards import open_shard
+from wallaroo.workflows.outputs.shards import open_finished
 from wallaroo.workflows.scenes.world import BACKGROUNDS, COLOURS, KINDS, SPANS, Scene, Thing, draw, held_out
 
 FARTHEST_COLOUR = 75.0
@@ -323,27 +322,21 @@ def _may_replace(path: str) -> bool:
 
 
 def _rows(output: str, shard: int) -> list[Mapping[str, Any]]:
-    try:
-        with open_shard(output, shard) as file:
-            there = set(file.schema_arrow.names)
-            needed = (
-                "task",
-                "status",
-                "language",
-                "text",
-                "image",
-                "kind",
-                "named",
-                "scene",
-                "source_scene",
-                "answer",
-            )
-            return file.read([name for name in needed if name in there]).to_pylist()
-    except pa.ArrowException as error:
-        raise InputError(
-            f"shard {shard} of {output} cannot be read ({str(error).splitlines()[0]:.200}): "
-            f"move its file elsewhere and re-run its command."
-        ) from error
+    needed = (
+        "task",
+        "status",
+        "language",
+        "text",
+        "image",
+        "kind",
+        "named",
+        "scene",
+        "source_scene",
+        "answer",
+    )
+    with open_finished(output, shard) as file:
+        there = set(file.schema_arrow.names)
+        return file.read([name for name in needed if name in there]).to_pylist()
 
 
 def to_text(table: list[Line]) -> str:

@@ -82,9 +82,9 @@ def read_cells(path: str, rows: Collection[int]) -> Iterator[tuple[int, Any]]:
     """
     missing = set(rows)
     path, column = split_column(path)
-    with storage.explained(path):
-        filesystem, inner = storage.parquet_filesystem(path)
-        try:
+    try:
+        with storage.explained(path):
+            filesystem, inner = storage.parquet_filesystem(path)
             with (
                 filesystem.open_input_file(inner) as file,
                 pq.ParquetFile(file, page_checksum_verification=True) as parquet,
@@ -93,13 +93,12 @@ def read_cells(path: str, rows: Collection[int]) -> Iterator[tuple[int, Any]]:
                     for row, value in _cells(parquet, missing, column):
                         missing.discard(row)
                         yield row, value
-        except FileNotFoundError:
-            raise InputError(f"{path}, which holds source images, is missing: restore it.") from None
-        except pa.ArrowException as error:
-            words = str(error).strip().split("\n", 1)[0][:200]
-            raise InputError(
-                f"{path}, which holds source images, is corrupt ({words}): restore it."
-            ) from error
+    except FileNotFoundError:
+        raise InputError(f"{path}, which holds source images, is missing: restore it.") from None
+    # Faults of the storage are explained by now. A page that does not match its checksum is an OSError.
+    except (pa.ArrowException, OSError) as error:
+        words = str(error).strip().split("\n", 1)[0][:200]
+        raise InputError(f"{path}, which holds source images, is corrupt ({words}): restore it.") from error
     for row in sorted(missing):
         yield row, RowError("image", f"{path} has no image in row {row}: correct the reference.")
 

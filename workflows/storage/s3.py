@@ -23,10 +23,10 @@ def s3_files(folder: str) -> Iterator[FileInfo]:
 
 
 class Ranges(io.RawIOBase):
-    """An object of known size for reading in any order. A window of WINDOW_BYTES is in memory.
+    """An object of known size for reading in any order. Two windows of WINDOW_BYTES are in memory.
 
-    Read from front to back, it requests each byte once. The first request is for the end of the object and
-    returns a small object whole.
+    One stays at the end of the object and is the whole of a small one; the other moves. An object that is
+    read from front to back is requested once, even if its end was read first.
     """
 
     WINDOW_BYTES = 8 << 20
@@ -39,8 +39,9 @@ class Ranges(io.RawIOBase):
             size: Size of the object in bytes.
         """
         self.path, self.size = path, size
-        self._place = self._start = 0
-        self._window = b""
+        self._place = 0
+        self._start, self._window = 0, b""
+        self._end_start, self._end = size, b""
 
     def readable(self) -> bool:
         """True: it can be read."""
@@ -69,19 +70,39 @@ class Ranges(io.RawIOBase):
 
     def read(self, count: int = -1) -> bytes:
         """Reads the next bytes, all if `count` is negative."""
-        start = self._place
+        start = place = self._place
         stop = self.size if count < 0 else min(self.size, start + count)
-        if stop <= start:
-            return b""
-        if not (self._start <= start and stop <= self._start + len(self._window)):
-            first = start
-            last = min(self.size, max(stop, start + self.WINDOW_BYTES))
-            if last == self.size:
-                first = max(0, min(start, self.size - self.WINDOW_BYTES))
-            self._window = with_retries(self.path, lambda: self._fetch(first, last))
-            self._start = first
-        self._place = stop
-        return self._window[start - self._start : stop - self._start]
+        pieces = []
+        while place < stop:
+            piece = self._held(place, stop)
+            if piece:
+                pieces.append(piece)
+                place += len(piece)
+            else:
+                self._request(place, stop)
+        self._place = place
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _held(self, place: int, stop: int) -> bytes:
+        """What a window has of the bytes from `place` to `stop`."""
+        for start, window in ((self._end_start, self._end), (self._start, self._window)):
+            if start <= place < start + len(window):
+                return window[place - start : stop - start]
+        return b""
+
+    def _request(self, place: int, stop: int) -> None:
+        """Fills a window with the bytes from `place` to `stop` that the other lacks, or with more."""
+        last = min(max(stop, place + self.WINDOW_BYTES), self._end_start)
+        if last < self.size or self._end:
+            data = with_retries(self.path, lambda: self._fetch(place, last))
+            self._start, self._window = place, data
+            return
+        begun = self._start + len(self._window)
+        first = min(place, max(0, self.size - self.WINDOW_BYTES))
+        if self._window and first < begun <= place:
+            first = begun
+        self._end = with_retries(self.path, lambda: self._fetch(first, last))
+        self._end_start = first
 
     def _fetch(self, start: int, stop: int) -> bytes:
         bucket, key = bucket_and_key(self.path)

@@ -75,7 +75,7 @@ def _check_columns(task: str, path: str) -> None:
     try:
         with storage.explained(path):
             names = pq.read_schema(inner, filesystem=filesystem).names
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a Parquet file ({error}).") from None
     missing = [] if _is_output(task, names) else [name for name in COLUMNS.get(task, ()) if name not in names]
     if missing or not any(name in names for name in PICTURES):

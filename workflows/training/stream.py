@@ -68,7 +68,7 @@ def _group_sizes(path: str) -> list[int]:
     try:
         with storage.explained(path):
             footer = pq.read_metadata(inner, filesystem=filesystem)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a Parquet file ({error}).") from None
     return [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
 

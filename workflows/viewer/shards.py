@@ -283,15 +283,15 @@ class Reader:
                 hole_size_limit=HOLE_BYTES, range_size_limit=RANGE_BYTES, lazy=False
             ),
         )
-        with storage.explained(shard.path):
-            filesystem, inner = storage.parquet_filesystem(shard.path)
-            kind = ds.ParquetFileFormat(default_fragment_scan_options=options)
-            fragment = kind.make_fragment(inner, filesystem=filesystem, file_size=shard.size)
-            try:
+        try:
+            with storage.explained(shard.path):
+                filesystem, inner = storage.parquet_filesystem(shard.path)
+                kind = ds.ParquetFileFormat(default_fragment_scan_options=options)
+                fragment = kind.make_fragment(inner, filesystem=filesystem, file_size=shard.size)
                 fragment.ensure_complete_metadata()
                 words = lacking(fragment.physical_schema)
-            except (pa.ArrowException, FileNotFoundError) as error:
-                words = str(error).strip().split("\n", 1)[0][:200]
+        except (pa.ArrowException, OSError) as error:
+            words = str(error).strip().split("\n", 1)[0][:200]
         if words:
             raise Unreadable(f"{shard.path} cannot be shown ({words}): `wallaroo verify` checks the output.")
         with self._guard:
@@ -304,7 +304,7 @@ class Reader:
         try:
             with storage.explained(shard.path):
                 return fragment.to_table(columns=columns, use_threads=False)
-        except (pa.ArrowException, FileNotFoundError, InputError) as error:
+        except (pa.ArrowException, OSError, InputError) as error:
             # Perhaps its credentials have expired; the next request opens the file with new ones.
             with self._guard:
                 self._fragments.pop((shard.path, shard.etag), None)

@@ -138,7 +138,7 @@ class Votes:
             table = pq.read_table(io.BytesIO(data))
             if not table.schema.equals(SCHEMA) or b"wallaroo.votes" not in (table.schema.metadata or {}):
                 raise pa.ArrowInvalid("its columns are others")
-        except pa.ArrowException:
+        except (pa.ArrowException, OSError):
             raise InputError(f"{self.path} is not a file of votes: give another --votes PATH.") from None
         self._rows = table.to_pylist()
 

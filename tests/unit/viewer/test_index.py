@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.damage import flip_bit
 from tests.viewers import fill_index, mark, walk
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.outputs import layout
@@ -97,6 +98,14 @@ def test_shard_that_cannot_be_read_harms_no_other(three, opened):
     assert after.unreadable and after.rows.count(Query()) == 80
     with pytest.raises(InputError, match=r"shard-00000000\.parquet cannot be shown"):
         after.row(0, 0)
+
+
+def test_a_page_with_a_wrong_bit_is_one_sentence(three, opened):
+    flip_bit(layout.shard_path(str(three), 0), "prompt")
+    made = opened(three)
+    assert made.unreadable and made.rows.count(Query()) == 80
+    with pytest.raises(InputError, match=r"shard-00000000\.parquet cannot be shown \(.*CRC"):
+        made.row(0, 0)
 
 
 def all_rows_of(path, shards):
