@@ -1,4 +1,4 @@
-"""Durations and values in words, for people."""
+"""Durations, values and errors in words, for people."""
 
 
 def duration(seconds: float) -> str:
@@ -31,3 +31,16 @@ def counted(count: int, noun: str) -> str:
         Such as `1 row` or `2,212 rows`.
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def first_line(error: object, most: int | None = None) -> str:
+    """The first line of what a library says of an error.
+
+    Args:
+        error: The error, or its text.
+        most: Most characters; all if None.
+
+    Returns:
+        The line.
+    """
+    return str(error).strip().split("\n", 1)[0][:most]

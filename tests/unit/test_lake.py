@@ -1,6 +1,7 @@
 """Tables of Delta Lake, Iceberg and Hudi: their live rows alone, or one sentence."""
 
 import datetime
+import io
 import json
 import re
 import shutil
@@ -360,10 +361,16 @@ def test_a_part_of_a_table_is_refused_by_its_name_alone_and_through_a_link(tmp_p
             discover(path)
 
 
-def test_metadata_on_s3_that_is_not_of_iceberg_harms_no_file(tmp_path, s3):
-    pq.write_table(prompts("a"), tmp_path / "a.parquet")
-    part = f"{s3}/set/data/sub/a.parquet"
-    storage.write_atomic(part, (tmp_path / "a.parquet").read_bytes())
+def put_part(path):
+    """Writes a Parquet file of one prompt to storage; returns its path."""
+    file = io.BytesIO()
+    pq.write_table(prompts("a"), file)
+    storage.write_atomic(path, file.getvalue())
+    return path
+
+
+def test_metadata_on_s3_that_is_not_of_iceberg_harms_no_file(s3):
+    part = put_part(f"{s3}/set/data/sub/a.parquet")
     names = ["photo.metadata.json", "sub/v1.metadata.json", "video.metadata.json", "v1/v1.metadata.json"]
     for name in names:
         storage.write_atomic(f"{s3}/set/metadata/{name}", b"{}")
@@ -375,10 +382,8 @@ def test_metadata_on_s3_that_is_not_of_iceberg_harms_no_file(tmp_path, s3):
             discover(path)
 
 
-def test_what_a_check_of_a_part_on_s3_requests(tmp_path, s3):
-    pq.write_table(prompts("a"), tmp_path / "a.parquet")
-    part = f"{s3}/set/data/a.parquet"
-    storage.write_atomic(part, (tmp_path / "a.parquet").read_bytes())
+def test_what_a_check_of_a_part_on_s3_requests(s3):
+    part = put_part(f"{s3}/set/data/a.parquet")
     asked, answers = [], []
 
     def listed(params, **_):

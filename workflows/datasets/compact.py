@@ -45,6 +45,7 @@ from wallaroo.workflows.reports.finish import finish
 from wallaroo.workflows.reports.page import write_report
 from wallaroo.workflows.reports.planned import planned_shards
 from wallaroo.workflows.reports.tally import tally_of_table
+from wallaroo.workflows.text import first_line
 
 MAX_BYTES = 256 << 20
 """Most bytes of a merged shard, which is held in memory."""
@@ -155,7 +156,7 @@ def _merged(output: str, group: list[int], sizes: dict[int, int], shard: int) ->
             with open_shard(output, one, size=sizes[one]) as parquet:
                 return _numbered(read_shard(parquet), shard)
         except (pa.ArrowException, OSError) as error:
-            words = str(error).strip().split("\n", 1)[0][:200]
+            words = first_line(error, 200)
             raise InputError(
                 f"{shard_path(output, one)} cannot be read ({words}): move it elsewhere, re-run the "
                 f"command of the output, then compact it."

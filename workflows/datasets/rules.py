@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wallaroo.workflows.settings import OptionError
+from wallaroo.workflows.text import first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,7 +126,7 @@ def load_function(name: str) -> Function:
         for part in attribute.split("."):
             found = getattr(found, part)
     except Exception as error:
-        words = str(error).strip().split("\n", 1)[0][:200]
+        words = first_line(error, 200)
         raise OptionError(
             f"{name} cannot be imported ({type(error).__name__}: {words}): "
             f"check the name, and that its module is in the current folder or installed."

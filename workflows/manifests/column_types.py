@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.types as types
 
 from wallaroo.model.errors import InputError
+from wallaroo.workflows.text import first_line
 
 UNFIT_MARK = b"wallaroo.types"
 """Key in the metadata of a schema: JSON, column -> the types that it is joined from, each with a file."""
@@ -232,7 +233,7 @@ def converted(column: Any, name: str, kind: pa.DataType) -> Any:
             return pa.array(_plain_value(column.to_pylist()), kind)
         return column.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise Unfit(name, str(error).strip().split("\n", 1)[0]) from error
+        raise Unfit(name, first_line(error)) from error
 
 
 def _uuid(value: Any) -> uuid.UUID:

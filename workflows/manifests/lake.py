@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
+from wallaroo.workflows.text import first_line
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 """Name of a Hive folder for rows without a value."""
@@ -164,7 +165,7 @@ def _needs(kind: str, path: str, library: str) -> InputError:
 
 
 def _failed(kind: str, path: str, error: Exception) -> InputError:
-    words = str(error).strip().split("\n", 1)[0][:200]
+    words = first_line(error, 200)
     return InputError(
         f"{path} is a table of {kind} that cannot be read ({words}): repair it, or give a copy."
     )

@@ -26,6 +26,7 @@ from wallaroo.workflows.manifests.parquet_files import open_parquet, read_parque
 from wallaroo.workflows.manifests.text_files import read_text, scan_csv, scan_lines
 from wallaroo.workflows.manifests.types import Batch, ManifestFile, Piece, Scan
 from wallaroo.workflows.sources.embedded import is_result
+from wallaroo.workflows.text import first_line
 
 
 def scan(file: ManifestFile) -> Scan:
@@ -104,7 +105,7 @@ class _readable:
         if isinstance(
             error, (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
         ):
-            words = str(error).strip().split("\n", 1)[0][:200]
+            words = first_line(error, 200)
             if isinstance(error, pa.ArrowNotImplementedError):
                 raise InputError(
                     f"{self.file.path} has something that pyarrow does not read ({words}): convert it."

@@ -11,6 +11,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows.manifests.column_types import UNFIT_MARK, Unfit, joined_type
 from wallaroo.workflows.manifests.types import Scan
 from wallaroo.workflows.outputs.schema import JSON_MARK, json_columns
+from wallaroo.workflows.text import first_line
 
 
 def kind_of(value: Any) -> str:
@@ -199,7 +200,7 @@ def text_table(values: list[dict[str, Any]], schema: pa.Schema, marked: frozense
         try:
             columns.append(pa.array(column, field.type))
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise Unfit(field.name, str(error).strip().split("\n", 1)[0]) from error
+            raise Unfit(field.name, first_line(error)) from error
     return to_table(columns, schema, len(values))
 
 

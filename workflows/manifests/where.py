@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from wallaroo.workflows.settings import OptionError
+from wallaroo.workflows.text import first_line
 
 
 class Filter:
@@ -76,7 +77,7 @@ class Filter:
                 raise self.error("it is more than one expression")
             chosen = self.database.execute(query).fetchnumpy()[self.number]
         except self.error as error:
-            raise self._refused(str(error).strip().split("\n", 1)[0]) from None
+            raise self._refused(first_line(error)) from None
         mask = np.zeros(table.num_rows, dtype=bool)
         mask[chosen] = True
         return mask
@@ -108,10 +109,10 @@ def exact_names(expression: str, aliases: Mapping[str, str], database: Any) -> s
     try:
         ((tree,),) = database.execute("SELECT json_serialize_sql(?)", [query.decode()]).fetchall()
     except duckdb.Error as error:
-        raise ValueError(str(error).strip().split("\n", 1)[0]) from None
+        raise ValueError(first_line(error)) from None
     found = json.loads(tree)
     if found["error"]:
-        raise ValueError(str(found.get("error_message")).strip().split("\n", 1)[0])
+        raise ValueError(first_line(found.get("error_message")))
     lower = {name.lower() for name in aliases}
     places = []
     for node in _columns(found):

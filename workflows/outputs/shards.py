@@ -14,6 +14,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import shard_path
 from wallaroo.workflows.outputs.schema import lacking
+from wallaroo.workflows.text import first_line
 
 PICTURE_ROWS = 32
 """Rows of a row group with pictures. Reading one picture reads its row group, not the whole shard."""
@@ -146,7 +147,7 @@ def open_finished(output: str, shard: int) -> Iterator[pq.ParquetFile]:
             yield parquet
     # A page that does not match its checksum is an OSError.
     except (pa.ArrowException, OSError) as error:
-        words = str(error).strip().split("\n", 1)[0][:200]
+        words = first_line(error, 200)
         raise InputError(
             f"{shard_path(output, shard)} cannot be read ({words}): move it elsewhere and re-run its command."
         ) from error

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from wallaroo.model.errors import InputError, RowError
 from wallaroo.workflows import storage
+from wallaroo.workflows.text import first_line
 
 COLUMN = "image"
 """Column of pictures."""
@@ -97,7 +98,7 @@ def read_cells(path: str, rows: Collection[int]) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{path}, which holds source images, is missing: restore it.") from None
     # Faults of the storage are explained by now. A page that does not match its checksum is an OSError.
     except (pa.ArrowException, OSError) as error:
-        words = str(error).strip().split("\n", 1)[0][:200]
+        words = first_line(error, 200)
         raise InputError(f"{path}, which holds source images, is corrupt ({words}): restore it.") from error
     for row in sorted(missing):
         yield row, RowError("image", f"{path} has no image in row {row}: correct the reference.")

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import urllib.parse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from wallaroo.model.errors import InputError
@@ -46,27 +47,30 @@ def count_retries(count: int) -> None:
         _retries += count
 
 
+def _made_once(make: Callable[[], Any]) -> Any:
+    """Caches what a function makes for the whole process; threads make it in turn."""
+    cached = functools.cache(make)
+
+    @functools.wraps(make)
+    def get() -> Any:
+        with _making:
+            return cached()
+
+    get.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return get
+
+
+@_made_once
 def session() -> Any:
     """boto3's session of this process."""
-    with _making:
-        return _session()
-
-
-@functools.cache
-def _session() -> Any:
     import boto3.session
 
     return boto3.session.Session()
 
 
+@_made_once
 def s3_client() -> Any:
     """boto3's client of this process. It may be used from many threads."""
-    with _making:
-        return _s3_client()
-
-
-@functools.cache
-def _s3_client() -> Any:
     import botocore.config
 
     config = botocore.config.Config(
@@ -86,14 +90,9 @@ def _note_attempts(parsed: dict[str, Any], **_: Any) -> None:
     count_retries(parsed.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
+@_made_once
 def s3_filesystem() -> Any:
     """s3fs's file system of this process, for streams and globs. It caches no listing."""
-    with _making:
-        return _s3_filesystem()
-
-
-@functools.cache
-def _s3_filesystem() -> Any:
     import aiobotocore.session
     import s3fs
 
@@ -114,7 +113,7 @@ def _s3_filesystem() -> Any:
 def forget_clients() -> None:
     """Drops the clients, so that the next use of S3 reads the AWS variables again."""
     with _making:  # a client that another thread is making now is dropped too
-        for cached in (_session, _s3_client, _s3_filesystem, _region):
+        for cached in (session, s3_client, s3_filesystem, _region):
             cached.cache_clear()
 
 

@@ -26,6 +26,7 @@ import pyarrow.types as pt
 from wallaroo.model.errors import InputError
 from wallaroo.workflows.manifests.where import exact_names, twins
 from wallaroo.workflows.outputs.schema import RESULT_NAMES
+from wallaroo.workflows.text import first_line
 from wallaroo.workflows.viewer.shards import Shard, is_indexed
 
 VERSION = 1
@@ -213,7 +214,7 @@ class Index:
                     cursor.execute("COMMIT")
                 except duckdb.Error as error:
                     cursor.execute("ROLLBACK")
-                    raise InputError(f"{shard.path} cannot be indexed ({_words(error)}).") from None
+                    raise InputError(f"{shard.path} cannot be indexed ({first_line(error, 300)}).") from None
                 finally:
                     cursor.unregister("incoming")
                 self.versions[number] += 1
@@ -299,7 +300,7 @@ class Index:
                     raise QueryError(
                         f"the query took more than {time.monotonic() - started:.0f} s: narrow it."
                     ) from None
-                raise QueryError(f"DuckDB refuses it ({_words(error)}): correct it.") from None
+                raise QueryError(f"DuckDB refuses it ({first_line(error, 300)}): correct it.") from None
             finally:
                 timer.cancel()
                 cursor.close()
@@ -323,11 +324,9 @@ def checked_expression(text: str, names: Mapping[str, str]) -> str:
         aliases = {name: names[name] for name in twins(list(names))}
         return exact_names(text, aliases, duckdb.connect()) if aliases else text
     except (duckdb.Error, ValueError) as error:
-        raise QueryError(f"where is '{text}', which DuckDB refuses ({_words(error)}): correct it.") from None
-
-
-def _words(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:300]
+        raise QueryError(
+            f"where is '{text}', which DuckDB refuses ({first_line(error, 300)}): correct it."
+        ) from None
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:

@@ -22,6 +22,7 @@ from wallaroo.model.errors import InputError
 from wallaroo.workflows import storage
 from wallaroo.workflows.outputs.layout import DATA_FOLDER, shard_number
 from wallaroo.workflows.outputs.schema import RESULT_NAMES, lacking
+from wallaroo.workflows.text import first_line
 
 NOT_SMALL = frozenset({"image", "tokens"})
 HOLE_BYTES = 512 << 10
@@ -291,7 +292,7 @@ class Reader:
                 fragment.ensure_complete_metadata()
                 words = lacking(fragment.physical_schema)
         except (pa.ArrowException, OSError) as error:
-            words = str(error).strip().split("\n", 1)[0][:200]
+            words = first_line(error, 200)
         if words:
             raise Unreadable(f"{shard.path} cannot be shown ({words}): `wallaroo verify` checks the output.")
         with self._guard:
@@ -310,7 +311,7 @@ class Reader:
                 self._fragments.pop((shard.path, shard.etag), None)
             if isinstance(error, InputError):
                 raise
-            words = str(error).strip().split("\n", 1)[0][:200]
+            words = first_line(error, 200)
             raise Unreadable(
                 f"{shard.path} cannot be shown ({words}): `wallaroo verify` checks the output."
             ) from None
